@@ -1,0 +1,120 @@
+"""APB as a layer: an attention module in the manner of DeepSpeed's ``DistributedAttention``."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apb_ds.compressors import build_compressor
+from apb_ds.config import APBConfig
+from apb_ds.methods.apb import prefill
+from apb_ds.methods.decode import attend_shards
+from apb_ds.methods.state import PrefillState, Tools
+from apb_ds.ops.kernels import KernelChoice, check_kernel_name, choose_kernels
+from apb_ds.parallel.groups import SequenceGroup
+
+
+class Phase(enum.Enum):
+    """What a forward is for. Said by the caller, never guessed from a tensor's length."""
+
+    PREFILL = "prefill"  # one block of the document, and in the first round a share of the anchor
+    QUERY = "query"  # any number of new tokens over the sharded cache
+    DECODE = "decode"  # one new token over the sharded cache
+
+
+class APBAttention(nn.Module):
+    """Attention over a document that is spread over the ranks of a group.
+
+    One instance serves all layers of a model. It has no parameters.
+
+    Parameters
+    ----------
+    config : APBConfig
+    group : SequenceGroup, torch ProcessGroup or None
+        The ranks that share the document; None for this process alone.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        For a compressor or kernel that is unknown or not installed.
+    """
+
+    def __init__(self, config: APBConfig, group: Any = None) -> None:
+        super().__init__()
+        self.config = config
+        if group is None:
+            group = SequenceGroup()
+        self.group: SequenceGroup = group if isinstance(group, SequenceGroup) else SequenceGroup.of(group)
+        self.compressor = build_compressor(config)
+        assert config.kernel is not None
+        check_kernel_name(config.kernel)
+        self._choices: dict[tuple[torch.device, torch.dtype, int], KernelChoice] = {}
+
+    def kernels_for(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelChoice:
+        """Return the kernels for such tensors, chosen at first use."""
+        case = (device, dtype, head_dim)
+        if case not in self._choices:
+            assert self.config.kernel is not None
+            self._choices[case] = choose_kernels(self.config.kernel, device, dtype, head_dim)
+        return self._choices[case]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        phase: Phase,
+        layer_idx: int,
+        state: PrefillState | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attend for this rank's tokens.
+
+        Parameters
+        ----------
+        query : (1, heads, tokens, head_dim), rotated
+            In PREFILL local: the rank's share of the anchor, then its host's block. Otherwise the new tokens, the
+            same on every rank.
+        key, value : (1, kv_heads, keys, head_dim), keys rotated, local
+            In PREFILL those of the same tokens as `query`. Otherwise the rank's shard, as `ShardedCache.update`
+            returned it.
+        state : PrefillState
+            The request's state; needed in PREFILL.
+        scale : float
+            Factor on the logits; by default ``head_dim ** -0.5``.
+
+        Returns
+        -------
+        (1, heads, tokens, head_dim) in ``query.dtype``: local in PREFILL (and zeros in the last layer, whose output
+        nobody needs), otherwise the same on every rank.
+        """
+        _check_shapes(query, key, value)
+        head_dim = query.shape[-1]
+        scale = head_dim**-0.5 if scale is None else scale
+        kernels = self.kernels_for(query.device, query.dtype, head_dim)
+        tools = Tools(self.group, kernels, self.compressor)
+        if phase is Phase.PREFILL:
+            if state is None:
+                raise ValueError("phase=PREFILL needs state=PrefillState(plan, cache, rank).")
+            return prefill(tools, state, layer_idx, query, key, value, scale)
+        kernel = kernels.decode if phase is Phase.DECODE else kernels.prefill
+        return attend_shards(tools, kernel, query, key, value, scale)
+
+    def extra_repr(self) -> str:
+        return f"method={self.config.method}, hosts={self.config.hosts}, ranks={self.group.world_size}"
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.dim() != 4 or query.shape[0] != 1:
+        raise ValueError(f"query must be (1, heads, tokens, head_dim), got {tuple(query.shape)}.")
+    if key.shape != value.shape or key.dim() != 4 or key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"key and value must both be (1, kv_heads, keys, {query.shape[-1]}), "
+            f"got {tuple(key.shape)} and {tuple(value.shape)}."
+        )
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads must be a multiple of {key.shape[1]} KV heads.")

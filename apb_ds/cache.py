@@ -1,0 +1,174 @@
+"""The sharded KV cache, a transformers ``Cache``: its length is global, what it stores is this rank's shard.
+
+A rank stores the keys and values of the blocks it serves; new tokens (queries and generated ones) are stored on the
+last rank only. The shard's tokens need no order among each other: keys carry their rotation, and whatever attends to
+them sees all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+GROWTH_TOKENS = 256
+
+
+class ShardedCacheLayer(CacheLayerMixin):
+    """One layer's shard, in buffers that grow in steps, not per token.
+
+    Parameters
+    ----------
+    stores_new : bool
+        Whether this rank stores the tokens that come after the document.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, stores_new: bool) -> None:
+        super().__init__()
+        self.stores_new = stores_new
+        self.global_length = 0
+        self.local_length = 0
+        self.capacity = 0
+
+    def reserve(self, num_tokens: int) -> None:
+        """Ask for room for `num_tokens` local tokens when the buffers are first made."""
+        self.capacity = max(self.capacity, num_tokens)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self._buffer_like(key_states)
+        self.values = self._buffer_like(value_states)
+        self.is_initialized = True
+
+    def store_block(self, keys: Tensor, values: Tensor) -> None:
+        """Append one block, (1, kv_heads, block_tokens, head_dim) each; the global length is set by `set_length`."""
+        self._append(keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Count new tokens, (1, kv_heads, tokens, head_dim), store them if this is their rank, and return the shard.
+
+        Returns
+        -------
+        keys, values : (1, kv_heads, local_tokens, head_dim), local; views of the buffers, possibly of no tokens
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.stores_new:
+            self._append(key_states, value_states)
+        self.global_length += key_states.shape[-2]
+        return self.shard()
+
+    def shard(self) -> tuple[Tensor, Tensor]:
+        """Return the stored keys and values, (1, kv_heads, local_tokens, head_dim)."""
+        assert self.keys is not None and self.values is not None
+        return self.keys[:, :, : self.local_length], self.values[:, :, : self.local_length]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens, which must have come after the document."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove} must be negative: how many tokens to forget.")
+        self.global_length += tokens_to_remove
+        if self.stores_new:
+            self.local_length += tokens_to_remove
+
+    def reset(self) -> None:
+        """Forget everything and free the buffers."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.global_length = self.local_length = 0
+
+    def get_seq_length(self) -> int:
+        return self.global_length
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        # transformers before 5.20 passes the positions of the queries here, not their number.
+        num_queries = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self.global_length + num_queries, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The older name of `get_max_length`."""
+        return -1
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffers on this rank."""
+        if self.keys is None or self.values is None:
+            return 0
+        return sum(buffer.numel() * buffer.element_size() for buffer in (self.keys, self.values))
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        stop = self.local_length + keys.shape[-2]
+        if stop > self.capacity:
+            # An eighth more than needed keeps the copies rare without doubling a long shard.
+            self.capacity = stop + max(GROWTH_TOKENS, stop // 8)
+            self.keys = self._grown(self.keys, keys)
+            self.values = self._grown(self.values, values)
+        assert self.keys is not None and self.values is not None
+        self.keys[:, :, self.local_length : stop] = keys
+        self.values[:, :, self.local_length : stop] = values
+        self.local_length = stop
+
+    def _buffer_like(self, states: Tensor) -> Tensor:
+        batch, kv_heads, _, head_dim = states.shape
+        return states.new_empty((batch, kv_heads, self.capacity, head_dim))
+
+    def _grown(self, buffer: Tensor | None, states: Tensor) -> Tensor:
+        grown = self._buffer_like(states)
+        if buffer is not None:
+            grown[:, :, : self.local_length] = buffer[:, :, : self.local_length]
+        return grown
+
+
+class ShardedCache(Cache):
+    """The cache of one context on one rank.
+
+    Parameters
+    ----------
+    num_layers : int
+    stores_new : bool
+        Whether this rank stores the tokens that come after the document (the last rank does).
+    shard_tokens : int
+        Document tokens that this rank will store, for sizing the buffers.
+    """
+
+    def __init__(self, num_layers: int, stores_new: bool, shard_tokens: int) -> None:
+        layers = [ShardedCacheLayer(stores_new) for _ in range(num_layers)]
+        for layer in layers:
+            layer.reserve(shard_tokens + (GROWTH_TOKENS if stores_new else 0))
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+
+    def layer(self, layer_idx: int) -> ShardedCacheLayer:
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, ShardedCacheLayer)
+        return layer
+
+    def set_length(self, num_tokens: int) -> None:
+        """Set the global length once all blocks are stored."""
+        for layer_idx in range(len(self.layers)):
+            self.layer(layer_idx).global_length = num_tokens
+
+    def crop_to(self, num_tokens: int) -> None:
+        """Forget what came after the first `num_tokens` tokens, layer by layer (a failed forward fills only some)."""
+        for layer_idx in range(len(self.layers)):
+            layer = self.layer(layer_idx)
+            layer.crop(min(0, num_tokens - layer.global_length))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all buffers on this rank."""
+        return sum(self.layer(layer_idx).num_bytes for layer_idx in range(len(self.layers)))
+
+    @property
+    def local_length(self) -> int:
+        """Tokens stored on this rank."""
+        return self.layer(0).local_length

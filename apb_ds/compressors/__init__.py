@@ -1,0 +1,24 @@
+"""Compressors: one file, one compressor. Importing this package fills the registry."""
+
+from apb_ds.compressors import keydiff, knorm, query, random, recent, window
+from apb_ds.compressors.base import (
+    BlockStates,
+    Compressor,
+    build_compressor,
+    compressor_names,
+    register_compressor,
+)
+
+__all__ = [
+    "BlockStates",
+    "Compressor",
+    "build_compressor",
+    "compressor_names",
+    "keydiff",
+    "knorm",
+    "query",
+    "random",
+    "recent",
+    "register_compressor",
+    "window",
+]

@@ -1,0 +1,161 @@
+"""What a compressor is: it scores the tokens of a block; choosing and gathering are done here, once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from apb_ds.config import APBConfig, check_choice
+from apb_ds.ops.selection import gather_tokens, select_top
+
+
+@dataclass(frozen=True)
+class BlockStates:
+    """One block in one layer, on the rank that serves it.
+
+    Attributes
+    ----------
+    queries : (1, heads, block_tokens, head_dim), rotated
+    keys, values : (1, kv_heads, block_tokens, head_dim), keys rotated
+    start : document position of the block's first token
+    layer_idx : index of the layer
+    scale : factor on the attention logits
+    anchor_queries : (1, heads, query_tokens, head_dim), the query's vectors in the anchor at their rotation there, or
+        None where the compressor does not ask for them
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    start: int
+    layer_idx: int
+    scale: float
+    anchor_queries: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+
+class Compressor:
+    """Gives every token of a block one score per KV head; the highest are passed on.
+
+    A subclass implements `score` alone. Statistics run over the whole block: which tokens may be kept is applied
+    afterwards. Scores must not depend on the rank or on the order of calls, or results would depend on the number of
+    ranks.
+    """
+
+    name: ClassVar[str]
+    needs_anchor_queries: ClassVar[bool] = False
+
+    @classmethod
+    def from_config(cls, config: APBConfig) -> Compressor:
+        """Build from the settings of a request; compressors with settings of their own override this."""
+        return cls()
+
+    def score(self, block: BlockStates) -> Tensor:
+        """Return the scores, (kv_heads, block_tokens), float32, higher is kept."""
+        raise NotImplementedError
+
+    def compress(self, block: BlockStates, count: int, num_eligible: int) -> tuple[Tensor, Tensor]:
+        """Keep the `count` best of the block's last `num_eligible` tokens, in document order.
+
+        Returns
+        -------
+        keys, values : (1, kv_heads, count, head_dim)
+        """
+        first = block.num_tokens - num_eligible
+        keys, values = block.keys[:, :, first:], block.values[:, :, first:]
+        if count == num_eligible:
+            return keys, values
+        # A score that is not a number is never better than one that is.
+        scores = torch.nan_to_num(self.score(block)[:, first:], nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        indices = select_top(scores, count)
+        return gather_tokens(keys, indices), gather_tokens(values, indices)
+
+
+def max_pool(scores: Tensor, width: int = 5) -> Tensor:
+    """Replace each score by the maximum of its neighbourhood: (kv_heads, tokens), stride 1, nothing beyond the edges."""
+    return F.max_pool1d(scores.unsqueeze(0), width, stride=1, padding=width // 2).squeeze(0)
+
+
+def attention_mass(queries: Tensor, keys: Tensor, scale: float, num_hidden: Tensor | None = None) -> Tensor:
+    """Softmax of queries over keys in float32, grouped by KV head.
+
+    Parameters
+    ----------
+    queries : (1, heads, queries, head_dim)
+    keys : (1, kv_heads, tokens, head_dim)
+    num_hidden : (queries,), how many of the last keys each query must not see, or None
+
+    Returns
+    -------
+    (kv_heads, heads per KV head, queries, tokens), float32
+    """
+    kv_heads, tokens = keys.shape[1:3]
+    grouped = queries[0].unflatten(0, (kv_heads, -1)).float()
+    logits = grouped @ keys[0].float().unsqueeze(1).transpose(-1, -2) * scale
+    if num_hidden is not None:
+        visible = tokens - num_hidden
+        positions = torch.arange(tokens, device=keys.device)
+        logits = logits.masked_fill(positions >= visible.unsqueeze(-1), -torch.inf)
+    return logits.softmax(dim=-1)
+
+
+CompressorClass = TypeVar("CompressorClass", bound=type[Compressor])
+_REGISTRY: dict[str, type[Compressor]] = {}
+
+# The trained compressor registers itself under this name once heads can be loaded.
+RETAINING_HEADS = "retaining_heads"
+
+
+def register_compressor(name: str) -> Callable[[CompressorClass], CompressorClass]:
+    """Class decorator that makes a compressor selectable as ``method.compressor=<name>``."""
+
+    def add(compressor: CompressorClass) -> CompressorClass:
+        if name in _REGISTRY:
+            raise ValueError(f"compressor={name!r} is registered already ({_REGISTRY[name].__name__}).")
+        compressor.name = name
+        _REGISTRY[name] = compressor
+        return compressor
+
+    return add
+
+
+def compressor_names() -> tuple[str, ...]:
+    """Names of all registered compressors, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def build_compressor(config: APBConfig) -> Compressor:
+    """Build the compressor that the settings name.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or the compressor needs the query in the anchor and the settings keep it out.
+    """
+    names = compressor_names()
+    if config.compressor == RETAINING_HEADS and RETAINING_HEADS not in names:
+        raise ValueError(
+            f"compressor={RETAINING_HEADS!r} needs trained heads, which this version cannot load; "
+            f"use one of {', '.join(names)}."
+        )
+    check_choice("compressor", config.compressor, names)
+    assert config.compressor is not None
+    compressor = _REGISTRY[config.compressor].from_config(config)
+    if compressor.needs_anchor_queries and (not config.query_in_anchor or config.anchor_length == 0):
+        raise ValueError(
+            f"compressor={config.compressor!r} scores with the query's tokens in the anchor; set query_in_anchor=true "
+            "and an anchor_length that is not 0, or choose another compressor."
+        )
+    return compressor

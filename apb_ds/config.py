@@ -1,0 +1,155 @@
+"""What a user sets, validated once, before anything is loaded. No torch here."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+METHODS = ("apb", "star")
+SCHEDULES = ("zigzag", "natural")
+DEFAULT_COMPRESSOR = "window"
+DEFAULT_COMPRESSION_RATIO = 8
+MAX_DEFAULT_ANCHOR_LENGTH = 8192
+ANCHOR_IS_BLOCK = "block"
+
+
+def suggest(value: object, allowed: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the allowed name nearest to `value`, or an empty string."""
+    near = difflib.get_close_matches(str(value), list(allowed), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def check_choice(field: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise ValueError unless `value` is one of the `allowed` names."""
+    names = list(allowed)
+    if value not in names:
+        raise ValueError(f"{field}={value!r} is not known; use one of {', '.join(names)}.{suggest(value, names)}")
+
+
+def check_integer(field: str, value: object, minimum: int) -> None:
+    """Raise ValueError unless `value` is an integer of at least `minimum` (a bool is none)."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{field}={value!r} must be an integer of at least {minimum}.")
+
+
+def check_bool(field: str, value: object) -> None:
+    """Raise ValueError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{field}={value!r} must be true or false.")
+
+
+@dataclass(frozen=True)
+class APBConfig:
+    """Settings of APB (arXiv 2502.12085). ``None`` means the default given with each field.
+
+    Parameters
+    ----------
+    method : str
+        ``apb``, or ``star`` (arXiv 2411.17116): APB with nothing passed, an anchor as long as a block and no query
+        in the anchor. A preset: any of the three can still be set.
+    hosts : int
+        Number of context blocks, a multiple of the number of ranks. Default 8.
+    anchor_length : int or "block", tokens
+        Anchor tokens, the embedded query included. 0 is no anchor, ``"block"`` the length of the first block.
+        Default: a quarter of a block, at most 8192, at least what holds the query.
+    passing_length : int, tokens
+        Tokens that the compressor keeps of each block, per layer and KV head. Excludes `compression_ratio`.
+    compression_ratio : float
+        Block length over passing length, at least 1. Default 8. Excludes `passing_length`.
+    compressor : str
+        Name in the registry of `apb_ds.compressors`. Default ``window``.
+    query_in_anchor : bool
+        Whether the anchor embeds the query. Default true (false for ``star``).
+    query_position : int, tokens
+        How many document tokens precede the query in the anchor. Default 1, the begin-of-sequence token.
+    schedule : str
+        Which rank serves which host in each round: ``zigzag`` (default) or ``natural``.
+    shard_anchor : bool
+        Whether each rank computes its share of the anchor (default) or all of it. The result is the same.
+    seed : int
+        Seed of the ``random`` compressor. Default 0.
+    kernel : str
+        Attention kernel by name, or ``auto`` (default): the best one installed for device and dtype.
+
+    Raises
+    ------
+    ValueError
+        For a value out of its range, naming the field, the value and what is allowed.
+    """
+
+    method: str | None = None
+    hosts: int | None = None
+    anchor_length: int | str | None = None
+    passing_length: int | None = None
+    compression_ratio: float | None = None
+    compressor: str | None = None
+    query_in_anchor: bool | None = None
+    query_position: int | None = None
+    schedule: str | None = None
+    shard_anchor: bool | None = None
+    seed: int | None = None
+    kernel: str | None = None
+
+    def __post_init__(self) -> None:
+        self._fill_defaults()
+        check_choice("method", self.method, METHODS)
+        check_integer("hosts", self.hosts, 1)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_integer("query_position", self.query_position, 0)
+        check_integer("seed", self.seed, 0)
+        check_bool("query_in_anchor", self.query_in_anchor)
+        check_bool("shard_anchor", self.shard_anchor)
+        self._check_lengths()
+        for field in ("compressor", "kernel"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{field}={getattr(self, field)!r} must be a name.")
+
+    def _fill_defaults(self) -> None:
+        star = self.method == "star"
+        defaults: dict[str, Any] = {
+            "method": "apb",
+            "hosts": 8,
+            "compressor": DEFAULT_COMPRESSOR,
+            "query_in_anchor": not star,
+            "query_position": 1,
+            "schedule": "zigzag",
+            "shard_anchor": True,
+            "seed": 0,
+            "kernel": "auto",
+        }
+        if star and self.anchor_length is None:
+            defaults["anchor_length"] = ANCHOR_IS_BLOCK
+        if star and self.compression_ratio is None:
+            defaults["passing_length"] = 0
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def _check_lengths(self) -> None:
+        if isinstance(self.anchor_length, str):
+            check_choice("anchor_length", self.anchor_length, [ANCHOR_IS_BLOCK])
+        elif self.anchor_length is not None:
+            check_integer("anchor_length", self.anchor_length, 0)
+        if self.passing_length is not None:
+            check_integer("passing_length", self.passing_length, 0)
+        ratio = self.compression_ratio
+        if ratio is None:
+            return
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio < 1:
+            raise ValueError(f"compression_ratio={ratio!r} must be a number of at least 1.")
+        if self.passing_length is not None:
+            raise ValueError(
+                f"passing_length={self.passing_length} and compression_ratio={ratio} both say how much is passed; "
+                "give one of them."
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "method") -> APBConfig:
+        """Build from a mapping; an unknown key is a ValueError that names the nearest field."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            check_choice(f"{where} key", key, names)
+        return cls(**values)

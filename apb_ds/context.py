@@ -1,0 +1,43 @@
+"""A prefilled document: what queries and conversations are answered from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from apb_ds.cache import ShardedCache
+from apb_ds.plan import Plan
+
+
+@dataclass
+class Context:
+    """A document in the sharded cache of one engine, made by `APBEngine.prefill`.
+
+    Attributes
+    ----------
+    plan : how the document was split
+    cache : this rank's shard
+    token_ids : (1, tokens), int64, on the model's device: the document and every turn kept since. The last token of a
+        generated turn is not in the cache yet; the next forward feeds it first.
+    max_positions : positions that the rotary frequencies were chosen for
+    prefill_s : seconds that the prefill took on this rank
+    bytes_sent : bytes that this rank sent to others during the prefill
+    """
+
+    plan: Plan
+    cache: ShardedCache
+    token_ids: Tensor
+    max_positions: int
+    prefill_s: float
+    bytes_sent: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the document and the turns kept since."""
+        return int(self.token_ids.shape[1])
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens that are in the cache, over all ranks."""
+        return self.cache.get_seq_length()

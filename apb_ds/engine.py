@@ -1,0 +1,496 @@
+"""The engine: a ``deepspeed.InferenceEngine`` that prefills a document over many hosts and answers queries about it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.inference.config import DeepSpeedInferenceConfig
+from deepspeed.inference.engine import InferenceEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from apb_ds.attention import APBAttention, Phase
+from apb_ds.cache import ShardedCache
+from apb_ds.config import APBConfig
+from apb_ds.context import Context
+from apb_ds.generation import LockstepDecoder, RequestStats, check_generate_arguments, count_new_tokens
+from apb_ds.hf import (
+    PrefillComplete,
+    apb_attention,
+    check_positions,
+    check_supported,
+    geometry_of,
+    is_position_dependent_rope,
+)
+from apb_ds.methods.state import PrefillState
+from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, launched_world_size, world_group
+from apb_ds.plan import check_world_size, plan_request
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+# DeepSpeed counts prompt and new tokens against this; its own default of 1024 is no limit of ours.
+NO_TOKEN_LIMIT = 2**31
+
+
+class APBEngine(InferenceEngine):
+    """Serves one model over the ranks of a group. Made by `init_inference` or `attach`.
+
+    All ranks of the group call the same methods with the same arguments. Outside of these calls the model is as
+    transformers made it: ``engine.module(input_ids)`` is plain, dense and local.
+
+    Attributes
+    ----------
+    apb_config : the settings in force; change them with `configure`
+    group : the ranks that share a request
+    stats : where the time of the last `prefill` or `generate` went
+    """
+
+    def __init__(self, model: PreTrainedModel, config: APBConfig, group: SequenceGroup) -> None:
+        check_supported(model)
+        attention = APBAttention(config, group)  # refuses unknown compressors and kernels before anything is moved
+        super().__init__(model, DeepSpeedInferenceConfig(dtype=model.dtype, max_out_tokens=NO_TOKEN_LIMIT))
+        # The base class sets an instance attribute, which would hide the method below.
+        self.__dict__.pop("generate", None)
+        self.group = group
+        self.stats = RequestStats()
+        self.geometry = geometry_of(model)
+        self.attention = attention
+        self._attached_to: tuple[InferenceEngine, dict[str, Any]] | None = None
+        self._said_exact = False
+        self.configure(config)
+        self.module.eval()
+
+    def configure(self, config: APBConfig) -> None:
+        """Change the settings; contexts made before stay usable.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            For settings that do not fit the group or name what is not there. Nothing is changed then.
+        """
+        assert config.hosts is not None
+        check_world_size(config.hosts, self.group.world_size)
+        attention = APBAttention(config, self.group)
+        attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
+        self.apb_config = config
+        self.attention = attention
+        self._said_exact = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def kernel_names(self) -> dict[str, str]:
+        """Names of the kernels in use, for ``prefill`` and ``decode``."""
+        return self.attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim).names
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        document_ids: Tensor,
+        query_ids: Tensor | None = None,
+        *,
+        max_positions: int | None = None,
+        progress: Progress | None = None,
+    ) -> Context:
+        """Put a document into the sharded cache.
+
+        Parameters
+        ----------
+        document_ids : (1, n), int64, the same on every rank
+        query_ids : (1, q), int64, or None
+            Goes into the anchor where the settings say so. Any other query can be asked later.
+        max_positions : int
+            Positions (document, queries, answers) that the context must serve, where the model's rotary frequencies
+            depend on it (dynamic, longrope). Default n + q.
+        progress : callable
+            Called as ``progress(done, total)`` after each layer of each round.
+
+        Returns
+        -------
+        Context
+
+        Raises
+        ------
+        ValueError
+            For bad input, on every rank before anything is sent.
+        """
+        document_ids = self._check_ids("document_ids", document_ids)
+        num_query = 0
+        if query_ids is not None:
+            query_ids = self._check_ids("query_ids", query_ids)
+            num_query = query_ids.shape[1]
+        num_tokens = document_ids.shape[1]
+        plan = plan_request(self.apb_config, num_tokens, num_query, self.group.world_size)
+        if self.attention.compressor.needs_anchor_queries and num_query == 0 and not plan.exact:
+            raise ValueError(
+                f"compressor={self.apb_config.compressor!r} needs query_ids at prefill; it scores with them."
+            )
+        max_positions = max(max_positions or 0, num_tokens + num_query)
+        check_positions(self.module, max_positions)
+        self._say_if_exact(plan.exact, num_tokens)
+
+        cache = ShardedCache(self.geometry.num_layers, self.group.is_last, plan.shard_length(self.group.rank))
+        state = PrefillState(plan, cache, self.group.rank, on_layer=self._layer_counter(len(plan.rounds), progress))
+        sent_before = self.group.bytes_sent
+        began = self._now()
+        with apb_attention(self.module, self.attention, Phase.PREFILL, max_positions, state):
+            for state.round_index in range(len(plan.rounds)):
+                self._run_round(state, document_ids, query_ids)
+        cache.set_length(num_tokens)
+        prefill_s = self._now() - began
+        self.stats = RequestStats(prefill_s=prefill_s)
+        return Context(plan, cache, document_ids, max_positions, prefill_s, self.group.bytes_sent - sent_before)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        document_ids: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        max_new_tokens: int | None = None,
+        *,
+        context: Context | None = None,
+        append: bool = False,
+        input_ids: Tensor | None = None,
+        query_length: int | None = None,
+        progress: Progress | None = None,
+        **generate_arguments: Any,
+    ) -> Tensor:
+        """Answer a query about a document, with transformers' own `generate` arguments.
+
+        Three forms: ``generate(document_ids, query_ids)``; ``generate(query_ids=..., context=...)`` with a document
+        prefilled before; ``generate(input_ids=..., query_length=q)``, whose last q tokens are the query.
+
+        Parameters
+        ----------
+        document_ids, query_ids, input_ids : (1, tokens), int64, the same on every rank
+        max_new_tokens : int
+            As in transformers; also from ``generation_config`` or ``max_length``.
+        append : bool
+            Keep query and answer in `context`, so that the next query follows them.
+        query_length : int, tokens
+        progress : see `prefill`
+        **generate_arguments
+            Sampling, processors, ``stop_strings`` with ``tokenizer``, ``streamer`` and so on. Logits processors,
+            stopping criteria and the streamer run on the group's first rank.
+
+        Returns
+        -------
+        (1, new_tokens), int64, the same on every rank. In the `input_ids` form, as in transformers, the prompt comes
+        first: (1, tokens + new_tokens).
+
+        Raises
+        ------
+        ValueError
+            For batches, beams, several return sequences, assisted decoding, ``use_cache=False`` and bad input, on
+            every rank before anything is sent.
+        """
+        if input_ids is not None:
+            if document_ids is not None or query_ids is not None or context is not None:
+                raise ValueError("input_ids holds document and query; give it alone, with query_length.")
+            document_ids, query_ids = self._split_query(input_ids, query_length)
+        elif query_length is not None:
+            raise ValueError("query_length belongs to input_ids, which is missing.")
+        mask = generate_arguments.pop("attention_mask", None)
+        if mask is not None and not bool((mask == 1).all()):
+            raise ValueError("attention_mask hides tokens; pass one unpadded sequence.")
+        if query_ids is None:
+            raise ValueError("query_ids is missing: the tokens after the document, at least one.")
+        query_ids = self._check_ids("query_ids", query_ids)
+        check_generate_arguments(self.module, generate_arguments)
+        if append and context is None:
+            raise ValueError("append=True keeps the turn in a context; pass context=engine.prefill(...).")
+        if context is not None and document_ids is not None:
+            raise ValueError("give document_ids or context, not both.")
+        if context is None:
+            if document_ids is None:
+                raise ValueError("give document_ids, or context=engine.prefill(document_ids).")
+            document_ids = self._check_ids("document_ids", document_ids)
+            known = document_ids.shape[1] + query_ids.shape[1]
+            num_new = count_new_tokens(self.module, max_new_tokens, generate_arguments, known)
+            context = self.prefill(document_ids, query_ids, max_positions=known + num_new, progress=progress)
+            prefill_s = context.prefill_s
+        else:
+            known = context.num_tokens + query_ids.shape[1]
+            num_new = count_new_tokens(self.module, max_new_tokens, generate_arguments, known)
+            self._check_reach(context, known + num_new)
+            prefill_s = 0.0
+        tokens = self._decode(context, query_ids, num_new, append, generate_arguments)
+        self.stats.prefill_s = prefill_s
+        return tokens if input_ids is None else torch.cat([input_ids.to(tokens.device), tokens], dim=-1)
+
+    @torch.no_grad()
+    def query_logits(self, query_ids: Tensor, *, context: Context) -> Tensor:
+        """Return the logits of every query token; the context stays as it was.
+
+        Parameters
+        ----------
+        query_ids : (1, q), int64, the same on every rank
+
+        Returns
+        -------
+        (1, q, vocab), float32, the same on every rank
+        """
+        query_ids = self._check_ids("query_ids", query_ids)
+        num_query = query_ids.shape[1]
+        self._check_reach(context, context.num_tokens + num_query)
+        cached = context.num_cached
+        fed = torch.cat([context.token_ids[:, cached:], query_ids], dim=-1)
+        positions = torch.arange(cached, cached + fed.shape[1], device=self.device).unsqueeze(0)
+        try:
+            with apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions):
+                output = self.module(
+                    input_ids=fed,
+                    position_ids=positions,
+                    past_key_values=context.cache,
+                    use_cache=True,
+                    logits_to_keep=num_query,
+                )
+        finally:
+            context.cache.crop_to(cached)
+        return self.group.broadcast(output.logits[:, -num_query:].float().contiguous())
+
+    def detach(self) -> InferenceEngine | nn.Module:
+        """Undo `attach`: give back the engine it was called with, with its own `generate`; else the plain model."""
+        if self._attached_to is None:
+            return self.module
+        engine, before = self._attached_to
+        engine.__dict__.pop("generate", None)
+        engine.__dict__.update(before)
+        self._attached_to = None
+        return engine
+
+    def _run_round(self, state: PrefillState, document_ids: Tensor, query_ids: Tensor | None) -> None:
+        """One forward over this rank's share of the anchor and its host's block, or, with neither, the collectives."""
+        ids, positions = round_inputs(state, document_ids, query_ids)
+        if ids.shape[1] == 0:
+            self._join_round(state)
+            return
+        try:
+            self.module.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        except PrefillComplete:
+            return
+        raise RuntimeError("the last layer's attention was never called; is this model's attention APB's?")
+
+    def _join_round(self, state: PrefillState) -> None:
+        sizes = self.geometry
+        nothing = torch.empty((1, sizes.heads, 0, sizes.head_dim), dtype=self.module.dtype, device=self.device)
+        for layer_idx in range(sizes.num_layers):
+            self.attention(
+                nothing,
+                nothing[:, : sizes.kv_heads],
+                nothing[:, : sizes.kv_heads],
+                phase=Phase.PREFILL,
+                layer_idx=layer_idx,
+                state=state,
+            )
+
+    def _decode(
+        self, context: Context, query_ids: Tensor, num_new: int, append: bool, arguments: dict[str, Any]
+    ) -> Tensor:
+        before = context.num_cached
+        prompt = torch.cat([context.token_ids, query_ids], dim=-1)
+        arguments = {name: value for name, value in arguments.items() if name not in ("max_length", "max_new_tokens")}
+        streamer = arguments.pop("streamer", None)
+        kept = False
+        try:
+            with apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions) as call:
+                decoder = LockstepDecoder(self.group, call, streamer, self._synchronize)
+                everything = self.module.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    past_key_values=context.cache,
+                    max_new_tokens=num_new,
+                    custom_generate=decoder,
+                    **arguments,
+                )
+            kept = append
+        finally:
+            if not kept:
+                context.cache.crop_to(before)
+        self.stats = decoder.stats
+        if append:
+            context.token_ids = everything
+        return everything[:, prompt.shape[1] :]
+
+    def _split_query(self, input_ids: Tensor, query_length: int | None) -> tuple[Tensor, Tensor]:
+        input_ids = self._check_ids("input_ids", input_ids)
+        if query_length is None or not 1 <= query_length < input_ids.shape[1]:
+            raise ValueError(
+                f"query_length={query_length!r} must say how many of the last input_ids are the query: from 1 to "
+                f"{input_ids.shape[1] - 1} of these {input_ids.shape[1]} tokens."
+            )
+        return input_ids[:, :-query_length], input_ids[:, -query_length:]
+
+    def _check_ids(self, name: str, ids: Tensor) -> Tensor:
+        """Return the ids on the model's device, after checking shape, dtype and range."""
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
+            got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"{name} must be an int64 tensor of shape (1, tokens), got {got}.")
+        if ids.shape[0] != 1:
+            raise ValueError(f"{name} has a batch of {ids.shape[0]}; the engine serves one sequence at a time.")
+        if ids.shape[1] == 0:
+            raise ValueError(f"{name} is empty; it needs at least one token.")
+        vocabulary = self.module.get_input_embeddings().num_embeddings
+        lowest, highest = (int(bound) for bound in torch.aminmax(ids))
+        if lowest < 0 or highest >= vocabulary:
+            raise ValueError(
+                f"{name} has token ids from {lowest} to {highest}; the model knows 0 to {vocabulary - 1}. "
+                "Does the tokenizer belong to this model?"
+            )
+        return ids.to(self.device)
+
+    def _check_reach(self, context: Context, num_positions: int) -> None:
+        """Refuse a turn that needs rotary frequencies other than those that the context was prefilled with."""
+        check_positions(self.module, num_positions)
+        rotary = [module for module in self.module.modules() if is_position_dependent_rope(module)]
+        if num_positions > context.max_positions and rotary:
+            raise ValueError(
+                f"this turn needs {num_positions} positions; the context was prefilled for {context.max_positions}, "
+                f"and the model's rotary frequencies ({rotary[0].rope_type}) depend on that. "
+                f"Use prefill(..., max_positions={num_positions}) or more."
+            )
+
+    def _layer_counter(self, num_rounds: int, progress: Progress | None) -> Callable[[], None] | None:
+        if progress is None:
+            return None
+        total, done = num_rounds * self.geometry.num_layers, 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            progress(done, total)
+
+        return count
+
+    def _say_if_exact(self, exact: bool, num_tokens: int) -> None:
+        if exact and not self._said_exact and self.group.is_first:
+            logger.warning("running exact: a document of %d tokens is too short for APB to save anything.", num_tokens)
+            self._said_exact = True
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            get_accelerator().synchronize()
+
+    def _now(self) -> float:
+        self._synchronize()
+        return time.perf_counter()
+
+
+def round_inputs(state: PrefillState, document_ids: Tensor, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the tokens of this rank's forward in the state's round, and their positions, (1, tokens) int64 each.
+
+    The rank's share of the anchor comes first (``doc[:p] + query + doc[p:l_a - q]``, positions from 0), then the block
+    of its host at its place in the document.
+    """
+    plan = state.plan
+    parts = [document_ids[:, slice(*plan.blocks[state.host])]]
+    positions = [torch.arange(*plan.blocks[state.host], device=document_ids.device)]
+    start, stop = state.anchor_share
+    if stop > start:
+        anchor = document_ids[:, : plan.anchor_length]
+        if plan.anchor_query_length:
+            assert query_ids is not None
+            before, after = document_ids[:, : plan.query_position], document_ids[:, plan.query_position :]
+            anchor = torch.cat([before, query_ids, after], dim=-1)[:, : plan.anchor_length]
+        parts.insert(0, anchor[:, start:stop])
+        positions.insert(0, torch.arange(start, stop, device=document_ids.device))
+    return torch.cat(parts, dim=-1), torch.cat(positions).unsqueeze(0)
+
+
+def init_inference(
+    model: PreTrainedModel,
+    config: APBConfig | None = None,
+    *,
+    mpu: Any = None,
+    group: SequenceGroup | None = None,
+    retaining_heads: str | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> APBEngine:
+    """Make an engine for a model, alone or over the ranks that ``deepspeed`` or ``torchrun`` started.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A decoder whose attention goes through transformers' AttentionInterface. Its dtype is kept; it is moved to the
+        accelerator of this rank.
+    config : APBConfig
+        By default all defaults.
+    mpu : object
+        A Megatron-style object; its sequence-parallel group is used. By default all ranks share a request.
+    group : SequenceGroup
+        Instead of `mpu`, a group made before.
+    retaining_heads : str
+        Path or hub id of trained heads for ``compressor="retaining_heads"``.
+    timeout_s : float, seconds
+        How long a collective may take, where the process group is made here.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        For a model, settings or a group that cannot be served, on every rank before anything is sent.
+    """
+    config = APBConfig() if config is None else config
+    if isinstance(model, PipelineModule):
+        raise ValueError("model is a DeepSpeed PipelineModule; APB does not run in a pipeline yet.")
+    if isinstance(model, InferenceEngine):
+        raise ValueError("model is an inference engine already; use apb_ds.attach(engine, config).")
+    if retaining_heads is not None and config.compressor != "retaining_heads":
+        raise ValueError(
+            f"retaining_heads={retaining_heads!r} goes with compressor='retaining_heads', not {config.compressor!r}."
+        )
+    assert config.hosts is not None
+    if group is None and mpu is None and not torch.distributed.is_initialized():
+        check_world_size(config.hosts, launched_world_size())
+    check_supported(model)
+    APBAttention(config)  # refuses unknown names before the ranks meet
+    if group is None:
+        group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s)
+    return APBEngine(model, config, group)
+
+
+def attach(engine: InferenceEngine, config: APBConfig | None = None, *, mpu: Any = None) -> APBEngine:
+    """Put APB into an engine that ``deepspeed.init_inference`` made.
+
+    The engine's own ``generate`` becomes APB's, so that code which holds the engine gains APB too;
+    ``generate(input_ids=..., query_length=q)`` splits off the last q tokens as the query.
+
+    Returns
+    -------
+    APBEngine over the same module; `detach` undoes all of it
+
+    Raises
+    ------
+    ValueError
+        For an engine with tensor parallelism, kernel injection, CUDA graphs or a pipeline.
+    """
+    if not isinstance(engine, InferenceEngine):
+        raise ValueError(f"engine={type(engine).__name__} must be a deepspeed.InferenceEngine.")
+    if isinstance(engine, APBEngine):
+        raise ValueError("engine is an APBEngine already; change its settings with engine.configure(config).")
+    settings = engine._config
+    if settings.tensor_parallel.tp_size > 1:
+        raise ValueError(f"tp_size={settings.tensor_parallel.tp_size} is not supported; use tp_size=1.")
+    if settings.replace_with_kernel_inject or settings.enable_cuda_graph:
+        raise ValueError(
+            "replace_with_kernel_inject and enable_cuda_graph replace the attention that APB works in; off."
+        )
+    attached = init_inference(engine.module, config, mpu=mpu)
+    before = {"generate": engine.__dict__["generate"]} if "generate" in engine.__dict__ else {}
+    attached._attached_to = (engine, before)
+    engine.__dict__["generate"] = attached.generate
+    return attached
+
+
+def detach(engine: APBEngine) -> InferenceEngine | nn.Module:
+    """Undo `attach`; see `APBEngine.detach`."""
+    return engine.detach()

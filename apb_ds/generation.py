@@ -1,0 +1,195 @@
+"""Decoding in step: transformers' own `generate` prepares everything, one rank chooses each token for all.
+
+Logits processors, stopping criteria and the streamer run on the group's first rank. The token it chose and whether to
+stop travel together, so that ranks cannot diverge: not by their random states, nor by their clocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from apb_ds.attention import Phase
+from apb_ds.hf import ActiveCall
+from apb_ds.parallel.groups import SequenceGroup
+
+DEFAULT_NEW_TOKENS = 20  # transformers' own default
+
+
+@dataclass
+class RequestStats:
+    """Where the time of the last call went, on this rank.
+
+    Attributes
+    ----------
+    prefill_s : seconds of the prefill, 0 where a context was given
+    query_s : seconds of the query's forward and the first token's choice
+    decode_s : seconds of all further tokens
+    new_tokens : tokens generated
+    """
+
+    prefill_s: float = 0.0
+    query_s: float = 0.0
+    decode_s: float = 0.0
+    new_tokens: int = 0
+
+
+class _Verdict(IntEnum):
+    GO_ON = 0
+    STOP = 1
+    FAILED = 2
+
+
+# Generation settings that the engine has no place for: name -> the one value that is fine.
+FIXED_SETTINGS: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "prompt_lookup_num_tokens": None,
+    "cache_implementation": None,
+    "return_dict_in_generate": False,
+    "guidance_scale": 1.0,
+    "token_healing": False,
+}
+FIXED_ARGUMENTS = ("assistant_model", "past_key_values", "custom_generate", "synced_gpus", "inputs_embeds", "inputs")
+
+
+def check_generate_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """Raise ValueError for what `generate` would accept and the engine cannot do."""
+    config = arguments.get("generation_config") or model.generation_config
+    for name, allowed in FIXED_SETTINGS.items():
+        value = arguments.get(name, getattr(config, name, allowed))
+        if value is not None and value != allowed:
+            raise ValueError(
+                f"{name}={value!r} is not supported: the engine decodes one sequence with {name}={allowed}."
+            )
+    for name in FIXED_ARGUMENTS:
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name} is not supported: the engine sets it itself, or decodes without it.")
+    if arguments.get("stop_strings") is not None and arguments.get("tokenizer") is None:
+        raise ValueError("stop_strings needs tokenizer=..., so that text can be compared.")
+
+
+def count_new_tokens(model: PreTrainedModel, max_new_tokens: int | None, arguments: dict[str, Any], known: int) -> int:
+    """Return how many tokens may be generated after `known` ones, as `generate` will understand its arguments."""
+    config: GenerationConfig | None = arguments.get("generation_config") or model.generation_config
+    if max_new_tokens is None:
+        max_new_tokens = arguments.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
+    if max_new_tokens is None:
+        max_length = arguments.get("max_length") or getattr(config, "max_length", None)
+        max_new_tokens = max_length - known if max_length is not None else DEFAULT_NEW_TOKENS
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer of at least 1.")
+    return max_new_tokens
+
+
+class LockstepDecoder:
+    """The decoding loop that `generate(custom_generate=...)` calls on every rank of a group.
+
+    Parameters
+    ----------
+    group : SequenceGroup
+    call : ActiveCall
+        Switched from QUERY to DECODE after the first forward.
+    streamer : object with `put` and `end`, or None
+        Fed on the group's first rank only, as transformers does: first the prompt, then token by token.
+    synchronize : callable
+        Waits for the device, so that times mean something.
+    """
+
+    def __init__(self, group: SequenceGroup, call: ActiveCall, streamer: Any, synchronize: Callable[[], None]) -> None:
+        self.group = group
+        self.call = call
+        self.streamer = streamer if group.is_first else None
+        self.synchronize = synchronize
+        self.stats = RequestStats()
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Generate until a criterion says stop. Returns all ids, (1, tokens + new_tokens)."""
+        cache = model_kwargs["past_key_values"]
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
+        fed = cache.get_seq_length()
+        verdict = _Verdict.GO_ON
+        began = time.perf_counter()
+        while verdict is _Verdict.GO_ON:
+            logits = self._forward(model, input_ids, fed, cache)
+            fed = input_ids.shape[1]
+            token, verdict = self._choose(input_ids, logits, logits_processor, stopping_criteria, generation_config)
+            input_ids = torch.cat([input_ids, token], dim=-1)
+            began = self._clock(began)
+            self.call.phase = Phase.DECODE
+        if self.streamer is not None:
+            self.streamer.end()
+        return input_ids
+
+    def _forward(self, model: PreTrainedModel, input_ids: Tensor, fed: int, cache: Any) -> Tensor:
+        """Run the tokens that the cache does not hold yet; return the last one's logits, (1, vocab), float32."""
+        positions = torch.arange(fed, input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        output = model(
+            input_ids=input_ids[:, fed:],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        )
+        return output.logits[:, -1].float()
+
+    def _choose(
+        self, input_ids: Tensor, logits: Tensor, processors: Any, criteria: Any, config: GenerationConfig
+    ) -> tuple[Tensor, _Verdict]:
+        """Return the next token, (1, 1), and whether to go on: the first rank's choice, on every rank."""
+        message = torch.zeros(2, dtype=torch.int64, device=input_ids.device)
+        failure: BaseException | None = None
+        if self.group.is_first:
+            try:
+                message[0], message[1] = self._decide(input_ids, logits, processors, criteria, config)
+            except Exception as error:  # told to the others first: they would wait for this rank
+                failure = error
+                message[1] = int(_Verdict.FAILED)
+        self.group.broadcast(message)
+        token, code = message[:1].view(1, 1), _Verdict(int(message[1]))
+        if failure is not None:
+            raise failure
+        if code is _Verdict.FAILED:
+            raise RuntimeError("the first rank failed while it chose a token; its message says why.")
+        return token, code
+
+    def _decide(
+        self, input_ids: Tensor, logits: Tensor, processors: Any, criteria: Any, config: GenerationConfig
+    ) -> tuple[int, int]:
+        scores = processors(input_ids, logits)
+        if config.do_sample:
+            token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+        else:
+            token = scores.argmax(dim=-1, keepdim=True)
+        if self.streamer is not None:
+            self.streamer.put(token.view(-1).cpu())
+        stop = bool(criteria(torch.cat([input_ids, token], dim=-1), scores).all())
+        return int(token), int(_Verdict.STOP if stop else _Verdict.GO_ON)
+
+    def _clock(self, began: float) -> float:
+        self.synchronize()
+        now = time.perf_counter()
+        if self.call.phase is Phase.QUERY:
+            self.stats.query_s = now - began
+        else:
+            self.stats.decode_s += now - began
+        self.stats.new_tokens += 1
+        return now

@@ -1,0 +1,119 @@
+"""GGUF files: read once through transformers (many seconds), kept as safetensors in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from apb_ds.loading.quiet import quiet_transformers
+
+LOCK_TIMEOUT_S = 600
+
+logger = logging.getLogger(__name__)
+
+
+def cache_root() -> Path:
+    """Return where converted models are kept: ``APB_DS_CACHE``, else ``apb_ds`` in the user's cache directory."""
+    own = os.environ.get("APB_DS_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "apb_ds"
+
+
+def convert_gguf(file: Path) -> Path:
+    """Return a directory with the file's config, tokenizer and float32 weights, converting it on first use.
+
+    The directory is named by the file's content. It appears whole or not at all, and of all processes that want it
+    at the same time one converts while the others wait.
+
+    Raises
+    ------
+    ValueError
+        If the cache cannot be written, or transformers cannot read the file.
+    """
+    from filelock import FileLock, Timeout
+
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    target = cache_root() / "gguf" / digest
+    if target.is_dir():
+        return target
+    logger.info("Converting %s, once; this takes a moment.", file.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S):
+            if not target.is_dir():
+                _convert_into(file, target)
+    except Timeout as error:
+        raise ValueError(
+            f"{file}: another process has been converting it for {LOCK_TIMEOUT_S} s; try again."
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"{file}: cannot keep its conversion in {target.parent} ({error}); set APB_DS_CACHE to a directory that "
+            "can be written."
+        ) from error
+    return target
+
+
+def _convert_into(file: Path, target: Path) -> None:
+    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name[:12]}.", dir=target.parent))
+    try:
+        # The reader's own progress bar goes to stderr whatever transformers' settings say.
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+            _write_model(file, scratch)
+        _make_readable(scratch)
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _make_readable(directory: Path) -> None:
+    """Undo the private modes of temporary files, as far as the user's umask would."""
+    umask = os.umask(0)
+    os.umask(umask)
+    directory.chmod(0o777 & ~umask)
+    for file in directory.iterdir():
+        file.chmod(0o666 & ~umask)
+
+
+def _write_model(file: Path, directory: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"model.path: transformers cannot read {file} ({type(error).__name__}: {error}).") from error
+    save_file(_unshared_tensors(model), directory / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict()
+    # It still calls itself quantized, although these are plain float32 weights now.
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(model).__name__]
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+
+
+def _unshared_tensors(model: Any) -> dict[str, Any]:
+    """Return the state dict with each storage once: tied weights are tied again at load."""
+    import torch
+
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor.to(torch.float32).contiguous()
+    return tensors

@@ -1,0 +1,219 @@
+"""Loading a model and its tokenizer, or making a random one of the same shape."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apb_ds.config import suggest
+from apb_ds.loading.config import ModelConfig
+from apb_ds.loading.quiet import quiet_transformers
+from apb_ds.loading.source import find_model
+
+DUMMY_SEED = 0
+SHOWN_KEYS = 5
+
+
+@dataclass
+class LoadedModel:
+    """A model in eval mode on its device, and what goes with it.
+
+    Attributes
+    ----------
+    model : transformers PreTrainedModel, the same weights on every rank
+    tokenizer : transformers tokenizer, or None for random weights whose tokenizer is not at hand
+    load_s : seconds from the path to the weights on the device, the import of libraries not counted
+    source : where the weights came from, for people
+    device, dtype : where and what the weights are
+    """
+
+    model: Any
+    tokenizer: Any | None
+    load_s: float
+    source: str
+    device: torch.device
+    dtype: torch.dtype
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of this process: on CUDA the one of its local rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("model.device='cuda', but torch sees no CUDA device; use cpu or auto.")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype by its name; ``auto`` is bfloat16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def load_model(config: ModelConfig, device: torch.device | None = None) -> LoadedModel:
+    """Load the model that `config` describes, or make its dummy.
+
+    Parameters
+    ----------
+    device : torch.device, optional
+        Where to put it, if not where the config says.
+
+    Returns
+    -------
+    LoadedModel
+        In eval mode, without gradients, with ``sdpa`` attention.
+
+    Raises
+    ------
+    ValueError
+        If anything is not found (saying where it looked), weights do not fit the config, or a field is unknown.
+    """
+    import transformers
+
+    # Lazy imports inside transformers are not loading: have them done before the clock starts.
+    _ = (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+    device = device or choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    start = time.perf_counter()
+    with quiet_transformers():
+        model, tokenizer, source = (_make_dummy if config.is_dummy else _read_model)(config, device, dtype)
+    model.eval().requires_grad_(False)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return LoadedModel(model, tokenizer, time.perf_counter() - start, source, device, dtype)
+
+
+def _read_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str]:
+    from transformers import AutoModelForCausalLM
+
+    assert config.path is not None
+    directory = find_model(config.path)
+    model_config = _overridden(_read_config(directory, config), config.overrides)
+    options: dict[str, Any] = {}
+    if device.type == "cuda" and importlib.util.find_spec("accelerate"):
+        options["device_map"] = {"": device}  # tensor by tensor to the device, with no copy of the model on the host
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory,
+        config=model_config,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+        **options,
+    )
+    _check_keys(config.path, info)
+    tokenizer = _read_tokenizer(config.tokenizer, directory, config)
+    return model.to(device), tokenizer, f"{config.path} ({directory})"
+
+
+def _check_keys(path: str, info: dict[str, Any]) -> None:
+    """Raise ValueError if weights are missing, left over or of another shape: such a model would answer nonsense."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(map(str, info.get(kind) or ()))
+        if keys:
+            more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
+            raise ValueError(
+                f"model.path={path!r}: its weights do not fit its config, {kind.replace('_', ' ')}: "
+                f"{', '.join(keys[:SHOWN_KEYS])}{more}."
+            )
+
+
+def _make_dummy(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str]:
+    from transformers import AutoModelForCausalLM
+
+    directory, model_config = _dummy_config(config)
+    model_config = _overridden(model_config, config.overrides)
+    if config.num_layers is not None:
+        _keep_layers(model_config, config.num_layers)
+    # Same seed on every rank: random weights, but the same ones. Made on the device, in the dtype.
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.device(device):
+        torch.manual_seed(DUMMY_SEED)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+    tokenizer = _tokenizer_at_hand(config, directory, model_config.vocab_size)
+    shape = f"{model_config.model_type}, {model_config.num_hidden_layers} layers"
+    return model, tokenizer, f"random weights ({shape}; {directory or 'model.geometry'})"
+
+
+def _dummy_config(config: ModelConfig) -> tuple[Path | None, Any]:
+    """Return the directory and the config of the path if it is at hand, else None and the geometry's config."""
+    from transformers import AutoConfig
+
+    if config.path is not None:
+        try:
+            directory = find_model(config.path, weights=False, download=not config.geometry)
+            return directory, _read_config(directory, config)
+        except ValueError:
+            if not config.geometry:
+                raise
+    fields = dict(config.geometry)
+    try:
+        return None, AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"model.geometry does not make a transformers config: {error}") from error
+
+
+def _keep_layers(model_config: Any, num_layers: int) -> None:
+    if num_layers > model_config.num_hidden_layers:
+        raise ValueError(
+            f"model.num_layers={num_layers} is more than the model has; use at most {model_config.num_hidden_layers}."
+        )
+    model_config.num_hidden_layers = num_layers
+    if getattr(model_config, "layer_types", None):
+        model_config.layer_types = model_config.layer_types[:num_layers]
+
+
+def _read_config(directory: Path, config: ModelConfig) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(f"model.path={config.path!r}: transformers cannot read its config: {error}") from error
+
+
+def _overridden(model_config: Any, overrides: dict[str, Any]) -> Any:
+    """Return the config with the fields replaced; it is built anew, so that transformers validates them."""
+    if not overrides:
+        return model_config
+    values = model_config.to_dict()
+    for name in overrides:
+        if name not in values and not hasattr(model_config, name):
+            raise ValueError(
+                f"model.overrides.{name}: {type(model_config).__name__} has no such field.{suggest(name, values)}"
+            )
+    return type(model_config).from_dict({**values, **overrides})
+
+
+def _read_tokenizer(path: str | None, directory: Path, config: ModelConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    place = directory if path is None else find_model(path, weights=False)
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(
+            f"no tokenizer in {place} ({type(error).__name__}: {error}); set model.tokenizer to where it is."
+        ) from error
+
+
+def _tokenizer_at_hand(config: ModelConfig, directory: Path | None, vocab_size: int) -> Any | None:
+    """Return the tokenizer if it is here and fits the vocabulary: random weights can do without one."""
+    if config.tokenizer is not None:
+        return _read_tokenizer(config.tokenizer, Path(), config)
+    if directory is None:
+        return None
+    try:
+        tokenizer = _read_tokenizer(None, directory, config)
+    except ValueError:
+        return None
+    return tokenizer if len(tokenizer) <= vocab_size else None

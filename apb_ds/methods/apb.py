@@ -1,0 +1,168 @@
+"""APB's prefill attention in one layer and one round (arXiv 2502.12085, section 3).
+
+A rank's tokens in a round are its share of the anchor, if it has one in this round, followed by the block of its host.
+What travels (anchor shares and compressed blocks) is sent before the local attention and used after it, so that
+communication hides behind computation. Only square causal and unmasked attention is needed.
+
+Every rank runs the same collectives in every layer and round, also with no token of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from apb_ds.compressors.base import BlockStates
+from apb_ds.methods.state import PassedStates, PrefillState, Tools
+from apb_ds.ops.merge import merge_two
+from apb_ds.plan import Plan, split_evenly
+
+Arrival = Callable[[], None]  # waits for what was sent and puts it where the attention finds it
+
+
+def prefill(
+    tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """Attend for this rank's tokens of the round; cache the block; exchange anchor and compressed blocks.
+
+    Parameters
+    ----------
+    query : (1, heads, anchor_share + block_tokens, head_dim), local, rotated
+    key, value : (1, kv_heads, anchor_share + block_tokens, head_dim), local, keys rotated
+    scale : factor on the logits
+
+    Returns
+    -------
+    (1, heads, anchor_share + block_tokens, head_dim) in ``query.dtype``. Zeros in the last layer: its output is used
+    by nobody, since prefill leaves keys and values behind and nothing else.
+    """
+    start, stop = state.anchor_share
+    anchor = [states[:, :, : stop - start] for states in (query, key, value)]
+    block = [states[:, :, stop - start :] for states in (query, key, value)]
+    if block[1].shape[2]:
+        state.cache.layer(layer_idx).store_block(block[1], block[2])
+    if state.is_last_layer(layer_idx):
+        state.finish_layer(layer_idx)
+        return torch.zeros_like(query)
+
+    passed = state.passed(layer_idx, key)
+    anchor_arrives = _send_anchor(tools, state, passed, anchor)
+    kept_arrives = _send_kept(tools, state, passed, layer_idx, block, scale)
+    block_local = _attend_causally(tools, block, scale)
+    anchor_local = _attend_causally(tools, anchor, scale)
+    anchor_arrives()
+    anchor_out = _merge_with(tools, anchor[0], anchor_local, passed.first(start), scale)
+    kept_arrives()
+    host = state.host
+    seen = state.plan.anchor_length + state.plan.kept_offsets[host] if host > 0 else 0
+    block_out = _merge_with(tools, block[0], block_local, passed.first(seen), scale)
+    state.finish_layer(layer_idx)
+    return torch.cat([anchor_out, block_out], dim=2) if stop > start else block_out
+
+
+def _attend_causally(tools: Tools, states: list[Tensor], scale: float) -> tuple[Tensor, Tensor] | None:
+    query, key, value = states
+    if query.shape[2] == 0:
+        return None
+    return tools.kernels.prefill(query, key, value, True, scale)
+
+
+def _merge_with(
+    tools: Tools,
+    query: Tensor,
+    local: tuple[Tensor, Tensor] | None,
+    others: tuple[Tensor, Tensor],
+    scale: float,
+) -> Tensor:
+    """Merge the local causal part with unmasked attention to the keys and values of others."""
+    if local is None:
+        return query
+    keys, values = others
+    if keys.shape[2] == 0:
+        return local[0]
+    return merge_two(*local, *tools.kernels.prefill(query, keys, values, False, scale))
+
+
+def _send_anchor(tools: Tools, state: PrefillState, passed: PassedStates, anchor: list[Tensor]) -> Arrival:
+    """Start the exchange of anchor shares; only the first round has any."""
+    plan, group = state.plan, tools.group
+    if state.round_index > 0 or plan.anchor_length == 0:
+        return lambda: None
+    query, key, value = anchor
+    if tools.compressor.needs_anchor_queries:
+        passed.anchor_queries = _gather_anchor_queries(tools, state, query)
+    if group.world_size == 1 or not plan.shard_anchor:
+        passed.place_pair(0, key, value)
+        return lambda: None
+    shares = split_evenly(plan.anchor_length, group.world_size)
+    longest = max(stop - start for start, stop in shares)
+    pending = group.start_all_gather(_pack(key, value, longest))
+
+    def arrive() -> None:
+        for (start, stop), keys_values in zip(shares, pending.wait(), strict=True):
+            passed.place(start, keys_values[:, :, : stop - start])
+
+    return arrive
+
+
+def _gather_anchor_queries(tools: Tools, state: PrefillState, query: Tensor) -> Tensor:
+    """Return the anchor's query tokens' query vectors, (1, heads, query_tokens, head_dim), on every rank."""
+    plan, group = state.plan, tools.group
+    first, last = plan.anchor_query_span
+    if group.world_size == 1 or not plan.shard_anchor:
+        return query[:, :, first:last]
+    overlaps = []
+    for start, stop in split_evenly(plan.anchor_length, group.world_size):
+        begin = min(max(first, start), stop)
+        overlaps.append((begin - start, max(begin, min(last, stop)) - start))
+    longest = max(end - begin for begin, end in overlaps)
+    begin, end = overlaps[group.rank]
+    mine = query.new_zeros((*query.shape[:2], longest, query.shape[3]))
+    mine[:, :, : end - begin] = query[:, :, begin:end]
+    gathered = group.all_gather(mine)
+    return torch.cat(
+        [part[:, :, : end - begin] for (begin, end), part in zip(overlaps, gathered, strict=True)],
+        dim=2,
+    )
+
+
+def _send_kept(
+    tools: Tools, state: PrefillState, passed: PassedStates, layer_idx: int, block: list[Tensor], scale: float
+) -> Arrival:
+    """Compress this rank's block and start the exchange of what the round's hosts keep."""
+    plan, group = state.plan, tools.group
+    hosts = plan.rounds[state.round_index]
+    longest = max(_sent_length(plan, host) for host in hosts)
+    if longest == 0:
+        return lambda: None
+    query, key, value = block
+    kept = (key[:, :, :0], value[:, :, :0])
+    if plan.is_passed_on(state.host):
+        states = BlockStates(query, key, value, plan.blocks[state.host][0], layer_idx, scale, passed.anchor_queries)
+        kept = tools.compressor.compress(states, plan.kept_lengths[state.host], plan.num_eligible(state.host))
+    if group.world_size == 1:
+        passed.place_pair(plan.anchor_length + plan.kept_offsets[state.host], *kept)
+        return lambda: None
+    pending = group.start_all_gather(_pack(*kept, longest))
+
+    def arrive() -> None:
+        for host, keys_values in zip(hosts, pending.wait(), strict=True):
+            length = _sent_length(plan, host)
+            passed.place(plan.anchor_length + plan.kept_offsets[host], keys_values[:, :, :length])
+
+    return arrive
+
+
+def _sent_length(plan: Plan, host: int) -> int:
+    return plan.kept_lengths[host] if plan.is_passed_on(host) else 0
+
+
+def _pack(keys: Tensor, values: Tensor, length: int) -> Tensor:
+    """Put keys and values, (1, kv_heads, tokens, head_dim), into one message (2, kv_heads, length, head_dim)."""
+    tokens = keys.shape[2]
+    message = keys.new_zeros((2, keys.shape[1], length, keys.shape[3]))
+    message[0:1, :, :tokens] = keys
+    message[1:2, :, :tokens] = values
+    return message

@@ -1,0 +1,53 @@
+"""Exact attention of new tokens over the sharded cache: every rank attends to its shard, and the parts are merged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apb_ds.methods.state import Tools
+from apb_ds.ops.kernels import Kernel
+from apb_ds.ops.merge import merge_many, merge_two
+
+
+def attend_shards(tools: Tools, kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Attend for new tokens, the same on every rank, over everything cached and causally among themselves.
+
+    Parameters
+    ----------
+    query : (1, heads, new_tokens, head_dim), the same on every rank
+    keys, values : (1, kv_heads, shard_tokens, head_dim), local; on the last rank the new tokens are the last ones
+
+    Returns
+    -------
+    (1, heads, new_tokens, head_dim) in ``query.dtype``, the same on every rank
+    """
+    output, lse = _attend_shard(kernel, query, keys, values, scale, tools.group.is_last)
+    if tools.group.world_size == 1:
+        return output
+    packed = torch.cat([output.float(), lse.unsqueeze(-1)], dim=-1)
+    gathered = tools.group.all_gather(packed)
+    return merge_many(gathered[..., :-1], gathered[..., -1]).to(query.dtype)
+
+
+def _attend_shard(
+    kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor, scale: float, holds_new: bool
+) -> tuple[Tensor, Tensor]:
+    num_new = query.shape[2]
+    num_past = keys.shape[2] - num_new if holds_new else keys.shape[2]
+    if holds_new and num_new == 1:
+        return kernel(query, keys, values, False, scale)  # one query sees all of it: no mask
+    past = None
+    if num_past > 0:
+        past = kernel(query, keys[:, :, :num_past], values[:, :, :num_past], False, scale)
+    if not holds_new:
+        return past if past is not None else _saw_nothing(query)
+    new = kernel(query, keys[:, :, num_past:], values[:, :, num_past:], True, scale)
+    if past is None:
+        return new
+    return merge_two(*past, *new), torch.logaddexp(past[1], new[1])
+
+
+def _saw_nothing(query: Tensor) -> tuple[Tensor, Tensor]:
+    lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device=query.device)
+    return torch.zeros_like(query), lse

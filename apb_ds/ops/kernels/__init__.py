@@ -1,0 +1,85 @@
+"""Attention kernels by name, and the choice of one by what is installed, by device and by dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from apb_ds.config import check_choice
+from apb_ds.ops.kernels.base import Kernel
+from apb_ds.ops.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
+from apb_ds.ops.kernels.reference import ReferenceKernel
+from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel, TorchCudnnKernel, TorchEfficientKernel, TorchFlashKernel
+
+# Fastest first for many queries; for the few queries of decoding, a kernel that splits the keys comes first.
+PREFILL_ORDER: tuple[type[Kernel], ...] = (
+    FlashAttn3Kernel,
+    TorchCudnnKernel,
+    FlashAttn2Kernel,
+    TorchFlashKernel,
+    TorchEfficientKernel,
+    CPUFlashKernel,
+    ReferenceKernel,
+)
+DECODE_ORDER: tuple[type[Kernel], ...] = (
+    TorchFlashKernel,
+    FlashAttn2Kernel,
+    TorchCudnnKernel,
+    TorchEfficientKernel,
+    CPUFlashKernel,
+    ReferenceKernel,
+)
+KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in PREFILL_ORDER}
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The kernels of an engine: `prefill` for blocks and queries, `decode` for one token at a time."""
+
+    prefill: Kernel
+    decode: Kernel
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {"prefill": self.prefill.name, "decode": self.decode.name}
+
+
+def check_kernel_name(name: str) -> None:
+    """Raise ValueError for a name that is no kernel, RuntimeError for one whose package is not installed."""
+    check_choice("kernel", name, ["auto", *KERNELS])
+    if name != "auto" and not KERNELS[name].is_installed():
+        kernel = KERNELS[name]
+        raise RuntimeError(f"kernel={name!r} needs a package that is not installed ({kernel.package}): {kernel.extra}.")
+
+
+def choose_kernels(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelChoice:
+    """Choose kernels for tensors on `device` of `dtype`.
+
+    Parameters
+    ----------
+    name : str
+        A kernel's name, or ``auto`` for the first that is installed and fits.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown or the named kernel does not serve such tensors.
+    RuntimeError
+        If the named kernel's package is not installed.
+    """
+    check_kernel_name(name)
+    if name == "auto":
+        return KernelChoice(
+            *(_first_fitting(order, device, dtype, head_dim) for order in (PREFILL_ORDER, DECODE_ORDER))
+        )
+    reason = KERNELS[name].why_not(device, dtype, head_dim)
+    if reason is not None:
+        raise ValueError(f"kernel={name!r} does not fit: {reason}. Use kernel=auto or another kernel.")
+    kernel = KERNELS[name]()
+    return KernelChoice(kernel, kernel)
+
+
+def _first_fitting(order: tuple[type[Kernel], ...], device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
+    fitting = (kernel for kernel in order if kernel.is_installed() and kernel.why_not(device, dtype, head_dim) is None)
+    return next(fitting)()

@@ -1,0 +1,77 @@
+"""The flash-attn packages. They want (batch, tokens, heads, head_dim), so tensors are transposed here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apb_ds.ops.kernels.base import Kernel
+
+FLASH_ATTN_3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
+
+
+class FlashAttn2Kernel(Kernel):
+    """``flash_attn.flash_attn_func`` of the flash-attn 2 package."""
+
+    name = "flash_attn2"
+    device_type = "cuda"
+    dtypes = (torch.bfloat16, torch.float16)
+    max_head_dim = 256
+    package = "flash_attn"
+    extra = "pip install 'apb_ds[flash]'"
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        function = importlib.import_module("flash_attn").flash_attn_func
+        q, k, v = (states.transpose(1, 2) for states in (query, key, value))
+        # The third value is the attention matrix, which the package fills in only with dropout.
+        output, lse, _ = function(q, k, v, softmax_scale=scale, causal=causal, return_attn_probs=True)
+        return output.transpose(1, 2), lse[..., : query.shape[2]].float()
+
+
+class FlashAttn3Kernel(Kernel):
+    """FlashAttention 3 for Hopper: ``flash_attn_interface``, or the wheel ``fa3-fwd`` (``fa3_fwd_interface``)."""
+
+    name = "flash_attn3"
+    device_type = "cuda"
+    dtypes = (torch.bfloat16,)
+    max_head_dim = 256
+    package = FLASH_ATTN_3_MODULES[0]
+    extra = "pip install fa3-fwd"
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        function, options = _flash_attn_3()
+        q, k, v = (states.transpose(1, 2) for states in (query, key, value))
+        output, lse, *_ = function(q, k, v, softmax_scale=scale, causal=causal, **options)
+        return output.transpose(1, 2), lse.float()
+
+    @classmethod
+    def is_installed(cls) -> bool:
+        return _flash_attn_3_module() is not None
+
+    @classmethod
+    def why_not(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        reason = super().why_not(device, dtype, head_dim)
+        if reason is None and torch.cuda.get_device_capability(device)[0] != 9:
+            return "it is built for Hopper (compute capability 9.0)"
+        return reason
+
+
+def _flash_attn_3_module() -> str | None:
+    return next((name for name in FLASH_ATTN_3_MODULES if importlib.util.find_spec(name)), None)
+
+
+@cache
+def _flash_attn_3() -> tuple[Any, dict[str, bool]]:
+    name = _flash_attn_3_module()
+    if name is None:
+        raise RuntimeError(f"flash_attn3 is not installed; {FlashAttn3Kernel.extra}.")
+    function = importlib.import_module(name).flash_attn_func
+    # Older builds always return the log-sum-exp, newer ones when asked.
+    asks = "return_attn_probs" in inspect.signature(function).parameters
+    return function, {"return_attn_probs": True} if asks else {}

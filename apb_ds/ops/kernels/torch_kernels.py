@@ -1,0 +1,69 @@
+"""The kernels inside torch, called below ``scaled_dot_product_attention``, which hides the log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apb_ds.ops.kernels.base import Kernel, expand_kv_heads
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class CPUFlashKernel(Kernel):
+    """Flash attention on CPU: tiled, so no matrix of queries by keys, and grouped KV heads as they are."""
+
+    name = "cpu_flash"
+    device_type = "cpu"
+    dtypes = (torch.float32, torch.float64, *HALF)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p=0.0, is_causal=causal, attn_mask=None, scale=scale
+        )
+        return output, lse.float()
+
+
+class TorchCudnnKernel(Kernel):
+    """cuDNN attention through torch. Its causal mask is top-left aligned, which is right for square cases."""
+
+    name = "torch_cudnn"
+    device_type = "cuda"
+    dtypes = HALF
+    max_head_dim = 128
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, causal, False, scale=scale
+        )
+        return output, lse.reshape(query.shape[:3]).float()
+
+
+class TorchFlashKernel(Kernel):
+    """FlashAttention 2 as built into torch. It splits the keys of a single query, so it suits decode."""
+
+    name = "torch_flash"
+    device_type = "cuda"
+    dtypes = HALF
+    max_head_dim = 256
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, causal, False, scale=scale
+        )
+        return output, lse[..., : query.shape[2]].float()
+
+
+class TorchEfficientKernel(Kernel):
+    """Memory-efficient attention through torch: the CUDA path for float32. It needs KV heads repeated."""
+
+    name = "torch_efficient"
+    device_type = "cuda"
+    dtypes = (torch.float32, *HALF)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        heads = query.shape[1]
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, expand_kv_heads(key, heads), expand_kv_heads(value, heads), None, True, 0.0, causal, scale=scale
+        )
+        return output, lse[..., : query.shape[2]].float()  # the log-sum-exp comes padded to a multiple of 32

@@ -1,0 +1,48 @@
+"""Merge attention over disjoint sets of keys from partial outputs and their log-sum-exps.
+
+All in float32 and shifted by the maximum, so that no exponential can overflow. A row that saw no key has log-sum-exp
+minus infinity and output 0, and leaves the other part unchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+    """Merge attention over two disjoint sets of keys.
+
+    Parameters
+    ----------
+    out_a, out_b : (batch, heads, tokens, head_dim), softmax-weighted values over each set
+    lse_a, lse_b : (batch, heads, tokens), float32, natural log
+
+    Returns
+    -------
+    (batch, heads, tokens, head_dim) in ``out_a.dtype``
+    """
+    # With one softmax over both sets, set a has the share exp(lse_a) / (exp(lse_a) + exp(lse_b)).
+    share_a = torch.sigmoid(torch.nan_to_num(lse_a - lse_b, nan=0.0, posinf=torch.inf, neginf=-torch.inf))
+    merged = torch.lerp(out_b.float(), out_a.float(), share_a.unsqueeze(-1))
+    return merged.to(out_a.dtype)
+
+
+def merge_many(outs: Tensor, lses: Tensor) -> Tensor:
+    """Merge attention over any number of disjoint sets of keys.
+
+    Parameters
+    ----------
+    outs : (parts, batch, heads, tokens, head_dim)
+    lses : (parts, batch, heads, tokens), float32, natural log
+
+    Returns
+    -------
+    (batch, heads, tokens, head_dim), float32
+    """
+    top = lses.amax(dim=0)
+    top = torch.where(torch.isneginf(top), torch.zeros_like(top), top)
+    weights = torch.exp(lses - top)
+    total = weights.sum(dim=0)
+    weighted = (weights.unsqueeze(-1) * outs.float()).sum(dim=0)
+    return weighted / torch.where(total > 0, total, torch.ones_like(total)).unsqueeze(-1)

@@ -1,0 +1,60 @@
+"""Choose which tokens of a block are passed on: the best scores, ties to the earlier token, in document order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def select_by_sorting(scores: Tensor, count: int) -> Tensor:
+    """The obvious version of `select_top`: a stable descending sort, whose first `count` are put in document order."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(dim=-1).values
+
+
+def select_top(scores: Tensor, count: int) -> Tensor:
+    """Return the indices of the `count` best scores, earlier tokens first among equals, in ascending order.
+
+    ``torch.topk`` leaves open which of several equal scores it returns, so only its threshold is used: everything
+    above it is kept, and the ties at it by position. Nothing here waits for the device.
+
+    Parameters
+    ----------
+    scores : (kv_heads, tokens), float32, not NaN
+    count : 0 <= count <= tokens
+
+    Returns
+    -------
+    (kv_heads, count), int64
+    """
+    heads, tokens = scores.shape
+    if count == tokens:
+        return torch.arange(tokens, device=scores.device).expand(heads, tokens)
+    if count == 0:
+        return scores.new_empty((heads, 0), dtype=torch.int64)
+    threshold = scores.topk(count, dim=-1, sorted=True).values[:, -1:]
+    above = scores > threshold
+    tied = scores == threshold
+    room = count - above.sum(dim=-1, keepdim=True)
+    kept = above | (tied & (tied.cumsum(dim=-1) <= room))
+    # The i-th kept token goes to slot i; the others all go to one slot past the end, which is cut off.
+    slots = torch.where(kept, kept.cumsum(dim=-1) - 1, count)
+    positions = torch.arange(tokens, device=scores.device).expand(heads, tokens)
+    chosen = positions.new_empty((heads, count + 1))
+    return chosen.scatter_(1, slots, positions)[:, :count]
+
+
+def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
+    """Pick tokens per KV head.
+
+    Parameters
+    ----------
+    states : (1, kv_heads, tokens, head_dim)
+    indices : (kv_heads, count), int64
+
+    Returns
+    -------
+    (1, kv_heads, count, head_dim)
+    """
+    picked = indices.unsqueeze(-1).expand(-1, -1, states.shape[-1])
+    return states[0].gather(1, picked).unsqueeze(0)

@@ -1,0 +1,174 @@
+"""The sequence-parallel group: who is in it, and the few collectives that APB needs.
+
+This folder is the only place that imports ``deepspeed.comm``. A group of one rank imports nothing and sends nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEFAULT_TIMEOUT_S = 300
+
+
+def _comm() -> Any:
+    return importlib.import_module("deepspeed.comm")
+
+
+@dataclass
+class PendingGather:
+    """An all-gather under way. `wait` returns ``(world_size, *shape)``, the ranks' tensors in rank order."""
+
+    gathered: Tensor
+    work: Any = None
+    sent: Tensor | None = None  # kept alive until it has left
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+            self.work = self.sent = None
+        return self.gathered
+
+
+@dataclass
+class SequenceGroup:
+    """Ranks that share one request. `process_group` is None for a group of one rank.
+
+    Attributes
+    ----------
+    rank, world_size : this process's place in the group
+    bytes_sent : payload bytes that this rank has sent to other ranks so far (an all-gather sends to each of them)
+    """
+
+    process_group: Any = None
+    rank: int = 0
+    world_size: int = 1
+    bytes_sent: int = field(default=0, compare=False)
+
+    @classmethod
+    def of(cls, process_group: Any) -> SequenceGroup:
+        """Wrap a torch process group."""
+        comm = _comm()
+        world_size = comm.get_world_size(group=process_group)
+        if world_size == 1:
+            return cls()
+        return cls(process_group, comm.get_rank(group=process_group), world_size)
+
+    @classmethod
+    def from_mpu(cls, mpu: Any) -> SequenceGroup:
+        """Take the sequence-parallel group of a Megatron-style object."""
+        if not hasattr(mpu, "get_sequence_parallel_group"):
+            raise ValueError(
+                f"mpu={type(mpu).__name__} has no get_sequence_parallel_group(); pass a Megatron-style object such as "
+                "deepspeed.runtime.sequence_parallel.parallel_state_sp, or leave mpu out to use all ranks."
+            )
+        return cls.of(mpu.get_sequence_parallel_group())
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.world_size - 1
+
+    def start_all_gather(self, tensor: Tensor) -> PendingGather:
+        """Start gathering `tensor` (same shape and dtype on every rank); the caller keeps it unchanged until `wait`."""
+        if self.world_size == 1:
+            return PendingGather(tensor.unsqueeze(0))
+        tensor = tensor.contiguous()
+        # Gloo wants the ranks' parts along the first dimension; a view splits them apart again.
+        joined = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:]))
+        work = _comm().all_gather_into_tensor(joined, tensor, group=self.process_group, async_op=True)
+        self._count(tensor)
+        return PendingGather(joined.view(self.world_size, *tensor.shape), work, tensor)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return ``(world_size, *tensor.shape)``, the ranks' tensors in rank order."""
+        return self.start_all_gather(tensor).wait()
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Overwrite `tensor` with the first rank's, in place, and return it."""
+        if self.world_size > 1:
+            _comm().broadcast(tensor, src=self._first_global_rank(), group=self.process_group)
+            if self.is_first:
+                self._count(tensor)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every rank's picklable `value`, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        _comm().all_gather_object(values, value, group=self.process_group)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            _comm().barrier(group=self.process_group)
+
+    def _first_global_rank(self) -> int:
+        return int(torch.distributed.get_global_rank(self.process_group, 0))
+
+    def _count(self, tensor: Tensor) -> None:
+        self.bytes_sent += tensor.numel() * tensor.element_size() * (self.world_size - 1)
+
+
+def launched_world_size() -> int:
+    """Number of ranks that the launcher (deepspeed, torchrun) started, from its environment; 1 without a launcher."""
+    started = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return int(os.environ["WORLD_SIZE"]) if started else 1
+
+
+def launched_rank() -> int:
+    """Global rank that the launcher gave this process; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0")) if launched_world_size() > 1 else 0
+
+
+def share_cpu_cores() -> None:
+    """Give this process its share of the node's cores, so that the ranks of a node do not fight for all of them.
+
+    Left alone where ``OMP_NUM_THREADS`` already says how many threads to use.
+    """
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    if local_ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // local_ranks))
+
+
+def world_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> SequenceGroup:
+    """Return the group of all ranks, joining them first if a launcher started several and nobody has.
+
+    Parameters
+    ----------
+    timeout_s : float, seconds
+        How long a collective may take before the process group gives up.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        deepspeed_comm_ready(timeout_s)
+        return SequenceGroup.of(torch.distributed.group.WORLD)
+    if launched_world_size() == 1:
+        return SequenceGroup()
+    share_cpu_cores()
+    deepspeed_comm_ready(timeout_s)
+    return SequenceGroup.of(torch.distributed.group.WORLD)
+
+
+def deepspeed_comm_ready(timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    """Initialise ``deepspeed.comm``: over the process group that exists, else with the accelerator's backend."""
+    deepspeed = importlib.import_module("deepspeed")
+    accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(),
+        timeout=datetime.timedelta(seconds=timeout_s),
+        dist_init_required=None,
+        verbose=False,
+    )

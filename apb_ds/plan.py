@@ -1,0 +1,208 @@
+"""Integer planning of one request: blocks, anchor, rounds, and who serves whom. Pure functions, no torch.
+
+Every rank computes the same `Plan` from (config, document length, query length, world size), so that all lengths
+of all messages are known everywhere before anything is sent.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from apb_ds.config import (
+    ANCHOR_IS_BLOCK,
+    DEFAULT_COMPRESSION_RATIO,
+    MAX_DEFAULT_ANCHOR_LENGTH,
+    APBConfig,
+    check_integer,
+)
+
+Span = tuple[int, int]  # [start, stop)
+
+
+def split_evenly(num_tokens: int, parts: int) -> tuple[Span, ...]:
+    """Cut ``[0, num_tokens)`` into contiguous spans ``[floor(i*n/parts), floor((i+1)*n/parts))``; some may be empty."""
+    return tuple((i * num_tokens // parts, (i + 1) * num_tokens // parts) for i in range(parts))
+
+
+def schedule_rounds(hosts: int, world_size: int, schedule: str) -> tuple[tuple[int, ...], ...]:
+    """Return ``rounds[k][r]``, the host that rank r serves in round k.
+
+    ``natural`` gives rank r the hosts r, r+W, ...; ``zigzag`` mirrors every odd round, so that a rank with an early
+    host (little to attend to) has a late one next.
+    """
+    rounds = []
+    for first in range(0, hosts, world_size):
+        served = tuple(range(first, first + world_size))
+        mirrored = schedule == "zigzag" and (first // world_size) % 2 == 1
+        rounds.append(served[::-1] if mirrored else served)
+    return tuple(rounds)
+
+
+def check_world_size(hosts: int, world_size: int) -> None:
+    """Raise ValueError unless the hosts divide evenly over the ranks."""
+    if hosts % world_size:
+        raise ValueError(
+            f"hosts={hosts} must be a multiple of the number of ranks ({world_size}), so that every rank serves as "
+            f"many hosts; use hosts={math.ceil(hosts / world_size) * world_size} or another number of ranks."
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one request is split. All lengths in tokens.
+
+    Attributes
+    ----------
+    num_tokens : length n of the document
+    world_size : number W of ranks
+    anchor_length : l_a, 0 for no anchor
+    anchor_query_length : how many of the anchor's tokens are the query's
+    query_position : document tokens before the query in the anchor
+    passing_length : l_p, the most a host passes
+    exact : whether this request runs as exact causal attention
+    shard_anchor : whether each rank computes only its share of the anchor
+    blocks : document span of each host
+    rounds : ``rounds[k][r]`` is the host of rank r in round k
+    """
+
+    num_tokens: int
+    world_size: int
+    anchor_length: int
+    anchor_query_length: int
+    query_position: int
+    passing_length: int
+    exact: bool
+    shard_anchor: bool
+    blocks: tuple[Span, ...]
+    rounds: tuple[tuple[int, ...], ...]
+
+    @property
+    def hosts(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def eligible_start(self) -> int:
+        """First document position that the anchor does not hold: only tokens from here on are passed."""
+        return self.anchor_length - self.anchor_query_length
+
+    @property
+    def anchor_query_span(self) -> Span:
+        """Where the query sits in the anchor."""
+        return self.query_position, self.query_position + self.anchor_query_length
+
+    @cached_property
+    def kept_lengths(self) -> tuple[int, ...]:
+        """Tokens that each host passes: l_p, or fewer where fewer are eligible."""
+        return tuple(min(self.passing_length, self.num_eligible(host)) for host in range(self.hosts))
+
+    @cached_property
+    def kept_offsets(self) -> tuple[int, ...]:
+        """Length of the passing block of each host: ``kept_offsets[h]`` tokens come from hosts before h."""
+        offsets = [0]
+        for length in self.kept_lengths:
+            offsets.append(offsets[-1] + length)
+        return tuple(offsets)
+
+    def block_length(self, host: int) -> int:
+        start, stop = self.blocks[host]
+        return stop - start
+
+    def num_eligible(self, host: int) -> int:
+        """Tokens of the host's block that the anchor does not hold; they are its last ones."""
+        start, stop = self.blocks[host]
+        return max(0, stop - max(start, self.eligible_start))
+
+    def is_passed_on(self, host: int) -> bool:
+        """Whether a later host attends to what this one keeps."""
+        return host < self.hosts - 1 and self.kept_lengths[host] > 0
+
+    def hosts_of(self, rank: int) -> tuple[int, ...]:
+        """Hosts that the rank serves, in the order of the rounds."""
+        return tuple(served[rank] for served in self.rounds)
+
+    def shard_length(self, rank: int) -> int:
+        """Document tokens whose keys and values the rank caches."""
+        return sum(self.block_length(host) for host in self.hosts_of(rank))
+
+    def anchor_share(self, rank: int, round_index: int) -> Span:
+        """Anchor span that the rank computes in this round: in the first its share, or all of it where not sharded."""
+        if round_index > 0 or self.anchor_length == 0:
+            return 0, 0
+        if not self.shard_anchor:
+            return 0, self.anchor_length
+        return split_evenly(self.anchor_length, self.world_size)[rank]
+
+    def num_forward_tokens(self, rank: int, round_index: int) -> int:
+        """Tokens in the model forward of this rank and round; 0 where it has nothing to do."""
+        start, stop = self.anchor_share(rank, round_index)
+        return stop - start + self.block_length(self.rounds[round_index][rank])
+
+
+def plan_request(config: APBConfig, num_tokens: int, query_length: int, world_size: int = 1) -> Plan:
+    """Plan a request of `num_tokens` document tokens.
+
+    Parameters
+    ----------
+    query_length : int
+        Tokens of the query known at prefill, 0 if none is: they go into the anchor if the config says so.
+    world_size : int
+        Number of ranks.
+
+    Raises
+    ------
+    ValueError
+        If the document is empty, the hosts do not divide over the ranks, or the anchor cannot hold the query.
+    """
+    check_integer("document length", num_tokens, 1)
+    check_integer("query length", query_length, 0)
+    hosts = config.hosts
+    assert hosts is not None and config.schedule is not None and config.query_position is not None
+    check_world_size(hosts, world_size)
+    blocks = split_evenly(num_tokens, hosts)
+    block_length = math.ceil(num_tokens / hosts)
+    embedded = query_length if config.query_in_anchor else 0
+    anchor_length = _anchor_length(config, blocks[0][1], block_length, embedded)
+    exact = hosts == 1 or anchor_length > block_length
+    if exact:
+        anchor_length, embedded, passing_length = 0, 0, block_length
+    else:
+        passing_length = _passing_length(config, block_length)
+    if anchor_length == 0:
+        embedded = 0
+    needed = config.query_position + embedded if embedded else 0
+    if anchor_length < needed:
+        raise ValueError(
+            f"anchor_length={anchor_length} cannot hold the query: query_position={config.query_position} plus "
+            f"{embedded} query tokens need {needed}; raise anchor_length, shorten the query, or set "
+            "query_in_anchor=false."
+        )
+    return Plan(
+        num_tokens=num_tokens,
+        world_size=world_size,
+        anchor_length=anchor_length,
+        anchor_query_length=embedded,
+        query_position=config.query_position,
+        passing_length=passing_length,
+        exact=exact,
+        shard_anchor=bool(config.shard_anchor),
+        blocks=blocks,
+        rounds=schedule_rounds(hosts, world_size, config.schedule),
+    )
+
+
+def _anchor_length(config: APBConfig, first_block_length: int, block_length: int, embedded: int) -> int:
+    if config.anchor_length is None:
+        needed = (config.query_position or 0) + embedded if embedded else 0
+        return max(min(math.ceil(block_length / 4), MAX_DEFAULT_ANCHOR_LENGTH), needed)
+    if config.anchor_length == ANCHOR_IS_BLOCK:
+        return first_block_length
+    assert isinstance(config.anchor_length, int)
+    return config.anchor_length
+
+
+def _passing_length(config: APBConfig, block_length: int) -> int:
+    if config.passing_length is not None:
+        return config.passing_length
+    return math.ceil(block_length / (config.compression_ratio or DEFAULT_COMPRESSION_RATIO))

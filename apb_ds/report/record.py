@@ -1,0 +1,119 @@
+"""The record of a job: what ran, on what, with which versions, and what came out. Written as JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RECORD_NAME = "record.json"
+PACKAGES = ("torch", "transformers", "deepspeed", "hydra-core", "omegaconf")
+GIT_TIMEOUT_S = 10
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def environment(device: Any) -> dict[str, Any]:
+    """Return what a number depends on besides the config: versions, hardware and commit."""
+    return {"versions": versions(), "hardware": hardware(device), "git": git_state()}
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python, apb_ds and the libraries it stands on; None for what is not installed."""
+    import apb_ds
+
+    found: dict[str, str | None] = {"python": platform.python_version(), "apb_ds": apb_ds.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def hardware(device: Any) -> dict[str, Any]:
+    """Return the machine of this rank: its accelerator, or its processor and the threads that torch uses."""
+    import torch
+
+    found: dict[str, Any] = {"device": device.type, "cores": _num_cores(), "cpu": _cpu_name()}
+    found["threads"] = torch.get_num_threads()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return found
+
+
+def git_state(repository: Path = _REPOSITORY) -> dict[str, Any]:
+    """Return the commit of the source tree and whether it has changes; both None outside of a repository."""
+    top = _git(repository, "rev-parse", "--show-toplevel")
+    # An installed package may lie inside somebody else's repository.
+    if top is None or Path(top).resolve() != repository:
+        return {"commit": None, "dirty": None}
+    status = _git(repository, "status", "--porcelain")
+    return {
+        "commit": _git(repository, "rev-parse", "--verify", "HEAD"),
+        "dirty": None if status is None else bool(status),
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` so that the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=2, default=_jsonable, allow_nan=False)
+            stream.write("\n")
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(scratch, 0o666 & ~umask)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+
+
+def rate(count: float, seconds: float) -> float | None:
+    """Return count per second, None where there is nothing to divide."""
+    return count / seconds if seconds > 0 and count > 0 else None
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, (Path, bytes)):
+        return str(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} does not belong into a record: {value!r}")
+
+
+def _git(repository: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(repository), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=GIT_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

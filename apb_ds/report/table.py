@@ -1,0 +1,139 @@
+"""Tables for people: one of a job, one that closes a sweep."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+PLAIN_WIDTH = 120  # of a file or pipe, which has none of its own
+ABSENT = "-"
+
+Record = dict[str, Any]
+
+
+def make_console(*, to_stderr: bool = False) -> Console:
+    """Return a console; its width is the terminal's, or a fixed one where the output goes to a file."""
+    stream = sys.stderr if to_stderr else sys.stdout
+    width = None if stream.isatty() else PLAIN_WIDTH
+    return Console(file=stream, width=width, soft_wrap=False, highlight=False)
+
+
+def job_table(record: Record) -> Table:
+    """Return the table of one finished job; `title` says what ran."""
+    metrics = record["metrics"]
+    table = Table(box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for name, value in _rows(record, metrics):
+        table.add_row(name, value)
+    return table
+
+
+def title(record: Record) -> str:
+    """Return what ran, in a few words."""
+    method = record["settings"]["method"]
+    exact = ", exact" if record["metrics"]["exact"] else ""
+    return f"{record['model']['source']}: {method['method']}, {method['compressor']}{exact}"
+
+
+def _rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
+    lengths = f"{_count(metrics['document_tokens'])} / {_count(metrics['query_tokens'])}"
+    cut = f"{_count(metrics['anchor_length'])} / {_count(metrics['passing_length'])}"
+    sent = metrics["bytes_sent"]
+    return [
+        ("document / query tokens", lengths),
+        ("hosts / ranks / rounds", f"{metrics['hosts']} / {metrics['ranks']} / {metrics['rounds']}"),
+        ("anchor / passing length", cut if not metrics["exact"] else "exact: every earlier token is passed"),
+        ("prefill", f"{_seconds(metrics['prefill_s'])}, {_rate(metrics['prefill_tokens_per_s'])}"),
+        ("decode", f"{_count(metrics['new_tokens'])} tokens, {_rate(metrics['decode_tokens_per_s'])}"),
+        ("sent per rank", " / ".join(format_bytes(number) for number in sorted(set(sent), reverse=True))),
+        ("peak memory per rank", format_bytes(metrics["peak_memory_bytes"])),
+        ("kernels", ", ".join(dict.fromkeys(record["kernels"].values()))),
+        ("model loaded in", _seconds(record["model"]["load_s"])),
+    ]
+
+
+def sweep_table(records: Sequence[Record]) -> Table:
+    """Return the table that closes a sweep: what was swept, the numbers that matter, and how each job ended."""
+    table = Table(box=box.SIMPLE_HEAD)
+    swept = swept_names(records)
+    table.add_column("job", justify="right")
+    for name in swept:
+        table.add_column(name, justify="right")
+    for name in (
+        "l_a",
+        "l_p",
+        "rounds",
+        "prefill s",
+        "tokens/s",
+        "decode tokens/s",
+        "sent",
+        "peak",
+        "answer",
+        "status",
+    ):
+        table.add_column(name, justify="left" if name in ("answer", "status") else "right")
+    for number, record in enumerate(records):
+        overridden = [str(record["overrides"].get(name, ABSENT)) for name in swept]
+        table.add_row(str(number), *overridden, *_sweep_cells(record))
+    return table
+
+
+def swept_names(records: Sequence[Record]) -> list[str]:
+    """Return the overrides that differ between the jobs, in the order of the command line; all of them for one job."""
+    names = list(dict.fromkeys(name for record in records for name in record["overrides"]))
+    if len(records) == 1:
+        return names
+    return [name for name in names if len({str(record["overrides"].get(name)) for record in records}) > 1]
+
+
+def _sweep_cells(record: Record) -> list[str]:
+    if record["status"] != "ok":
+        return [ABSENT] * 9 + [record["status"]]
+    metrics = record["metrics"]
+    correct = record["task"]["correct"]
+    return [
+        _count(metrics["anchor_length"]),
+        _count(metrics["passing_length"]),
+        str(metrics["rounds"]),
+        f"{metrics['prefill_s']:.2f}",
+        _number(metrics["prefill_tokens_per_s"]),
+        _number(metrics["decode_tokens_per_s"]),
+        format_bytes(max(metrics["bytes_sent"])),
+        format_bytes(metrics["peak_memory_bytes"]),
+        ABSENT if correct is None else ("right" if correct else "wrong"),
+        "exact" if metrics["exact"] else record["status"],
+    ]
+
+
+def format_bytes(number: int) -> str:
+    """Return a byte count in the unit that keeps it short."""
+    amount = float(number)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.2f} GiB"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ABSENT
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}".replace(",", " ")
+
+
+def _rate(value: float | None) -> str:
+    return ABSENT if value is None else f"{_number(value)} tokens/s"

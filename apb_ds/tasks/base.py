@@ -1,0 +1,86 @@
+"""The sample, the interface of a task, and the registry of tasks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from apb_ds.config import check_choice
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document and one query, as token ids.
+
+    Attributes
+    ----------
+    document_ids : (1, n), int64, global: the same on every rank
+    query_ids : (1, q), int64, global
+    query_position : document tokens before the user's text, where the anchor embeds the query
+    max_new_tokens : how many tokens to generate at most
+    ground_truth : the answer, or None if there is none to compare with
+    stop_strings : texts that end the generation; the model's end-of-sequence tokens always do
+    random_ids : whether the ids are random, for want of a tokenizer
+    """
+
+    document_ids: Tensor
+    query_ids: Tensor
+    query_position: int
+    max_new_tokens: int
+    ground_truth: str | None = None
+    stop_strings: tuple[str, ...] = ()
+    random_ids: bool = False
+
+
+class TaskConfig(Protocol):
+    """Settings of a task: a frozen dataclass, validated when it is made, that makes the samples itself."""
+
+    name: ClassVar[str]
+
+    def samples(self, tokenizer: Any | None, vocab_size: int, seed: int) -> Iterator[Sample]:
+        """Yield the samples; without a tokenizer, of random ids below `vocab_size`. The same on every rank."""
+
+
+_TASKS: dict[str, type] = {}
+Config = TypeVar("Config", bound=type)
+
+
+def register_task(config: Config) -> Config:
+    """Class decorator: make a `TaskConfig` known by its `name`."""
+    _TASKS[config.name] = config  # type: ignore[attr-defined]
+    return config
+
+
+def task_names() -> list[str]:
+    """Return the names of all known tasks."""
+    return sorted(_TASKS)
+
+
+def build_task_config(values: dict[str, Any]) -> TaskConfig:
+    """Build the config of the task that ``values["name"]`` names; null is the default.
+
+    Raises
+    ------
+    ValueError
+        For an unknown task, an unknown key (naming the nearest), or a value out of its range.
+    """
+    values = dict(values)
+    name = values.pop("name", None)
+    check_choice("task.name", name, task_names())
+    config = _TASKS[str(name)]
+    names = [item.name for item in fields(config)]
+    for key in values:
+        check_choice("task key", key, names)
+    return config(**{key: value for key, value in values.items() if value is not None})
+
+
+def random_sample(num_tokens: int, query_tokens: int, vocab_size: int, seed: int, max_new_tokens: int) -> Sample:
+    """Return a sample of random ids, for a model without a tokenizer."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab_size, (1, num_tokens + query_tokens), generator=generator)
+    document_ids, query_ids = ids.split([num_tokens, query_tokens], dim=1)
+    return Sample(document_ids, query_ids, min(1, num_tokens), max_new_tokens, random_ids=True)

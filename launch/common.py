@@ -1,0 +1,202 @@
+"""What the launch scripts share: Hydra under a launcher, one run directory, quiet libraries, exit codes."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+sys.path.insert(0, str(ROOT))
+
+import hydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.errors import HydraException, MissingConfigException  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+
+from apb_ds.config import suggest  # noqa: E402
+
+FAILED_EXIT = 2  # bad input, or a job of a sweep that failed
+CRASH_EXIT = 1
+FIRST_RANK_GRACE_S = 10
+
+Task = Callable[[DictConfig], None]
+
+
+def rank() -> int:
+    """Return the global rank that the launcher gave this process, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def run_hydra(config_name: str, task: Task, finish: Callable[[], bool]) -> int:
+    """Run `task` once for each job that the command line asks for, and return the exit code.
+
+    Parameters
+    ----------
+    config_name : str
+        A file in configs/, without its ending.
+    task : callable
+        Takes the composed config of one job. Expected failures are its own business; what it raises is a bug.
+    finish : callable
+        Called after the last job; returns whether all went well.
+    """
+    arguments = [argument for argument in sys.argv[1:] if not _is_local_rank(argument)]
+    debug = os.environ.get("HYDRA_FULL_ERROR") == "1" or "debug=true" in (item.lower() for item in arguments)
+    if rank() > 0:
+        scratch = _private_directory()
+        arguments = _without_traces(arguments, scratch)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the process lives)
+        logging.getLogger().setLevel(logging.ERROR)
+    sys.argv = [sys.argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on; they are formatted here, once
+    _quiet_environment(debug)
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
+    def main(config: DictConfig) -> None:
+        if rank() > 0:
+            shutil.rmtree(scratch, ignore_errors=True)  # Hydra has made it; nothing is written there
+        try:
+            quiet_imports()
+            task(config)
+        except Exception:
+            # Hydra would go on with the next job of a sweep, without the ranks that did not fail.
+            print(f"[rank {rank()}] {traceback.format_exc()}", file=sys.stderr, flush=True)
+            raise SystemExit(CRASH_EXIT) from None
+
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        if debug and rank() == 0:
+            traceback.print_exc()
+        return _say_once(describe(error))
+    return 0 if finish() else _wait_for_first_rank()
+
+
+def job_of(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, str]]:
+    """Return a composed config as plain values, the job's directory on the first rank, and its overrides."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    runtime = HydraConfig.get()
+    overrides = {}
+    for override in runtime.overrides.task:
+        name, _, value = override.partition("=")
+        overrides[name.lstrip("+~")] = value
+    run_dir = Path(runtime.runtime.output_dir) if rank() == 0 else None
+    return {str(key): value for key, value in values.items()}, run_dir, overrides
+
+
+def describe(error: Exception) -> str:
+    """Return a composition error for people: what is wrong, and the nearest right name where there is one."""
+    message = str(error).strip()
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and str(cause).strip() not in message:
+        message += "\n" + str(cause).strip()
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
+        message += suggest(name, error.options or _names_in(group)).replace(" Did", "\nDid")
+    unknown = re.search(r"Key '(\w+)' is not in struct\s+full_key: ([\w.]+)", message)
+    if unknown:
+        section = unknown.group(2).rpartition(".")[0]
+        message += suggest(unknown.group(1), _keys_of(section)).replace(" Did", "\nDid")
+    return message
+
+
+def quiet_imports() -> None:
+    """Import deepspeed without what it prints, and keep its log to errors, on standard error."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        import deepspeed  # noqa: F401
+    for name in ("DeepSpeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+
+
+def _is_local_rank(argument: str) -> bool:
+    return argument.partition("=")[0] in ("--local_rank", "--local-rank")
+
+
+def _private_directory() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="apb_ds-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+def _without_traces(arguments: list[str], scratch: Path) -> list[str]:
+    """Return the arguments for a rank that leaves nothing behind: no run directory, no log files, no log output."""
+    replaced = (
+        "hydra/job_logging=",
+        "hydra/hydra_logging=",
+        "hydra.run.dir=",
+        "hydra.sweep.dir=",
+        "hydra.output_subdir=",
+    )
+    kept = [argument for argument in arguments if not argument.startswith(replaced)]
+    return [
+        *kept,
+        f"hydra.run.dir={scratch}",
+        f"hydra.sweep.dir={scratch}",
+        "hydra.output_subdir=null",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+    ]
+
+
+def _quiet_environment(debug: bool) -> None:
+    defaults = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if not debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _say_once(message: str) -> int:
+    """Print an error that every rank has, from the first one only, and return the exit code."""
+    if rank() == 0:
+        print(f"Error: {message}", file=sys.stderr, flush=True)
+    return _wait_for_first_rank()
+
+
+def _wait_for_first_rank() -> int:
+    """Return the exit code for failure; on other ranks only when the first one has had the time to speak.
+
+    A launcher ends all ranks as soon as one of them exits with an error. It does so with SIGTERM, which means here:
+    exit with the same code as the first rank.
+    """
+    if rank() > 0:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED_EXIT))
+        time.sleep(FIRST_RANK_GRACE_S)
+    return FAILED_EXIT
+
+
+def _names_in(group: str) -> list[str]:
+    return [file.stem for file in (CONFIGS / group).glob("*.yaml")]
+
+
+def _keys_of(section: str) -> list[str]:
+    """Return the keys that a section of the config has in any of its files."""
+    keys: set[str] = set()
+    for file in (CONFIGS / section.replace(".", "/")).glob("*.yaml"):
+        keys |= {str(key) for key in OmegaConf.load(file)}
+    return sorted(keys)

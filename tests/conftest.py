@@ -1,0 +1,60 @@
+"""What all tests share: the pool of ranks, and what a marked test needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+from tests.pool import Pools
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fresh-cache", action="store_true", help="convert models into a cache of this session's own")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def _missing(item: pytest.Item) -> str | None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        return "no CUDA device" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
+    if item.get_closest_marker("launcher") and shutil.which("bash") is None:
+        return "the deepspeed launcher needs bash"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        missing = _missing(item)
+        if missing:
+            item.add_marker(pytest.mark.skip(reason=f"missing: {missing}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """With ``--fresh-cache``, keep converted models away from the user's cache."""
+    if not request.config.getoption("--fresh-cache"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("APB_DS_CACHE", str(tmp_path_factory.mktemp("apb_ds_cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pools]:
+    """Ranks that the session reuses: ``pool(2).run(function, *args)``."""
+    pools = Pools()
+    yield pools
+    pools.close()

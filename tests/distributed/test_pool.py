@@ -1,0 +1,88 @@
+"""The pool of ranks does what the other tests here take for granted."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed
+
+from tests.pool import Pools, RankError, RankTimeout
+
+
+def sum_over_ranks(rank: int, world_size: int, offset: int) -> tuple[int, float, torch.Tensor]:
+    import deepspeed.comm
+
+    assert deepspeed.comm.is_initialized()
+    assert deepspeed.comm.get_world_size() == world_size
+    value = torch.tensor([float(rank + offset)])
+    deepspeed.comm.all_reduce(value)
+    return rank, value.item(), torch.full((2,), rank)
+
+
+def report_process(rank: int, world_size: int) -> tuple[int, int, str]:
+    return os.getpid(), torch.get_num_threads(), os.environ["DS_ACCELERATOR"]
+
+
+def raise_on_last_rank(rank: int, world_size: int) -> None:
+    if rank == world_size - 1:
+        raise ValueError("the last rank had enough")
+    torch.distributed.barrier()
+
+
+def raise_everywhere(rank: int, world_size: int) -> None:
+    raise ValueError(f"rank {rank} of {world_size}")
+
+
+def hang_on_first_rank(rank: int, world_size: int) -> None:
+    if rank == 0:
+        time.sleep(60)
+
+
+def die(rank: int, world_size: int) -> None:
+    if rank == 1:
+        os._exit(7)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_results_come_in_rank_order(pool: Pools, world_size: int) -> None:
+    results = pool(world_size).run(sum_over_ranks, 10)
+    total = sum(10 + rank for rank in range(world_size))
+    assert [(rank, value) for rank, value, _ in results] == [(rank, total) for rank in range(world_size)]
+    assert all(tensor.tolist() == [rank, rank] for rank, _, tensor in results)
+
+
+def test_processes_are_reused_and_take_one_thread(pool: Pools) -> None:
+    first, second = pool(2).run(report_process), pool(2).run(report_process)
+    assert first == second
+    assert {pid for pid, _, _ in first}.isdisjoint({os.getpid()})
+    assert [(threads, accelerator) for _, threads, accelerator in first] == [(1, "cpu")] * 2
+
+
+def test_an_error_brings_its_traceback_and_spares_the_next_test(pool: Pools) -> None:
+    with pytest.raises(RankError, match="the last rank had enough") as caught:
+        pool(2).run(raise_on_last_rank)
+    assert "in raise_on_last_rank" in str(caught.value)
+    assert pool(2).run(sum_over_ranks, 0)[0][1] == 1.0
+
+
+def test_every_failing_rank_is_named(pool: Pools) -> None:
+    with pytest.raises(RankError) as caught:
+        pool(2).run(raise_everywhere)
+    assert "rank 0 of 2" in str(caught.value) and "rank 1 of 2" in str(caught.value)
+
+
+def test_a_hang_fails_in_time_and_spares_the_next_test(pool: Pools) -> None:
+    started = time.monotonic()
+    with pytest.raises(RankTimeout, match=r"ranks \[0\] gave no answer") as caught:
+        pool(2).run(hang_on_first_rank, timeout=1.0)
+    assert time.monotonic() - started < 10
+    assert "in hang_on_first_rank" in str(caught.value)
+    assert pool(2).run(sum_over_ranks, 1)[1][1] == 3.0
+
+
+def test_a_dead_process_is_an_error(pool: Pools) -> None:
+    with pytest.raises(RankError, match="exit code 7"):
+        pool(2).run(die)

@@ -1,0 +1,120 @@
+"""Answers depend on H, l_a, l_p, the compressor and the model: never on W, schedule, or how the anchor is shared."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine_cases import TOLERANCE, Case
+from tests.models import build_model
+from tests.pool import Pools
+from tests.reference import reference_greedy, run_reference
+
+NUM_NEW_TOKENS = 5
+WAYS = list(itertools.product(["zigzag", "natural"], [True, False]))
+
+CASES = [
+    Case("defaults", 203, 7),
+    Case("query compressor", 203, 7, {"compressor": "query", "anchor_length": 17, "passing_length": 5}),
+    Case("keydiff, four hosts", 110, 3, {"hosts": 4, "compressor": "keydiff", "passing_length": 6}),
+    Case("random", 110, 3, {"hosts": 4, "compressor": "random", "anchor_length": 11, "passing_length": 6}),
+    Case("no anchor", 91, 5, {"anchor_length": 0, "passing_length": 4, "compressor": "knorm"}),
+    Case("anchor shorter than ranks", 91, 5, {"anchor_length": 2, "query_in_anchor": False, "compressor": "recent"}),
+    Case("nothing passed", 91, 2, {"method": "star"}),
+    Case("passing beyond the block", 91, 2, {"passing_length": 40, "anchor_length": 5}),
+    Case("fewer tokens than hosts", 5, 4, {"anchor_length": 0, "passing_length": 1}),
+    Case("fewer tokens than hosts, one of anchor", 3, 4, {"anchor_length": 1, "query_in_anchor": False}),
+    Case("exact", 60, 9),
+    Case("exact, fewer tokens than ranks", 2, 3),
+]
+
+
+def answer_all(rank: int, world_size: int, family: str) -> dict[tuple[str, str, bool], tuple[torch.Tensor, Any]]:
+    """Return ``{(case, schedule, shard_anchor): (logits, tokens)}`` as this rank got them."""
+    import apb_ds
+
+    engine = apb_ds.init_inference(build_model(family), apb_ds.APBConfig())
+    answers = {}
+    for case, (schedule, shard_anchor) in itertools.product(CASES, WAYS):
+        document, query = case.ids()
+        engine.configure(apb_ds.APBConfig(**case.given, schedule=schedule, shard_anchor=shard_anchor))
+        context = engine.prefill(document, query)
+        logits = engine.query_logits(query, context=context)
+        tokens = engine.generate(document, query, max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
+        answers[case.name, schedule, shard_anchor] = (logits, tokens.tolist())
+    return answers
+
+
+def _expected(case: Case, family: str) -> tuple[torch.Tensor, Any]:
+    model = build_model(family)
+    document, query = case.ids()
+    settings = case.reference_settings()
+    if settings.pop("method", None) == "star":
+        settings.update(anchor_length="block", passing_length=0, query_in_anchor=False)
+    logits = run_reference(model, document, query, **settings).logits
+    return logits, reference_greedy(model, document, query, NUM_NEW_TOKENS, **settings).tolist()
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, tuple[torch.Tensor, Any]]:
+    return {case.name: _expected(case, "qwen2") for case in CASES}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_answers_are_the_reference_on_every_rank(
+    pool: Pools, expected: dict[str, tuple[torch.Tensor, Any]], world_size: int
+) -> None:
+    by_rank = [answer_all(0, 1, "qwen2")] if world_size == 1 else pool(world_size).run(answer_all, "qwen2", timeout=120)
+    assert len(by_rank) == world_size
+    wrong = []
+    for rank, answers in enumerate(by_rank):
+        for (name, schedule, shard_anchor), (logits, tokens) in answers.items():
+            expected_logits, expected_tokens = expected[name]
+            difference = float((logits - expected_logits).abs().max())
+            if not difference < TOLERANCE or tokens != expected_tokens:
+                wrong.append((rank, name, schedule, shard_anchor, difference, tokens, expected_tokens))
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_ranks_hold_bit_equal_answers(pool: Pools) -> None:
+    first, *others = pool(2).run(answer_all, "llama", timeout=120)
+    for answers in others:
+        for key, (logits, tokens) in answers.items():
+            assert torch.equal(logits, first[key][0]), key
+            assert tokens == first[key][1], key
+
+
+CONVERSATION = Case("conversation", 120, 6, {"hosts": 4, "anchor_length": 14, "passing_length": 5})
+
+
+def converse(rank: int, world_size: int, family: str) -> tuple[list[Any], torch.Tensor, torch.Tensor]:
+    """Ask twice and keep both turns; return the tokens, and a third question's logits with and without the turns."""
+    import apb_ds
+
+    engine = apb_ds.init_inference(build_model(family), apb_ds.APBConfig(**CONVERSATION.given))
+    document, query = CONVERSATION.ids()
+    context = engine.prefill(document, query)
+    before = engine.query_logits(query, context=context)
+    options: dict[str, Any] = {"context": context, "append": True, "do_sample": False}
+    turns = [engine.generate(query_ids=ids, max_new_tokens=4, **options) for ids in (query, query[:, :3])]
+    after = engine.query_logits(query.flip(1), context=context)
+    return [turn.tolist() for turn in turns], before, after
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_conversation_keeps_its_turns(pool: Pools, world_size: int) -> None:
+    by_rank = [converse(0, 1, "qwen3")] if world_size == 1 else pool(world_size).run(converse, "qwen3")
+    model = build_model("qwen3")
+    document, query = CONVERSATION.ids()
+    settings = {**CONVERSATION.given, "embedded_query": query}
+    first = reference_greedy(model, document, query, 4, **settings)
+    so_far = torch.cat([query, first, query[:, :3]], dim=1)
+    second = reference_greedy(model, document, so_far, 4, **settings)
+    asked = torch.cat([so_far, second, query.flip(1)], dim=1)
+    expected = run_reference(model, document, asked, **settings).logits[:, -query.shape[1] :]
+    for turns, _, after in by_rank:
+        assert turns == [first.tolist(), second.tolist()]
+        assert float((after - expected).abs().max()) < TOLERANCE

@@ -1,0 +1,197 @@
+"""Tiny random decoders of every supported family, in float32, with attention that is far from uniform.
+
+A random transformer as it comes attends almost uniformly, and a wrong mask would hardly move its logits. So queries
+and keys are drawn large (`SHARPNESS`), norm weights and biases differ from token to token and head to head, and each
+residual branch is about as large as what it is added to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+# Larger than the documents of most tests, so that these can have distinct ids: equal tokens have keys of equal norm in
+# the first layer, and rounding alone would then decide what the knorm compressor keeps.
+VOCAB_SIZE = 512
+SHARPNESS = 1.8
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "attn_implementation": "sdpa",
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def _draw_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+        return scale * torch.randn(tensor.shape, generator=generator)
+
+    heads = model.config.num_attention_heads
+    key_heads = model.config.num_key_value_heads
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            owner = name.rsplit(".", 2)[-2]
+            if name.endswith("bias"):
+                parameter.copy_(draw(parameter, 0.3))
+            elif owner == "embed_tokens":
+                parameter.copy_(draw(parameter, 1.0))
+            elif parameter.ndim == 1:
+                sharpness = SHARPNESS if owner in ("q_norm", "k_norm") else 1.0
+                parameter.copy_(sharpness * (1.0 + draw(parameter, 0.15)))
+            else:
+                parameter.copy_(draw(parameter, parameter.shape[1] ** -0.5))
+                if owner in ("q_proj", "k_proj"):
+                    parameter.mul_(SHARPNESS)
+                elif owner == "qkv_proj":
+                    head_dim = parameter.shape[0] // (heads + 2 * key_heads)
+                    parameter[: (heads + key_heads) * head_dim].mul_(SHARPNESS)
+                elif owner == "lm_head":
+                    parameter.mul_(2.0)
+    return model.eval().requires_grad_(False)
+
+
+def _build(model_class: Callable[[Any], PreTrainedModel], config: Any, seed: int) -> PreTrainedModel:
+    state = torch.random.get_rng_state()
+    try:
+        return _draw_weights(model_class(config), seed)
+    finally:
+        torch.random.set_rng_state(state)
+
+
+def llama(seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Llama with grouped key/value heads and a default rotary embedding."""
+    return _build(LlamaForCausalLM, LlamaConfig(**{**_SHAPE, **overrides}), seed)
+
+
+def llama3_rope(seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Llama with Llama 3.1's frequency scaling, its original length short enough to matter."""
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    return llama(seed, rope_parameters=rope, **overrides)
+
+
+def dynamic_rope(seed: int = 0, max_position_embeddings: int = 64, **overrides: Any) -> PreTrainedModel:
+    """Llama whose frequencies depend on the largest position once it passes `max_position_embeddings`."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    return llama(seed, rope_parameters=rope, max_position_embeddings=max_position_embeddings, **overrides)
+
+
+def yi(seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Yi-34B-200K in small: Llama's architecture, 7 query heads to a key/value head, rotary base 5,000,000."""
+    shape = {
+        "hidden_size": 112,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 200_000,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5_000_000.0},
+    }
+    return llama(seed, **{**shape, **overrides})
+
+
+def qwen2(seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Qwen2: biases on queries, keys and values."""
+    return _build(Qwen2ForCausalLM, Qwen2Config(**{**_SHAPE, "use_sliding_window": False, **overrides}), seed)
+
+
+def qwen3(seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Qwen3: queries and keys are normalised per head, and the head's size is not hidden / heads."""
+    return _build(Qwen3ForCausalLM, Qwen3Config(**{**_SHAPE, "head_dim": 32, **overrides}), seed)
+
+
+def mistral(seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Mistral without a sliding window."""
+    return _build(MistralForCausalLM, MistralConfig(**{**_SHAPE, "sliding_window": None, **overrides}), seed)
+
+
+def phi3(seed: int = 0, original_length: int = 256, **overrides: Any) -> PreTrainedModel:
+    """Phi-3: one fused projection, and longrope whose frequencies switch when a request passes `original_length`."""
+    half = _SHAPE["hidden_size"] // _SHAPE["num_attention_heads"] // 2
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "short_factor": [1.0 + 0.1 * i for i in range(half)],
+        "long_factor": [2.0 + 1.5 * i for i in range(half)],
+        "original_max_position_embeddings": original_length,
+    }
+    config = Phi3Config(
+        **{
+            **_SHAPE,
+            "sliding_window": None,
+            "rope_parameters": rope,
+            "original_max_position_embeddings": original_length,
+            **overrides,
+        }
+    )
+    return _build(Phi3ForCausalLM, config, seed)
+
+
+def phi3_switching(seed: int = 0) -> PreTrainedModel:
+    """Phi-3 that switches within the tests' documents: early blocks alone would choose the other frequencies."""
+    return phi3(seed, original_length=40)
+
+
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": llama,
+    "llama3_rope": llama3_rope,
+    "dynamic_rope": dynamic_rope,
+    "yi": yi,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "mistral": mistral,
+    "phi3": phi3,
+    "phi3_switching": phi3_switching,
+}
+
+
+def build_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """Return a new model of `family`, a key of `FAMILIES`: equal seeds give equal weights in every process."""
+    return FAMILIES[family](seed)
+
+
+def distinct_ids(length: int, seed: int = 0) -> torch.Tensor:
+    """Return ids of shape (1, length), int64, all different as long as the vocabulary lasts."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    rounds = -(-length // VOCAB_SIZE)
+    ids = torch.cat([torch.randperm(VOCAB_SIZE, generator=generator) for _ in range(rounds)])
+    return ids[:length].unsqueeze(0)
+
+
+def request_ids(document_length: int, query_length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a document and a query of distinct ids, shapes (1, document_length) and (1, query_length)."""
+    ids = distinct_ids(document_length + query_length, seed)
+    return ids[:, :document_length], ids[:, document_length:]

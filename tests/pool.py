@@ -1,0 +1,217 @@
+"""Gloo processes that the test session starts once and reuses.
+
+The workers fork from a server that has torch, transformers and deepspeed loaded already, so a new pool costs a fraction
+of a second; gloo itself starts after the fork. They meet through a file and talk over the loopback device alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+PRELOADED = ["torch", "transformers", "deepspeed", "deepspeed.comm"]
+START_TIMEOUT_S = 120
+# Where one rank failed, the others are likely to hang in a collective: this long is given to those that also report.
+GRACE_S = 3.0
+
+
+class RankError(AssertionError):
+    """One or more ranks raised; the message holds their tracebacks."""
+
+
+class RankTimeout(AssertionError):
+    """One or more ranks did not answer in time; the message holds where they were."""
+
+
+@contextlib.contextmanager
+def _cpu_environment() -> Any:
+    """Set what the server of the workers must start with, and restore it: the session itself may use a GPU."""
+    values = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in (*values, *launcher)}
+    for name in launcher:
+        os.environ.pop(name, None)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _join_group(rank: int, world_size: int, directory: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size
+    )
+    # Deepspeed would compile its shared-memory collectives, which takes a compiler and a minute.
+    ops: Any = importlib.import_module("deepspeed.ops")
+    ops.__compatible_ops__ = {**ops.__compatible_ops__, "deepspeed_shm_comm": False}
+    importlib.import_module("apb_ds.parallel.groups").deepspeed_comm_ready()
+
+
+def _serve(connection: Connection, rank: int, world_size: int, directory: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    log = os.open(f"{directory}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.register(signal.SIGUSR1, file=log)
+    reply: tuple[str, Any]
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except (EOFError, ConnectionResetError):
+            return
+        try:
+            path, request = pickle.loads(message)
+            sys.path[:] = path
+            function, args = pickle.loads(request)
+            reply = ("result", function(rank, world_size, *args))
+            answer = pickle.dumps(reply)
+        except BaseException:
+            answer = pickle.dumps(("error", traceback.format_exc()))
+        connection.send_bytes(answer)
+
+
+class Pool:
+    """`world_size` ranks with torch.distributed and deepspeed.comm initialised, started at the first `run`."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self._workers: list[tuple[Any, Connection]] = []
+        self._directory = ""
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+        """Call ``function(rank, world_size, *args)`` on every rank and return the results in rank order.
+
+        Parameters
+        ----------
+        function : importable by name (not a closure), its results picklable
+        timeout : float, seconds until the ranks are killed
+
+        Raises
+        ------
+        RankError
+            With the remote tracebacks. The next `run` has new ranks.
+        RankTimeout
+            With the stacks of the ranks that gave no answer. The next `run` has new ranks.
+        """
+        if not self._workers:
+            self._start()
+        try:
+            return self._call(function, args, timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Kill the ranks; `run` starts new ones."""
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        self._workers = []
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = ""
+
+    def _start(self) -> None:
+        self._directory = tempfile.mkdtemp(prefix="apb_pool_")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        with _cpu_environment():
+            for rank in range(self.world_size):
+                here, there = context.Pipe()
+                process = context.Process(
+                    target=_serve, args=(there, rank, self.world_size, self._directory), daemon=True
+                )
+                process.start()
+                there.close()
+                self._workers.append((process, here))
+        try:
+            self._call(_join_group, (self._directory,), START_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        message = pickle.dumps((sys.path, pickle.dumps((function, args))))
+        for _, connection in self._workers:
+            connection.send_bytes(message)
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) + len(errors) < self.world_size:
+            waiting = {
+                connection: rank
+                for rank, (_, connection) in enumerate(self._workers)
+                if rank not in results and rank not in errors
+            }
+            for ready in wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
+                rank = waiting[ready]  # type: ignore[index]
+                kind, value = self._receive(rank)
+                (results if kind == "result" else errors)[rank] = value
+                if kind == "error":
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+            if time.monotonic() >= deadline:
+                break
+        silent = [rank for rank in range(self.world_size) if rank not in results and rank not in errors]
+        if errors:
+            also = f"\nRanks {silent} then gave no answer." if silent else ""
+            raise RankError("".join(f"\n--- rank {rank} ---\n{errors[rank]}" for rank in sorted(errors)) + also)
+        if silent:
+            raise RankTimeout(f"ranks {silent} gave no answer in {timeout} s{self._stacks(silent)}")
+        return [results[rank] for rank in range(self.world_size)]
+
+    def _receive(self, rank: int) -> tuple[str, Any]:
+        process, connection = self._workers[rank]
+        try:
+            return pickle.loads(connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            process.join(1)
+            return "error", f"the process died, exit code {process.exitcode}{self._log(rank)}"
+
+    def _stacks(self, ranks: list[int]) -> str:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._workers[rank][0].pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        return "".join(self._log(rank) for rank in ranks)
+
+    def _log(self, rank: int) -> str:
+        path = Path(self._directory) / f"rank{rank}.log"
+        text = path.read_text(errors="replace")[-4000:] if path.exists() else ""
+        return f"\n--- output of rank {rank} ---\n{text}"
+
+
+class Pools:
+    """The session's pools by number of ranks: ``pools(2).run(function, ...)``."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
+
+    def __call__(self, world_size: int) -> Pool:
+        return self._pools.setdefault(world_size, Pool(world_size))
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
