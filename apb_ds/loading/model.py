@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import time
@@ -77,10 +78,9 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Loade
     ValueError
         If anything is not found (saying where it looked), weights do not fit the config, or a field is unknown.
     """
-    import transformers
-
-    # Lazy imports inside transformers are not loading: have them done before the clock starts.
-    _ = (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+    # What transformers imports on first use is not loading: have it done before the clock starts.
+    for module in ("modeling_utils", "activations", "generation", "models.auto"):
+        importlib.import_module(f"transformers.{module}")
     device = device or choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     start = time.perf_counter()
@@ -101,7 +101,7 @@ def _read_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     options: dict[str, Any] = {}
     if device.type == "cuda" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # tensor by tensor to the device, with no copy of the model on the host
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         config=model_config,
         dtype=dtype,
@@ -110,6 +110,7 @@ def _read_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
         output_loading_info=True,
         **options,
     )
+    model, info = loaded
     _check_keys(config.path, info)
     tokenizer = _read_tokenizer(config.tokenizer, directory, config)
     return model.to(device), tokenizer, f"{config.path} ({directory})"
@@ -200,9 +201,9 @@ def _read_tokenizer(path: str | None, directory: Path, config: ModelConfig) -> A
     place = directory if path is None else find_model(path, weights=False)
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError) as error:  # with a page of advice below the first line
         raise ValueError(
-            f"no tokenizer in {place} ({type(error).__name__}: {error}); set model.tokenizer to where it is."
+            f"no tokenizer in {place} ({str(error).strip().splitlines()[0]}); set model.tokenizer to where it is."
         ) from error
 
 

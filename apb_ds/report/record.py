@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from apb_ds import __version__
+
 RECORD_NAME = "record.json"
 PACKAGES = ("torch", "transformers", "deepspeed", "hydra-core", "omegaconf")
 GIT_TIMEOUT_S = 10
@@ -24,9 +26,7 @@ def environment(device: Any) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Return the versions of Python, apb_ds and the libraries it stands on; None for what is not installed."""
-    import apb_ds
-
-    found: dict[str, str | None] = {"python": platform.python_version(), "apb_ds": apb_ds.__version__}
+    found: dict[str, str | None] = {"python": platform.python_version(), "apb_ds": __version__}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

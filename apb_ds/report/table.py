@@ -37,8 +37,11 @@ def job_table(record: Record) -> Table:
 def title(record: Record) -> str:
     """Return what ran, in a few words."""
     method = record["settings"]["method"]
+    model = record["model"]["config"]
+    dummy = " (random weights)" if model["path"] and model["load_format"] == "dummy" else ""
     exact = ", exact" if record["metrics"]["exact"] else ""
-    return f"{record['model']['source']}: {method['method']}, {method['compressor']}{exact}"
+    name = model["path"] or record["model"]["source"]
+    return f"{name}{dummy}: {method['method']}, {method['compressor']}{exact}"
 
 
 def _rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
@@ -60,11 +63,11 @@ def _rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
 
 def sweep_table(records: Sequence[Record]) -> Table:
     """Return the table that closes a sweep: what was swept, the numbers that matter, and how each job ended."""
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     swept = swept_names(records)
     table.add_column("job", justify="right")
-    for name in swept:
-        table.add_column(name, justify="right")
+    for name in short_names(swept):
+        table.add_column(name, justify="right", no_wrap=True)
     for name in (
         "l_a",
         "l_p",
@@ -77,7 +80,8 @@ def sweep_table(records: Sequence[Record]) -> Table:
         "answer",
         "status",
     ):
-        table.add_column(name, justify="left" if name in ("answer", "status") else "right")
+        left = name in ("answer", "status")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name in ("sent", "peak"))
     for number, record in enumerate(records):
         overridden = [str(record["overrides"].get(name, ABSENT)) for name in swept]
         table.add_row(str(number), *overridden, *_sweep_cells(record))
@@ -90,6 +94,12 @@ def swept_names(records: Sequence[Record]) -> list[str]:
     if len(records) == 1:
         return names
     return [name for name in names if len({str(record["overrides"].get(name)) for record in records}) > 1]
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return the last part of each config path, or all of it where two would look alike."""
+    last = [path.rpartition(".")[2] for path in paths]
+    return [short if last.count(short) == 1 else path for short, path in zip(last, paths, strict=True)]
 
 
 def _sweep_cells(record: Record) -> list[str]:

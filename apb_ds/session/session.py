@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import sys
 import time
 import traceback
@@ -131,7 +133,8 @@ class Session:
 
     def _serve(self, job: Job, settings: Settings) -> dict[str, Any]:
         if self.group is None:
-            self.group = world_group(settings.timeout_s)
+            with contextlib.redirect_stdout(io.StringIO()):  # deepspeed tells here what it has compiled
+                self.group = world_group(settings.timeout_s)
         group = self.group
         loaded = self._in_step(job, lambda: self._model(settings.model))
         sample, method = self._in_step(job, lambda: self._prepare(settings, loaded))
@@ -164,7 +167,7 @@ class Session:
 
     def _prepare(self, settings: Settings, loaded: LoadedModel) -> tuple[Sample, APBConfig]:
         """Make the sample, check that its lengths fit the settings, and have the engine ready for them."""
-        import apb_ds
+        from apb_ds.engine import init_inference  # brings deepspeed along
 
         assert self.group is not None
         vocabulary = loaded.model.get_input_embeddings().num_embeddings
@@ -172,7 +175,7 @@ class Session:
         method = settings.method_for(sample.query_position)
         plan_request(method, sample.document_ids.shape[1], sample.query_ids.shape[1], self.group.world_size)
         if self._engine is None:
-            self._engine = apb_ds.init_inference(loaded.model, method, group=self.group, timeout_s=settings.timeout_s)
+            self._engine = init_inference(loaded.model, method, group=self.group, timeout_s=settings.timeout_s)
         else:
             self._engine.configure(method)
         return sample, method
