@@ -275,10 +275,10 @@ def check_positions(model: PreTrainedModel, num_positions: int) -> None:
     """
     config: Any = model.config
     layer_types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
+    window: int | None = getattr(config, "sliding_window", None)
     for layer_idx, module in sorted(attention_modules(model).items()):
-        slides = window is not None and (layer_types is None or layer_types[layer_idx] == "sliding_attention")
-        if slides and window < num_positions:
+        slides = layer_types is None or layer_types[layer_idx] == "sliding_attention"
+        if slides and window is not None and window < num_positions:
             raise ValueError(
                 f"layer {layer_idx} ({type(module).__name__}) attends within a window of sliding_window={window} "
                 f"tokens, shorter than the {num_positions} positions of this request; APB serves full attention."

@@ -88,6 +88,19 @@ def sweep_table(records: Sequence[Record]) -> Table:
     return table
 
 
+def bench_table(record: Record) -> Table:
+    """Return the table of a benchmark: prefill of each method on the same document."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"prefill of {_count(record['document_tokens'])} tokens")
+    for name in ("method", "median s", "min s", "max s", "tokens/s", "peak"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for method, numbers in record["methods"].items():
+        times = [f"{numbers[name]:.2f}" for name in ("median_s", "min_s", "max_s")]
+        table.add_row(method, *times, _number(numbers["tokens_per_s"]), format_bytes(numbers["peak_memory_bytes"]))
+    if record["speedup"] is not None:
+        table.caption = f"dense over apb: {record['speedup']:.2f}x"
+    return table
+
+
 def swept_names(records: Sequence[Record]) -> list[str]:
     """Return the overrides that differ between the jobs, in the order of the command line; all of them for one job."""
     names = list(dict.fromkeys(name for record in records for name in record["overrides"]))

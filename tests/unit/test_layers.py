@@ -30,6 +30,7 @@ LAYERS = (
     "tasks",
     "report",
     "session",
+    "bench",
 )
 # Who may import what: everywhere else these are violations.
 ONLY_IN = {"deepspeed.comm": ("parallel",)}
