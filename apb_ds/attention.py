@@ -100,6 +100,7 @@ class APBAttention(nn.Module):
         if phase is Phase.PREFILL:
             if state is None:
                 raise ValueError("phase=PREFILL needs state=PrefillState(plan, cache, rank).")
+            _check_tokens(state, query, key)
             return prefill(tools, state, layer_idx, query, key, value, scale)
         kernel = kernels.decode if phase is Phase.DECODE else kernels.prefill
         return attend_shards(tools, kernel, query, key, value, scale)
@@ -111,10 +112,19 @@ class APBAttention(nn.Module):
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.dim() != 4 or query.shape[0] != 1:
         raise ValueError(f"query must be (1, heads, tokens, head_dim), got {tuple(query.shape)}.")
-    if key.shape != value.shape or key.dim() != 4 or key.shape[-1] != query.shape[-1]:
+    if key.shape != value.shape or key.dim() != 4 or key.shape[0] != 1 or key.shape[-1] != query.shape[-1]:
         raise ValueError(
             f"key and value must both be (1, kv_heads, keys, {query.shape[-1]}), "
             f"got {tuple(key.shape)} and {tuple(value.shape)}."
         )
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads must be a multiple of {key.shape[1]} KV heads.")
+
+
+def _check_tokens(state: PrefillState, query: Tensor, key: Tensor) -> None:
+    expected = state.plan.num_forward_tokens(state.rank, state.round_index)
+    if query.shape[2] != expected or key.shape[2] != expected:
+        raise ValueError(
+            f"rank {state.rank} has {expected} tokens in round {state.round_index} (its share of the anchor, then the "
+            f"block), got {query.shape[2]} queries and {key.shape[2]} keys."
+        )

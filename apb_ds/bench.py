@@ -123,7 +123,7 @@ def _record(
     peaks: dict[str, int],
 ) -> dict[str, Any]:
     num_tokens = sample.document_ids.shape[1]
-    methods = {
+    methods: dict[str, dict[str, Any]] = {
         method: {
             "prefill_s": seconds,
             "median_s": statistics.median(seconds),

@@ -19,7 +19,13 @@ from apb_ds.attention import APBAttention, Phase
 from apb_ds.cache import ShardedCache
 from apb_ds.config import APBConfig
 from apb_ds.context import Context
-from apb_ds.generation import LockstepDecoder, RequestStats, check_generate_arguments, count_new_tokens
+from apb_ds.generation import (
+    LockstepDecoder,
+    RequestStats,
+    check_generate_arguments,
+    count_new_tokens,
+    with_stop_strings,
+)
 from apb_ds.hf import (
     PrefillComplete,
     apb_attention,
@@ -300,6 +306,7 @@ class APBEngine(InferenceEngine):
         before = context.num_cached
         prompt = torch.cat([context.token_ids, query_ids], dim=-1)
         arguments = {name: value for name, value in arguments.items() if name not in ("max_length", "max_new_tokens")}
+        arguments = with_stop_strings(self.module, arguments)
         streamer = arguments.pop("streamer", None)
         kept = False
         try:
@@ -477,6 +484,8 @@ def attach(engine: InferenceEngine, config: APBConfig | None = None, *, mpu: Any
         raise ValueError(f"engine={type(engine).__name__} must be a deepspeed.InferenceEngine.")
     if isinstance(engine, APBEngine):
         raise ValueError("engine is an APBEngine already; change its settings with engine.configure(config).")
+    if isinstance(getattr(engine.__dict__.get("generate"), "__self__", None), APBEngine):
+        raise ValueError("engine has APB attached already; detach that first, or use its configure(config).")
     settings = engine._config
     if settings.tensor_parallel.tp_size > 1:
         raise ValueError(f"tp_size={settings.tensor_parallel.tp_size} is not supported; use tp_size=1.")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
 from apb_ds.attention import Phase
 from apb_ds.hf import ActiveCall
@@ -63,9 +63,8 @@ FIXED_ARGUMENTS = ("assistant_model", "past_key_values", "custom_generate", "syn
 
 def check_generate_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """Raise ValueError for what `generate` would accept and the engine cannot do."""
-    config = arguments.get("generation_config") or model.generation_config
     for name, allowed in FIXED_SETTINGS.items():
-        value = arguments.get(name, getattr(config, name, allowed))
+        value = _setting(model, arguments, name)
         if value is not None and value != allowed:
             raise ValueError(
                 f"{name}={value!r} is not supported: the engine decodes one sequence with {name}={allowed}."
@@ -73,17 +72,34 @@ def check_generate_arguments(model: PreTrainedModel, arguments: dict[str, Any]) 
     for name in FIXED_ARGUMENTS:
         if arguments.get(name) is not None:
             raise ValueError(f"{name} is not supported: the engine sets it itself, or decodes without it.")
-    if arguments.get("stop_strings") is not None and arguments.get("tokenizer") is None:
+    if _setting(model, arguments, "stop_strings") is not None and arguments.get("tokenizer") is None:
         raise ValueError("stop_strings needs tokenizer=..., so that text can be compared.")
+
+
+def _setting(model: PreTrainedModel, arguments: dict[str, Any], name: str) -> Any:
+    """Return a setting as `generate` resolves it: what a given generation_config leaves open is the model's."""
+    if arguments.get(name) is not None:
+        return arguments[name]
+    configs = (arguments.get("generation_config"), model.generation_config)
+    return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+
+
+def with_stop_strings(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Turn stop strings into a stopping criterion: `generate` loses the tokenizer when it is given a decoding loop."""
+    stop_strings = _setting(model, arguments, "stop_strings")
+    if stop_strings is None:
+        return arguments
+    criterion = StopStringCriteria(arguments["tokenizer"], stop_strings)
+    criteria = StoppingCriteriaList([*(arguments.get("stopping_criteria") or ()), criterion])
+    return {**arguments, "stop_strings": None, "stopping_criteria": criteria}
 
 
 def count_new_tokens(model: PreTrainedModel, max_new_tokens: int | None, arguments: dict[str, Any], known: int) -> int:
     """Return how many tokens may be generated after `known` ones, as `generate` will understand its arguments."""
-    config: GenerationConfig | None = arguments.get("generation_config") or model.generation_config
     if max_new_tokens is None:
-        max_new_tokens = arguments.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
+        max_new_tokens = _setting(model, arguments, "max_new_tokens")
     if max_new_tokens is None:
-        max_length = arguments.get("max_length") or getattr(config, "max_length", None)
+        max_length = _setting(model, arguments, "max_length")
         max_new_tokens = max_length - known if max_length is not None else DEFAULT_NEW_TOKENS
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer of at least 1.")
@@ -122,8 +138,6 @@ class LockstepDecoder:
     ) -> Tensor:
         """Generate until a criterion says stop. Returns all ids, (1, tokens + new_tokens)."""
         cache = model_kwargs["past_key_values"]
-        if self.streamer is not None:
-            self.streamer.put(input_ids.cpu())
         fed = cache.get_seq_length()
         verdict = _Verdict.GO_ON
         began = time.perf_counter()
@@ -134,8 +148,6 @@ class LockstepDecoder:
             input_ids = torch.cat([input_ids, token], dim=-1)
             began = self._clock(began)
             self.call.phase = Phase.DECODE
-        if self.streamer is not None:
-            self.streamer.end()
         return input_ids
 
     def _forward(self, model: PreTrainedModel, input_ids: Tensor, fed: int, cache: Any) -> Tensor:
@@ -174,6 +186,8 @@ class LockstepDecoder:
     def _decide(
         self, input_ids: Tensor, logits: Tensor, processors: Any, criteria: Any, config: GenerationConfig
     ) -> tuple[int, int]:
+        if self.streamer is not None and self.call.phase is Phase.QUERY:
+            self.streamer.put(input_ids.cpu())
         scores = processors(input_ids, logits)
         if config.do_sample:
             token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
@@ -182,6 +196,8 @@ class LockstepDecoder:
         if self.streamer is not None:
             self.streamer.put(token.view(-1).cpu())
         stop = bool(criteria(torch.cat([input_ids, token], dim=-1), scores).all())
+        if stop and self.streamer is not None:
+            self.streamer.end()
         return int(token), int(_Verdict.STOP if stop else _Verdict.GO_ON)
 
     def _clock(self, began: float) -> float:

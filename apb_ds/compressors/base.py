@@ -84,7 +84,7 @@ class Compressor:
 
 
 def max_pool(scores: Tensor, width: int = 5) -> Tensor:
-    """Replace each score by the maximum of its neighbourhood: (kv_heads, tokens), stride 1, nothing beyond the edges."""
+    """Replace each score, (kv_heads, tokens), by the maximum of its neighbourhood; beyond the edges is nothing."""
     return F.max_pool1d(scores.unsqueeze(0), width, stride=1, padding=width // 2).squeeze(0)
 
 
@@ -102,8 +102,9 @@ def attention_mass(queries: Tensor, keys: Tensor, scale: float, num_hidden: Tens
     (kv_heads, heads per KV head, queries, tokens), float32
     """
     kv_heads, tokens = keys.shape[1:3]
-    grouped = queries[0].unflatten(0, (kv_heads, -1)).float()
-    logits = grouped @ keys[0].float().unsqueeze(1).transpose(-1, -2) * scale
+    grouped = queries[0].unflatten(0, (kv_heads, -1)).float() * scale
+    # One matrix product per KV head for all queries of its group, so that keys are not copied per head.
+    logits = (grouped.flatten(1, 2) @ keys[0].float().transpose(-1, -2)).unflatten(1, grouped.shape[1:3])
     if num_hidden is not None:
         visible = tokens - num_hidden
         positions = torch.arange(tokens, device=keys.device)

@@ -1,0 +1,159 @@
+"""What `APBConfig` accepts, fills in and refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from apb_ds.config import APBConfig, check_choice, suggest
+
+DEFAULTS = {
+    "method": "apb",
+    "hosts": 8,
+    "anchor_length": None,
+    "passing_length": None,
+    "compression_ratio": None,
+    "compressor": "window",
+    "query_in_anchor": True,
+    "query_position": 1,
+    "schedule": "zigzag",
+    "shard_anchor": True,
+    "seed": 0,
+    "kernel": "auto",
+}
+
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
+    # given, what the message must hold: field, value, what is allowed, the nearest name
+    ({"method": "abp"}, ["method", "'abp'", "apb, star", "Did you mean 'apb'?"]),
+    ({"method": "ringg"}, ["method", "'ringg'", "apb, star"]),
+    ({"hosts": 0}, ["hosts", "0", "at least 1"]),
+    ({"hosts": -8}, ["hosts", "-8", "at least 1"]),
+    ({"hosts": 2.0}, ["hosts", "2.0", "integer"]),
+    ({"hosts": "8"}, ["hosts", "'8'", "integer"]),
+    ({"hosts": True}, ["hosts", "True", "integer"]),
+    ({"anchor_length": -1}, ["anchor_length", "-1", "at least 0"]),
+    ({"anchor_length": 0.5}, ["anchor_length", "0.5", "integer"]),
+    ({"anchor_length": False}, ["anchor_length", "False", "integer"]),
+    ({"anchor_length": "blok"}, ["anchor_length", "'blok'", "block", "Did you mean 'block'?"]),
+    ({"passing_length": -1}, ["passing_length", "-1", "at least 0"]),
+    ({"passing_length": "block"}, ["passing_length", "'block'", "integer"]),
+    ({"passing_length": 1.5}, ["passing_length", "1.5", "integer"]),
+    ({"compression_ratio": 0.99}, ["compression_ratio", "0.99", "at least 1"]),
+    ({"compression_ratio": 0}, ["compression_ratio", "0", "at least 1"]),
+    ({"compression_ratio": "8"}, ["compression_ratio", "'8'", "number"]),
+    ({"compression_ratio": True}, ["compression_ratio", "True", "number"]),
+    ({"compression_ratio": float("nan")}, ["compression_ratio", "nan", "number"]),
+    ({"compression_ratio": float("inf")}, ["compression_ratio", "inf", "number"]),
+    ({"passing_length": 4, "compression_ratio": 8}, ["passing_length=4", "compression_ratio=8", "one of them"]),
+    ({"passing_length": 0, "compression_ratio": 8}, ["passing_length=0", "compression_ratio=8", "one of them"]),
+    ({"compressor": 3}, ["compressor", "3", "name"]),
+    ({"kernel": 3}, ["kernel", "3", "name"]),
+    ({"query_in_anchor": 1}, ["query_in_anchor", "1", "true or false"]),
+    ({"query_in_anchor": "yes"}, ["query_in_anchor", "'yes'", "true or false"]),
+    ({"shard_anchor": 0}, ["shard_anchor", "0", "true or false"]),
+    ({"query_position": -1}, ["query_position", "-1", "at least 0"]),
+    ({"query_position": 1.0}, ["query_position", "1.0", "integer"]),
+    ({"schedule": "zigzga"}, ["schedule", "'zigzga'", "zigzag, natural", "Did you mean 'zigzag'?"]),
+    ({"seed": -1}, ["seed", "-1", "at least 0"]),
+    ({"seed": "0"}, ["seed", "'0'", "integer"]),
+]
+
+
+@pytest.mark.parametrize("given, named", REFUSED, ids=lambda value: str(value) if isinstance(value, dict) else "")
+def test_errors_name_field_value_and_what_is_allowed(given: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        APBConfig(**given)
+    assert all(words in str(caught.value) for words in named), str(caught.value)
+
+
+def test_every_field_is_refused_somewhere() -> None:
+    refused = {name for given, _ in REFUSED for name in given}
+    assert refused == {field.name for field in dataclasses.fields(APBConfig)}
+
+
+@pytest.mark.parametrize("given", [{}, dict.fromkeys(DEFAULTS)], ids=["nothing given", "all None"])
+def test_none_means_the_default(given: dict[str, Any]) -> None:
+    assert dataclasses.asdict(APBConfig(**given)) == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"hosts": 1},
+        {"anchor_length": 0},
+        {"anchor_length": "block"},
+        {"passing_length": 0},
+        {"compression_ratio": 1},
+        {"compression_ratio": 2.5},
+        {"query_in_anchor": False},
+        {"query_position": 0},
+        {"schedule": "natural"},
+        {"shard_anchor": False},
+        {"seed": 7},
+    ],
+    ids=str,
+)
+def test_a_value_given_is_kept(given: dict[str, Any]) -> None:
+    assert dataclasses.asdict(APBConfig(**given)) == {**DEFAULTS, **given}
+
+
+STAR = {**DEFAULTS, "method": "star", "anchor_length": "block", "passing_length": 0, "query_in_anchor": False}
+
+
+@pytest.mark.parametrize(
+    "given, changed",
+    [
+        ({}, {}),
+        ({"anchor_length": 0}, {"anchor_length": 0}),
+        ({"anchor_length": 12}, {"anchor_length": 12}),
+        ({"passing_length": 3}, {"passing_length": 3}),
+        ({"compression_ratio": 4}, {"compression_ratio": 4, "passing_length": None}),
+        ({"query_in_anchor": True}, {"query_in_anchor": True}),
+    ],
+    ids=str,
+)
+def test_star_is_a_preset_and_each_part_of_it_can_be_set(given: dict[str, Any], changed: dict[str, Any]) -> None:
+    assert dataclasses.asdict(APBConfig(method="star", **given)) == {**STAR, **changed}
+
+
+def test_settings_are_frozen_and_compare_by_value() -> None:
+    config = APBConfig(hosts=4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.hosts = 8  # type: ignore[misc]
+    assert config == APBConfig(hosts=4, seed=0) and hash(config) == hash(APBConfig(hosts=4, seed=0))
+    assert dataclasses.replace(config, hosts=2) == APBConfig(hosts=2)
+
+
+def test_star_survives_a_replace() -> None:
+    star = APBConfig(method="star")
+    assert dataclasses.replace(star, query_position=24) == APBConfig(method="star", query_position=24)
+
+
+def test_from_dict() -> None:
+    assert APBConfig.from_dict({"hosts": 4, "seed": None}) == APBConfig(hosts=4)
+    with pytest.raises(ValueError) as caught:
+        APBConfig.from_dict({"hosts": 4, "anchor_lenght": 3})
+    message = str(caught.value)
+    assert all(words in message for words in ("method key", "'anchor_lenght'", "Did you mean 'anchor_length'?", "seed"))
+    with pytest.raises(ValueError, match=r"bench\.apb key"):
+        APBConfig.from_dict({"host": 4}, where="bench.apb")
+
+
+def test_a_name_far_from_all_others_gets_no_suggestion() -> None:
+    assert suggest("qqq", ["window", "random"]) == ""
+    with pytest.raises(ValueError, match=r"use one of window, random\.$"):
+        check_choice("compressor", "qqq", ["window", "random"])
+
+
+def test_settings_and_plans_need_no_torch() -> None:
+    code = (
+        "import sys, apb_ds, apb_ds.config, apb_ds.plan\n"
+        "apb_ds.plan_request(apb_ds.APBConfig(), 1000, 5)\n"
+        "print(sorted({'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")

@@ -1,0 +1,283 @@
+"""Attention kernels: their numbers on CPU, the choice among them, and the adapters of packages that are not here."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from apb_ds.ops import kernels
+from apb_ds.ops.kernels import KERNELS, check_kernel_name, choose_kernels, flash_attn
+from apb_ds.ops.kernels.base import Kernel
+from apb_ds.ops.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
+from apb_ds.ops.kernels.reference import ReferenceKernel
+from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel
+from tests.kernel_cases import OUTPUT_TOLERANCE, SHAPES, Shape, call_reference, check_kernel
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+ON_CPU = [ReferenceKernel, CPUFlashKernel]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", ON_CPU)
+def test_numbers(kernel: type[Kernel], dtype: torch.dtype, shape: Shape) -> None:
+    check_kernel(kernel(), shape.draw(dtype), shape.causal, shape.head_dim**-0.5)
+
+
+@pytest.mark.parametrize("kernel", ON_CPU)
+def test_the_scale_is_the_callers(kernel: type[Kernel]) -> None:
+    shape = SHAPES[1]
+    check_kernel(kernel(), shape.draw(torch.float32), shape.causal, 0.3)
+
+
+@pytest.mark.parametrize("kernel", ON_CPU)
+@pytest.mark.parametrize("causal", [True, False])
+def test_strided_and_sliced_inputs(kernel: type[Kernel], causal: bool) -> None:
+    """As they come: heads and tokens transposed by the projection, tokens sliced from a block or a cache buffer."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 50, 6, 64, generator=generator).transpose(1, 2)[:, :, 7:40]
+    key, value = torch.randn(2, 1, 2, 90, 64, generator=generator)[:, :, :, 20:53]
+    assert not (query.is_contiguous() or key.is_contiguous() or value.is_contiguous())
+    check_kernel(kernel(), (query, key, value), causal, 0.125)
+
+
+def test_the_reference_is_attention_written_out() -> None:
+    query, key, value = Shape("", 4, 2, 5, 5, True, 8).draw(torch.float64)
+    output, lse = ReferenceKernel()(query, key, value, True, 0.4)
+    for head in range(4):
+        for token in range(5):
+            logits = torch.stack([query[0, head, token] @ key[0, head // 2, other] for other in range(token + 1)]) * 0.4
+            weights = logits.exp() / logits.exp().sum()
+            expected = sum(weights[other] * value[0, head // 2, other] for other in range(token + 1))
+            torch.testing.assert_close(output[0, head, token], expected)
+            torch.testing.assert_close(lse[0, head, token].double(), logits.exp().sum().log(), rtol=0, atol=1e-6)
+
+
+def test_one_key_more_would_be_noticed() -> None:
+    query, key, value = SHAPES[0].draw(torch.bfloat16)
+    good = call_reference(query, key, value, False, 0.125)[0]
+    fewer = call_reference(query, key[:, :, 1:], value[:, :, 1:], False, 0.125)[0]
+    assert float((good - fewer).abs().max()) > 5 * OUTPUT_TOLERANCE[torch.bfloat16]
+
+
+# --- choosing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretend that flash-attn packages are installed, and which CUDA capability there is."""
+
+    def pretend(flash_attn2: bool = False, flash_attn3: bool = False, capability: tuple[int, int] = (9, 0)) -> None:
+        monkeypatch.setattr(FlashAttn2Kernel, "is_installed", classmethod(lambda cls: flash_attn2))
+        monkeypatch.setattr(FlashAttn3Kernel, "is_installed", classmethod(lambda cls: flash_attn3))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    return pretend
+
+
+def test_auto_on_cpu() -> None:
+    for dtype in DTYPES:
+        assert choose_kernels("auto", CPU, dtype, 64).names == {"prefill": "cpu_flash", "decode": "cpu_flash"}
+    assert choose_kernels("auto", torch.device("meta"), torch.float32, 64).names["prefill"] == "reference"
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "installed, capability, dtype, head_dim, prefill, decode",
+    [
+        ((False, False), (9, 0), BF16, 128, "torch_cudnn", "torch_flash"),
+        ((True, False), (9, 0), BF16, 128, "torch_cudnn", "torch_flash"),
+        ((True, True), (9, 0), BF16, 128, "flash_attn3", "torch_flash"),
+        ((False, True), (9, 0), BF16, 128, "flash_attn3", "torch_flash"),
+        ((True, True), (9, 0), FP16, 128, "torch_cudnn", "torch_flash"),
+        ((True, True), (8, 0), BF16, 128, "torch_cudnn", "torch_flash"),
+        ((True, True), (10, 0), BF16, 128, "torch_cudnn", "torch_flash"),
+        ((True, False), (9, 0), BF16, 256, "flash_attn2", "torch_flash"),
+        ((False, False), (9, 0), BF16, 256, "torch_flash", "torch_flash"),
+        ((False, False), (9, 0), BF16, 100, "torch_efficient", "torch_efficient"),
+        ((True, True), (9, 0), FP32, 128, "torch_efficient", "torch_efficient"),
+        ((True, True), (9, 0), torch.float64, 128, "reference", "reference"),
+    ],
+)
+def test_auto_on_cuda(
+    fake: Callable[..., None],
+    installed: tuple[bool, bool],
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    prefill: str,
+    decode: str,
+) -> None:
+    fake(*installed, capability)
+    assert choose_kernels("auto", CUDA, dtype, head_dim).names == {"prefill": prefill, "decode": decode}
+
+
+def test_by_name() -> None:
+    choice = choose_kernels("reference", CPU, torch.float32, 64)
+    assert choice.names == {"prefill": "reference", "decode": "reference"}
+    assert set(KERNELS) == {
+        "reference", "cpu_flash", "torch_cudnn", "torch_flash", "torch_efficient", "flash_attn2", "flash_attn3",
+    }  # fmt: skip
+    assert all(KERNELS[name].name == name for name in KERNELS)
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(ValueError) as caught:
+        choose_kernels("cpu_flsh", CPU, torch.float32, 64)
+    message = str(caught.value)
+    assert "kernel='cpu_flsh'" in message and "Did you mean 'cpu_flash'?" in message
+    assert all(name in message for name in ("auto", *KERNELS))
+
+
+@pytest.mark.parametrize(
+    "name, package, extra",
+    [("flash_attn2", "flash_attn", "apb_ds[flash]"), ("flash_attn3", "flash_attn_interface", "fa3-fwd")],
+)
+def test_a_kernel_that_is_not_installed(fake: Callable[..., None], name: str, package: str, extra: str) -> None:
+    fake()
+    for ask in (lambda: check_kernel_name(name), lambda: choose_kernels(name, CPU, torch.float32, 64)):
+        with pytest.raises(RuntimeError) as caught:
+            ask()
+        assert f"kernel={name!r}" in str(caught.value) and package in str(caught.value) and extra in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, device, dtype, head_dim, capability, reason",
+    [
+        ("torch_flash", CPU, BF16, 64, (9, 0), "runs on cuda, not on cpu"),
+        ("flash_attn2", CPU, BF16, 64, (9, 0), "runs on cuda, not on cpu"),
+        ("cpu_flash", CUDA, FP32, 64, (9, 0), "runs on cpu, not on cuda"),
+        ("torch_cudnn", CUDA, FP32, 64, (9, 0), "not torch.float32"),
+        ("flash_attn2", CUDA, FP32, 64, (9, 0), "not torch.float32"),
+        ("flash_attn3", CUDA, FP16, 64, (9, 0), "not torch.float16"),
+        ("torch_cudnn", CUDA, BF16, 256, (9, 0), "up to 128"),
+        ("torch_flash", CUDA, BF16, 100, (9, 0), "steps of 8, not 100"),
+        ("flash_attn3", CUDA, BF16, 128, (8, 0), "Hopper"),
+    ],
+)
+def test_a_kernel_that_does_not_fit(
+    fake: Callable[..., None],
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: tuple[int, int],
+    reason: str,
+) -> None:
+    fake(True, True, capability)
+    with pytest.raises(ValueError) as caught:
+        choose_kernels(name, device, dtype, head_dim)
+    assert f"kernel={name!r}" in str(caught.value) and reason in str(caught.value) and "auto" in str(caught.value)
+
+
+# --- the flash-attn packages, by stand-ins with their signatures ----------------------------------------------------
+
+
+def by_the_package_s_layout(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """What a flash-attn function computes; it takes and gives (batch, tokens, heads, head_dim)."""
+    for states in (q, k, v):
+        if states.dim() != 4 or states.stride(-1) != 1:
+            raise RuntimeError("input tensors must be four-dimensional with a contiguous last dimension")
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]:
+        raise RuntimeError("the number of query heads must be a multiple of that of keys and values")
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise RuntimeError("only fp16 and bf16 are supported")
+    output, lse = ReferenceKernel()(*(states.transpose(1, 2) for states in (q, k, v)), causal, scale)
+    return output.transpose(1, 2).contiguous(), lse
+
+
+def flash_attn_2(
+    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
+    output, lse = by_the_package_s_layout(q, k, v, causal, softmax_scale)
+    return (output, lse, None) if return_attn_probs else output
+
+
+def flash_attn_3_always(
+    q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+    window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+    sm_margin=0,
+):  # fmt: skip
+    return by_the_package_s_layout(q, k, v, causal, softmax_scale)
+
+
+def flash_attn_3_when_asked(
+    q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+    window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+    sm_margin=0, return_attn_probs=False,
+):  # fmt: skip
+    output, lse = by_the_package_s_layout(q, k, v, causal, softmax_scale)
+    return (output, lse) if return_attn_probs else output
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Any], None]]:
+    """Put a stand-in module where an import finds it."""
+
+    def put(name: str, function: Any) -> None:
+        module = ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, loader=None)
+        module.flash_attn_func = function  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+        flash_attn._flash_attn_3.cache_clear()
+
+    yield put
+    flash_attn._flash_attn_3.cache_clear()
+
+
+ADAPTERS = [
+    (FlashAttn2Kernel, "flash_attn", flash_attn_2),
+    (FlashAttn3Kernel, "flash_attn_interface", flash_attn_3_always),
+    (FlashAttn3Kernel, "flash_attn_interface", flash_attn_3_when_asked),
+    (FlashAttn3Kernel, "fa3_fwd_interface", flash_attn_3_always),
+    (FlashAttn3Kernel, "fa3_fwd_interface", flash_attn_3_when_asked),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("kernel, module, function", ADAPTERS)
+def test_adapters(
+    install: Callable[[str, Any], None], kernel: type[Kernel], module: str, function: Any, shape: Shape
+) -> None:
+    install(module, function)
+    assert kernel.is_installed()
+    for dtype in kernel.dtypes or ():
+        check_kernel(kernel(), shape.draw(dtype), shape.causal, 0.11)
+
+
+@pytest.mark.parametrize("kernel, module, function", ADAPTERS)
+def test_the_stand_ins_refuse_the_other_layout(kernel: type[Kernel], module: str, function: Any) -> None:
+    query, key, value = Shape("", 6, 2, 5, 9, False, 8).draw(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="multiple"):
+        function(query, key, value, softmax_scale=1.0)
+
+
+def test_flash_attn_3_prefers_the_package_over_the_wheel(install: Callable[[str, Any], None]) -> None:
+    install("fa3_fwd_interface", None)
+    install("flash_attn_interface", flash_attn_3_always)
+    check_kernel(FlashAttn3Kernel(), SHAPES[1].draw(torch.bfloat16), True, 0.2)
+
+
+def test_flash_attn_3_missing_at_the_call() -> None:
+    if FlashAttn3Kernel.is_installed():
+        pytest.skip("FlashAttention 3 is installed here")
+    with pytest.raises(RuntimeError, match="fa3-fwd"):
+        FlashAttn3Kernel()(*SHAPES[0].draw(torch.bfloat16), True, 0.2)
+
+
+def test_both_orders_hold_known_kernels_and_end_with_one_that_fits_everything() -> None:
+    for order in (kernels.PREFILL_ORDER, kernels.DECODE_ORDER):
+        assert set(order) <= set(KERNELS.values()) and order[-1] is ReferenceKernel
