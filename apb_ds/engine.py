@@ -34,6 +34,7 @@ from apb_ds.hf import (
     geometry_of,
     is_position_dependent_rope,
 )
+from apb_ds.linears import onednn_linears
 from apb_ds.methods.state import PrefillState
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, launched_world_size, world_group
 from apb_ds.plan import check_world_size, plan_request
@@ -149,7 +150,10 @@ class APBEngine(InferenceEngine):
         state = PrefillState(plan, cache, self.group.rank, on_layer=self._layer_counter(len(plan.rounds), progress))
         sent_before = self.group.bytes_sent
         began = self._now()
-        with apb_attention(self.module, self.attention, Phase.PREFILL, max_positions, state):
+        with (
+            onednn_linears(self.module),
+            apb_attention(self.module, self.attention, Phase.PREFILL, max_positions, state),
+        ):
             for state.round_index in range(len(plan.rounds)):
                 self._run_round(state, document_ids, query_ids)
         cache.set_length(num_tokens)

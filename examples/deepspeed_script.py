@@ -1,8 +1,8 @@
 """An ordinary DeepSpeed inference script that answers a question about a long text, and gains APB in three lines.
 
-    python examples/deepspeed_script.py --tiny
-    deepspeed --num_accelerators 2 examples/deepspeed_script.py --tiny
-    deepspeed --num_accelerators 2 examples/deepspeed_script.py --model HuggingFaceTB/SmolLM2-135M-Instruct
+python examples/deepspeed_script.py --tiny
+deepspeed --num_accelerators 2 examples/deepspeed_script.py --tiny
+deepspeed --num_accelerators 2 examples/deepspeed_script.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 from typing import Any
-
-# DeepSpeed's shared-memory collectives need a compiler and a minute; gloo does without. Only matters without a GPU.
-os.environ.setdefault("DS_BUILD_SHM_COMM", "0")
 
 import deepspeed
 import torch
@@ -22,7 +19,7 @@ import apb_ds  # APB, line 1 of 3
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FACTS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-NEEDLE = "The pass key is 68213. Remember it. "
+NEEDLE = "The pass key is 68213. Remember it. The pass key is 68213. "
 QUESTION = "What is the pass key? The pass key is"
 
 
@@ -66,9 +63,12 @@ def load_model(path: str, num_facts: int) -> tuple[Any, Any, torch.Tensor, torch
 def main() -> None:
     arguments = parse_arguments()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if world_size > 1:
         deepspeed.init_distributed()
-    model, tokenizer, document, query = load_tiny() if arguments.tiny else load_model(arguments.model, arguments.num_facts)
+    loaded = load_tiny() if arguments.tiny else load_model(arguments.model, arguments.num_facts)
+    model, tokenizer, document, query = loaded
 
     engine = deepspeed.init_inference(model, dtype=model.dtype)
     apb_ds.attach(engine, apb_ds.APBConfig(hosts=8))  # APB, line 2 of 3

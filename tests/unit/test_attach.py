@@ -202,7 +202,9 @@ def test_a_forward_that_fails_leaves_the_model_plain(failing_layer: Any, call: s
     context = context or attached.prefill(document, query)
     assert context.num_cached == document.shape[1]
     logits = attached.query_logits(query, context=context)
-    assert float((logits - run_reference(build_model("llama"), document, query, **GIVEN).logits).abs().max()) < TOLERANCE
+    assert (
+        float((logits - run_reference(build_model("llama"), document, query, **GIVEN).logits).abs().max()) < TOLERANCE
+    )
 
 
 def test_progress_that_fails_leaves_the_model_plain() -> None:
@@ -258,9 +260,9 @@ def test_a_wrong_config_leaves_the_engine_alone(engine: Any) -> None:
 
 
 def test_what_is_no_engine_is_refused(engine: Any) -> None:
-    with pytest.raises(ValueError, match="LlamaForCausalLM must be a deepspeed.InferenceEngine"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM must be a deepspeed\.InferenceEngine"):
         apb_ds.attach(engine.module, CONFIG)
-    with pytest.raises(ValueError, match=r"use apb_ds.attach"):
+    with pytest.raises(ValueError, match=r"use apb_ds\.attach"):
         apb_ds.init_inference(engine, CONFIG)
     with pytest.raises(ValueError, match="APBEngine already"):
         apb_ds.attach(apb_ds.attach(engine, CONFIG), CONFIG)

@@ -22,6 +22,7 @@ LAYERS = (
     "methods",
     "attention",
     "hf",
+    "linears",
     "loading",
     "context",
     "generation",

@@ -1,0 +1,131 @@
+"""The engine on a GPU against the explicit-mask reference on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import apb_ds
+from apb_ds.ops.kernels import KERNELS
+from tests.models import build_model, request_ids
+from tests.reference import reference_greedy, run_reference
+
+pytestmark = pytest.mark.gpu
+
+# Float32 on both sides; matrix products on the device sum in another order. A token too many moves the logits by more
+# than 1e-3 (tests/unit/test_reference.py).
+FLOAT32_TOLERANCE = 1e-3
+# Relative, of all logits together. Weights and activations have 8 bits, and the tiny models' sharp attention makes most
+# of it; the plain model in bfloat16 is off by as much. `recent` chooses by position, so that no choice can flip.
+BFLOAT16_TOLERANCE = 0.1
+
+GIVEN: list[dict[str, Any]] = [
+    {"compressor": "recent"},
+    {"hosts": 4, "anchor_length": 12, "passing_length": 5, "compressor": "recent"},
+    {"hosts": 4, "anchor_length": 0, "passing_length": 60},
+    {"hosts": 1},
+    {"method": "star"},
+]
+CHOOSING: list[dict[str, Any]] = [
+    {"hosts": 4, "anchor_length": 12, "passing_length": 5, "compressor": name}
+    for name in ("window", "query", "keydiff", "knorm")
+]
+
+
+def reference_settings(given: dict[str, Any]) -> dict[str, Any]:
+    settings = dict(given)
+    if settings.pop("method", None) == "star":
+        settings.update(anchor_length="block", passing_length=0, query_in_anchor=False)
+    return settings
+
+
+def new_engine(family: str, dtype: torch.dtype, **given: Any) -> Any:
+    engine = apb_ds.init_inference(build_model(family).to(dtype), apb_ds.APBConfig(**given))
+    assert engine.device.type == "cuda" and engine.module.dtype == dtype
+    return engine
+
+
+def answer(engine: Any, document: Tensor, query: Tensor) -> Tensor:
+    """Logits of the query, on the CPU; ids go in from there."""
+    logits = engine.query_logits(query, context=engine.prefill(document, query))
+    assert logits.dtype == torch.float32 and logits.device.type == "cuda"
+    return logits.cpu()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("given", [*GIVEN, *CHOOSING], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_float32_logits(family: str, given: dict[str, Any]) -> None:
+    document, query = request_ids(203, 7)
+    logits = answer(new_engine(family, torch.float32, **given), document, query)
+    expected = run_reference(build_model(family), document, query, **reference_settings(given)).logits
+    assert float((logits - expected).abs().max()) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_bfloat16_logits(family: str, given: dict[str, Any]) -> None:
+    document, query = request_ids(203, 7)
+    logits = answer(new_engine(family, torch.bfloat16, **given), document, query)
+    expected = run_reference(build_model(family), document, query, **reference_settings(given)).logits
+    assert relative_error(logits, expected) < BFLOAT16_TOLERANCE
+    other = run_reference(build_model(family), document, query, hosts=8, anchor_length=0, passing_length=0).logits
+    assert relative_error(other, expected) > 2 * BFLOAT16_TOLERANCE, "blocks that see nothing else would be noticed"
+
+
+def test_float32_tokens() -> None:
+    given: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5}
+    document, query = request_ids(101, 5)
+    engine = new_engine("llama", torch.float32, **given)
+    tokens = engine.generate(document, query, max_new_tokens=8, do_sample=False)
+    assert tokens.cpu().tolist() == reference_greedy(build_model("llama"), document, query, 8, **given).tolist()
+    assert engine.stats.new_tokens == 8 and engine.stats.prefill_s > 0
+
+
+def test_bfloat16_generates_and_keeps_its_context() -> None:
+    document, query = request_ids(203, 7)
+    engine = new_engine("llama", torch.bfloat16, hosts=4)
+    context = engine.prefill(document.cuda(), query.cuda())
+    before = engine.query_logits(query, context=context)
+    tokens = engine.generate(query_ids=query, context=context, max_new_tokens=6, do_sample=False)
+    assert tokens.shape == (1, 6) and tokens.dtype == torch.int64
+    assert int(tokens[0, 0]) == int(before[0, -1].argmax())
+    assert torch.equal(engine.query_logits(query, context=context), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernels_in_use_are_reported(dtype: torch.dtype) -> None:
+    engine = new_engine("llama", dtype)
+    names = engine.kernel_names
+    assert set(names) == {"prefill", "decode"}
+    assert all(KERNELS[name].device_type == "cuda" for name in names.values())
+    if dtype == torch.float32:
+        assert names == {"prefill": "torch_efficient", "decode": "torch_efficient"}
+
+
+@pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.device_type != "cpu"])
+def test_a_kernel_asked_for_by_name_serves_a_request(name: str) -> None:
+    kernel = KERNELS[name]
+    if not kernel.is_installed():
+        pytest.skip(f"missing: the package {kernel.package} ({kernel.extra})")
+    reason = kernel.why_not(torch.device("cuda", 0), torch.bfloat16, 16)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    given: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5, "compressor": "recent"}
+    document, query = request_ids(203, 7)
+    engine = new_engine("llama", torch.bfloat16, kernel=name, **given)
+    assert engine.kernel_names == {"prefill": name, "decode": name}
+    expected = run_reference(build_model("llama"), document, query, **given).logits
+    assert relative_error(answer(engine, document, query), expected) < BFLOAT16_TOLERANCE
+    assert engine.generate(document, query, max_new_tokens=4, do_sample=False).shape == (1, 4)
+
+
+def test_a_cpu_kernel_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="runs on cpu, not on cuda"):
+        new_engine("llama", torch.float32, kernel="cpu_flash")
