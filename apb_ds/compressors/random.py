@@ -28,7 +28,7 @@ class RandomCompressor(Compressor):
         device = block.keys.device
         positions = torch.arange(block.start, block.start + block.num_tokens, device=device)
         heads = torch.arange(block.kv_heads, device=device).unsqueeze(-1)
-        state = torch.full((1, 1), self.seed & MASK_32, device=device)
+        state = torch.full((1, 1), (self.seed ^ (self.seed >> 32)) & MASK_32, device=device)
         for part in (torch.full_like(state, block.layer_idx), heads, positions):
             state = mix(state ^ mix(part + 0x9E3779B9))
         return (state >> 8).float() / 2**24
