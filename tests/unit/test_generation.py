@@ -101,8 +101,8 @@ class FailAt(LogitsProcessor):
         return scores
 
 
-class Only(LogitsProcessor):
-    """Leaves the tokens of a whole prompt alone, to show what a processor is given."""
+class Watcher(LogitsProcessor):
+    """Changes nothing and keeps the ids that it is given."""
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
@@ -184,7 +184,7 @@ def test_sampling_is_transformers_own(exact: Any, plain: Any, arguments: dict[st
 
 def test_processors_see_the_whole_prompt(approximate: Any) -> None:
     document, query = request_ids(83, 6)
-    watcher = Only()
+    watcher = Watcher()
     tokens = approximate.generate(
         document, query, max_new_tokens=3, do_sample=False, logits_processor=LogitsProcessorList([watcher])
     )
