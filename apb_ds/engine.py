@@ -151,7 +151,7 @@ class APBEngine(InferenceEngine):
         sent_before = self.group.bytes_sent
         began = self._now()
         with (
-            onednn_linears(self.module),
+            onednn_linears(self.module.base_model, max(plan.block_length(host) for host in range(plan.hosts))),
             apb_attention(self.module, self.attention, Phase.PREFILL, max_positions, state),
         ):
             for state.round_index in range(len(plan.rounds)):

@@ -1,7 +1,8 @@
 """Linear layers through oneDNN while a document is prefilled on CPU.
 
 Torch sends float32 matrix products on CPU to its BLAS, MKL in the published builds, which holds back on processors of
-other makers. oneDNN, which torch carries too, does not: same operands, same precision, no copy of the weights.
+other makers. oneDNN, which torch carries too, does not: same operands, same precision. Weights are reordered for it
+once a prefill where that takes little memory, else by each product.
 """
 
 from __future__ import annotations
@@ -13,16 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Reordered copies of the weights may take this much for as long as a prefill lasts.
+MAX_REORDERED_BYTES = 2**30
+
 
 @contextmanager
-def onednn_linears(model: nn.Module) -> Iterator[None]:
+def onednn_linears(model: nn.Module, num_tokens: int) -> Iterator[None]:
     """Compute the model's float32 linear layers on CPU with oneDNN; on leaving, they are as they were.
 
     Does nothing on other devices and in other dtypes, nor where ``torch.backends.mkldnn`` is off or not built in.
+
+    Parameters
+    ----------
+    num_tokens : int
+        Rows that a product will have, about; oneDNN chooses the order of the weights by it.
     """
     linears: list[Any] = [module for module in model.modules() if _is_eligible(module)] if _is_enabled() else []
+    reorder = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears) <= MAX_REORDERED_BYTES
     for linear in linears:
-        linear.forward = _forward_of(linear)
+        weight = linear.weight.detach()
+        if reorder:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, num_tokens)
+        linear.forward = _forward_of(linear, weight)
     try:
         yield
     finally:
@@ -44,8 +57,8 @@ def _is_eligible(module: nn.Module) -> bool:
     )
 
 
-def _forward_of(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _forward_of(linear: nn.Linear, weight: Tensor) -> Callable[[Tensor], Tensor]:
     def forward(states: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(states, linear.weight, linear.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(states, weight, linear.bias, "none", [], "")
 
     return forward

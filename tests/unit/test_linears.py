@@ -6,16 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from apb_ds import linears
 from apb_ds.linears import onednn_linears
 
 
+@pytest.mark.parametrize("limit", [0, 2**30], ids=["in place", "reordered"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_same_numbers(bias: bool) -> None:
+def test_same_numbers(bias: bool, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "MAX_REORDERED_BYTES", limit)
     torch.manual_seed(0)
     linear = nn.Linear(96, 64, bias=bias)
     states = torch.randn(1, 50, 96)
     exact = states.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
-    with torch.no_grad(), onednn_linears(linear):
+    with torch.no_grad(), onednn_linears(linear, 50):
         # float32 sums of 96 products of order 1: rounding is of order 1e-6.
         torch.testing.assert_close(linear(states), exact.float(), atol=1e-5, rtol=1e-5)
 
@@ -24,7 +27,7 @@ def test_hooks_run_and_forward_comes_back() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     seen = []
     model[0].register_forward_hook(lambda *_: seen.append("hook"))
-    with pytest.raises(KeyError), onednn_linears(model):
+    with pytest.raises(KeyError), onednn_linears(model, 50):
         assert "forward" in model[0].__dict__
         model(torch.randn(2, 3, 8))
         raise KeyError
@@ -37,12 +40,23 @@ def test_leaves_alone_what_it_is_not_for() -> None:
         pass
 
     others = nn.ModuleList([Special(8, 8), nn.Linear(8, 8, dtype=torch.bfloat16), nn.LayerNorm(8)])
-    with onednn_linears(others):
+    with onednn_linears(others, 50):
         assert all("forward" not in module.__dict__ for module in others.modules())
+
+
+def test_a_changed_weight_counts() -> None:
+    linear = nn.Linear(8, 8, bias=False)
+    states = torch.randn(1, 4, 8)
+    with torch.no_grad():
+        with onednn_linears(linear, 4):
+            before = linear(states)
+        linear.weight.mul_(2)
+        with onednn_linears(linear, 4):
+            torch.testing.assert_close(linear(states), 2 * before)
 
 
 def test_off_where_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = nn.Linear(8, 8)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with onednn_linears(linear):
+    with onednn_linears(linear, 50):
         assert "forward" not in linear.__dict__
