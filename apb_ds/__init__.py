@@ -11,7 +11,9 @@ from apb_ds.plan import Plan, plan_request
 if TYPE_CHECKING:
     from apb_ds.attention import APBAttention, Phase
     from apb_ds.cache import ShardedCache
-    from apb_ds.engine import APBEngine, Context, attach, detach, init_inference
+    from apb_ds.context import Context
+    from apb_ds.engine import APBEngine
+    from apb_ds.entry import attach, detach, init_inference
 
 __version__ = "0.1.0"
 
@@ -21,10 +23,10 @@ _LAZY = {
     "Phase": "apb_ds.attention",
     "ShardedCache": "apb_ds.cache",
     "APBEngine": "apb_ds.engine",
-    "Context": "apb_ds.engine",
-    "attach": "apb_ds.engine",
-    "detach": "apb_ds.engine",
-    "init_inference": "apb_ds.engine",
+    "Context": "apb_ds.context",
+    "attach": "apb_ds.entry",
+    "detach": "apb_ds.entry",
+    "init_inference": "apb_ds.entry",
 }
 
 __all__ = ["APBConfig", "Plan", "plan_request", *_LAZY]

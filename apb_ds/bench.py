@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from apb_ds.config import check_choice, check_integer
-from apb_ds.engine import APBEngine, init_inference
+from apb_ds.engine import APBEngine
+from apb_ds.entry import init_inference
 from apb_ds.loading import LoadedModel, load_model
 from apb_ds.parallel.groups import SequenceGroup, world_group
 from apb_ds.report.memory import peak_memory_bytes, peak_memory_kind, reset_peak_memory

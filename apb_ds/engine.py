@@ -11,7 +11,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.engine import InferenceEngine
-from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,13 +29,14 @@ from apb_ds.hf import (
     PrefillComplete,
     apb_attention,
     check_positions,
+    check_reach,
     check_supported,
     geometry_of,
-    is_position_dependent_rope,
 )
+from apb_ds.inputs import check_ids, round_inputs, split_query
 from apb_ds.linears import onednn_linears
 from apb_ds.methods.state import PrefillState
-from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, launched_world_size, world_group
+from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import check_world_size, plan_request
 
 logger = logging.getLogger(__name__)
@@ -131,10 +131,10 @@ class APBEngine(InferenceEngine):
         ValueError
             For bad input, on every rank before anything is sent.
         """
-        document_ids = self._check_ids("document_ids", document_ids)
+        document_ids = check_ids(self.module, "document_ids", document_ids)
         num_query = 0
         if query_ids is not None:
-            query_ids = self._check_ids("query_ids", query_ids)
+            query_ids = check_ids(self.module, "query_ids", query_ids)
             num_query = query_ids.shape[1]
         num_tokens = document_ids.shape[1]
         plan = plan_request(self.apb_config, num_tokens, num_query, self.group.world_size)
@@ -147,7 +147,7 @@ class APBEngine(InferenceEngine):
         self._say_if_exact(plan.exact, num_tokens)
 
         cache = ShardedCache(self.geometry.num_layers, self.group.is_last, plan.shard_length(self.group.rank))
-        state = PrefillState(plan, cache, self.group.rank, on_layer=self._layer_counter(len(plan.rounds), progress))
+        state = PrefillState(plan, cache, self.group.rank, progress=progress)
         sent_before = self.group.bytes_sent
         began = self._now()
         with (
@@ -207,34 +207,29 @@ class APBEngine(InferenceEngine):
         if input_ids is not None:
             if document_ids is not None or query_ids is not None or context is not None:
                 raise ValueError("input_ids holds document and query; give it alone, with query_length.")
-            document_ids, query_ids = self._split_query(input_ids, query_length)
+            document_ids, query_ids = split_query(self.module, input_ids, query_length)
         elif query_length is not None:
             raise ValueError("query_length belongs to input_ids, which is missing.")
-        mask = generate_arguments.pop("attention_mask", None)
-        if mask is not None and not bool((mask == 1).all()):
-            raise ValueError("attention_mask hides tokens; pass one unpadded sequence.")
         if query_ids is None:
             raise ValueError("query_ids is missing: the tokens after the document, at least one.")
-        query_ids = self._check_ids("query_ids", query_ids)
-        check_generate_arguments(self.module, generate_arguments)
+        if (context is None) == (document_ids is None):
+            raise ValueError("give document_ids, or context=engine.prefill(document_ids), and not both.")
         if append and context is None:
             raise ValueError("append=True keeps the turn in a context; pass context=engine.prefill(...).")
-        if context is not None and document_ids is not None:
-            raise ValueError("give document_ids or context, not both.")
+        arguments = check_generate_arguments(self.module, generate_arguments)
+        query_ids = check_ids(self.module, "query_ids", query_ids)
         if context is None:
-            if document_ids is None:
-                raise ValueError("give document_ids, or context=engine.prefill(document_ids).")
-            document_ids = self._check_ids("document_ids", document_ids)
-            known = document_ids.shape[1] + query_ids.shape[1]
-            num_new = count_new_tokens(self.module, max_new_tokens, generate_arguments, known)
+            assert document_ids is not None
+            known = check_ids(self.module, "document_ids", document_ids).shape[1] + query_ids.shape[1]
+            num_new = count_new_tokens(self.module, max_new_tokens, arguments, known)
             context = self.prefill(document_ids, query_ids, max_positions=known + num_new, progress=progress)
             prefill_s = context.prefill_s
         else:
             known = context.num_tokens + query_ids.shape[1]
-            num_new = count_new_tokens(self.module, max_new_tokens, generate_arguments, known)
-            self._check_reach(context, known + num_new)
+            num_new = count_new_tokens(self.module, max_new_tokens, arguments, known)
+            check_reach(self.module, context.max_positions, known + num_new)
             prefill_s = 0.0
-        tokens = self._decode(context, query_ids, num_new, append, generate_arguments)
+        tokens = self._decode(context, query_ids, num_new, append, arguments)
         self.stats.prefill_s = prefill_s
         return tokens if input_ids is None else torch.cat([input_ids.to(tokens.device), tokens], dim=-1)
 
@@ -250,9 +245,9 @@ class APBEngine(InferenceEngine):
         -------
         (1, q, vocab), float32, the same on every rank
         """
-        query_ids = self._check_ids("query_ids", query_ids)
+        query_ids = check_ids(self.module, "query_ids", query_ids)
         num_query = query_ids.shape[1]
-        self._check_reach(context, context.num_tokens + num_query)
+        check_reach(self.module, context.max_positions, context.num_tokens + num_query)
         cached = context.num_cached
         fed = torch.cat([context.token_ids[:, cached:], query_ids], dim=-1)
         positions = torch.arange(cached, cached + fed.shape[1], device=self.device).unsqueeze(0)
@@ -333,56 +328,6 @@ class APBEngine(InferenceEngine):
             context.token_ids = everything
         return everything[:, prompt.shape[1] :]
 
-    def _split_query(self, input_ids: Tensor, query_length: int | None) -> tuple[Tensor, Tensor]:
-        input_ids = self._check_ids("input_ids", input_ids)
-        if query_length is None or not 1 <= query_length < input_ids.shape[1]:
-            raise ValueError(
-                f"query_length={query_length!r} must say how many of the last input_ids are the query: from 1 to "
-                f"{input_ids.shape[1] - 1} of these {input_ids.shape[1]} tokens."
-            )
-        return input_ids[:, :-query_length], input_ids[:, -query_length:]
-
-    def _check_ids(self, name: str, ids: Tensor) -> Tensor:
-        """Return the ids on the model's device, after checking shape, dtype and range."""
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
-            got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise ValueError(f"{name} must be an int64 tensor of shape (1, tokens), got {got}.")
-        if ids.shape[0] != 1:
-            raise ValueError(f"{name} has a batch of {ids.shape[0]}; the engine serves one sequence at a time.")
-        if ids.shape[1] == 0:
-            raise ValueError(f"{name} is empty; it needs at least one token.")
-        vocabulary = self.module.get_input_embeddings().num_embeddings
-        lowest, highest = (int(bound) for bound in torch.aminmax(ids))
-        if lowest < 0 or highest >= vocabulary:
-            raise ValueError(
-                f"{name} has token ids from {lowest} to {highest}; the model knows 0 to {vocabulary - 1}. "
-                "Does the tokenizer belong to this model?"
-            )
-        return ids.to(self.device)
-
-    def _check_reach(self, context: Context, num_positions: int) -> None:
-        """Refuse a turn that needs rotary frequencies other than those that the context was prefilled with."""
-        check_positions(self.module, num_positions)
-        rotary = [module for module in self.module.modules() if is_position_dependent_rope(module)]
-        if num_positions > context.max_positions and rotary:
-            raise ValueError(
-                f"this turn needs {num_positions} positions; the context was prefilled for {context.max_positions}, "
-                f"and the model's rotary frequencies ({rotary[0].rope_type}) depend on that. "
-                f"Use prefill(..., max_positions={num_positions}) or more."
-            )
-
-    def _layer_counter(self, num_rounds: int, progress: Progress | None) -> Callable[[], None] | None:
-        if progress is None:
-            return None
-        total, done = num_rounds * self.geometry.num_layers, 0
-
-        def count() -> None:
-            nonlocal done
-            done += 1
-            progress(done, total)
-
-        return count
-
     def _say_if_exact(self, exact: bool, num_tokens: int) -> None:
         if exact and not self._said_exact and self.group.is_first:
             logger.warning("running exact: a document of %d tokens is too short for APB to save anything.", num_tokens)
@@ -395,115 +340,3 @@ class APBEngine(InferenceEngine):
     def _now(self) -> float:
         self._synchronize()
         return time.perf_counter()
-
-
-def round_inputs(state: PrefillState, document_ids: Tensor, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the tokens of this rank's forward in the state's round, and their positions, (1, tokens) int64 each.
-
-    The rank's share of the anchor comes first (``doc[:p] + query + doc[p:l_a - q]``, positions from 0), then the block
-    of its host at its place in the document.
-    """
-    plan = state.plan
-    parts = [document_ids[:, slice(*plan.blocks[state.host])]]
-    positions = [torch.arange(*plan.blocks[state.host], device=document_ids.device)]
-    start, stop = state.anchor_share
-    if stop > start:
-        anchor = document_ids[:, : plan.anchor_length]
-        if plan.anchor_query_length:
-            assert query_ids is not None
-            before, after = document_ids[:, : plan.query_position], document_ids[:, plan.query_position :]
-            anchor = torch.cat([before, query_ids, after], dim=-1)[:, : plan.anchor_length]
-        parts.insert(0, anchor[:, start:stop])
-        positions.insert(0, torch.arange(start, stop, device=document_ids.device))
-    return torch.cat(parts, dim=-1), torch.cat(positions).unsqueeze(0)
-
-
-def init_inference(
-    model: PreTrainedModel,
-    config: APBConfig | None = None,
-    *,
-    mpu: Any = None,
-    group: SequenceGroup | None = None,
-    retaining_heads: str | None = None,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
-) -> APBEngine:
-    """Make an engine for a model, alone or over the ranks that ``deepspeed`` or ``torchrun`` started.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A decoder whose attention goes through transformers' AttentionInterface. Its dtype is kept; it is moved to the
-        accelerator of this rank.
-    config : APBConfig
-        By default all defaults.
-    mpu : object
-        A Megatron-style object; its sequence-parallel group is used. By default all ranks share a request.
-    group : SequenceGroup
-        Instead of `mpu`, a group made before.
-    retaining_heads : str
-        Path or hub id of trained heads for ``compressor="retaining_heads"``.
-    timeout_s : float, seconds
-        How long a collective may take, where the process group is made here.
-
-    Raises
-    ------
-    ValueError, RuntimeError
-        For a model, settings or a group that cannot be served, on every rank before anything is sent.
-    """
-    config = APBConfig() if config is None else config
-    if isinstance(model, PipelineModule):
-        raise ValueError("model is a DeepSpeed PipelineModule; APB does not run in a pipeline yet.")
-    if isinstance(model, InferenceEngine):
-        raise ValueError("model is an inference engine already; use apb_ds.attach(engine, config).")
-    if retaining_heads is not None and config.compressor != "retaining_heads":
-        raise ValueError(
-            f"retaining_heads={retaining_heads!r} goes with compressor='retaining_heads', not {config.compressor!r}."
-        )
-    assert config.hosts is not None
-    if group is None and mpu is None and not torch.distributed.is_initialized():
-        check_world_size(config.hosts, launched_world_size())
-    check_supported(model)
-    APBAttention(config)  # refuses unknown names before the ranks meet
-    if group is None:
-        group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s)
-    return APBEngine(model, config, group)
-
-
-def attach(engine: InferenceEngine, config: APBConfig | None = None, *, mpu: Any = None) -> APBEngine:
-    """Put APB into an engine that ``deepspeed.init_inference`` made.
-
-    The engine's own ``generate`` becomes APB's, so that code which holds the engine gains APB too;
-    ``generate(input_ids=..., query_length=q)`` splits off the last q tokens as the query.
-
-    Returns
-    -------
-    APBEngine over the same module; `detach` undoes all of it
-
-    Raises
-    ------
-    ValueError
-        For an engine with tensor parallelism, kernel injection, CUDA graphs or a pipeline.
-    """
-    if not isinstance(engine, InferenceEngine):
-        raise ValueError(f"engine={type(engine).__name__} must be a deepspeed.InferenceEngine.")
-    if isinstance(engine, APBEngine):
-        raise ValueError("engine is an APBEngine already; change its settings with engine.configure(config).")
-    if isinstance(getattr(engine.__dict__.get("generate"), "__self__", None), APBEngine):
-        raise ValueError("engine has APB attached already; detach that first, or use its configure(config).")
-    settings = engine._config
-    if settings.tensor_parallel.tp_size > 1:
-        raise ValueError(f"tp_size={settings.tensor_parallel.tp_size} is not supported; use tp_size=1.")
-    if settings.replace_with_kernel_inject or settings.enable_cuda_graph:
-        raise ValueError(
-            "replace_with_kernel_inject and enable_cuda_graph replace the attention that APB works in; off."
-        )
-    attached = init_inference(engine.module, config, mpu=mpu)
-    before = {"generate": engine.__dict__["generate"]} if "generate" in engine.__dict__ else {}
-    attached._attached_to = (engine, before)
-    engine.__dict__["generate"] = attached.generate
-    return attached
-
-
-def detach(engine: APBEngine) -> InferenceEngine | nn.Module:
-    """Undo `attach`; see `APBEngine.detach`."""
-    return engine.detach()

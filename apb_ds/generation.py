@@ -61,8 +61,17 @@ FIXED_SETTINGS: dict[str, Any] = {
 FIXED_ARGUMENTS = ("assistant_model", "past_key_values", "custom_generate", "synced_gpus", "inputs_embeds", "inputs")
 
 
-def check_generate_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
-    """Raise ValueError for what `generate` would accept and the engine cannot do."""
+def check_generate_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments for `generate`, less a mask that hides nothing.
+
+    Raises
+    ------
+    ValueError
+        For what `generate` would accept and the engine cannot do.
+    """
+    mask = arguments.get("attention_mask")
+    if mask is not None and not bool((mask == 1).all()):
+        raise ValueError("attention_mask hides tokens; pass one unpadded sequence.")
     for name, allowed in FIXED_SETTINGS.items():
         value = _setting(model, arguments, name)
         if value is not None and value != allowed:
@@ -74,6 +83,7 @@ def check_generate_arguments(model: PreTrainedModel, arguments: dict[str, Any]) 
             raise ValueError(f"{name} is not supported: the engine sets it itself, or decodes without it.")
     if _setting(model, arguments, "stop_strings") is not None and arguments.get("tokenizer") is None:
         raise ValueError("stop_strings needs tokenizer=..., so that text can be compared.")
+    return {name: value for name, value in arguments.items() if name != "attention_mask"}
 
 
 def _setting(model: PreTrainedModel, arguments: dict[str, Any], name: str) -> Any:

@@ -291,3 +291,21 @@ def check_positions(model: PreTrainedModel, num_positions: int) -> None:
             f"max_position_embeddings={limit}. Shorten them, or extend the model: set config.rope_parameters to a "
             "scaled rotary embedding (yarn, dynamic, longrope) and max_position_embeddings to what it reaches."
         )
+
+
+def check_reach(model: PreTrainedModel, max_positions: int, num_positions: int) -> None:
+    """Refuse a turn that needs other rotary frequencies than its context was prefilled with.
+
+    Parameters
+    ----------
+    max_positions : positions that the context's frequencies were chosen for
+    num_positions : positions that the turn needs, the document's included
+    """
+    check_positions(model, num_positions)
+    rotary = [module for module in model.modules() if is_position_dependent_rope(module)]
+    if num_positions > max_positions and rotary:
+        raise ValueError(
+            f"this turn needs {num_positions} positions; the context was prefilled for {max_positions}, and the "
+            f"model's rotary frequencies ({rotary[0].rope_type}) depend on that. "
+            f"Use prefill(..., max_positions={num_positions}) or more."
+        )

@@ -62,14 +62,15 @@ class PrefillState:
     cache : where this rank's blocks go
     rank : this rank
     round_index : the round under way; the engine advances it
-    on_layer : called after each layer of each round, for progress
+    progress : called as ``progress(done, total)`` after each layer of each round
     """
 
     plan: Plan
     cache: ShardedCache
     rank: int = 0
     round_index: int = 0
-    on_layer: Callable[[], None] | None = None
+    progress: Callable[[int, int], None] | None = None
+    _layers_done: int = 0
     _passed: dict[int, PassedStates] = field(default_factory=dict)
 
     @property
@@ -99,5 +100,6 @@ class PrefillState:
         """Free the layer's buffer after the last round, and report progress."""
         if self.is_last_round:
             self._passed.pop(layer_idx, None)
-        if self.on_layer is not None:
-            self.on_layer()
+        self._layers_done += 1
+        if self.progress is not None:
+            self.progress(self._layers_done, len(self.plan.rounds) * len(self.cache.layers))

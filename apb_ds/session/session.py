@@ -167,7 +167,7 @@ class Session:
 
     def _prepare(self, settings: Settings, loaded: LoadedModel) -> tuple[Sample, APBConfig]:
         """Make the sample, check that its lengths fit the settings, and have the engine ready for them."""
-        from apb_ds.engine import init_inference  # brings deepspeed along
+        from apb_ds.entry import init_inference  # brings deepspeed along
 
         assert self.group is not None
         vocabulary = loaded.model.get_input_embeddings().num_embeddings
