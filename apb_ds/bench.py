@@ -145,7 +145,7 @@ def _record(
         "speedup": speedup,
         "kernels": engine.kernel_names,
         "memory": peak_memory_kind(loaded.device),
-        "model": {"source": loaded.source.partition(" (")[0], "dtype": str(loaded.dtype).removeprefix("torch.")},
+        "model": {"source": loaded.source, "dtype": str(loaded.dtype).removeprefix("torch.")},
         "bench": asdict(bench),
         "settings": asdict(engine.apb_config),
         "config": values,

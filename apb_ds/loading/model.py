@@ -113,7 +113,7 @@ def _read_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     model, info = loaded
     _check_keys(config.path, info)
     tokenizer = _read_tokenizer(config.tokenizer, directory, config)
-    return model.to(device), tokenizer, f"{config.path} ({directory})"
+    return model.to(device), tokenizer, config.path
 
 
 def _check_keys(path: str, info: dict[str, Any]) -> None:
@@ -142,7 +142,8 @@ def _make_dummy(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
     tokenizer = _tokenizer_at_hand(config, directory, model_config.vocab_size)
     shape = f"{model_config.model_type}, {model_config.num_hidden_layers} layers"
-    return model, tokenizer, f"random weights ({shape}; {directory or 'model.geometry'})"
+    geometry = config.path if directory is not None else "model.geometry"
+    return model, tokenizer, f"random weights ({shape}; {geometry})"
 
 
 def _dummy_config(config: ModelConfig) -> tuple[Path | None, Any]:
