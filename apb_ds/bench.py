@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from apb_ds.config import check_choice, check_integer
 from apb_ds.engine import APBEngine
 from apb_ds.entry import init_inference
+from apb_ds.linears import onednn_linears
 from apb_ds.loading import LoadedModel, load_model
 from apb_ds.parallel.groups import SequenceGroup, world_group
 from apb_ds.report.memory import peak_memory_bytes, peak_memory_kind, reset_peak_memory
@@ -20,7 +22,7 @@ from apb_ds.report.record import environment
 from apb_ds.session import read_settings
 from apb_ds.tasks import Sample
 
-BENCH_METHODS = ("dense", "apb")
+BENCH_METHODS = ("dense", "dense_onednn", "apb")
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,20 @@ class BenchConfig:
     ----------
     methods : list of str
         ``apb``: the engine with the settings under ``method``. ``dense``: the plain transformers model with sdpa, on
-        one rank.
+        one rank. ``dense_onednn``: the same with the linear layers that the engine uses on CPU.
     repeats : int
         Timed runs of each method, in turns, so that a drift of the machine meets all of them.
     warmup : int
         Runs of each method before that.
     """
 
-    methods: tuple[str, ...] = BENCH_METHODS
+    methods: tuple[str, ...] = ("dense", "apb")
     repeats: int = 5
     warmup: int = 1
 
     def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError(f"bench.methods is empty; use some of {', '.join(BENCH_METHODS)}.")
         for method in self.methods:
             check_choice("bench.methods", method, BENCH_METHODS)
         check_integer("bench.repeats", self.repeats, 1)
@@ -53,7 +57,9 @@ class BenchConfig:
         """Build from a mapping; an unknown key is a ValueError that names the nearest one."""
         for key in values:
             check_choice("bench key", key, cls.__dataclass_fields__)
-        return cls(**{**values, "methods": tuple(values.get("methods") or BENCH_METHODS)})
+        if "methods" in values:
+            values = {**values, "methods": tuple(values["methods"] or ())}
+        return cls(**values)
 
 
 def run_bench(values: dict[str, Any]) -> tuple[dict[str, Any], SequenceGroup]:
@@ -63,7 +69,7 @@ def run_bench(values: dict[str, Any]) -> tuple[dict[str, Any], SequenceGroup]:
     -------
     dict
         The record: per method the seconds of each run, their median and spread, tokens per second and peak memory;
-        ``speedup`` is the median of dense over that of APB.
+        ``speedup`` is the median of each other method over that of APB.
     SequenceGroup
         The ranks that took part.
 
@@ -75,7 +81,7 @@ def run_bench(values: dict[str, Any]) -> tuple[dict[str, Any], SequenceGroup]:
     bench = BenchConfig.from_dict(dict(values.pop("bench", None) or {}))
     settings = read_settings(values)
     group = world_group(settings.timeout_s)
-    if "dense" in bench.methods and group.world_size > 1:
+    if bench.methods != ("apb",) and group.world_size > 1:
         raise ValueError("bench.methods: dense runs on one rank; measure it without a launcher, or use [apb].")
     loaded = load_model(settings.model)
     vocabulary = loaded.model.get_input_embeddings().num_embeddings
@@ -94,8 +100,11 @@ def run_bench(values: dict[str, Any]) -> tuple[dict[str, Any], SequenceGroup]:
 
 
 def _time_prefill(method: str, engine: APBEngine, loaded: LoadedModel, sample: Sample) -> float:
-    if method == "dense":
-        return time_dense_prefill(loaded.model, sample.document_ids.to(loaded.device))
+    if method != "apb":
+        document_ids = sample.document_ids.to(loaded.device)
+        linears = onednn_linears(loaded.model, document_ids.shape[1]) if method == "dense_onednn" else nullcontext()
+        with linears:
+            return time_dense_prefill(loaded.model, document_ids)
     return engine.prefill(sample.document_ids, sample.query_ids).prefill_s
 
 
@@ -135,9 +144,10 @@ def _record(
         }
         for method, seconds in runs.items()
     }
-    speedup = None
-    if len(methods) == len(BENCH_METHODS):
-        speedup = methods["dense"]["median_s"] / methods["apb"]["median_s"]
+    speedup = {}
+    if "apb" in methods:
+        others = [method for method in methods if method != "apb"]
+        speedup = {method: methods[method]["median_s"] / methods["apb"]["median_s"] for method in others}
     return {
         "document_tokens": num_tokens,
         "ranks": engine.group.world_size,

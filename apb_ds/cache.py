@@ -139,12 +139,14 @@ class ShardedCache(Cache):
         Whether this rank stores the tokens that come after the document (the last rank does).
     shard_tokens : int
         Document tokens that this rank will store, for sizing the buffers.
+    new_tokens : int
+        Tokens that are expected after the document, likewise.
     """
 
-    def __init__(self, num_layers: int, stores_new: bool, shard_tokens: int) -> None:
+    def __init__(self, num_layers: int, stores_new: bool, shard_tokens: int, new_tokens: int = 0) -> None:
         layers = [ShardedCacheLayer(stores_new) for _ in range(num_layers)]
         for layer in layers:
-            layer.reserve(shard_tokens + (GROWTH_TOKENS if stores_new else 0))
+            layer.reserve(shard_tokens + (max(GROWTH_TOKENS, new_tokens) if stores_new else 0))
         super().__init__(layers=layers)  # type: ignore[arg-type]
 
     def layer(self, layer_idx: int) -> ShardedCacheLayer:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from apb_ds.cache import ShardedCache
+from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan
 
 
@@ -23,6 +25,7 @@ class Context:
     max_positions : positions that the rotary frequencies were chosen for
     prefill_s : seconds that the prefill took on this rank
     bytes_sent : bytes that this rank sent to others during the prefill
+    model, group : whose context it is
     """
 
     plan: Plan
@@ -31,6 +34,8 @@ class Context:
     max_positions: int
     prefill_s: float
     bytes_sent: int
+    model: PreTrainedModel = field(repr=False)
+    group: SequenceGroup = field(repr=False)
 
     @property
     def num_tokens(self) -> int:

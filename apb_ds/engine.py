@@ -62,16 +62,14 @@ class APBEngine(InferenceEngine):
 
     def __init__(self, model: PreTrainedModel, config: APBConfig, group: SequenceGroup) -> None:
         check_supported(model)
-        attention = APBAttention(config, group)  # refuses unknown compressors and kernels before anything is moved
         super().__init__(model, DeepSpeedInferenceConfig(dtype=model.dtype, max_out_tokens=NO_TOKEN_LIMIT))
         # The base class sets an instance attribute, which would hide the method below.
         self.__dict__.pop("generate", None)
         self.group = group
         self.stats = RequestStats()
         self.geometry = geometry_of(model)
-        self.attention = attention
         self._attached_to: tuple[InferenceEngine, dict[str, Any]] | None = None
-        self._said_exact = False
+        self._training = [(module, module.training) for module in model.modules()]
         self.configure(config)
         self.module.eval()
 
@@ -146,7 +144,12 @@ class APBEngine(InferenceEngine):
         check_positions(self.module, max_positions)
         self._say_if_exact(plan.exact, num_tokens)
 
-        cache = ShardedCache(self.geometry.num_layers, self.group.is_last, plan.shard_length(self.group.rank))
+        cache = ShardedCache(
+            self.geometry.num_layers,
+            self.group.is_last,
+            plan.shard_length(self.group.rank),
+            new_tokens=max_positions - num_tokens,
+        )
         state = PrefillState(plan, cache, self.group.rank, progress=progress)
         sent_before = self.group.bytes_sent
         began = self._now()
@@ -159,7 +162,16 @@ class APBEngine(InferenceEngine):
         cache.set_length(num_tokens)
         prefill_s = self._now() - began
         self.stats = RequestStats(prefill_s=prefill_s)
-        return Context(plan, cache, document_ids, max_positions, prefill_s, self.group.bytes_sent - sent_before)
+        return Context(
+            plan=plan,
+            cache=cache,
+            token_ids=document_ids,
+            max_positions=max_positions,
+            prefill_s=prefill_s,
+            bytes_sent=self.group.bytes_sent - sent_before,
+            model=self.module,
+            group=self.group,
+        )
 
     @torch.no_grad()
     def generate(
@@ -225,6 +237,7 @@ class APBEngine(InferenceEngine):
             context = self.prefill(document_ids, query_ids, max_positions=known + num_new, progress=progress)
             prefill_s = context.prefill_s
         else:
+            self._check_context(context)
             known = context.num_tokens + query_ids.shape[1]
             num_new = count_new_tokens(self.module, max_new_tokens, arguments, known)
             check_reach(self.module, context.max_positions, known + num_new)
@@ -247,6 +260,7 @@ class APBEngine(InferenceEngine):
         """
         query_ids = check_ids(self.module, "query_ids", query_ids)
         num_query = query_ids.shape[1]
+        self._check_context(context)
         check_reach(self.module, context.max_positions, context.num_tokens + num_query)
         cached = context.num_cached
         fed = torch.cat([context.token_ids[:, cached:], query_ids], dim=-1)
@@ -266,6 +280,8 @@ class APBEngine(InferenceEngine):
 
     def detach(self) -> InferenceEngine | nn.Module:
         """Undo `attach`: give back the engine it was called with, with its own `generate`; else the plain model."""
+        for module, training in self._training:
+            module.training = training
         if self._attached_to is None:
             return self.module
         engine, before = self._attached_to
@@ -327,6 +343,10 @@ class APBEngine(InferenceEngine):
         if append:
             context.token_ids = everything
         return everything[:, prompt.shape[1] :]
+
+    def _check_context(self, context: Context) -> None:
+        if context.model is not self.module or context.group != self.group:
+            raise ValueError("context belongs to another engine: its keys and values are another model's or group's.")
 
     def _say_if_exact(self, exact: bool, num_tokens: int) -> None:
         if exact and not self._said_exact and self.group.is_first:

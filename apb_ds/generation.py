@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
 from apb_ds.attention import Phase
+from apb_ds.config import suggest
 from apb_ds.hf import ActiveCall
 from apb_ds.parallel.groups import SequenceGroup
 
@@ -50,14 +51,31 @@ class _Verdict(IntEnum):
 # Generation settings that the engine has no place for: name -> the one value that is fine.
 FIXED_SETTINGS: dict[str, Any] = {
     "num_beams": 1,
+    "num_beam_groups": 1,
     "num_return_sequences": 1,
     "use_cache": True,
     "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "use_mtp": False,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "prefill_chunk_size": None,
     "cache_implementation": None,
     "return_dict_in_generate": False,
     "guidance_scale": 1.0,
     "token_healing": False,
 }
+KNOWN_ARGUMENTS = (
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "streamer",
+    "tokenizer",
+    "attention_mask",
+)
 FIXED_ARGUMENTS = ("assistant_model", "past_key_values", "custom_generate", "synced_gpus", "inputs_embeds", "inputs")
 
 
@@ -81,6 +99,10 @@ def check_generate_arguments(model: PreTrainedModel, arguments: dict[str, Any]) 
     for name in FIXED_ARGUMENTS:
         if arguments.get(name) is not None:
             raise ValueError(f"{name} is not supported: the engine sets it itself, or decodes without it.")
+    known = {*KNOWN_ARGUMENTS, *FIXED_SETTINGS, *FIXED_ARGUMENTS, *vars(GenerationConfig())}
+    for name in arguments:
+        if name not in known:
+            raise ValueError(f"{name} is no argument of generate that the engine knows.{suggest(name, known)}")
     if _setting(model, arguments, "stop_strings") is not None and arguments.get("tokenizer") is None:
         raise ValueError("stop_strings needs tokenizer=..., so that text can be compared.")
     return {name: value for name, value in arguments.items() if name != "attention_mask"}

@@ -246,6 +246,10 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} is an encoder-decoder; APB serves decoders.")
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{name} does not route its attention through transformers' AttentionInterface.")
+    if config.get_text_config() is not config:
+        raise ValueError(f"{name} is made of several models; APB serves plain decoders. Use its language model.")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise ValueError(f"{name} shares keys and values between layers; APB serves layers with their own.")
     modules = attention_modules(model)
     for layer_idx in range(config.num_hidden_layers):
         _check_layer(name, config, layer_idx, modules.get(layer_idx))
@@ -303,9 +307,18 @@ def check_reach(model: PreTrainedModel, max_positions: int, num_positions: int) 
     """
     check_positions(model, num_positions)
     rotary = [module for module in model.modules() if is_position_dependent_rope(module)]
+    rotary = [module for module in rotary if _frequencies_differ(module, max_positions, num_positions)]
     if num_positions > max_positions and rotary:
         raise ValueError(
             f"this turn needs {num_positions} positions; the context was prefilled for {max_positions}, and the "
             f"model's rotary frequencies ({rotary[0].rope_type}) depend on that. "
             f"Use prefill(..., max_positions={num_positions}) or more."
         )
+
+
+def _frequencies_differ(module: Any, max_positions: int, num_positions: int) -> bool:
+    """Whether a rotary module chooses other frequencies for `num_positions` than for `max_positions`."""
+    if module.rope_type == "longrope":
+        switch = module.config.rope_parameters["original_max_position_embeddings"]
+        return (max_positions > switch) != (num_positions > switch)
+    return max(max_positions, num_positions) > module.original_max_seq_len

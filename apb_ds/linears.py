@@ -31,16 +31,16 @@ def onednn_linears(model: nn.Module, num_tokens: int) -> Iterator[None]:
     """
     linears: list[Any] = [module for module in model.modules() if _is_eligible(module)] if _is_enabled() else []
     reorder = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears) <= MAX_REORDERED_BYTES
-    for linear in linears:
-        weight = linear.weight.detach()
-        if reorder:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, num_tokens)
-        linear.forward = _forward_of(linear, weight)
     try:
+        for linear in linears:
+            weight = linear.weight.detach()
+            if reorder:
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight, num_tokens)
+            linear.forward = _forward_of(linear, weight)
         yield
     finally:
         for linear in linears:
-            del linear.forward
+            linear.__dict__.pop("forward", None)
 
 
 def _is_enabled() -> bool:

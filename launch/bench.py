@@ -25,7 +25,7 @@ class Benchmark:
         values, run_dir, _ = common.job_of(config)
         try:
             record, group = run_bench(values)
-        except (ValueError, RuntimeError) as error:
+        except ValueError as error:
             self.has_failed = True
             if common.rank() == 0:
                 print(f"Error: {error}", file=sys.stderr, flush=True)
@@ -36,7 +36,11 @@ class Benchmark:
             print(f"Record: {run_dir / 'bench.json'}", flush=True)
 
     def finish(self) -> bool:
-        """Return whether all jobs went well."""
+        """Leave the group; return whether all jobs went well."""
+        import torch
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         return not self.has_failed
 
 

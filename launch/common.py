@@ -70,6 +70,8 @@ def run_hydra(config_name: str, task: Task, finish: Callable[[], bool]) -> int:
     def main(config: DictConfig) -> None:
         if rank() > 0:
             shutil.rmtree(scratch, ignore_errors=True)  # Hydra has made it; nothing is written there
+        if OmegaConf.select(config, "model.device") == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed moves models to its accelerator
         try:
             quiet_imports()
             task(config)

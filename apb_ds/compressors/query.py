@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from apb_ds.compressors.base import BlockStates, Compressor, attention_mass, max_pool, register_compressor
@@ -15,5 +16,10 @@ class QueryCompressor(Compressor):
 
     def score(self, block: BlockStates) -> Tensor:
         assert block.anchor_queries is not None
-        mass = attention_mass(block.anchor_queries, block.keys, block.scale)
-        return max_pool(mass.mean(dim=2).amax(dim=1))
+        group = block.queries.shape[1] // block.kv_heads
+        scores = []
+        for head in range(block.kv_heads):  # one at a time: a long query over a long block makes a large matrix
+            queries = block.anchor_queries[:, head * group : (head + 1) * group]
+            mass = attention_mass(queries, block.keys[:, head : head + 1], block.scale)
+            scores.append(mass.mean(dim=2).amax(dim=1))
+        return max_pool(torch.cat(scores))

@@ -112,7 +112,7 @@ def _gather_anchor_queries(tools: Tools, state: PrefillState, query: Tensor) -> 
     plan, group = state.plan, tools.group
     first, last = plan.anchor_query_span
     if group.world_size == 1 or not plan.shard_anchor:
-        return query[:, :, first:last]
+        return query[:, :, first:last].clone()  # a view would keep all queries of the layer until the end
     overlaps = []
     for start, stop in split_evenly(plan.anchor_length, group.world_size):
         begin = min(max(first, start), stop)

@@ -54,6 +54,7 @@ class SequenceGroup:
     @classmethod
     def of(cls, process_group: Any) -> SequenceGroup:
         """Wrap a torch process group."""
+        deepspeed_comm_ready()
         comm = _comm()
         world_size = comm.get_world_size(group=process_group)
         if world_size == 1:
@@ -134,10 +135,12 @@ def launched_rank() -> int:
 def share_cpu_cores() -> None:
     """Give this process its share of the node's cores, so that the ranks of a node do not fight for all of them.
 
-    Left alone where ``OMP_NUM_THREADS`` already says how many threads to use.
+    Left alone where ``OMP_NUM_THREADS`` says how many threads to use; the 1 that torchrun sets unasked does not count.
     """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    if local_ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+    asked = os.environ.get("OMP_NUM_THREADS")
+    unasked = asked is None or (asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ)
+    if local_ranks > 1 and unasked:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // local_ranks))
 
@@ -150,10 +153,8 @@ def world_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> SequenceGroup:
     timeout_s : float, seconds
         How long a collective may take before the process group gives up.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        deepspeed_comm_ready(timeout_s)
-        return SequenceGroup.of(torch.distributed.group.WORLD)
-    if launched_world_size() == 1:
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not initialized and launched_world_size() == 1:
         return SequenceGroup()
     share_cpu_cores()
     deepspeed_comm_ready(timeout_s)
@@ -164,8 +165,9 @@ def deepspeed_comm_ready(timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
     """Initialise ``deepspeed.comm``: over the process group that exists, else with the accelerator's backend."""
     deepspeed = importlib.import_module("deepspeed")
     accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator()
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Whoever initialised torch.distributed has chosen this rank's device already.
+    if accelerator.device_name() != "cpu" and not torch.distributed.is_initialized():
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")) % accelerator.device_count())
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(),
         timeout=datetime.timedelta(seconds=timeout_s),

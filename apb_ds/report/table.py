@@ -96,8 +96,8 @@ def bench_table(record: Record) -> Table:
     for method, numbers in record["methods"].items():
         times = [f"{numbers[name]:.2f}" for name in ("median_s", "min_s", "max_s")]
         table.add_row(method, *times, _number(numbers["tokens_per_s"]), format_bytes(numbers["peak_memory_bytes"]))
-    if record["speedup"] is not None:
-        table.caption = f"dense over apb: {record['speedup']:.2f}x"
+    if record["speedup"]:
+        table.caption = ", ".join(f"{method} over apb: {ratio:.2f}x" for method, ratio in record["speedup"].items())
     return table
 
 

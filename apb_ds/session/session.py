@@ -210,7 +210,11 @@ class Session:
         )
 
     def _in_step(self, job: Job, work: Callable[[], Result]) -> Result:
-        """Do the work, then have all ranks agree on whether it went well: one rank's failure is everybody's."""
+        """Do the work, then have all ranks agree on whether it went well: one rank's failure is everybody's.
+
+        Bad input (ValueError) is found before anything is sent. Whatever else fails on one of several ranks may leave
+        the others inside a collective: then this rank ends, and the launcher ends the others.
+        """
         assert self.group is not None
         result: Result | None = None
         failure: str | None = None
@@ -218,8 +222,7 @@ class Session:
             result = work()
         except JOB_ERRORS as error:
             if not isinstance(error, ValueError) and self.group.world_size > 1:
-                # The others may be waiting for this rank inside a collective: say so before joining them.
-                print(f"[rank {self.group.rank}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                raise
             self._say_trace(job)
             failure = str(error) or type(error).__name__
         failures = self.group.gather_objects(failure)

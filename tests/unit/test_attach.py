@@ -188,6 +188,7 @@ def test_a_forward_that_fails_leaves_the_model_plain(failing_layer: Any, call: s
     context = None
     if call != "prefill":
         context = apb_ds.init_inference(build_model("llama"), CONFIG).prefill(document, query)
+        context.model = attached.module  # the same weights, in a model whose layers do not fail
     with pytest.raises(ArithmeticError, match="this layer failed"):
         if call == "prefill":
             attached.prefill(document, query)
@@ -306,3 +307,13 @@ def pipeline() -> nn.Module:
 def test_models_that_cannot_be_served(build: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         apb_ds.init_inference(build(), CONFIG)
+
+
+def test_detach_restores_training_mode() -> None:
+    model = build_model("llama").train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    engine = apb_ds.init_inference(model, CONFIG)
+    assert not any(module.training for module in model.modules())
+    engine.detach()
+    assert [module.training for module in model.modules()] == before

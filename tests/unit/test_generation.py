@@ -433,9 +433,45 @@ def test_a_sliding_window_shorter_than_the_request() -> None:
 
 
 def test_a_turn_beyond_the_frequencies_of_its_context() -> None:
-    engine = new_engine(phi3(original_length=200), **EXACT)
+    engine = new_engine(phi3(original_length=90), **EXACT)
     context = engine.prefill(DOCUMENT, QUERY)
     engine.query_logits(QUERY, context=context)
     assert_refused(engine, {"query_ids": QUERY, "context": context}, ["longrope", "92", "89", "max_positions=92"])
     context = engine.prefill(DOCUMENT, QUERY, max_positions=92)
     assert engine.generate(query_ids=QUERY, context=context, max_new_tokens=3, do_sample=False).shape == (1, 3)
+
+
+def test_a_turn_on_the_same_side_of_the_switch() -> None:
+    plain = phi3(original_length=200)
+    expected = own_tokens(plain, torch.cat([DOCUMENT, QUERY], dim=1), max_new_tokens=3, do_sample=False)
+    engine = new_engine(phi3(original_length=200), **EXACT)
+    context = engine.prefill(DOCUMENT)
+    tokens = engine.generate(query_ids=QUERY, context=context, max_new_tokens=3, do_sample=False)
+    assert tokens[0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("penalty_alpha", 0.6),
+        ("dola_layers", "high"),
+        ("assistant_early_exit", 1),
+        ("num_beam_groups", 2),
+        ("prefill_chunk_size", 16),
+        ("position_ids", torch.zeros(1, 3)),
+        ("negative_prompt_ids", torch.zeros(1, 3)),
+        ("max_new_tokns", 3),
+    ],
+)
+def test_what_would_be_ignored_is_refused_before_the_prefill(
+    argument: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = new_engine(build_model("llama"), **EXACT)
+    monkeypatch.setattr(engine, "prefill", lambda *_, **__: pytest.fail("the prefill ran first"))
+    assert_refused(engine, {**IDS, argument: value}, [argument])
+
+
+def test_a_context_of_another_engine_is_refused() -> None:
+    context = new_engine(build_model("llama"), **EXACT).prefill(DOCUMENT)
+    engine = new_engine(build_model("llama"), **EXACT)
+    assert_refused(engine, {"query_ids": QUERY, "context": context}, ["another engine"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,23 @@ def test_leaves_alone_what_it_is_not_for() -> None:
     others = nn.ModuleList([Special(8, 8), nn.Linear(8, 8, dtype=torch.bfloat16), nn.LayerNorm(8)])
     with onednn_linears(others, 50):
         assert all("forward" not in module.__dict__ for module in others.modules())
+
+
+def test_a_failure_on_the_way_in_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    made: list[Any] = []
+
+    def fail_at_the_second(linear: nn.Linear, weight: torch.Tensor) -> Any:
+        made.append(linear)
+        if len(made) == 2:
+            raise MemoryError
+        return linear.forward
+
+    monkeypatch.setattr(linears, "_forward_of", fail_at_the_second)
+    with pytest.raises(MemoryError), onednn_linears(model, 50):
+        pass
+    assert len(made) == 2
+    assert all("forward" not in module.__dict__ for module in model.modules())
 
 
 def test_a_changed_weight_counts() -> None:

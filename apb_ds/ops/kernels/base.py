@@ -20,6 +20,7 @@ class Kernel:
     device_type: ClassVar[str | None] = None  # None: any
     dtypes: ClassVar[tuple[torch.dtype, ...] | None] = None  # None: any
     max_head_dim: ClassVar[int | None] = None
+    min_capability: ClassVar[int] = 0  # CUDA compute capability, major
     package: ClassVar[str | None] = None  # module that must be installed
     extra: ClassVar[str | None] = None  # what to install to get it
 
@@ -54,6 +55,8 @@ class Kernel:
             return f"it takes {', '.join(map(str, cls.dtypes))}, not {dtype}"
         if cls.max_head_dim is not None and (head_dim > cls.max_head_dim or head_dim % 8):
             return f"it takes head dimensions up to {cls.max_head_dim} in steps of 8, not {head_dim}"
+        if cls.min_capability and torch.cuda.get_device_capability(device)[0] < cls.min_capability:
+            return f"it needs compute capability {cls.min_capability}.0 or newer"
         return None
 
 

@@ -23,6 +23,7 @@ class FlashAttn2Kernel(Kernel):
     device_type = "cuda"
     dtypes = (torch.bfloat16, torch.float16)
     max_head_dim = 256
+    min_capability = 8
     package = "flash_attn"
     extra = "pip install 'apb_ds[flash]'"
 

@@ -31,6 +31,7 @@ class TorchCudnnKernel(Kernel):
     device_type = "cuda"
     dtypes = HALF
     max_head_dim = 128
+    min_capability = 8
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -46,6 +47,7 @@ class TorchFlashKernel(Kernel):
     device_type = "cuda"
     dtypes = HALF
     max_head_dim = 256
+    min_capability = 8
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
