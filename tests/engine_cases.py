@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from torch import Tensor
 
 from tests.models import request_ids
@@ -33,6 +34,21 @@ class Case:
         if settings.get("compressor") == "random":
             settings["scorer"] = engine_random_scores
         return settings
+
+
+def own_query_logits(engine: Any, query: Tensor, context: Any) -> Tensor:
+    """`engine.query_logits` as this rank computed them: the first rank's do not replace them on the way out."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.group, "broadcast", keep)
+        logits = engine.query_logits(query, context=context)
+    assert len(kept) == 1, "query_logits shares its result in some other way; have this function undo that one."
+    return logits
 
 
 def engine_random_scores(block: ScoreInput) -> Tensor:

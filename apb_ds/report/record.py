@@ -48,11 +48,14 @@ def hardware(device: Any) -> dict[str, Any]:
 
 
 def git_state(repository: Path = _REPOSITORY) -> dict[str, Any]:
-    """Return the commit of the source tree and whether it has changes; both None outside of a repository."""
+    """Return the commit of the source tree and whether it has changes.
+
+    Outside of a repository (a copy of the tree on another machine) the commit is what ``APB_DS_COMMIT`` says, if set.
+    """
     top = _git(repository, "rev-parse", "--show-toplevel")
     # An installed package may lie inside somebody else's repository.
     if top is None or Path(top).resolve() != repository:
-        return {"commit": None, "dirty": None}
+        return {"commit": os.environ.get("APB_DS_COMMIT"), "dirty": None}
     status = _git(repository, "status", "--porcelain")
     return {
         "commit": _git(repository, "rev-parse", "--verify", "HEAD"),

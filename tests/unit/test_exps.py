@@ -1,0 +1,96 @@
+"""Every experiment runs in small: its own settings and rotary scaling, on a tiny random model of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from apb_ds.loading import ModelConfig, load_model
+from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.plan import Plan, plan_request
+from apb_ds.session import Job, Session, read_settings
+from apb_ds.tasks.passkey import RANDOM_QUERY_TOKENS
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+EXPS = sorted(file.stem for file in (CONFIGS / "exp").glob("*.yaml"))
+ANCHOR_LENGTH = 48  # what every experiment's anchor is scaled to: room for the task's query and for some document
+KV_HEADS = 2
+HEAD_DIM = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra_configs() -> Iterator[None]:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    container = OmegaConf.to_container(compose("infer", list(overrides)), resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def planned(values: dict[str, Any]) -> Plan:
+    return plan_request(read_settings(values).method, values["task"]["num_tokens"], RANDOM_QUERY_TOKENS)
+
+
+def tiny(exp: str) -> dict[str, Any]:
+    """Compose the experiment with all lengths scaled alike, over a model with few of everything but its own groups."""
+    full = composed(f"+exp={exp}")
+    geometry, method = full["model"]["geometry"], full["method"]
+    scale = ANCHOR_LENGTH / planned(full).anchor_length
+    heads = KV_HEADS * geometry["num_attention_heads"] // geometry["num_key_value_heads"]
+    shape = {
+        "num_hidden_layers": 2,
+        "hidden_size": HEAD_DIM * heads,
+        "intermediate_size": 96,
+        "num_attention_heads": heads,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": 256,
+    }
+    if "head_dim" in geometry:
+        shape["head_dim"] = HEAD_DIM
+    lengths = {f"method.{key}": method[key] for key in ("anchor_length", "passing_length") if method[key] is not None}
+    lengths["task.num_tokens"] = full["task"]["num_tokens"]
+    changes: dict[str, Any] = {f"model.geometry.{field}": value for field, value in shape.items()}
+    changes |= {path: round(scale * length) for path, length in lengths.items()}
+    changes |= {"model.load_format": "dummy", "model.path": "null", "model.device": "cpu", "task.max_new_tokens": 2}
+    return composed(f"+exp={exp}", *(f"{path}={value}" for path, value in changes.items()))
+
+
+@pytest.mark.parametrize("exp", EXPS)
+def test_a_tiny_run(exp: str) -> None:
+    full = planned(composed(f"+exp={exp}"))
+    session = Session(group=SequenceGroup())
+    record = session.run(Job(tiny(exp)))
+    session.close()
+    assert record["status"] == "ok", record["error"]
+    metrics = record["metrics"]
+    assert record["exact"] is False
+    assert (metrics["hosts"], metrics["anchor_length"]) == (full.hosts, ANCHOR_LENGTH)
+    # The experiment's proportions, up to the rounding of each length to whole tokens.
+    for field, length in (("passing_length", full.passing_length), ("block_length", full.block_length(0))):
+        assert metrics[field] == pytest.approx(length * ANCHOR_LENGTH / full.anchor_length, abs=1), field
+    assert min(metrics["kept_lengths"]) == metrics["passing_length"]
+    assert 1 <= metrics["new_tokens"] <= 2
+    assert all(record["kernels"][phase] for phase in ("prefill", "decode"))
+
+
+@pytest.mark.parametrize("exp", EXPS)
+def test_the_tiny_model_is_of_the_family(exp: str) -> None:
+    model = composed(f"+exp={exp}")["model"]
+    wanted = {**model["geometry"], **model["overrides"]}
+    loaded = load_model(ModelConfig.from_dict(tiny(exp)["model"])).model
+    config = loaded.config
+    assert config.model_type == wanted["model_type"]
+    assert config.max_position_embeddings == wanted["max_position_embeddings"]
+    groups = wanted["num_attention_heads"] // wanted["num_key_value_heads"]
+    assert config.num_attention_heads // config.num_key_value_heads == groups > 1
+    for field, value in wanted["rope_parameters"].items():
+        assert config.rope_parameters[field] == value, field
+    assert loaded.base_model.rotary_emb.rope_type == wanted["rope_parameters"]["rope_type"]
