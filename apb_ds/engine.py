@@ -26,18 +26,18 @@ from apb_ds.generation import (
     with_stop_strings,
 )
 from apb_ds.hf import (
-    PrefillComplete,
     apb_attention,
     check_positions,
     check_reach,
     check_supported,
     geometry_of,
 )
-from apb_ds.inputs import check_ids, round_inputs, split_query
+from apb_ds.inputs import check_ids, split_query
 from apb_ds.linears import onednn_linears
 from apb_ds.methods.state import PrefillState
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import check_world_size, plan_request
+from apb_ds.rounds import run_round
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class APBEngine(InferenceEngine):
             apb_attention(self.module, self.attention, Phase.PREFILL, max_positions, state),
         ):
             for state.round_index in range(len(plan.rounds)):
-                self._run_round(state, document_ids, query_ids)
+                run_round(self.module, self.attention, state, document_ids, query_ids)
         cache.set_length(num_tokens)
         prefill_s = self._now() - began
         self.stats = RequestStats(prefill_s=prefill_s)
@@ -289,31 +289,6 @@ class APBEngine(InferenceEngine):
         engine.__dict__.update(before)
         self._attached_to = None
         return engine
-
-    def _run_round(self, state: PrefillState, document_ids: Tensor, query_ids: Tensor | None) -> None:
-        """One forward over this rank's share of the anchor and its host's block, or, with neither, the collectives."""
-        ids, positions = round_inputs(state, document_ids, query_ids)
-        if ids.shape[1] == 0:
-            self._join_round(state)
-            return
-        try:
-            self.module.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-        except PrefillComplete:
-            return
-        raise RuntimeError("the last layer's attention was never called; is this model's attention APB's?")
-
-    def _join_round(self, state: PrefillState) -> None:
-        sizes = self.geometry
-        nothing = torch.empty((1, sizes.heads, 0, sizes.head_dim), dtype=self.module.dtype, device=self.device)
-        for layer_idx in range(sizes.num_layers):
-            self.attention(
-                nothing,
-                nothing[:, : sizes.kv_heads],
-                nothing[:, : sizes.kv_heads],
-                phase=Phase.PREFILL,
-                layer_idx=layer_idx,
-                state=state,
-            )
 
     def _decode(
         self, context: Context, query_ids: Tensor, num_new: int, append: bool, arguments: dict[str, Any]

@@ -1,4 +1,4 @@
-"""From a caller's token ids to what each rank feeds its model in each round."""
+"""Check a caller's token ids, and part document and query."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-
-from apb_ds.methods.state import PrefillState
 
 
 def check_ids(model: PreTrainedModel, name: str, ids: Tensor) -> Tensor:
@@ -52,24 +50,3 @@ def split_query(model: PreTrainedModel, input_ids: Tensor, query_length: int | N
             f"{input_ids.shape[1] - 1} of these {input_ids.shape[1]} tokens."
         )
     return input_ids[:, :-query_length], input_ids[:, -query_length:]
-
-
-def round_inputs(state: PrefillState, document_ids: Tensor, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the tokens of this rank's forward in the state's round, and their positions, (1, tokens) int64 each.
-
-    The rank's share of the anchor comes first (``doc[:p] + query + doc[p:l_a - q]``, positions from 0), then the block
-    of its host at its place in the document.
-    """
-    plan = state.plan
-    parts = [document_ids[:, slice(*plan.blocks[state.host])]]
-    positions = [torch.arange(*plan.blocks[state.host], device=document_ids.device)]
-    start, stop = state.anchor_share
-    if stop > start:
-        anchor = document_ids[:, : plan.anchor_length]
-        if plan.anchor_query_length:
-            assert query_ids is not None
-            before, after = document_ids[:, : plan.query_position], document_ids[:, plan.query_position :]
-            anchor = torch.cat([before, query_ids, after], dim=-1)[:, : plan.anchor_length]
-        parts.insert(0, anchor[:, start:stop])
-        positions.insert(0, torch.arange(start, stop, device=document_ids.device))
-    return torch.cat(parts, dim=-1), torch.cat(positions).unsqueeze(0)

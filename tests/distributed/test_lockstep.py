@@ -10,6 +10,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from tests.engine_cases import TOLERANCE, own_query_logits
+from tests.generation_parts import Recorder, StopAfter
 from tests.models import VOCAB_SIZE, build_model, request_ids
 from tests.pool import Pools
 
@@ -21,27 +22,6 @@ def new_engine(**given: Any) -> Any:
     import apb_ds
 
     return apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(**{**GIVEN, **given}))
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.events.append(value.tolist())
-
-    def end(self) -> None:
-        self.events.append("end")
-
-
-class StopAfter(StoppingCriteria):
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.asked = 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.asked += 1
-        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
 
 
 class Slow(StoppingCriteria):

@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.launching import deepspeed_command
 
 pytestmark = pytest.mark.launcher
 
@@ -69,14 +70,7 @@ def run(command: list[str], **environment: str) -> Finished:
 
 def run_deepspeed(*arguments: str) -> Finished:
     """Run the script on two ranks, on a port that is free."""
-    beside = Path(sys.executable).with_name("deepspeed")
-    launcher = str(beside) if beside.exists() else shutil.which("deepspeed")
-    if launcher is None:
-        pytest.skip("missing: the deepspeed launcher")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return run([launcher, "--num_accelerators", "2", "--master_port", str(port), SCRIPT, *arguments])
+    return run([*deepspeed_command(), SCRIPT, *arguments])
 
 
 def run_python(*arguments: str, **environment: str) -> Finished:

@@ -60,16 +60,16 @@ def last_anchor_token_passed_too(patch: Patch) -> None:
 
 
 def _change_round_inputs(patch: Patch, change: Callable[[Any, Tensor, Tensor], None]) -> None:
-    from apb_ds import engine
+    from apb_ds import rounds
 
-    original = engine.round_inputs
+    original = rounds.round_inputs
 
     def changed(state: Any, document_ids: Tensor, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         ids, positions = (tensor.clone() for tensor in original(state, document_ids, query_ids))
         change(state, ids, positions)
         return ids, positions
 
-    patch.setattr(engine, "round_inputs", changed)
+    patch.setattr(rounds, "round_inputs", changed)
 
 
 def anchor_positions_off_by_one(patch: Patch) -> None:

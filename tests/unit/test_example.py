@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 
 import apb_ds
+from tests.launching import deepspeed_command
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "deepspeed_script.py"
@@ -63,13 +62,6 @@ def test_alone(expected: list[int]) -> None:
 @pytest.mark.launcher
 def test_under_the_launcher(expected: list[int]) -> None:
     """Its first run compiles DeepSpeed's collectives for the CPU."""
-    beside = Path(sys.executable).with_name("deepspeed")
-    launcher = str(beside) if beside.exists() else shutil.which("deepspeed")
-    if launcher is None:
-        pytest.skip("missing: the deepspeed launcher")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    lines = run([launcher, "--num_accelerators", "2", "--master_port", str(port), str(SCRIPT), "--tiny"])
+    lines = run([*deepspeed_command(), str(SCRIPT), "--tiny"])
     assert "408 prompt tokens on 2 ranks" in lines
     assert [line for line in lines if line.startswith("Answer: ")] == [f"Answer: {expected}"]

@@ -12,12 +12,12 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
-    StoppingCriteria,
     StoppingCriteriaList,
     TextStreamer,
 )
 
 import apb_ds
+from tests.generation_parts import Recorder, StopAfter
 from tests.models import VOCAB_SIZE, build_model, distinct_ids, llama, mistral, phi3, request_ids
 
 # Nothing in front, everything passed on: the answer is the plain model's.
@@ -66,27 +66,6 @@ def apb_tokens(engine: Any, document: torch.Tensor, query: torch.Tensor, **argum
     assert tokens.dtype == torch.int64
     assert tokens.shape == (1, engine.stats.new_tokens)
     return tokens[0].tolist()
-
-
-class Recorder:
-    """A streamer that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.events.append(value.tolist())
-
-    def end(self) -> None:
-        self.events.append("end")
-
-
-class StopAfter(StoppingCriteria):
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
 
 
 class FailAt(LogitsProcessor):

@@ -27,6 +27,7 @@ LAYERS = (
     "context",
     "generation",
     "inputs",
+    "rounds",
     "engine",
     "entry",
     "training",

@@ -1,0 +1,71 @@
+"""One round of a prefill on one rank: what it feeds its model, and the forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from apb_ds.attention import APBAttention, Phase
+from apb_ds.hf import PrefillComplete, geometry_of
+from apb_ds.methods.state import PrefillState
+
+
+def run_round(
+    model: PreTrainedModel,
+    attention: APBAttention,
+    state: PrefillState,
+    document_ids: Tensor,
+    query_ids: Tensor | None,
+) -> None:
+    """Run one forward over this rank's share of the anchor and its host's block; with neither, only the collectives.
+
+    Needs `apb_ds.hf.apb_attention` in force with the same `attention` and `state`.
+
+    Parameters
+    ----------
+    state : PrefillState
+        Says round and rank; its cache takes the block's keys and values.
+    document_ids : (1, n), int64, global
+    query_ids : (1, q), int64, global, or None where the anchor embeds none
+    """
+    ids, positions = round_inputs(state, document_ids, query_ids)
+    if ids.shape[1] == 0:
+        _join_round(model, attention, state)
+        return
+    try:
+        model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+    except PrefillComplete:
+        return
+    raise RuntimeError("the last layer's attention was never called; is this model's attention APB's?")
+
+
+def _join_round(model: PreTrainedModel, attention: APBAttention, state: PrefillState) -> None:
+    """Take part in every layer's collectives with no token, since no forward ever sees zero tokens."""
+    sizes = geometry_of(model)
+    device = next(model.parameters()).device
+    queries = torch.empty((1, sizes.heads, 0, sizes.head_dim), dtype=model.dtype, device=device)
+    states = queries[:, : sizes.kv_heads]
+    for layer_idx in range(sizes.num_layers):
+        attention(queries, states, states, phase=Phase.PREFILL, layer_idx=layer_idx, state=state)
+
+
+def round_inputs(state: PrefillState, document_ids: Tensor, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the tokens of this rank's forward in the state's round, and their positions, (1, tokens) int64 each.
+
+    The rank's share of the anchor comes first (``doc[:p] + query + doc[p:l_a - q]``, positions from 0), then the block
+    of its host at its place in the document.
+    """
+    plan = state.plan
+    parts = [document_ids[:, slice(*plan.blocks[state.host])]]
+    positions = [torch.arange(*plan.blocks[state.host], device=document_ids.device)]
+    start, stop = state.anchor_share
+    if stop > start:
+        anchor = document_ids[:, : plan.anchor_length]
+        if plan.anchor_query_length:
+            assert query_ids is not None
+            before, after = document_ids[:, : plan.query_position], document_ids[:, plan.query_position :]
+            anchor = torch.cat([before, query_ids, after], dim=-1)[:, : plan.anchor_length]
+        parts.insert(0, anchor[:, start:stop])
+        positions.insert(0, torch.arange(start, stop, device=document_ids.device))
+    return torch.cat(parts, dim=-1), torch.cat(positions).unsqueeze(0)
