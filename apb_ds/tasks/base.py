@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class Sample:
     query_position : document tokens before the user's text, where the anchor embeds the query
     max_new_tokens : how many tokens to generate at most
     ground_truth : the answer, or None if there is none to compare with
-    stop_strings : texts that end the generation; the model's end-of-sequence tokens always do
+    generate : further arguments of `engine.generate`, such as temperature or stop_strings; greedy if there are none
     random_ids : whether the ids are random, for want of a tokenizer
     """
 
@@ -32,26 +32,33 @@ class Sample:
     query_position: int
     max_new_tokens: int
     ground_truth: str | None = None
-    stop_strings: tuple[str, ...] = ()
+    generate: dict[str, Any] = field(default_factory=dict)
     random_ids: bool = False
 
 
-class TaskConfig(Protocol):
-    """Settings of a task: a frozen dataclass, validated when it is made, that makes the samples itself."""
+class TaskConfig:
+    """Settings of a task: the base of frozen dataclasses that are validated when they are made.
+
+    Samples are made on the first rank alone, which sends their ids to the others.
+    """
 
     name: ClassVar[str]
 
+    def check_sources(self) -> None:
+        """Raise ValueError if something that the settings point to is not there. On the first rank, before loading."""
+
     def samples(self, tokenizer: Any | None, vocab_size: int, seed: int) -> Iterator[Sample]:
-        """Yield the samples; without a tokenizer, of random ids below `vocab_size`. The same on every rank."""
+        """Yield the samples; without a tokenizer, of random ids below `vocab_size`."""
+        raise NotImplementedError
 
 
-_TASKS: dict[str, type] = {}
-Config = TypeVar("Config", bound=type)
+_TASKS: dict[str, type[TaskConfig]] = {}
+Config = TypeVar("Config", bound=type[TaskConfig])
 
 
 def register_task(config: Config) -> Config:
     """Class decorator: make a `TaskConfig` known by its `name`."""
-    _TASKS[config.name] = config  # type: ignore[attr-defined]
+    _TASKS[config.name] = config
     return config
 
 
@@ -72,7 +79,7 @@ def build_task_config(values: dict[str, Any]) -> TaskConfig:
     name = values.pop("name", None)
     check_choice("task.name", name, task_names())
     config = _TASKS[str(name)]
-    names = [item.name for item in fields(config)]
+    names = [item.name for item in fields(config)]  # type: ignore[arg-type] # the base is no dataclass
     for key in values:
         check_choice("task key", key, names)
     return config(**{key: value for key, value in values.items() if value is not None})

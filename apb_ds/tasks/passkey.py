@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 
 from apb_ds.config import check_integer
-from apb_ds.tasks.base import Sample, random_sample, register_task
-from apb_ds.tasks.prompts import document_length, split_prompt
+from apb_ds.tasks.base import Sample, TaskConfig, random_sample, register_task
+from apb_ds.tasks.prompts import EncodedDocument, encode_document, encode_query
 
 TASK = "There is a pass key hidden in the context. Find it and remember it. I will quiz you about it later. "
 FILLER = "The sky is blue. The tree is green. The flower is red. The sun is yellow. "
@@ -23,7 +23,7 @@ RANDOM_QUERY_TOKENS = 32
 
 @register_task
 @dataclass(frozen=True)
-class PasskeyConfig:
+class PasskeyConfig(TaskConfig):
     """A document of fillers with a pass key in it.
 
     Parameters
@@ -66,11 +66,11 @@ class PasskeyConfig:
         if tokenizer is None:
             yield random_sample(self.num_tokens, RANDOM_QUERY_TOKENS, vocab_size, seed, self.max_new_tokens)
             return
-        prompt = split_prompt(tokenizer, self.document(self.num_fillers(tokenizer)), QUERY, ANSWER_PREFIX)
+        document = self.longest(tokenizer)
         yield Sample(
-            document_ids=torch.tensor([prompt.document_ids]),
-            query_ids=torch.tensor([prompt.query_ids]),
-            query_position=prompt.query_position,
+            document_ids=torch.tensor([document.ids]),
+            query_ids=torch.tensor([encode_query(tokenizer, document, QUERY, ANSWER_PREFIX)]),
+            query_position=document.query_position,
             max_new_tokens=self.max_new_tokens,
             ground_truth=self.digits,
         )
@@ -80,29 +80,27 @@ class PasskeyConfig:
         before = math.floor(self.depth * num_fillers)
         return TASK + FILLER * before + NEEDLE.format(digits=self.digits) + FILLER * (num_fillers - before)
 
-    def num_fillers(self, tokenizer: Any) -> int:
-        """Return the largest number of fillers whose document is at most `num_tokens` long.
+    def longest(self, tokenizer: Any) -> EncodedDocument:
+        """Return the document with as many fillers as fit into `num_tokens`.
 
         Raises
         ------
         ValueError
             If not even the document without fillers fits.
         """
-
-        def length(num_fillers: int) -> int:
-            return document_length(tokenizer, self.document(num_fillers), QUERY)
-
-        shortest = length(0)
+        shortest = len(encode_document(tokenizer, self.document(0)).ids)
         if shortest > self.num_tokens:
             raise ValueError(
                 f"task.num_tokens={self.num_tokens} cannot hold the task: without any filler the document has "
                 f"{shortest} tokens; raise task.num_tokens."
             )
         # Tokens per filler, measured on many of them: the first estimate is then off by one at most.
-        rate = (length(64) - shortest) / 64
+        rate = (len(encode_document(tokenizer, self.document(64)).ids) - shortest) / 64
         count = max(0, math.floor((self.num_tokens - shortest) / rate))
-        while length(count) > self.num_tokens:
+        document = encode_document(tokenizer, self.document(count))
+        while len(document.ids) > self.num_tokens:
             count -= 1
-        while length(count + 1) <= self.num_tokens:
-            count += 1
-        return count
+            document = encode_document(tokenizer, self.document(count))
+        while len((longer := encode_document(tokenizer, self.document(count + 1))).ids) <= self.num_tokens:
+            count, document = count + 1, longer
+        return document

@@ -1,13 +1,21 @@
-"""Cutting a chat into document and query, where the model's own template puts the boundary."""
+"""Cutting a chat into document and query, where the model's own template puts the boundary.
+
+The document is the first user turn, rendered through the chat template without a generation prompt. The query is the
+rest of the conversation: a second user turn, and an assistant turn opened for the answer. So a document's ids do not
+depend on the query, and one prefill serves many. Templates that refuse two user turns in a row get both in one turn,
+cut between them; tokenizers without a template get the begin-of-sequence token and plain text.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# A text that no template contains: it shows where the template puts what the user says.
+# A text that no template contains: it shows where the template puts what somebody says.
 MARK = "\u2402user-text\u2403"
 ONE_TURN_SEPARATOR = "\n\n"
+# Characters of a document that can change how the text after it is cut into tokens.
+BOUNDARY_CONTEXT = 256
 
 
 @dataclass(frozen=True)
@@ -19,30 +27,90 @@ class Prompt:
     query_position: int
 
 
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document as ids: what every query about it follows.
+
+    Attributes
+    ----------
+    ids : tokens of the document, chat template included
+    query_position : how many of them precede the user's text
+    end : the last characters, which decide how a text that follows is cut into tokens
+    """
+
+    ids: list[int]
+    query_position: int
+    end: str
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of `text` as it stands: no special tokens are added, those written in it are recognised."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def split_prompt(tokenizer: Any, document: str, query: str, answer_prefix: str = "") -> Prompt:
-    """Cut a prompt in two, so that the document does not depend on the query.
+    """Return document and query as ids; the answer is opened with `answer_prefix`."""
+    encoded = encode_document(tokenizer, document)
+    return Prompt(encoded.ids, encode_query(tokenizer, encoded, query, answer_prefix), encoded.query_position)
 
-    The document is the first user turn rendered through the chat template, without a generation prompt. The query is
-    the rest of the conversation: a second user turn, and an assistant turn opened with `answer_prefix`. Templates that
-    refuse two user turns in a row get both in one turn, cut between them; tokenizers without a template get the
-    begin-of-sequence token and plain text.
+
+def encode_document(tokenizer: Any, document: str) -> EncodedDocument:
+    """Return the document as ids. It is tokenised once, however long it is.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing in it.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return _plain(tokenizer, document, query, answer_prefix)
-    head, tail = split_rendering(tokenizer, document, query)
-    return Prompt(*_encode_parts(tokenizer, head, tail + answer_prefix), len(encode(tokenizer, header(tokenizer))))
+    if not document.strip():
+        raise ValueError("the document is empty; it needs some text.")
+    if not has_template(tokenizer):
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return EncodedDocument(bos + encode(tokenizer, document), len(bos), document[-BOUNDARY_CONTEXT:])
+    text = render_document(tokenizer, document)
+    return EncodedDocument(encode(tokenizer, text), len(encode(tokenizer, header(tokenizer))), text[-BOUNDARY_CONTEXT:])
 
 
-def document_length(tokenizer: Any, document: str, query: str) -> int:
+def encode_query(tokenizer: Any, document: EncodedDocument, query: str, answer_prefix: str = "") -> list[int]:
+    """Return the ids of a query about a document, up to where the answer begins.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing in the query.
+    """
+    if not query.strip():
+        raise ValueError("the query is empty; ask something.")
+    return encode_after(tokenizer, document.end, render_query(tokenizer, query) + answer_prefix)
+
+
+def encode_next_turn(tokenizer: Any, query: str, last_id: int) -> list[int]:
+    """Return the ids of a further query in a conversation, from the end of the answer before it.
+
+    Parameters
+    ----------
+    last_id : the last token of that answer. The template closes an answer with an end token, which the model has
+        generated itself if it was not cut short.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing in the query.
+    """
+    if not query.strip():
+        raise ValueError("the query is empty; ask something.")
+    ids = encode_after(tokenizer, "a", _render_next_turn(tokenizer, query))
+    return ids[1:] if len(ids) > 1 and ids[0] == last_id else ids
+
+
+def document_length(tokenizer: Any, document: str) -> int:
     """Return how many tokens the document has, template included."""
-    if not getattr(tokenizer, "chat_template", None):
-        return len(_bos(tokenizer)) + len(encode(tokenizer, document))
-    return len(encode(tokenizer, split_rendering(tokenizer, document, query)[0]))
+    return len(encode_document(tokenizer, document).ids)
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Return whether the tokenizer knows how its model chats."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def header(tokenizer: Any) -> str:
@@ -51,39 +119,49 @@ def header(tokenizer: Any) -> str:
     return rendered[: _mark_index(rendered)]
 
 
-def split_rendering(tokenizer: Any, document: str, query: str) -> tuple[str, str]:
-    """Return the rendered conversation as (document, query) texts, the query's with the assistant turn opened."""
-    first = _render(tokenizer, [_user(document)], generation=False)
-    whole = _render_or_none(tokenizer, [_user(document), _user(query)])
-    if whole is not None and whole.startswith(first):
-        return first, whole[len(first) :]
+def render_document(tokenizer: Any, document: str) -> str:
+    """Return the document's part of the conversation as text."""
+    if _second_turn(tokenizer, MARK) is None:
+        return header(tokenizer) + document.strip()
+    return _render(tokenizer, [_user(document)], generation=False)
+
+
+def render_query(tokenizer: Any, query: str) -> str:
+    """Return the query's part of the conversation as text, the assistant's turn opened."""
+    if not has_template(tokenizer):
+        return f"{ONE_TURN_SEPARATOR}{query}\n"
+    second = _second_turn(tokenizer, query)
+    if second is not None:
+        return second
     rendered = _render(tokenizer, [_user(MARK)], generation=True)
-    start = _mark_index(rendered)
-    tail = rendered[start + len(MARK) :]
-    return rendered[:start] + document.strip(), ONE_TURN_SEPARATOR + query + tail
+    return ONE_TURN_SEPARATOR + query + rendered[_mark_index(rendered) + len(MARK) :]
 
 
-def _plain(tokenizer: Any, document: str, query: str, answer_prefix: str) -> Prompt:
-    bos = _bos(tokenizer)
-    tail = f"{ONE_TURN_SEPARATOR}{query}\n{answer_prefix}"
-    document_ids, query_ids = _encode_parts(tokenizer, document, tail)
-    return Prompt(bos + document_ids, query_ids, len(bos))
-
-
-def _bos(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-
-
-def _encode_parts(tokenizer: Any, head: str, tail: str) -> tuple[list[int], list[int]]:
-    """Encode two texts so that together they are what the model would see, if the boundary is one between tokens.
+def encode_after(tokenizer: Any, before: str, text: str) -> list[int]:
+    """Return the ids of `text` as they follow `before`, if the boundary is one between tokens.
 
     A SentencePiece tokenizer puts a space in front of a text that is encoded alone.
     """
-    head_ids = encode(tokenizer, head)
-    whole = encode(tokenizer, head + tail)
-    if whole[: len(head_ids)] == head_ids:
-        return head_ids, whole[len(head_ids) :]
-    return head_ids, encode(tokenizer, tail)
+    start = encode(tokenizer, before)
+    whole = encode(tokenizer, before + text)
+    return whole[len(start) :] if whole[: len(start)] == start else encode(tokenizer, text)
+
+
+def _second_turn(tokenizer: Any, query: str) -> str | None:
+    """Return what a second user turn adds to the first, the answer opened; None where the template refuses it."""
+    first = _render(tokenizer, [_user(MARK)], generation=False)
+    whole = _render_or_none(tokenizer, [_user(MARK), _user(query)])
+    return whole[len(first) :] if whole is not None and whole.startswith(first) else None
+
+
+def _render_next_turn(tokenizer: Any, query: str) -> str:
+    if not has_template(tokenizer):
+        return f"{ONE_TURN_SEPARATOR}{query}\n"
+    before = [_user("document"), _user("query")]
+    if _second_turn(tokenizer, "query") is None:
+        before = [_user("document and query")]
+    rendered = _render(tokenizer, [*before, {"role": "assistant", "content": MARK}, _user(query)], generation=True)
+    return rendered[_mark_index(rendered, "assistant") + len(MARK) :]
 
 
 def _user(text: str) -> dict[str, str]:
@@ -103,11 +181,11 @@ def _render_or_none(tokenizer: Any, messages: list[dict[str, str]]) -> str | Non
         return None
 
 
-def _mark_index(rendered: str) -> int:
+def _mark_index(rendered: str, role: str = "user") -> int:
     index = rendered.find(MARK)
     if index < 0:
         raise ValueError(
-            "the tokenizer's chat template leaves out what the user says; set model.tokenizer to one whose template "
-            "renders a user turn."
+            f"the tokenizer's chat template leaves out what the {role} says; set model.tokenizer to one whose template "
+            "renders every turn."
         )
     return index

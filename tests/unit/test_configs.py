@@ -52,11 +52,25 @@ def settings(*overrides: str) -> Settings:
     return read_settings(values(*overrides))
 
 
+# What these tasks cannot do without.
+ASKED = {
+    "task=prompt": ("task.document=text", "task.query=what"),
+    "task=chat": ("task.document=text",),
+    "task=batch": ("task.input=questions.jsonl",),
+}
+
+
+@pytest.mark.parametrize("override", ASKED)
+def test_what_a_task_cannot_do_without(override: str) -> None:
+    with pytest.raises(ValueError, match=r"task\.(document|input)=.* (empty|missing)"):
+        settings(override)
+
+
 @pytest.mark.parametrize(
     "override", [f"{group}={name}" for group in ("model", "method", "task", "parallel") for name in names(group)]
 )
 def test_every_group_option_builds(override: str) -> None:
-    assert settings(override).method.hosts == 8
+    assert settings(override, *ASKED.get(override, ())).method.hosts == 8
 
 
 @pytest.mark.parametrize("exp", names("exp"))

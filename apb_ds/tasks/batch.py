@@ -1,0 +1,78 @@
+"""Many questions from a file, answered into another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from apb_ds.config import check_bool
+from apb_ds.tasks.answering import AnsweringConfig
+from apb_ds.tasks.base import register_task
+
+ANSWERS_SUFFIX = ".answers.jsonl"
+
+
+@register_task
+@dataclass(frozen=True)
+class BatchConfig(AnsweringConfig):
+    """Questions in a JSONL file.
+
+    Parameters
+    ----------
+    input : str
+        The file: one object a line with ``id``, ``document`` or ``document_file`` (relative to the file), ``query``
+        and, if it wants, ``max_new_tokens``.
+    output : str, optional
+        Where the answers go. Default: ``<input>.answers.jsonl`` beside the input; in a sweep, ``answers.jsonl`` in
+        the job's directory. What is answered there already is not answered again.
+    reuse_prefill : bool
+        Whether consecutive lines with the same document share one prefill, whose anchor then embeds no query. False:
+        every line has its own, with its query in the anchor.
+    overwrite : bool
+        Start anew where the output is there already; it is kept as ``<output>.bak``.
+    max_new_tokens and so on : for each answer, see `AnsweringConfig`; a line's own number of tokens comes first
+
+    Raises
+    ------
+    ValueError
+        For a value out of its range, naming the field and what is allowed.
+    """
+
+    name: ClassVar[str] = "batch"
+    input: str = ""
+    output: str | None = None
+    reuse_prefill: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.input, str) or not self.input:
+            raise ValueError(
+                f"task.input={self.input!r} is missing: give a JSONL file with id, document or document_file, and "
+                "query on each line."
+            )
+        if self.output is not None and (not isinstance(self.output, str) or not self.output):
+            raise ValueError(f"task.output={self.output!r} must be the name of a file.")
+        check_bool("task.reuse_prefill", self.reuse_prefill)
+        check_bool("task.overwrite", self.overwrite)
+        if self.output is not None and self.output_path(None).resolve() == self.input_path.resolve():
+            raise ValueError(f"task.output={self.output!r} is the input; give another file.")
+
+    @property
+    def input_path(self) -> Path:
+        return Path(self.input).expanduser()
+
+    def output_path(self, run_dir: Path | None) -> Path:
+        """Return where the answers go; without a name of its own into `run_dir`, or beside the input."""
+        if self.output is not None:
+            return Path(self.output).expanduser()
+        if run_dir is not None:
+            return run_dir / "answers.jsonl"
+        return self.input_path.with_name(self.input_path.name.removesuffix(".jsonl") + ANSWERS_SUFFIX)
+
+    def check_sources(self) -> None:
+        path = self.input_path
+        if not path.is_file():
+            kind = "is a directory" if path.is_dir() else "is not there"
+            raise ValueError(f"task.input={self.input!r}: {path.absolute()} {kind}; name a JSONL file.")
