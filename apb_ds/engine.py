@@ -35,8 +35,9 @@ from apb_ds.hf import (
 from apb_ds.inputs import check_ids, split_query
 from apb_ds.linears import onednn_linears
 from apb_ds.methods.state import PrefillState
+from apb_ds.ops.memory import explain_out_of_memory
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.plan import check_world_size, plan_request
+from apb_ds.plan import Plan, check_world_size, plan_request
 from apb_ds.rounds import run_round
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,8 @@ class APBEngine(InferenceEngine):
         ------
         ValueError
             For bad input, on every rank before anything is sent.
+        torch.OutOfMemoryError
+            On the rank whose memory runs out, with what helps.
         """
         document_ids = check_ids(self.module, "document_ids", document_ids)
         num_query = 0
@@ -153,8 +156,10 @@ class APBEngine(InferenceEngine):
         state = PrefillState(plan, cache, self.group.rank, progress=progress)
         sent_before = self.group.bytes_sent
         began = self._now()
+        block_length = max(plan.block_length(host) for host in range(plan.hosts))
         with (
-            onednn_linears(self.module.base_model, max(plan.block_length(host) for host in range(plan.hosts))),
+            explain_out_of_memory(f"prefilling {num_tokens} tokens in blocks of {block_length}", self._levers(plan)),
+            onednn_linears(self.module.base_model, block_length),
             apb_attention(self.module, self.attention, Phase.PREFILL, max_positions, state),
         ):
             for state.round_index in range(len(plan.rounds)):
@@ -300,7 +305,13 @@ class APBEngine(InferenceEngine):
         streamer = arguments.pop("streamer", None)
         kept = False
         try:
-            with apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions) as call:
+            with (
+                explain_out_of_memory(
+                    f"answering {query_ids.shape[1]} query tokens after {context.num_tokens}",
+                    self._levers(context.plan),
+                ),
+                apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions) as call,
+            ):
                 decoder = LockstepDecoder(self.group, call, streamer, self._synchronize)
                 everything = self.module.generate(
                     input_ids=prompt,
@@ -327,6 +338,15 @@ class APBEngine(InferenceEngine):
         if exact and not self._said_exact and self.group.is_first:
             logger.warning("running exact: a document of %d tokens is too short for APB to save anything.", num_tokens)
             self._said_exact = True
+
+    def _levers(self, plan: Plan) -> str:
+        """Return what helps where memory runs out."""
+        dtype = str(self.module.dtype).removeprefix("torch.")
+        return (
+            f"What helps: more hosts than {plan.hosts} (a round then holds fewer tokens of the document), more ranks "
+            f"than {plan.world_size} (each holds its share of the cache), a smaller dtype than {dtype} "
+            "(model.dtype=bfloat16), or a shorter document."
+        )
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
