@@ -22,18 +22,18 @@ class Benchmark:
         from apb_ds.report.record import write_json
         from apb_ds.report.table import bench_table, make_console
 
-        values, run_dir, _ = common.job_of(config)
+        job = common.job_of(config)
         try:
-            record, group = run_bench(values)
+            record, group = run_bench(job.values)
         except ValueError as error:
             self.has_failed = True
             if common.rank() == 0:
                 print(f"Error: {error}", file=sys.stderr, flush=True)
             return
-        if group.is_first and run_dir is not None:
-            write_json(run_dir / "bench.json", record)
+        if group.is_first and job.run_dir is not None:
+            write_json(job.run_dir / "bench.json", record)
             make_console().print(bench_table(record))
-            print(f"Record: {run_dir / 'bench.json'}", flush=True)
+            print(f"Record: {job.run_dir / 'bench.json'}", flush=True)
 
     def finish(self) -> bool:
         """Leave the group; return whether all jobs went well."""

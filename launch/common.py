@@ -15,9 +15,9 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -25,17 +25,28 @@ sys.path.insert(0, str(ROOT))
 
 import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.core.plugins import Plugins  # noqa: E402
 from hydra.errors import HydraException, MissingConfigException  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from apb_ds.config import suggest  # noqa: E402
+from hydra_plugins import apb_ds_sweep  # noqa: E402
+
+if TYPE_CHECKING:
+    from apb_ds.session import Job
 
 FAILED_EXIT = 2  # bad input, or a job of a sweep that failed
 CRASH_EXIT = 1
 FIRST_RANK_GRACE_S = 10
+QUOTING_HINT = (
+    "A text with commas, colons, equals signs, quotes or brackets wants quotes of its own inside the shell's: "
+    "'task.query=\"Who, and when?\"'; or put it into a file: task.query=@question.txt."
+)
 
 Task = Callable[[DictConfig], None]
+BadJob = Callable[["Job", str], None]
 
 
 def rank() -> int:
@@ -43,7 +54,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def run_hydra(config_name: str, task: Task, finish: Callable[[], bool]) -> int:
+def run_hydra(config_name: str, task: Task, finish: Callable[[], bool], bad_job: BadJob | None = None) -> int:
     """Run `task` once for each job that the command line asks for, and return the exit code.
 
     Parameters
@@ -54,6 +65,9 @@ def run_hydra(config_name: str, task: Task, finish: Callable[[], bool]) -> int:
         Takes the composed config of one job. Expected failures are its own business; what it raises is a bug.
     finish : callable
         Called after the last job; returns whether all went well.
+    bad_job : callable, optional
+        Called as ``bad_job(job, why)`` for a job of a sweep whose config cannot be composed. Without it such a job
+        ends the sweep.
     """
     arguments = [argument for argument in sys.argv[1:] if not _is_local_rank(argument)]
     debug = os.environ.get("HYDRA_FULL_ERROR") == "1" or "debug=true" in (item.lower() for item in arguments)
@@ -75,11 +89,17 @@ def run_hydra(config_name: str, task: Task, finish: Callable[[], bool]) -> int:
         try:
             quiet_imports()
             task(config)
-        except Exception:
+        except Exception as error:
+            from apb_ds.ops.memory import is_out_of_memory
+
+            if is_out_of_memory(error):
+                raise SystemExit(_say(f"rank {rank()}: {error}")) from None
             # Hydra would go on with the next job of a sweep, without the ranks that did not fail.
             print(f"[rank {rank()}] {traceback.format_exc()}", file=sys.stderr, flush=True)
             raise SystemExit(CRASH_EXIT) from None
 
+    Plugins.instance()  # runs the modules of plugins anew, once; what is set in them before that is lost
+    apb_ds_sweep.on_failure(None if bad_job is None else _telling(bad_job, debug))
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
@@ -89,17 +109,28 @@ def run_hydra(config_name: str, task: Task, finish: Callable[[], bool]) -> int:
     return 0 if finish() else _wait_for_first_rank()
 
 
-def job_of(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, str]]:
-    """Return a composed config as plain values, the job's directory on the first rank, and its overrides."""
+def job_of(config: DictConfig) -> Job:
+    """Return a composed config as a job, which has a directory on the first rank."""
+    from apb_ds.session.job import Job
+
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     runtime = HydraConfig.get()
+    return Job(
+        values={str(key): value for key, value in values.items()},
+        run_dir=Path(runtime.runtime.output_dir) if rank() == 0 else None,
+        overrides=overrides_of(runtime.overrides.task),
+        in_sweep=runtime.mode is RunMode.MULTIRUN,
+    )
+
+
+def overrides_of(arguments: Sequence[str]) -> dict[str, str]:
+    """Return what command-line arguments change, by config path."""
     overrides = {}
-    for override in runtime.overrides.task:
-        name, _, value = override.partition("=")
+    for argument in arguments:
+        name, _, value = argument.partition("=")
         overrides[name.lstrip("+~")] = value
-    run_dir = Path(runtime.runtime.output_dir) if rank() == 0 else None
-    return {str(key): value for key, value in values.items()}, run_dir, overrides
+    return overrides
 
 
 def describe(error: Exception) -> str:
@@ -110,7 +141,10 @@ def describe(error: Exception) -> str:
         message += "\n" + str(cause).strip()
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
-        message += suggest(name, error.options or _names_in(group)).replace(" Did", "\nDid")
+        names = sorted(error.options or _names_in(group))
+        return f"{group}={name} is not known; use one of {', '.join(names)}.{suggest(name, names)}"
+    if "Ambiguous value" in message or type(error).__name__ == "OverrideParseException":
+        message += "\n" + QUOTING_HINT
     unknown = re.search(r"Key '(\w+)' is not in struct\s+full_key: ([\w.]+)", message)
     if unknown:
         section = unknown.group(2).rpartition(".")[0]
@@ -171,6 +205,26 @@ def _quiet_environment(debug: bool) -> None:
         os.environ.setdefault(name, value)
     if not debug and not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+def _telling(bad_job: BadJob, debug: bool) -> apb_ds_sweep.Failure:
+    """Return what is called for a job that cannot be composed."""
+
+    def tell(number: int, arguments: Sequence[str], directory: Path, error: Exception) -> None:
+        from apb_ds.session import Job
+
+        if debug and rank() == 0:
+            traceback.print_exception(error)
+        run_dir = directory if rank() == 0 else None
+        bad_job(Job({}, run_dir, overrides_of(arguments), in_sweep=True), describe(error))
+
+    return tell
+
+
+def _say(message: str) -> int:
+    """Print an error that this rank alone has, and return the exit code."""
+    print(f"Error: {message}", file=sys.stderr, flush=True)
+    return FAILED_EXIT
 
 
 def _say_once(message: str) -> int:

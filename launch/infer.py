@@ -13,22 +13,21 @@ import common
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from apb_ds.session import Session
+    from apb_ds.session import Job, Session
 
 
 class Inference:
     """The session that all jobs of a run share, made when the first one starts."""
 
-    def __init__(self) -> None:
-        self.session: Session | None = None
+    def __init__(self, session: Session | None = None) -> None:
+        self.session = session
 
     def run(self, config: DictConfig) -> None:
-        from apb_ds.session import Job, Session
+        self._started().run(common.job_of(config))
 
-        if self.session is None:
-            self.session = Session()
-        values, run_dir, overrides = common.job_of(config)
-        self.session.run(Job(values, run_dir, overrides))
+    def bad_job(self, job: Job, why: str) -> None:
+        """Count a job of a sweep that cannot be run."""
+        self._started().fail(job, why)
 
     def finish(self) -> bool:
         """Close the session; return whether all jobs went well."""
@@ -37,7 +36,14 @@ class Inference:
         self.session.close()
         return not self.session.has_failed
 
+    def _started(self) -> Session:
+        from apb_ds.session import Session
+
+        if self.session is None:
+            self.session = Session()
+        return self.session
+
 
 if __name__ == "__main__":
     inference = Inference()
-    sys.exit(common.run_hydra("infer", inference.run, inference.finish))
+    sys.exit(common.run_hydra("infer", inference.run, inference.finish, inference.bad_job))

@@ -26,11 +26,13 @@ class Job:
     values : the composed config, as plain dicts; not validated yet
     run_dir : where the first rank writes the record, or None for nowhere
     overrides : what the command line changed, by config path
+    in_sweep : whether it is one of several jobs
     """
 
     values: dict[str, Any]
     run_dir: Path | None = None
     overrides: dict[str, str] = field(default_factory=dict)
+    in_sweep: bool = False
 
     @property
     def debug(self) -> bool:

@@ -1,0 +1,66 @@
+"""A sweep that goes on when the config of one of its jobs cannot be composed. Hydra finds it by its folder's name.
+
+Hydra's own sweeper composes every job first, and refuses all of them for one bad name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+Failure = Callable[[int, Sequence[str], Path, Exception], None]
+
+_on_failure: Failure | None = None
+
+
+def on_failure(tell: Failure | None) -> None:
+    """Set what is called for a job that cannot be composed: with its number, overrides, directory and the error."""
+    global _on_failure
+    _on_failure = tell
+
+
+class OneByOneSweeper(BasicSweeper):
+    """Leaves the composition of each job to the launcher."""
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Refuse nothing yet."""
+
+
+class OneByOneLauncher(BasicLauncher):
+    """Runs jobs in this process one after the other; one that cannot be composed is reported and left out."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Return what the jobs that could be composed have returned."""
+        assert self.config is not None
+        returned: list[JobReturn] = []
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+            try:
+                returned += super().launch([overrides], number)
+            except (HydraException, OmegaConfBaseException) as error:
+                if _on_failure is None:
+                    raise
+                _on_failure(number, overrides, Path(str(self.config.hydra.sweep.dir)) / str(number), error)
+        return returned
+
+
+_STORE = ConfigStore.instance()
+# Plain mappings: Hydra runs this module before it is known by its name, which dataclasses would look up.
+_STORE.store(
+    group="hydra/sweeper",
+    name="one_by_one",
+    node={"_target_": f"{__name__}.{OneByOneSweeper.__name__}", "max_batch_size": None, "params": None},
+    provider="apb_ds",
+)
+_STORE.store(
+    group="hydra/launcher",
+    name="one_by_one",
+    node={"_target_": f"{__name__}.{OneByOneLauncher.__name__}"},
+    provider="apb_ds",
+)
