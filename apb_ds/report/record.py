@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from apb_ds import __version__
 
@@ -65,12 +67,21 @@ def git_state(repository: Path = _REPOSITORY) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` so that the file is there whole or not at all."""
+    with replace_file(path) as stream:
+        json.dump(content, stream, indent=2, default=_jsonable, allow_nan=False)
+        stream.write("\n")
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[TextIO]:
+    """Yield a stream whose text becomes the file at `path` at the end, whole; after an error nothing has changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=2, default=_jsonable, allow_nan=False)
-            stream.write("\n")
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())  # or a power cut may leave the name with nothing in it
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(scratch, 0o666 & ~umask)
