@@ -160,6 +160,7 @@ def test_changed_line_is_answered_again(path: Path) -> None:
     assert path.read_bytes() == before  # until there is something new
     with AnswerFile(path, lines, SETTINGS) as file:
         file.append(1, {"answer": "new"})
+        assert ids(path) == ["a", "c", 2]  # the old one went before the new one came
         file.finish()
     assert [(result["id"], result["answer"]) for result in results(path)] == [
         ("a", "answer 0"),
