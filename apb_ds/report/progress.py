@@ -1,16 +1,22 @@
-"""A progress bar while the document is prefilled."""
+"""Progress for people: a bar while a document is prefilled, a bar or now and then a line while a batch runs."""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+LINE_EVERY_S = 10.0  # where the output is no terminal
+
+Report = Callable[[int, int], None]
+
 
 @contextlib.contextmanager
-def prefill_progress(console: Console, *, shown: bool = True) -> Iterator[Callable[[int, int], None] | None]:
+def prefill_progress(console: Console, *, shown: bool = True) -> Iterator[Report | None]:
     """Yield a callback ``(done, total)`` that moves the bar, or None where no one would see it.
 
     Parameters
@@ -23,6 +29,101 @@ def prefill_progress(console: Console, *, shown: bool = True) -> Iterator[Callab
     if not shown or not console.is_terminal:
         yield None
         return
+    with _bar(console) as progress:
+        bar = progress.add_task("Prefill", total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+class BatchProgress:
+    """How far a batch is: lines done, document tokens per second, time left.
+
+    The time left is estimated from the bytes of the documents still to be prefilled, which is known beforehand, while
+    their tokens are not.
+
+    Parameters
+    ----------
+    console : where it is shown
+    num_lines : lines to be answered
+    num_bytes : of all documents to be prefilled
+    progress : the bar, or None to print lines instead
+    """
+
+    def __init__(self, console: Console, num_lines: int, num_bytes: int, progress: Progress | None) -> None:
+        self.console = console
+        self.num_lines = num_lines
+        self.num_bytes = num_bytes
+        self.lines_done = 0
+        self.lines_failed = 0
+        self.tokens = 0
+        self._bytes_before = 0
+        self._bytes_now = 0.0
+        self._began = self._said = time.monotonic()
+        self._progress = progress
+        self._bar: Any = None if progress is None else progress.add_task(self.text(), total=max(num_bytes, 1))
+
+    def prefill(self, document_bytes: int) -> Report:
+        """Return a callback ``(done, total)`` for the prefill of the next document."""
+
+        def report(done: int, total: int) -> None:
+            self._bytes_now = document_bytes * done / max(total, 1)
+            self._show()
+
+        return report
+
+    def prefilled(self, num_tokens: int, document_bytes: int) -> None:
+        """Count a document that has been prefilled."""
+        self.tokens += num_tokens
+        self._bytes_before += document_bytes
+        self._bytes_now = 0.0
+        self._show()
+
+    def line_done(self, *, failed: bool) -> None:
+        """Count a line that has been answered, or could not be."""
+        self.lines_done += 1
+        self.lines_failed += int(failed)
+        self._show()
+
+    def text(self) -> str:
+        """Return the progress in words."""
+        seconds = time.monotonic() - self._began
+        parts = [f"{self.lines_done}/{self.num_lines} lines"]
+        if self.lines_failed:
+            parts.append(f"{self.lines_failed} failed")
+        if self.tokens and seconds > 0:
+            parts.append(f"{self.tokens / seconds:,.0f} tokens/s".replace(",", " "))
+        return ", ".join(parts)
+
+    def time_left_s(self) -> float | None:
+        """Return the seconds left if it goes on as before, None before there is anything to go by."""
+        done = self._bytes_before + self._bytes_now
+        if not done:
+            return None
+        return (time.monotonic() - self._began) * max(self.num_bytes - done, 0) / done
+
+    def _show(self) -> None:
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=self._bytes_before + self._bytes_now, description=self.text())
+            return
+        now = time.monotonic()
+        if now - self._said < LINE_EVERY_S and self.lines_done < self.num_lines:
+            return
+        self._said = now
+        left = self.time_left_s()
+        ending = "" if left is None or self.lines_done == self.num_lines else f", {_clock(left)} left"
+        self.console.print(f"{self.text()}, {_clock(now - self._began)} so far{ending}")
+
+
+@contextlib.contextmanager
+def batch_progress(console: Console, num_lines: int, num_bytes: int) -> Iterator[BatchProgress]:
+    """Yield the progress of a batch: a bar on a terminal, elsewhere a line every ten seconds."""
+    if not console.is_terminal:
+        yield BatchProgress(console, num_lines, num_bytes, None)
+        return
+    with _bar(console) as progress:
+        yield BatchProgress(console, num_lines, num_bytes, progress)
+
+
+def _bar(console: Console) -> Progress:
     columns = (
         TextColumn("[progress.description]{task.description}"),
         BarColumn(),
@@ -30,6 +131,10 @@ def prefill_progress(console: Console, *, shown: bool = True) -> Iterator[Callab
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("Prefill", total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
+    return Progress(*columns, console=console, transient=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -39,12 +39,14 @@ def title(record: Record) -> str:
     method = record["settings"]["method"]
     model = record["model"]["config"]
     dummy = " (random weights)" if model["path"] and model["load_format"] == "dummy" else ""
-    exact = ", exact" if record["metrics"]["exact"] else ""
+    exact = ", exact" if record["exact"] else ""
     name = model["path"] or record["model"]["source"]
     return f"{name}{dummy}: {method['method']}, {method['compressor']}{exact}"
 
 
 def _rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
+    if "lines" in metrics:
+        return _batch_rows(record, metrics)
     lengths = f"{_count(metrics['document_tokens'])} / {_count(metrics['query_tokens'])}"
     cut = f"{_count(metrics['anchor_length'])} / {_count(metrics['passing_length'])}"
     sent = metrics["bytes_sent"]
@@ -52,6 +54,7 @@ def _rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
         ("document / query tokens", lengths),
         ("hosts / ranks / rounds", f"{metrics['hosts']} / {metrics['ranks']} / {metrics['rounds']}"),
         ("anchor / passing length", cut if not metrics["exact"] else "exact: every earlier token is passed"),
+        *([("turns", _count(metrics["turns"]))] if "turns" in metrics else []),
         ("prefill", f"{_seconds(metrics['prefill_s'])}, {_rate(metrics['prefill_tokens_per_s'])}"),
         ("decode", f"{_count(metrics['new_tokens'])} tokens, {_rate(metrics['decode_tokens_per_s'])}"),
         ("sent per rank", " / ".join(format_bytes(number) for number in sorted(set(sent), reverse=True))),
@@ -59,6 +62,37 @@ def _rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
         ("kernels", ", ".join(dict.fromkeys(record["kernels"].values()))),
         ("model loaded in", _seconds(record["model"]["load_s"])),
     ]
+
+
+def _batch_rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
+    done = [f"{_count(metrics['answered'])} of {_count(metrics['lines'])}"]
+    if metrics["resumed"]:
+        done.append(f"{_count(metrics['resumed'])} before")
+    if metrics["failed"]:
+        done.append(f"{_count(metrics['failed'])} failed")
+    exact = f", {_count(metrics['exact_prefills'])} of them exact" if metrics["exact_prefills"] else ""
+    return [
+        ("answered", ", ".join(done)),
+        ("documents prefilled", f"{_count(metrics['prefills'])}, {_count(metrics['document_tokens'])} tokens{exact}"),
+        ("hosts / ranks", f"{metrics['hosts']} / {metrics['ranks']}"),
+        ("prefill", f"{_seconds(metrics['prefill_s'])}, {_rate(metrics['prefill_tokens_per_s'])}"),
+        ("decode", f"{_count(metrics['new_tokens'])} tokens, {_rate(metrics['decode_tokens_per_s'])}"),
+        ("all together", _seconds(metrics["seconds"])),
+        ("peak memory per rank", format_bytes(metrics["peak_memory_bytes"])),
+        ("kernels", ", ".join(dict.fromkeys(record["kernels"].values())) or ABSENT),
+    ]
+
+
+def failure_lines(records: Sequence[Record]) -> list[str]:
+    """Return which jobs of a sweep failed, and why."""
+    swept = swept_names(records)
+    lines = []
+    for number, record in enumerate(records):
+        if record["status"] == "ok":
+            continue
+        asked = ", ".join(f"{name}={record['overrides'][name]}" for name in swept if name in record["overrides"])
+        lines.append(f"Job {number}{f' ({asked})' if asked else ''} failed: {record['error']}")
+    return lines
 
 
 def sweep_table(records: Sequence[Record]) -> Table:
@@ -116,21 +150,25 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def _sweep_cells(record: Record) -> list[str]:
-    if record["status"] != "ok":
+    if "metrics" not in record:
         return [ABSENT] * 9 + [record["status"]]
     metrics = record["metrics"]
     correct = record["task"]["correct"]
+    answer = ABSENT if correct is None else ("right" if correct else "wrong")
+    if "lines" in metrics:
+        answer = f"{_count(metrics['answered'] + metrics['resumed'])}/{_count(metrics['lines'])}"
+    shape = [ABSENT] * 3  # differs from document to document
+    if "rounds" in metrics:
+        shape = [_count(metrics["anchor_length"]), _count(metrics["passing_length"]), str(metrics["rounds"])]
     return [
-        _count(metrics["anchor_length"]),
-        _count(metrics["passing_length"]),
-        str(metrics["rounds"]),
+        *shape,
         f"{metrics['prefill_s']:.2f}",
         _number(metrics["prefill_tokens_per_s"]),
         _number(metrics["decode_tokens_per_s"]),
         format_bytes(max(metrics["bytes_sent"])),
         format_bytes(metrics["peak_memory_bytes"]),
-        ABSENT if correct is None else ("right" if correct else "wrong"),
-        "exact" if metrics["exact"] else record["status"],
+        answer,
+        "exact" if metrics.get("exact") and record["status"] == "ok" else record["status"],
     ]
 
 

@@ -9,8 +9,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from dataclasses import asdict
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -18,35 +18,16 @@ from rich.console import Console
 from apb_ds.config import APBConfig
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.parallel.groups import SequenceGroup, launched_rank, world_group
-from apb_ds.plan import Plan, plan_request
-from apb_ds.report.memory import peak_memory_bytes, peak_memory_kind, reset_peak_memory
-from apb_ds.report.progress import prefill_progress
-from apb_ds.report.record import RECORD_NAME, environment, rate, write_json
-from apb_ds.report.table import job_table, make_console, sweep_table, title
+from apb_ds.report.memory import peak_memory_kind
+from apb_ds.report.record import RECORD_NAME, environment, write_json
+from apb_ds.report.table import failure_lines, job_table, make_console, sweep_table, title
+from apb_ds.session.batch import serve_batch
+from apb_ds.session.chat import serve_chat
 from apb_ds.session.job import Job, Settings, read_settings
-from apb_ds.tasks import Sample
-
-# What a job may fail with while the sweep goes on. Anything else is a bug, and ends the process.
-JOB_ERRORS = (ValueError, RuntimeError, OSError)
-
-Result = TypeVar("Result")
-
-
-class JobError(Exception):
-    """A job failed on at least one rank, and every rank knows."""
-
-
-@dataclass
-class Answer:
-    """What one request gave on this rank."""
-
-    plan: Plan
-    tokens: list[int]
-    prefill_s: float
-    query_s: float
-    decode_s: float
-    bytes_sent: int
-    peak_memory_bytes: int
+from apb_ds.session.question import serve_question
+from apb_ds.session.request import Run
+from apb_ds.session.steps import JOB_ERRORS, JobError, Steps
+from apb_ds.tasks import BatchConfig, ChatConfig, TaskConfig
 
 
 class Session:
@@ -60,6 +41,8 @@ class Session:
         A group made before; by default all ranks that the launcher started.
     console, error_console : rich Console, optional
         Where the first rank prints; by default standard output and standard error.
+    stdin : text stream, optional
+        Where the questions of a conversation come from; by default standard input.
 
     Attributes
     ----------
@@ -71,10 +54,12 @@ class Session:
         group: SequenceGroup | None = None,
         console: Console | None = None,
         error_console: Console | None = None,
+        stdin: TextIO | None = None,
     ) -> None:
         self.group = group
         self.console = console or make_console()
         self.error_console = error_console or make_console(to_stderr=True)
+        self.stdin = stdin or sys.stdin
         self.records: list[dict[str, Any]] = []
         self._owns_group = group is None
         self._loaded: tuple[ModelConfig, LoadedModel] | None = None
@@ -97,34 +82,34 @@ class Session:
         dict
             The record, the same on every rank; ``status`` is ``ok`` or ``failed``, with ``error`` saying why.
         """
-        record: dict[str, Any] = {
-            "status": "failed",
-            "error": None,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "overrides": job.overrides,
-            "config": job.values,
-        }
+        record = _new_record(job)
         try:
             # The same on every rank, and before the ranks meet: nobody waits for one that has failed.
             settings = read_settings(job.values)
         except JOB_ERRORS as error:
-            self._say_trace(job)
+            if job.debug and self.is_first:
+                traceback.print_exc()
             record["error"] = str(error)
         else:
             try:
-                record |= self._serve(job, settings)
-                record["status"] = "ok"
+                record |= {"status": "ok"} | self._serve(job, settings)
             except JobError as error:
                 record["error"] = str(error)
-        self.records.append(record)
-        if self.is_first:
-            self._report(job, record)
+        self._keep(job, record)
+        return record
+
+    def fail(self, job: Job, why: str) -> dict[str, Any]:
+        """Record a job that cannot be run at all; ranks that call this call it together."""
+        record = _new_record(job) | {"error": why}
+        self._keep(job, record)
         return record
 
     def close(self) -> None:
         """Print what closes a sweep, then leave the group, all ranks together."""
         if self.is_first and len(self.records) > 1:
             self.console.print(sweep_table(self.records))
+            for line in failure_lines(self.records):
+                print(line, flush=True)
         self._drop_model()
         if self._owns_group and self.group is not None and torch.distributed.is_initialized():
             self.group.barrier()  # a launcher ends the other ranks as soon as one exits with an error
@@ -135,26 +120,31 @@ class Session:
         if self.group is None:
             with contextlib.redirect_stdout(io.StringIO()):  # deepspeed tells here what it has compiled
                 self.group = world_group(settings.timeout_s)
-        group = self.group
-        loaded = self._in_step(job, lambda: self._model(settings.model))
-        sample, method = self._in_step(job, lambda: self._prepare(settings, loaded))
-        reset_peak_memory(loaded.device)
-        answer = self._in_step(job, lambda: self._request(sample, loaded))
-        everyone = group.gather_objects(
-            {"prefill_s": answer.prefill_s, "bytes_sent": answer.bytes_sent, "peak": answer.peak_memory_bytes}
+        steps = Steps(self.group, debug=job.debug)
+        steps.from_first(settings.task.check_sources)
+        loaded = steps.together(lambda: self._model(settings.model), local=True)
+        run = Run(
+            job=job,
+            settings=settings,
+            steps=steps,
+            loaded=loaded,
+            make_engine=lambda method: self._configured_engine(method, loaded, settings.timeout_s),
+            console=self.console,
+            error_console=self.error_console,
+            stdin=self.stdin,
         )
+        parts = _SERVERS.get(type(settings.task), serve_question)(run)
+        method = parts.pop("method")
         return {
-            "task": _task_part(settings, sample, answer, loaded.tokenizer),
-            "metrics": _metrics_part(sample, answer, everyone),
+            **parts,
             "model": {
                 "source": loaded.source,
                 "load_s": loaded.load_s,
                 "dtype": str(loaded.dtype).removeprefix("torch."),
                 "config": asdict(settings.model),
             },
-            "settings": {"method": asdict(method), "seed": settings.seed, "memory": peak_memory_kind(loaded.device)},
-            "kernels": self._engine.kernel_names,
-            "exact": answer.plan.exact,
+            "settings": {"method": method, "seed": settings.seed, "memory": peak_memory_kind(loaded.device)},
+            "kernels": {} if run.engine is None else run.engine.kernel_names,
             "seed": settings.seed,
             **environment(loaded.device),
         }
@@ -165,70 +155,14 @@ class Session:
             self._loaded = config, load_model(config)
         return self._loaded[1]
 
-    def _prepare(self, settings: Settings, loaded: LoadedModel) -> tuple[Sample, APBConfig]:
-        """Make the sample, check that its lengths fit the settings, and have the engine ready for them."""
+    def _configured_engine(self, method: APBConfig, loaded: LoadedModel, timeout_s: float) -> Any:
         from apb_ds.entry import init_inference  # brings deepspeed along
 
-        assert self.group is not None
-        vocabulary = loaded.model.get_input_embeddings().num_embeddings
-        sample = next(settings.task.samples(loaded.tokenizer, vocabulary, settings.seed))
-        method = settings.method_for(sample.query_position)
-        plan_request(method, sample.document_ids.shape[1], sample.query_ids.shape[1], self.group.world_size)
         if self._engine is None:
-            self._engine = init_inference(loaded.model, method, group=self.group, timeout_s=settings.timeout_s)
+            self._engine = init_inference(loaded.model, method, group=self.group, timeout_s=timeout_s)
         else:
             self._engine.configure(method)
-        return sample, method
-
-    def _request(self, sample: Sample, loaded: LoadedModel) -> Answer:
-        assert self.group is not None
-        sent_before = self.group.bytes_sent
-        num_positions = sample.document_ids.shape[1] + sample.query_ids.shape[1] + sample.max_new_tokens
-        with prefill_progress(self.error_console, shown=self.is_first) as progress:
-            context = self._engine.prefill(
-                sample.document_ids, sample.query_ids, max_positions=num_positions, progress=progress
-            )
-        stops: dict[str, Any] = {}
-        if sample.stop_strings:
-            stops = {"stop_strings": list(sample.stop_strings), "tokenizer": loaded.tokenizer}
-        tokens = self._engine.generate(
-            query_ids=sample.query_ids,
-            context=context,
-            max_new_tokens=sample.max_new_tokens,
-            do_sample=False,
-            **stops,
-        )
-        stats = self._engine.stats
-        return Answer(
-            plan=context.plan,
-            tokens=tokens[0].tolist(),
-            prefill_s=context.prefill_s,
-            query_s=stats.query_s,
-            decode_s=stats.decode_s,
-            bytes_sent=self.group.bytes_sent - sent_before,
-            peak_memory_bytes=peak_memory_bytes(loaded.device),
-        )
-
-    def _in_step(self, job: Job, work: Callable[[], Result]) -> Result:
-        """Do the work, then have all ranks agree on whether it went well: one rank's failure is everybody's.
-
-        Bad input (ValueError) is found before anything is sent. Whatever else fails on one of several ranks may leave
-        the others inside a collective: then this rank ends, and the launcher ends the others.
-        """
-        assert self.group is not None
-        result: Result | None = None
-        failure: str | None = None
-        try:
-            result = work()
-        except JOB_ERRORS as error:
-            if not isinstance(error, ValueError) and self.group.world_size > 1:
-                raise
-            self._say_trace(job)
-            failure = str(error) or type(error).__name__
-        failures = self.group.gather_objects(failure)
-        if any(failures):
-            raise JobError(_first_failure(failures))
-        return result  # type: ignore[return-value]
+        return self._engine
 
     def _drop_model(self) -> None:
         self._engine = self._loaded = None
@@ -236,74 +170,51 @@ class Session:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    def _say_trace(self, job: Job) -> None:
-        if job.debug and self.is_first:
-            traceback.print_exc()
+    def _keep(self, job: Job, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        if self.is_first:
+            _report(job, record, self.console)
 
-    def _report(self, job: Job, record: dict[str, Any]) -> None:
-        if job.run_dir is not None:
-            write_json(job.run_dir / RECORD_NAME, record)
-        if record["status"] != "ok":
-            print(f"Error: {record['error']}", file=sys.stderr, flush=True)
-            return
-        task = record["task"]
+
+# What takes more than one question; a task that is not here has one.
+_SERVERS: dict[type[TaskConfig], Callable[[Run], dict[str, Any]]] = {ChatConfig: serve_chat, BatchConfig: serve_batch}
+
+
+def _new_record(job: Job) -> dict[str, Any]:
+    return {
+        "status": "failed",
+        "error": None,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "overrides": job.overrides,
+        "config": job.values,
+    }
+
+
+def _report(job: Job, record: dict[str, Any], console: Console) -> None:
+    """Write the record, and print what people want to see of it."""
+    if job.run_dir is not None:
+        write_json(job.run_dir / RECORD_NAME, record)
+    if "metrics" in record:
         # Plain prints: the answer must reach a pipe as it is, unwrapped and unstyled.
-        truth = task["ground_truth"]
-        print(f"Ground Truth: {truth if truth is not None else 'none (random token ids)'}", flush=True)
-        print(f"Prediction: {task['prediction']}", flush=True)
+        for line in _answer_lines(record["task"]):
+            print(line, flush=True)
         print(f"Ran {title(record)}")
-        self.console.print(job_table(record))
+        console.print(job_table(record))
         if job.run_dir is not None:
             print(f"Record: {job.run_dir / RECORD_NAME}", flush=True)
+    if record["status"] != "ok":
+        print(f"Error: {record['error']}", file=sys.stderr, flush=True)
 
 
-def _first_failure(failures: list[str | None]) -> str:
-    """Return what to tell: the first rank's failure as it is, another's with the rank's number."""
-    rank, failure = next((rank, failure) for rank, failure in enumerate(failures) if failure)
-    return failure if rank == 0 else f"rank {rank}: {failure}"
-
-
-def _task_part(settings: Settings, sample: Sample, answer: Answer, tokenizer: Any | None) -> dict[str, Any]:
-    truth = sample.ground_truth
-    if tokenizer is None:
-        prediction = " ".join(map(str, answer.tokens))
-    else:
-        prediction = tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
-    return {
-        "name": settings.task.name,
-        "ground_truth": truth,
-        "prediction": prediction,
-        "correct": None if truth is None else truth in prediction,
-        "random_ids": sample.random_ids,
-        "query_position": sample.query_position,
-    }
-
-
-def _metrics_part(sample: Sample, answer: Answer, everyone: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the numbers of a request: times of the slowest rank, bytes and memory of each."""
-    plan = answer.plan
-    num_tokens = sample.document_ids.shape[1]
-    new_tokens = len(answer.tokens)
-    prefill_s = max(rank["prefill_s"] for rank in everyone)
-    return {
-        "document_tokens": num_tokens,
-        "query_tokens": sample.query_ids.shape[1],
-        "hosts": plan.hosts,
-        "ranks": plan.world_size,
-        "rounds": len(plan.rounds),
-        "block_length": max(plan.block_length(host) for host in range(plan.hosts)),
-        "anchor_length": plan.anchor_length,
-        "passing_length": plan.passing_length,
-        "kept_lengths": list(plan.kept_lengths),
-        "exact": plan.exact,
-        "prefill_s": prefill_s,
-        "prefill_s_per_rank": [rank["prefill_s"] for rank in everyone],
-        "prefill_tokens_per_s": rate(num_tokens, prefill_s),
-        "query_s": answer.query_s,
-        "decode_s": answer.decode_s,
-        "new_tokens": new_tokens,
-        "decode_tokens_per_s": rate(new_tokens - 1, answer.decode_s),  # the first comes with the query
-        "bytes_sent": [rank["bytes_sent"] for rank in everyone],
-        "peak_memory_bytes": max(rank["peak"] for rank in everyone),
-        "peak_memory_bytes_per_rank": [rank["peak"] for rank in everyone],
-    }
+def _answer_lines(task: dict[str, Any]) -> list[str]:
+    if "output" in task:
+        return [f"Answers: {task['output']}"]
+    if "turns" in task or task["streamed"]:
+        return []  # told already
+    truth = task["ground_truth"]
+    if truth is None and not task["random_ids"]:
+        return [f"Answer: {task['prediction']}"]
+    return [
+        f"Ground Truth: {truth if truth is not None else 'none (random token ids)'}",
+        f"Prediction: {task['prediction']}",
+    ]

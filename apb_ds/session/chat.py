@@ -1,0 +1,199 @@
+"""A conversation: the document once, then questions from the first rank's standard input, line by line."""
+
+from __future__ import annotations
+
+import functools
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from apb_ds.context import Context
+from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
+from apb_ds.report.progress import prefill_progress
+from apb_ds.report.record import rate
+from apb_ds.session.request import Answer, Run, plan_metrics, usage_metrics
+from apb_ds.session.steps import JobError, Steps
+from apb_ds.tasks.chat import ChatConfig
+from apb_ds.tasks.prompt import needs_tokenizer
+from apb_ds.tasks.prompts import EncodedDocument, encode_document, encode_next_turn, encode_query
+from apb_ds.tasks.text import read_text
+
+PROMPT = "> "
+# While a person thinks, the other ranks wait in a collective, which must end before its timeout.
+WAITS_PER_TIMEOUT = 4
+MAX_WAIT_S = 30.0
+
+
+def serve_chat(run: Run) -> dict[str, Any]:
+    """Hold the conversation; return its parts of the record, the same on every rank."""
+    return _Conversation(run).hold()
+
+
+class _Conversation:
+    def __init__(self, run: Run) -> None:
+        assert isinstance(run.settings.task, ChatConfig)
+        self.run = run
+        self.task = run.settings.task
+        self.turns: list[dict[str, Any]] = []
+        self.document: EncodedDocument | None = None  # on the first rank
+        self.last_id = -1
+
+    def hold(self) -> dict[str, Any]:
+        run, group = self.run, self.run.group
+        first, num_document, position = run.steps.from_first(self._encode)
+        num_query = len(first[1]) if first else 0
+        ids = None
+        if self.document is not None:
+            ids = torch.tensor([[*self.document.ids, *(first[1] if first else [])]])
+        ids = run.steps.ids_from_first(ids, num_document + num_query, run.loaded.device)
+        document_ids, query_ids = ids[:, :num_document], ids[:, num_document:] if num_query else None
+        method = run.steps.together(lambda: run.set_up(position, num_document, num_query))
+        reset_peak_memory(run.loaded.device)
+        sent_before = group.bytes_sent
+        context = run.steps.together(lambda: self._prefill(document_ids, query_ids))
+        run.seed_everything()
+        for question, turn_ids in self._questions(first):
+            self._turn(context, question, turn_ids)
+        metrics = plan_metrics(context, group)
+        metrics |= usage_metrics(group, group.bytes_sent - sent_before, peak_memory_bytes(run.loaded.device))
+        return {
+            "task": {"name": self.task.name, "turns": self.turns, "query_position": position, "correct": None},
+            "metrics": metrics | self._turn_metrics(),
+            "exact": context.plan.exact,
+            "method": asdict(method),
+        }
+
+    def _encode(self) -> tuple[tuple[str, list[int]] | None, int, int]:
+        """Return the first question with its ids if there is one, the document's length, and the query position."""
+        tokenizer = needs_tokenizer(self.run.tokenizer, self.task.name)
+        self.document = encode_document(tokenizer, read_text("task.document", self.task.document))
+        first = None
+        if self.task.query is not None:
+            question = read_text("task.query", self.task.query).strip()
+            first = question, encode_query(tokenizer, self.document, question)
+        return first, len(self.document.ids), self.document.query_position
+
+    def _prefill(self, document_ids: Tensor, query_ids: Tensor | None) -> Context:
+        run = self.run
+        if query_ids is None and run.engine.attention.compressor.needs_anchor_queries:
+            raise ValueError(
+                f"method.compressor={run.engine.apb_config.compressor} scores with the query; give the first question "
+                "as task.query, or use another compressor."
+            )
+        num_positions = document_ids.shape[1] + self.task.turn_tokens
+        limit = getattr(run.loaded.model.config, "max_position_embeddings", None) or num_positions
+        num_positions = max(min(num_positions, limit), document_ids.shape[1])
+        with prefill_progress(run.error_console, shown=run.is_first) as progress:
+            return run.engine.prefill(document_ids, query_ids, max_positions=num_positions, progress=progress)
+
+    def _questions(self, first: tuple[str, list[int]] | None) -> Iterator[tuple[str, list[int]]]:
+        """Yield each question and its ids, on every rank."""
+        if first is not None:
+            yield first
+        lines = QuestionLines(self.run.steps, self.run.stdin, self.run.settings.timeout_s)
+        while (question := lines.next()) is not None:
+            question = question.strip()
+            if question:
+                yield question, self.run.steps.from_first(functools.partial(self._ids_of, question))
+
+    def _ids_of(self, question: str) -> list[int]:
+        assert self.document is not None
+        if self.last_id < 0:
+            return encode_query(self.run.tokenizer, self.document, question)
+        return encode_next_turn(self.run.tokenizer, question, self.last_id)
+
+    def _turn(self, context: Context, question: str, ids: list[int]) -> None:
+        run = self.run
+        query_ids = torch.tensor([ids], device=run.loaded.device)
+        options: dict[str, Any] = {"append": True}
+        if run.is_first and not run.stdin.isatty():
+            print(f"{PROMPT}{question}", flush=True)  # a person has seen what they typed
+        if self.task.stream:
+            options["streamer"] = run.streamer()
+        try:
+            answer: Answer = run.steps.together(
+                lambda: run.answer(
+                    context, query_ids, self.task.max_new_tokens, self.task.generate_arguments(), **options
+                )
+            )
+        except JobError as error:  # the conversation is as it was
+            self.turns.append({"question": question, "answer": None, "error": str(error)})
+            if run.is_first:
+                print(f"Error: {error}", file=sys.stderr, flush=True)
+            return
+        self.last_id = answer.tokens[-1]
+        text = run.text_of(answer.tokens)
+        if run.is_first and not self.task.stream:
+            print(text, flush=True)
+        self.turns.append(
+            {
+                "question": question,
+                "answer": text,
+                "query_tokens": len(ids),
+                "new_tokens": len(answer.tokens),
+                "query_s": answer.query_s,
+                "decode_s": answer.decode_s,
+            }
+        )
+
+    def _turn_metrics(self) -> dict[str, Any]:
+        answered = [turn for turn in self.turns if turn["answer"] is not None]
+        total = {
+            name: sum(turn[name] for turn in answered) for name in ("query_tokens", "new_tokens", "query_s", "decode_s")
+        }
+        speed = rate(total["new_tokens"] - len(answered), total["decode_s"])
+        return {**total, "turns": len(self.turns), "decode_tokens_per_s": speed}
+
+
+class QuestionLines:
+    """Lines from the first rank's standard input, given to all ranks.
+
+    The stream is read in a thread, so that the first rank can tell the others now and then to go on waiting.
+    """
+
+    def __init__(self, steps: Steps, stream: TextIO, timeout_s: float) -> None:
+        self.steps = steps
+        self.stream = stream
+        self.wait_s = min(timeout_s / WAITS_PER_TIMEOUT, MAX_WAIT_S)
+        self._lines: queue.Queue[tuple[str, str]] = queue.Queue()
+        if steps.group.is_first:
+            threading.Thread(target=self._read, daemon=True).start()
+
+    def next(self) -> str | None:
+        """Return the next line on every rank, None at the end.
+
+        Raises
+        ------
+        JobError
+            On every rank, if the stream cannot be read.
+        """
+        if self.steps.group.is_first and self.stream.isatty():
+            print(PROMPT, end="", flush=True)
+        while True:
+            kind, text = self.steps.from_first(self._wait)
+            if kind != "waiting":
+                break
+        if kind == "failed":
+            raise JobError(text)
+        return text if kind == "line" else None
+
+    def _wait(self) -> tuple[str, str]:
+        try:
+            return self._lines.get(timeout=self.wait_s)
+        except queue.Empty:
+            return "waiting", ""
+
+    def _read(self) -> None:
+        try:
+            for line in self.stream:
+                self._lines.put(("line", line))
+        except (OSError, ValueError) as error:
+            self._lines.put(("failed", f"standard input cannot be read: {error}"))
+            return
+        self._lines.put(("end", ""))

@@ -1,0 +1,171 @@
+"""One job's requests: settings put into the engine, a document prefilled, a query answered."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from apb_ds.config import APBConfig
+from apb_ds.context import Context
+from apb_ds.loading import LoadedModel
+from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.plan import plan_request
+from apb_ds.report.record import rate
+from apb_ds.session.job import Job, Settings
+from apb_ds.session.steps import Steps, gather_numbers
+from apb_ds.tasks import Sample
+
+
+@dataclass
+class Answer:
+    """What one query gave on this rank.
+
+    Attributes
+    ----------
+    tokens : generated ids, the same on every rank
+    query_s, decode_s : seconds until the first token, and of all further ones
+    """
+
+    tokens: list[int]
+    query_s: float
+    decode_s: float
+
+
+@dataclass
+class Run:
+    """What serving a job needs.
+
+    Attributes
+    ----------
+    make_engine : returns the session's engine with the given settings in force
+    console, error_console, stdin : where the first rank prints and reads
+    """
+
+    job: Job
+    settings: Settings
+    steps: Steps
+    loaded: LoadedModel
+    make_engine: Callable[[APBConfig], Any]
+    console: Console
+    error_console: Console
+    stdin: TextIO
+    engine: Any = field(default=None, init=False)
+
+    @property
+    def group(self) -> SequenceGroup:
+        return self.steps.group
+
+    @property
+    def is_first(self) -> bool:
+        return self.group.is_first
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self.loaded.model.get_input_embeddings().num_embeddings
+
+    def sample_from_first(self, make: Callable[[], Sample]) -> Sample:
+        """Return the sample that the first rank makes: text is read and tokenised there alone, ids are sent."""
+        made: Sample | None = None
+
+        def header() -> tuple[Sample, int, int]:
+            nonlocal made
+            made = make()
+            nothing = torch.empty((1, 0), dtype=torch.int64)
+            lengths = made.document_ids.shape[1], made.query_ids.shape[1]
+            return replace(made, document_ids=nothing, query_ids=nothing), *lengths
+
+        sample, num_document, num_query = self.steps.from_first(header)
+        ids = None if made is None else torch.cat([made.document_ids, made.query_ids], dim=1)
+        ids = self.steps.ids_from_first(ids, num_document + num_query, self.loaded.device)
+        return replace(sample, document_ids=ids[:, :num_document], query_ids=ids[:, num_document:])
+
+    def set_up(self, query_position: int, num_document: int, num_query: int) -> APBConfig:
+        """Have the engine ready for a document of this length; return the settings in force.
+
+        Raises
+        ------
+        ValueError
+            If the lengths do not fit the settings.
+        """
+        method = self.settings.method_for(query_position)
+        plan_request(method, num_document, num_query, self.group.world_size)
+        self.engine = self.make_engine(method)
+        return method
+
+    def answer(
+        self, context: Context, query_ids: Tensor, max_new_tokens: int, arguments: dict[str, Any], **options: Any
+    ) -> Answer:
+        """Answer a query about a prefilled document.
+
+        Parameters
+        ----------
+        arguments : as in `Sample.generate`
+        options : ``streamer`` and ``append``, see `APBEngine.generate`
+        """
+        arguments = {"do_sample": False, **arguments}
+        if arguments.get("stop_strings"):
+            arguments["tokenizer"] = self.tokenizer
+        tokens = self.engine.generate(
+            query_ids=query_ids, context=context, max_new_tokens=max_new_tokens, **arguments, **options
+        )
+        stats = self.engine.stats
+        return Answer(tokens[0].tolist(), stats.query_s, stats.decode_s)
+
+    def seed_everything(self, salt: str = "") -> None:
+        """Seed the drawing of tokens; `salt` makes it differ from answer to answer, and the same in every run."""
+        torch.manual_seed(self.settings.seed + zlib.crc32(salt.encode()) if salt else self.settings.seed)
+
+    def text_of(self, tokens: list[int]) -> str:
+        """Return generated ids as text, or as numbers where there is no tokenizer."""
+        if self.tokenizer is None:
+            return " ".join(map(str, tokens))
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def streamer(self) -> Any:
+        """Return what prints an answer to standard output as it comes, on the first rank."""
+        from transformers import TextStreamer
+
+        if not self.is_first or self.tokenizer is None:
+            return None
+        return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def plan_metrics(context: Context, group: SequenceGroup) -> dict[str, Any]:
+    """Return the numbers of a prefill: of the slowest rank, and of each. All ranks call this together."""
+    plan = context.plan
+    num_tokens = plan.num_tokens
+    prefill_s = gather_numbers(group, prefill_s=context.prefill_s)["prefill_s"]
+    return {
+        "document_tokens": num_tokens,
+        "hosts": plan.hosts,
+        "ranks": plan.world_size,
+        "rounds": len(plan.rounds),
+        "block_length": max(plan.block_length(host) for host in range(plan.hosts)),
+        "anchor_length": plan.anchor_length,
+        "passing_length": plan.passing_length,
+        "kept_lengths": list(plan.kept_lengths),
+        "exact": plan.exact,
+        "prefill_s": max(prefill_s),
+        "prefill_s_per_rank": prefill_s,
+        "prefill_tokens_per_s": rate(num_tokens, max(prefill_s)),
+    }
+
+
+def usage_metrics(group: SequenceGroup, bytes_sent: int, peak: int) -> dict[str, Any]:
+    """Return bytes sent and peak memory of each rank. All ranks call this together."""
+    numbers = gather_numbers(group, bytes_sent=bytes_sent, peak=peak)
+    return {
+        "bytes_sent": numbers["bytes_sent"],
+        "peak_memory_bytes": max(numbers["peak"]),
+        "peak_memory_bytes_per_rank": numbers["peak"],
+    }
