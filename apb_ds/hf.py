@@ -292,8 +292,10 @@ def check_positions(model: PreTrainedModel, num_positions: int) -> None:
     if limit is not None and num_positions > limit and not scales_on_its_own:
         raise ValueError(
             f"the document, query and new tokens need {num_positions} positions; the model has "
-            f"max_position_embeddings={limit}. Shorten them, or extend the model: set config.rope_parameters to a "
-            "scaled rotary embedding (yarn, dynamic, longrope) and max_position_embeddings to what it reaches."
+            f"max_position_embeddings={limit}. Shorten them, or extend the model by rope scaling: set its config's "
+            "rope_parameters to a scaled rotary embedding (yarn, dynamic, longrope) and max_position_embeddings to "
+            "what that reaches (on the command line: +model.overrides.rope_parameters={...} and "
+            f"+model.overrides.max_position_embeddings={num_positions})."
         )
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from apb_ds.loading.quiet import quiet_transformers
+from apb_ds.loading.wording import first_line
+from apb_ds.ops.memory import is_out_of_memory
 
 LOCK_TIMEOUT_S = 600
 
@@ -94,8 +96,16 @@ def _write_model(file: Path, directory: Path) -> None:
     try:
         AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise ValueError(f"model.path: transformers cannot read {file} ({type(error).__name__}: {error}).") from error
+    except ImportError as error:
+        raise ValueError(f"model.path: {file} cannot be read without a package: {first_line(error)}.") from error
+    except Exception as error:  # the reader trusts what it reads, and fails in any way on a file that is damaged
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"model.path: {file} ({file.stat().st_size} bytes) is no GGUF file that transformers can read "
+            f"({type(error).__name__}: {first_line(error)}). If its architecture is one that transformers knows, the "
+            "file is damaged or cut short: copy or download it again."
+        ) from error
     save_file(_unshared_tensors(model), directory / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict()
     # It still calls itself quantized, although these are plain float32 weights now.

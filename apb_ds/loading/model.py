@@ -14,8 +14,11 @@ import torch
 
 from apb_ds.config import suggest
 from apb_ds.loading.config import ModelConfig
+from apb_ds.loading.damage import find_damage
 from apb_ds.loading.quiet import quiet_transformers
 from apb_ds.loading.source import find_model
+from apb_ds.loading.wording import first_line
+from apb_ds.ops.memory import explain_out_of_memory, is_out_of_memory
 
 DUMMY_SEED = 0
 SHOWN_KEYS = 5
@@ -84,7 +87,8 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Loade
     device = device or choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     start = time.perf_counter()
-    with quiet_transformers():
+    levers = f"What helps: a smaller dtype than {str(dtype).removeprefix('torch.')} (model.dtype), or a larger device."
+    with quiet_transformers(), explain_out_of_memory(f"loading {config.path or 'the model'} to {device}", levers):
         model, tokenizer, source = (_make_dummy if config.is_dummy else _read_model)(config, device, dtype)
     model.eval().requires_grad_(False)
     if device.type == "cuda":
@@ -101,19 +105,53 @@ def _read_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     options: dict[str, Any] = {}
     if device.type == "cuda" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # tensor by tensor to the device, with no copy of the model on the host
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory,
-        config=model_config,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        trust_remote_code=config.trust_remote_code,
-        output_loading_info=True,
-        **options,
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=model_config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # of many kinds, from transformers, safetensors, torch and pickle
+        if is_out_of_memory(error) or isinstance(error, ImportError):
+            raise
+        raise ValueError(_unreadable(config.path, directory, error)) from error
     model, info = loaded
     _check_keys(config.path, info)
     tokenizer = _read_tokenizer(config.tokenizer, directory, config)
+    _check_tokenizer(config, tokenizer, model)
     return model.to(device), tokenizer, config.path
+
+
+def _unreadable(path: str, directory: Path, error: Exception) -> str:
+    """Return what to say of a model that is there and cannot be loaded."""
+    damage = find_damage(directory)
+    if damage is not None:
+        return f"model.path={path!r}: {directory} is damaged ({damage}); copy or download these files again."
+    if "Unrecognized configuration class" in str(error):
+        return (
+            f"model.path={path!r} is no decoder that generates text: {first_line(error)}. Set model.path to a causal "
+            "language model."
+        )
+    return (
+        f"model.path={path!r}: transformers cannot load {directory} ({type(error).__name__}: {first_line(error)}). If "
+        "its files are those that save_pretrained wrote, one of them may be damaged."
+    )
+
+
+def _check_tokenizer(config: ModelConfig, tokenizer: Any, model: Any) -> None:
+    """Raise ValueError if the tokenizer has ids that the model does not know. The model may know more: it is padded."""
+    known = model.get_input_embeddings().num_embeddings
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if needed > known:
+        place = f"model.tokenizer={config.tokenizer!r}" if config.tokenizer else f"the tokenizer in {config.path!r}"
+        raise ValueError(
+            f"{place} does not match the model: it has ids up to {needed - 1}, and model.path={config.path!r} knows "
+            f"{known} tokens (0 to {known - 1}). Set model.tokenizer to the model's own."
+        )
 
 
 def _check_keys(path: str, info: dict[str, Any]) -> None:
@@ -141,6 +179,8 @@ def _make_dummy(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
         torch.manual_seed(DUMMY_SEED)
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
     tokenizer = _tokenizer_at_hand(config, directory, model_config.vocab_size)
+    if tokenizer is not None:
+        _check_tokenizer(config, tokenizer, model)
     shape = f"{model_config.model_type}, {model_config.num_hidden_layers} layers"
     geometry = config.path if directory is not None else "model.geometry"
     return model, tokenizer, f"random weights ({shape}; {geometry})"
@@ -179,8 +219,12 @@ def _read_config(directory: Path, config: ModelConfig) -> Any:
 
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"model.path={config.path!r}: transformers cannot read its config: {error}") from error
+    except Exception as error:  # of many kinds; a config may be anything
+        damage = find_damage(directory)
+        why = f"it is damaged ({damage})" if damage else f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(
+            f"model.path={config.path!r}: transformers cannot read {directory}/config.json: {why}."
+        ) from error
 
 
 def _overridden(model_config: Any, overrides: dict[str, Any]) -> Any:
@@ -199,19 +243,19 @@ def _overridden(model_config: Any, overrides: dict[str, Any]) -> Any:
 def _read_tokenizer(path: str | None, directory: Path, config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
-    place = directory if path is None else find_model(path, weights=False)
+    place = directory if path is None else find_model(path, weights=False, field="model.tokenizer")
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:  # with a page of advice below the first line
-        raise ValueError(
-            f"no tokenizer in {place} ({str(error).strip().splitlines()[0]}); set model.tokenizer to where it is."
-        ) from error
+    except Exception as error:  # of many kinds, of which the Rust tokenizers raise plain Exception
+        damage = find_damage(place)
+        why = f"it is damaged: {damage}" if damage else f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"no tokenizer in {place} ({why}); set model.tokenizer to where it is.") from error
 
 
 def _tokenizer_at_hand(config: ModelConfig, directory: Path | None, vocab_size: int) -> Any | None:
     """Return the tokenizer if it is here and fits the vocabulary: random weights can do without one."""
     if config.tokenizer is not None:
-        return _read_tokenizer(config.tokenizer, Path(), config)
+        return _read_tokenizer(config.tokenizer, Path(), config)  # checked against the model by the caller
     if directory is None:
         return None
     try:

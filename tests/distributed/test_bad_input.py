@@ -1,0 +1,236 @@
+"""Bad input on one and on two ranks: a message that helps, on every rank, an exit code, and no waiting."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch_in_process import Ended, run_infer
+from tests.pool import Pools
+from tests.tiny_checkpoint import save_checkpoint
+
+MAX_SECONDS = 10.0  # a rank that waits for another takes the collective's timeout, five minutes
+FAILED = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """Overrides, and what the message must name.
+
+    Attributes
+    ----------
+    world_sizes : where the case is one
+    patches : see `run_infer`
+    composes : false if Hydra itself refuses it: then the first rank alone speaks, and there is no job
+    """
+
+    overrides: tuple[str, ...]
+    parts: tuple[str, ...]
+    world_sizes: tuple[int, ...] = (1, 2)
+    patches: tuple[str, ...] = ()
+    composes: bool = True
+    stdin: str = ""
+
+
+PROMPT = ("task=prompt", "task.document=@{files}/document.txt", "task.query=What is it?")
+
+CASES: dict[str, Case] = {
+    # --- text
+    "empty document": Case(("task=prompt", "task.document=''", "task.query=x"), ("task.document=''", "empty", "@FILE")),
+    "document of spaces": Case(("task=prompt", "task.document='  '", "task.query=x"), ("task.document", "empty")),
+    "empty document file": Case(
+        ("task=prompt", "task.document=@{files}/empty.txt", "task.query=x"), ("task.document=", "empty.txt", "empty")
+    ),
+    "empty query": Case((*PROMPT, "task.query=''"), ("task.query=''", "empty")),
+    "no query": Case(("task=prompt", "task.document=x"), ("task.query", "empty", "@FILE")),
+    "missing file": Case(
+        ("task=prompt", "task.document=@{files}/nope.txt", "task.query=x"), ("task.document", "{files}/nope.txt", "@@")
+    ),
+    "folder as a file": Case(("task=prompt", "task.document=@{files}", "task.query=x"), ("is a directory",)),
+    "not UTF-8": Case(
+        ("task=prompt", "task.document=@{files}/latin.txt", "task.query=x"), ("latin.txt", "UTF-8", "byte 3")
+    ),
+    "nothing on standard input": Case(
+        ("task=prompt", "task.document=-", "task.query=x"), ("task.document='-'", "empty")
+    ),
+    "both from standard input": Case(("task=prompt", "task.document=-", "task.query=-"), ("both -",)),
+    "a conversation's document from standard input": Case(("task=chat", "task.document=-"), ("standard input",)),
+    # --- numbers
+    "hosts no multiple of the ranks": Case(
+        (*PROMPT, "method.hosts=3"), ("hosts=3", "multiple", "(2)", "hosts=4"), (2,)
+    ),
+    "no hosts": Case((*PROMPT, "method.hosts=0"), ("hosts=0", "at least 1")),
+    "an anchor too short for the query": Case(
+        (*PROMPT, "method.anchor_length=4"), ("anchor_length=4", "cannot hold the query", "query_position=2", "16")
+    ),
+    "a negative anchor": Case((*PROMPT, "method.anchor_length=-1"), ("anchor_length=-1", "at least 0")),
+    "a fractional anchor": Case((*PROMPT, "method.anchor_length=1.5"), ("anchor_length=1.5", "integer")),
+    "a negative passing length": Case((*PROMPT, "method.passing_length=-2"), ("passing_length=-2", "at least 0")),
+    "a fractional passing length": Case((*PROMPT, "method.passing_length=0.5"), ("passing_length=0.5", "integer")),
+    "a ratio below 1": Case((*PROMPT, "method.compression_ratio=0.5"), ("compression_ratio=0.5", "at least 1")),
+    "ratio and length": Case(
+        (*PROMPT, "method.compression_ratio=4", "method.passing_length=8"),
+        ("passing_length=8", "compression_ratio=4", "one of them"),
+    ),
+    "no new tokens": Case((*PROMPT, "task.max_new_tokens=0"), ("task.max_new_tokens=0", "at least 1")),
+    "temperature 0": Case((*PROMPT, "task.temperature=0"), ("task.temperature=0", "above 0", "leave it out")),
+    "greedy with a temperature": Case(
+        (*PROMPT, "task.do_sample=false", "task.temperature=0.7"), ("task.do_sample=false", "task.temperature=0.7")
+    ),
+    "top_p above 1": Case((*PROMPT, "task.top_p=1.5"), ("task.top_p=1.5", "[0, 1]")),
+    # --- names
+    "unknown compressor": Case((*PROMPT, "method.compressor=windw"), ("compressor='windw'", "Did you mean 'window'?")),
+    "unknown kernel": Case((*PROMPT, "method.kernel=cpu_flsh"), ("kernel='cpu_flsh'", "Did you mean 'cpu_flash'?")),
+    "unknown schedule": Case((*PROMPT, "method.schedule=zigzak"), ("schedule='zigzak'", "Did you mean 'zigzag'?")),
+    "unknown method": Case((*PROMPT, "method.method=abp"), ("method='abp'", "apb, star", "Did you mean 'apb'?")),
+    "unknown method file": Case(
+        (*PROMPT, "method=starr"), ("method=starr", "apb, star", "Did you mean 'star'?"), composes=False
+    ),
+    "unknown exp": Case((*PROMPT, "+exp=llama_128"), ("exp=llama_128", "Did you mean 'llama_128k'?"), composes=False),
+    "unknown task": Case(("task=promt",), ("task=promt", "Did you mean 'prompt'?"), composes=False),
+    "unknown key": Case((*PROMPT, "method.host=4"), ("host", "Did you mean 'hosts'?"), composes=False),
+    "an unquoted comma": Case((*PROMPT, "task.query=Who, and when?"), ("Ambiguous", "@question.txt"), composes=False),
+    "a kernel that is not installed": Case(
+        (*PROMPT, "method.kernel=flash_attn2"), ("flash_attn2", "flash_attn", "pip install", "[flash]")
+    ),
+    # --- the model
+    "too many positions": Case(
+        (*PROMPT, "task.max_new_tokens=4096"),
+        ("4096", "max_position_embeddings", "rope_parameters", "model.overrides"),
+    ),
+    "no such folder": Case((*PROMPT, "model.path={files}/nope"), ("model.path", "{files}/nope", "no such directory")),
+    "no such hub id": Case((*PROMPT, "model.path=no/such"), ("model.path='no/such'", "Looked in", "hub cache")),
+    "a folder without weights": Case((*PROMPT, "model.path={files}/weightless"), ("model.safetensors", "weightless")),
+    "a corrupt GGUF": Case((*PROMPT, "model.path={files}/bad.gguf"), ("model.path", "bad.gguf", "damaged")),
+    "a cut safetensors": Case((*PROMPT, "model.path={files}/cut"), ("model.path", "model.safetensors", "damaged")),
+    "weights that do not fit": Case(
+        (*PROMPT, "+model.overrides.num_hidden_layers=4"),
+        ("missing keys", "do not fit"),
+    ),
+    "a tokenizer that does not match": Case(
+        (*PROMPT, "model.tokenizer={files}/wide"), ("model.tokenizer", "859", "512")
+    ),
+    "a layer with a short window": Case((*PROMPT, "model.path={files}/sliding"), ("layer 0", "sliding_window=16")),
+    # --- batches
+    "no input": Case(("task=batch",), ("task.input", "missing")),
+    "an input that is not there": Case(("task=batch", "task.input={files}/nope.jsonl"), ("task.input", "nope.jsonl")),
+    "a broken line": Case(("task=batch", "task.input={files}/broken.jsonl"), ("broken.jsonl", "line 2")),
+    "a shared prefill and a compressor that wants the query": Case(
+        ("task=batch", "task.input={files}/shared.jsonl", "method.compressor=query"),
+        ("method.compressor=query", "lines 1 and 2", "task.reuse_prefill=false"),
+    ),
+    # --- memory
+    "out of memory": Case(
+        PROMPT,
+        ("out of memory", "more hosts", "dtype", "2.00 GiB"),
+        patches=("no memory for a round",),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good checkpoint, damaged ones, and texts."""
+    directory = tmp_path_factory.mktemp("bad_input")
+    text = "A lamp stands on the pier. It is lit at dusk and put out at dawn. " * 8
+    (directory / "document.txt").write_text(text)
+    (directory / "empty.txt").write_text(" \n")
+    (directory / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    line = json.dumps({"id": 1, "document": text, "query": "What?"})
+    (directory / "broken.jsonl").write_text(line + "\n{'id': 2}\n")
+    other = json.dumps({"id": 2, "document": text, "query": "When?"})
+    (directory / "shared.jsonl").write_text(line + "\n" + other + "\n")
+    save_checkpoint(directory / "good")
+    save_checkpoint(directory / "wide", extra=600)
+    cut = save_checkpoint(directory / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    (save_checkpoint(directory / "weightless") / "model.safetensors").unlink()
+    save_checkpoint(directory / "sliding")
+    config = json.loads((directory / "sliding" / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
+    (directory / "sliding" / "config.json").write_text(json.dumps(config))
+    (directory / "bad.gguf").write_bytes(b"GGUF" + bytes(range(200)))
+    return directory
+
+
+def ask(pool: Pools, files: Path, run_dir: Path, case: Case, world_size: int) -> list[Ended]:
+    overrides = [override.replace("{files}", str(files)) for override in case.overrides]
+    defaults = [f"model.path={files}/good", "model.device=cpu", "method.hosts=4", f"hydra.run.dir={run_dir}"]
+    named = {override.partition("=")[0] for override in overrides}
+    arguments = [override for override in defaults if override.partition("=")[0] not in named]
+    return pool(world_size).run(
+        run_infer, [*arguments, *_last_of_each(overrides)], case.stdin, case.patches, timeout=120
+    )
+
+
+def _last_of_each(overrides: list[str]) -> list[str]:
+    """Return the overrides with the last value of each key: Hydra refuses a key given twice for groups."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size"), [(name, size) for name, case in CASES.items() for size in case.world_sizes]
+)
+def test_bad_input(pool: Pools, files: Path, tmp_path: Path, name: str, world_size: int) -> None:
+    case = CASES[name]
+    ended = ask(pool, files, tmp_path / "run", case, world_size)
+    said = ended[0].stderr
+    for part in case.parts:
+        assert part.replace("{files}", str(files)) in said, said
+    assert [rank.code for rank in ended] == [FAILED] * world_size
+    assert len(re.findall("^Error:", said, re.MULTILINE)) == 1 and "Traceback" not in said, said
+    assert max(rank.seconds for rank in ended) < MAX_SECONDS
+    if case.patches:
+        return  # each rank's own failure
+    assert all(rank.stderr == "" for rank in ended[1:]), "one rank speaks for all"
+    expected: Any = [] if not case.composes else ended[0].errors
+    assert [rank.errors for rank in ended] == [expected] * world_size
+    if case.composes:
+        assert ended[0].errors[0] in said
+        assert json.loads((tmp_path / "run" / "record.json").read_text())["error"] == ended[0].errors[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_same_without_a_fault_answers(pool: Pools, files: Path, tmp_path: Path, world_size: int) -> None:
+    """What every case changes one thing of is good input."""
+    ended = ask(pool, files, tmp_path / "run", Case((*PROMPT, "task.max_new_tokens=4"), ()), world_size)
+    assert [rank.code for rank in ended] == [0] * world_size, ended[0].stderr
+    assert "Answer: " in ended[0].stdout and ended[0].stderr == ""
+
+
+def test_debug_shows_where_an_error_came_from(pool: Pools, files: Path, tmp_path: Path) -> None:
+    for number, overrides in enumerate([(*PROMPT, "method.hosts=0"), (*PROMPT, "model.path={files}/cut")]):
+        ended = ask(pool, files, tmp_path / str(number), Case((*overrides, "debug=true"), ()), 1)
+        assert ended[0].code == FAILED and "Traceback" in ended[0].stderr, ended[0].stderr
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_sweep_over_bad_and_good_jobs(pool: Pools, files: Path, tmp_path: Path, world_size: int) -> None:
+    overrides = [
+        "-m",
+        f"model.path={files}/good",
+        "model.device=cpu",
+        "task=prompt",
+        f"task.document=@{files}/document.txt,@{files}/nope.txt",
+        "task.query=What?",
+        "task.max_new_tokens=2",
+        "method.hosts=4",
+        "method=apb,strr",
+        f"hydra.sweep.dir={tmp_path}",
+    ]
+    ended = pool(world_size).run(run_infer, overrides, timeout=120)
+    assert [rank.code for rank in ended] == [FAILED] * world_size
+    assert [record["status"] for record in ended[0].records] == ["ok", "failed", "failed", "failed"]
+    assert [rank.errors for rank in ended] == [ended[0].errors] * world_size
+    lines = ended[0].stdout.splitlines()
+    told = [line for line in lines if line.startswith("Job ") and " failed: " in line]
+    assert len(told) == 3, ended[0].stdout
+    assert "method=strr" in told[0] and "Did you mean 'star'?" in told[0]
+    assert "nope.txt" in told[1] and "there is no file" in told[1]
+    for number in range(4):
+        assert json.loads((tmp_path / str(number) / "record.json").read_text())["error"] == ended[0].errors[number]

@@ -1,0 +1,112 @@
+"""Running launch/infer.py inside a process of the pool: command line in, exit code and what was said out."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one rank's run ended.
+
+    Attributes
+    ----------
+    errors : why each job failed, None for one that did not; empty if there was no job
+    seconds : from the command line to the exit code, libraries imported before
+    """
+
+    code: int
+    stdout: str
+    stderr: str
+    errors: list[str | None]
+    records: list[dict[str, Any]]
+    seconds: float
+
+
+def run_infer(
+    rank: int, world_size: int, arguments: list[str], stdin: str = "", patches: tuple[str, ...] = ()
+) -> Ended:
+    """Run launch/infer.py with these arguments as one rank of the group that exists, if there are several.
+
+    Parameters
+    ----------
+    patches : names in `PATCHES`, what is made to go wrong
+    """
+    infer, common = _launch_modules()
+    from apb_ds.parallel.groups import SequenceGroup
+    from apb_ds.session import Session
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_as_rank(rank, world_size))
+        stack.enter_context(mock.patch.object(common, "FIRST_RANK_GRACE_S", 0))
+        stack.enter_context(mock.patch.object(sys, "argv", ["infer.py", *arguments]))
+        stack.enter_context(mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()))))
+        for name in patches:
+            stack.enter_context(PATCHES[name]())
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        group = (
+            SequenceGroup()
+            if world_size == 1
+            else SequenceGroup.of(importlib.import_module("torch").distributed.group.WORLD)
+        )
+        session = Session(group)
+        inference = infer.Inference(session)
+        began = time.perf_counter()
+        try:
+            code = common.run_hydra("infer", inference.run, inference.finish, inference.bad_job)
+        except SystemExit as end:
+            code = end.code
+        seconds = time.perf_counter() - began
+    records = session.records
+    return Ended(code, out.getvalue(), err.getvalue(), [record["error"] for record in records], records, seconds)
+
+
+def _launch_modules() -> tuple[Any, Any]:
+    if str(ROOT / "launch") not in sys.path:
+        sys.path.insert(0, str(ROOT / "launch"))
+    return importlib.import_module("infer"), importlib.import_module("common")
+
+
+@contextlib.contextmanager
+def _as_rank(rank: int, world_size: int) -> Iterator[None]:
+    """Set what a launcher sets; put streams, logging and signals that the script changes back."""
+    import logging
+    import signal
+
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    values = {name: str(value) for name, value in place.items()} if world_size > 1 else {}
+    level, handlers = logging.getLogger().level, list(logging.getLogger().handlers)
+    stdout, stderr, handler = sys.stdout, sys.stderr, signal.getsignal(signal.SIGTERM)
+    with mock.patch.dict(os.environ, {**values, "HF_HUB_OFFLINE": "1"}):
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = stdout, stderr
+            signal.signal(signal.SIGTERM, handler)
+            logging.getLogger().setLevel(level)
+            logging.getLogger().handlers[:] = handlers
+
+
+def _no_memory(*_: Any, **__: Any) -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+PATCHES: dict[str, Any] = {
+    "no memory for a round": lambda: mock.patch("apb_ds.engine.run_round", _no_memory),
+}
