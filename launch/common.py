@@ -27,7 +27,6 @@ import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.core.plugins import Plugins  # noqa: E402
 from hydra.errors import HydraException, MissingConfigException  # noqa: E402
-from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
@@ -69,7 +68,7 @@ def run_hydra(config_name: str, task: Task, finish: Callable[[], bool], bad_job:
         Called as ``bad_job(job, why)`` for a job of a sweep whose config cannot be composed. Without it such a job
         ends the sweep.
     """
-    arguments = [argument for argument in sys.argv[1:] if not _is_local_rank(argument)]
+    arguments = _in_order([argument for argument in sys.argv[1:] if not _is_local_rank(argument)])
     debug = os.environ.get("HYDRA_FULL_ERROR") == "1" or "debug=true" in (item.lower() for item in arguments)
     if rank() > 0:
         scratch = _private_directory()
@@ -120,7 +119,7 @@ def job_of(config: DictConfig) -> Job:
         values={str(key): value for key, value in values.items()},
         run_dir=Path(runtime.runtime.output_dir) if rank() == 0 else None,
         overrides=overrides_of(runtime.overrides.task),
-        in_sweep=runtime.mode is RunMode.MULTIRUN,
+        in_sweep=not OmegaConf.is_missing(runtime.job, "num"),
     )
 
 
@@ -161,6 +160,12 @@ def quiet_imports() -> None:
     for handler in logging.getLogger("DeepSpeed").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
+
+
+def _in_order(arguments: list[str]) -> list[str]:
+    """Return the arguments with the sweep's flag first: Hydra's parser takes no flag between overrides."""
+    flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    return [*flags[:1], *(argument for argument in arguments if argument not in flags)]
 
 
 def _is_local_rank(argument: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def run_infer(
         stack.enter_context(mock.patch.object(sys, "argv", ["infer.py", *arguments]))
         stack.enter_context(mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()))))
         for name in patches:
-            stack.enter_context(PATCHES[name]())
+            stack.enter_context(PATCHES[name](rank))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         group = (
@@ -70,6 +71,8 @@ def run_infer(
             code = common.run_hydra("infer", inference.run, inference.finish, inference.bad_job)
         except SystemExit as end:
             code = end.code
+        except KeyboardInterrupt:
+            code = INTERRUPTED
         seconds = time.perf_counter() - began
     records = session.records
     return Ended(code, out.getvalue(), err.getvalue(), [record["error"] for record in records], records, seconds)
@@ -107,6 +110,60 @@ def _no_memory(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+def _not_here(*_: Any, **__: Any) -> None:
+    raise AssertionError("text is for the first rank alone")
+
+
+@contextlib.contextmanager
+def _no_text(rank: int) -> Iterator[None]:
+    """Have every rank but the first fail when it reads a text or tokenises one."""
+    from transformers import PreTrainedTokenizerFast
+
+    with contextlib.ExitStack() as stack:
+        if rank > 0:
+            stack.enter_context(mock.patch.object(PreTrainedTokenizerFast, "__call__", _not_here))
+            for reader in ("apb_ds.tasks.prompt.read_text", "apb_ds.session.chat.read_text"):
+                stack.enter_context(mock.patch(reader, _not_here))
+        yield
+
+
+@contextlib.contextmanager
+def _interrupt(rank: int) -> Iterator[None]:
+    """Interrupt every rank of a batch when it is about to answer its third line."""
+    from apb_ds.session.batch import _Batch
+
+    answer, answered = _Batch._answer, 0
+
+    def answer_two(self: Any, *arguments: Any) -> Any:
+        nonlocal answered
+        answered += 1
+        if answered == 3:
+            raise KeyboardInterrupt
+        return answer(self, *arguments)
+
+    with mock.patch.object(_Batch, "_answer", answer_two):
+        yield
+
+
+class _Slow(io.StringIO):
+    """Standard input whose lines take their time."""
+
+    def __next__(self) -> str:
+        time.sleep(0.5)
+        return super().__next__()
+
+
+@contextlib.contextmanager
+def _slow_questions(rank: int) -> Iterator[None]:
+    """Have questions come slowly, while ranks wait for a tenth of a second at a time."""
+    questions = sys.stdin.read()
+    with mock.patch.object(sys, "stdin", _Slow(questions)), mock.patch("apb_ds.session.chat.MAX_WAIT_S", 0.1):
+        yield
+
+
 PATCHES: dict[str, Any] = {
-    "no memory for a round": lambda: mock.patch("apb_ds.engine.run_round", _no_memory),
+    "no memory for a round": lambda rank: mock.patch("apb_ds.engine.run_round", _no_memory),
+    "text on the first rank only": _no_text,
+    "interrupted at the third line": _interrupt,
+    "slow questions": _slow_questions,
 }

@@ -35,7 +35,13 @@ def byte_tokenizer(*, template: str | None = TEMPLATE, extra: int = 0) -> Any:
 def save_checkpoint(directory: Path, *, template: str | None = TEMPLATE, extra: int = 0, **config: Any) -> Path:
     """Write a tiny Llama and its tokenizer; `config` changes fields of the model's config."""
     tokenizer = byte_tokenizer(template=template, extra=extra)
-    values = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, **config}
+    # No token without a text: answers are then different wherever their tokens are.
+    values = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        **config,
+    }
     models.llama(**values).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

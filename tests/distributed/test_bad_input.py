@@ -113,7 +113,7 @@ CASES: dict[str, Case] = {
         ("missing keys", "do not fit"),
     ),
     "a tokenizer that does not match": Case(
-        (*PROMPT, "model.tokenizer={files}/wide"), ("model.tokenizer", "859", "512")
+        (*PROMPT, "model.tokenizer={files}/wide"), ("model.tokenizer", "859", "260")
     ),
     "a layer with a short window": Case((*PROMPT, "model.path={files}/sliding"), ("layer 0", "sliding_window=16")),
     # --- batches

@@ -1,0 +1,367 @@
+"""Prompts, conversations and batches through the launch script, on one and on two ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import apb_ds
+from tests.launch_in_process import INTERRUPTED, Ended, run_infer
+from tests.pool import Pools
+from tests.tiny_checkpoint import save_checkpoint
+
+DOCUMENT = "A lamp stands on the pier. It is lit at dusk and put out at dawn. " * 8
+OTHER = "Trams leave the square every ten minutes, and every five on market days. " * 6
+QUESTIONS = ("Where is the lamp?", "When is it lit?", "And put out?")
+HOSTS = 4
+NEW_TOKENS = 6
+SIZES = pytest.mark.parametrize("world_size", [1, 2])
+FIRST_ONLY = ("text on the first rank only",)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("tasks") / "model")
+
+
+class Library:
+    """The same answers by hand: ids made here, given to an engine."""
+
+    def __init__(self, path: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        # Two header tokens precede the user's text in this template: <s> and <|user|>.
+        self.engine = apb_ds.init_inference(model, apb_ds.APBConfig(hosts=HOSTS, query_position=2))
+
+    def ids(self, text: str) -> torch.Tensor:
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+
+    def document(self, text: str) -> torch.Tensor:
+        return self.ids(f"<s><|user|>{text}</s>")
+
+    def query(self, text: str) -> torch.Tensor:
+        return self.ids(f"<|user|>{text}</s><|assistant|>")
+
+    def text(self, tokens: torch.Tensor) -> str:
+        return self.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+
+    def ask(self, document: str, question: str, **arguments: Any) -> str:
+        arguments = {"do_sample": False, "max_new_tokens": NEW_TOKENS, **arguments}
+        return self.text(self.engine.generate(self.document(document), self.query(question), **arguments))
+
+    def ask_all(self, document: str, questions: tuple[str, ...]) -> list[str]:
+        context = self.engine.prefill(self.document(document))
+        arguments = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+        return [
+            self.text(self.engine.generate(query_ids=self.query(text), context=context, **arguments))
+            for text in questions
+        ]
+
+
+@pytest.fixture(scope="module")
+def library(model_path: Path) -> Library:
+    return Library(model_path)
+
+
+def infer(
+    pool: Pools, world_size: int, model_path: Path, *overrides: str, stdin: str = "", patches: tuple[str, ...] = ()
+) -> list[Ended]:
+    arguments = [
+        f"model.path={model_path}",
+        "model.device=cpu",
+        f"method.hosts={HOSTS}",
+        f"task.max_new_tokens={NEW_TOKENS}",
+        *overrides,
+    ]
+    ended = pool(world_size).run(run_infer, arguments, stdin, patches, timeout=120)
+    assert all(rank.stdout == "" for rank in ended[1:]), "the first rank speaks for all"
+    return ended
+
+
+# --- one question -----------------------------------------------------------------------------------------------------
+
+
+@SIZES
+@pytest.mark.parametrize("stream", ["true", "false"])
+@pytest.mark.parametrize("source", ["text", "file", "standard input"])
+def test_a_prompt(
+    pool: Pools, library: Library, model_path: Path, tmp_path: Path, world_size: int, stream: str, source: str
+) -> None:
+    (tmp_path / "document.txt").write_text(DOCUMENT)
+    given = {"text": f"'{DOCUMENT}'", "file": f"@{tmp_path}/document.txt", "standard input": "-"}[source]
+    ended = infer(
+        pool,
+        world_size,
+        model_path,
+        "task=prompt",
+        f"task.document={given}",
+        f"task.query={QUESTIONS[0]}",
+        f"task.stream={stream}",
+        f"hydra.run.dir={tmp_path}/run",
+        stdin=DOCUMENT if source == "standard input" else "",
+        patches=FIRST_ONLY,
+    )
+    assert [rank.code for rank in ended] == [0] * world_size, ended[0].stderr
+    expected = library.ask(DOCUMENT, QUESTIONS[0])
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["task"]["prediction"] == expected and expected
+    assert record["task"]["query_position"] == 2
+    assert ended[0].stdout.count("Answer: ") == 1
+    assert ended[0].stdout.startswith(f"Answer: {expected}"), ended[0].stdout
+
+
+@SIZES
+def test_sampling_repeats_with_its_seed(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) -> None:
+    def draw(seed: int) -> str:
+        overrides = ("task.temperature=1.5", f"seed={seed}", f"hydra.run.dir={tmp_path}/run", "task.max_new_tokens=24")
+        text = ("task=prompt", f"task.document='{DOCUMENT}'", "task.query=What?")
+        arguments = [f"model.path={model_path}", "model.device=cpu", f"method.hosts={HOSTS}", *text, *overrides]
+        return pool(world_size).run(run_infer, arguments)[0].records[0]["task"]["prediction"]
+
+    first = draw(1)
+    assert draw(1) == first
+    assert draw(2) != first
+
+
+# --- a conversation ---------------------------------------------------------------------------------------------------
+
+
+def conversation(library: Library, questions: tuple[str, ...], query: torch.Tensor | None = None) -> list[str]:
+    """Return the answers of one conversation, turn after turn."""
+    context = library.engine.prefill(library.document(DOCUMENT), query)
+    answers, end = [], library.tokenizer.eos_token_id
+    last = None
+    for text in questions:
+        ids = library.query(text)
+        if last is not None and last != end:  # the answer was cut short: the template closes it
+            ids = torch.cat([torch.tensor([[end]]), ids], dim=1)
+        tokens = library.engine.generate(
+            query_ids=ids, context=context, append=True, do_sample=False, max_new_tokens=NEW_TOKENS
+        )
+        last = int(tokens[0, -1])
+        answers.append(library.text(tokens))
+    return answers
+
+
+@SIZES
+def test_a_conversation(pool: Pools, library: Library, model_path: Path, tmp_path: Path, world_size: int) -> None:
+    ended = infer(
+        pool,
+        world_size,
+        model_path,
+        "task=chat",
+        f"task.document='{DOCUMENT}'",
+        f"hydra.run.dir={tmp_path}",
+        stdin="\n".join((QUESTIONS[0], "", *QUESTIONS[1:])),
+        patches=(*FIRST_ONLY, "slow questions"),
+    )
+    assert [rank.code for rank in ended] == [0] * world_size, ended[0].stderr
+    turns = ended[0].records[0]["task"]["turns"]
+    assert [turn["question"] for turn in turns] == list(QUESTIONS)
+    assert [turn["answer"] for turn in turns] == conversation(library, QUESTIONS)
+    assert ended[0].records[0]["metrics"]["turns"] == 3
+    for turn in turns:  # a streamed answer has the blanks at its ends, too
+        assert turn["answer"] in ended[0].stdout.split(f"> {turn['question']}\n")[1].split("\n> ")[0]
+    others = ended[-1].records[0]["task"]["turns"]
+    assert [turn["answer"] for turn in others] == [turn["answer"] for turn in turns]
+
+
+@SIZES
+def test_a_first_question_is_embedded_in_the_anchor(
+    pool: Pools, library: Library, model_path: Path, tmp_path: Path, world_size: int
+) -> None:
+    overrides = ("task=chat", f"task.document='{DOCUMENT}'", f"hydra.run.dir={tmp_path}", "method.compressor=query")
+    refused = infer(pool, world_size, model_path, *overrides, stdin=QUESTIONS[1])
+    assert refused[0].code == 2 and "give the first question as task.query" in refused[0].stderr
+    overrides = (*overrides[:3], f"task.query={QUESTIONS[0]}", "task.stream=false")
+    ended = infer(pool, world_size, model_path, *overrides, stdin=QUESTIONS[1])
+    answers = [turn["answer"] for turn in ended[0].records[0]["task"]["turns"]]
+    assert answers == conversation(library, QUESTIONS[:2], library.query(QUESTIONS[0]))
+    assert answers[0] == library.ask(DOCUMENT, QUESTIONS[0])
+
+
+@SIZES
+def test_a_turn_that_cannot_be_leaves_the_conversation(
+    pool: Pools, library: Library, model_path: Path, tmp_path: Path, world_size: int
+) -> None:
+    too_long = "why " * 1500
+    ended = infer(
+        pool,
+        world_size,
+        model_path,
+        "task=chat",
+        f"task.document='{DOCUMENT}'",
+        f"hydra.run.dir={tmp_path}",
+        stdin="\n".join((QUESTIONS[0], too_long, QUESTIONS[1])),
+    )
+    turns = ended[0].records[0]["task"]["turns"]
+    assert [turn["answer"] for turn in turns if turn["answer"] is not None] == conversation(library, QUESTIONS[:2])
+    assert turns[1]["answer"] is None and "max_position_embeddings" in turns[1]["error"]
+    assert ended[0].stderr.startswith("Error: ") and "positions" in ended[0].stderr
+    assert [rank.code for rank in ended] == [0] * world_size
+
+
+# --- a batch ----------------------------------------------------------------------------------------------------------
+
+
+def write_lines(path: Path, *lines: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def batch_lines() -> list[dict[str, Any]]:
+    """Two questions about one document, one that fails, two about another, one alone."""
+    return [
+        {"id": "a", "document_file": "pier.txt", "query": QUESTIONS[0]},
+        {"id": "b", "document_file": "pier.txt", "query": QUESTIONS[1]},
+        {"id": "c", "document_file": "nowhere.txt", "query": "What?"},
+        {"id": "d", "document": OTHER, "query": "How often?"},
+        {"id": "e", "document": OTHER, "query": "And on market days?"},
+        {"id": 6, "document": DOCUMENT, "query": QUESTIONS[2], "max_new_tokens": 3},
+    ]
+
+
+@pytest.fixture
+def batch_input(tmp_path: Path) -> Path:
+    (tmp_path / "pier.txt").write_text(DOCUMENT)
+    return write_lines(tmp_path / "questions.jsonl", *batch_lines())
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def expected_answers(library: Library) -> list[str | None]:
+    pier = library.ask_all(DOCUMENT, QUESTIONS[:2])
+    trams = library.ask_all(OTHER, ("How often?", "And on market days?"))
+    return [*pier, None, *trams, library.ask(DOCUMENT, QUESTIONS[2], max_new_tokens=3)]
+
+
+@SIZES
+def test_a_batch(pool: Pools, library: Library, model_path: Path, batch_input: Path, world_size: int) -> None:
+    run_dir = f"hydra.run.dir={batch_input.parent}/run"
+    ended = infer(pool, world_size, model_path, "task=batch", f"task.input={batch_input}", run_dir, patches=FIRST_ONLY)
+    output = batch_input.with_name("questions.answers.jsonl")
+    found = results(output)
+    assert [result["id"] for result in found] == ["a", "b", "c", "d", "e", 6]
+    assert [result.get("answer") for result in found] == expected_answers(library)
+    assert "nowhere.txt" in found[2]["error"]
+    assert [result["new_tokens"] for result in found if "answer" in result][-1] <= 3
+    for result in found:
+        if "answer" in result:
+            assert result["seconds"] >= result["query_s"] > 0 and result["document_tokens"] > 400
+    assert [result["prefill_s"] > 0 for result in found if "answer" in result] == [True, False, True, False, True]
+    # One line failed: so did the job, with all else done.
+    assert [rank.code for rank in ended] == [2] * world_size
+    assert "1 of 6 lines failed: line 3 (id c)" in ended[0].stderr
+    metrics = ended[0].records[0]["metrics"]
+    assert (metrics["prefills"], metrics["answered"], metrics["failed"]) == (3, 5, 1)
+    assert f"Answers: {output}" in ended[0].stdout and "6/6 lines, 1 failed" in ended[0].stderr
+
+
+@SIZES
+def test_each_line_with_a_prefill_of_its_own(
+    pool: Pools, library: Library, model_path: Path, batch_input: Path, world_size: int
+) -> None:
+    overrides = ("task=batch", f"task.input={batch_input}", f"hydra.run.dir={batch_input.parent}/run")
+    infer(pool, world_size, model_path, *overrides, "task.reuse_prefill=false")
+    found = results(batch_input.with_name("questions.answers.jsonl"))
+    assert [result.get("answer") for result in found[:2]] == [library.ask(DOCUMENT, text) for text in QUESTIONS[:2]]
+    assert all(result["prefill_s"] > 0 for result in found if "answer" in result)
+
+
+@SIZES
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_batch_that_was_stopped_goes_on(
+    pool: Pools, model_path: Path, batch_input: Path, world_size: int, sampled: bool
+) -> None:
+    """Stopped at the third answer; what the first two left behind is not touched, and the rest is as in one go."""
+    output = batch_input.with_name("questions.answers.jsonl")
+    overrides = ["task=batch", f"task.input={batch_input}", f"hydra.run.dir={batch_input.parent}/run"]
+    overrides += ["task.temperature=1.5"] if sampled else []
+
+    def run(*more: str, patches: tuple[str, ...] = ()) -> list[Ended]:
+        return infer(pool, world_size, model_path, *overrides, *more, patches=patches)
+
+    run(f"task.output={batch_input.parent}/whole.jsonl")
+    stopped = run(patches=("interrupted at the third line",))
+    assert [rank.code for rank in stopped] == [INTERRUPTED] * world_size
+    before = output.read_text()
+    assert [result["id"] for result in results(output)] == ["a", "b", "c"][: len(results(output))]
+    assert len([result for result in results(output) if "answer" in result]) == 2
+    ended = run()
+    assert ended[0].records[0]["metrics"]["resumed"] == 2
+    assert ended[0].records[0]["metrics"]["prefills"] == 2, "the first document is not prefilled again"
+    assert output.read_text().splitlines()[:2] == before.splitlines()[:2]
+
+    def answers(path: Path) -> list[Any]:
+        return [(result["id"], result.get("answer")) for result in results(path)]
+
+    assert answers(output) == answers(batch_input.parent / "whole.jsonl")
+    # What failed is tried again, and comes into its place.
+    (batch_input.parent / "nowhere.txt").write_text(OTHER)
+    ended = run()
+    assert [rank.code for rank in ended] == [0] * world_size, ended[0].stderr
+    assert ended[0].records[0]["metrics"]["answered"] == 1
+    assert [identity for identity, answer in answers(output) if answer is not None] == ["a", "b", "c", "d", "e", 6]
+
+
+@SIZES
+def test_answers_of_other_settings_are_left_alone(
+    pool: Pools, model_path: Path, batch_input: Path, world_size: int
+) -> None:
+    output = batch_input.with_name("questions.answers.jsonl")
+    overrides = ("task=batch", f"task.input={batch_input}", f"hydra.run.dir={batch_input.parent}/run")
+    infer(pool, world_size, model_path, *overrides)
+    before = output.read_text()
+    ended = infer(pool, world_size, model_path, *overrides, "method.compressor=knorm")
+    assert [rank.code for rank in ended] == [2] * world_size
+    for part in ("method.compressor", "knorm", "window", "task.overwrite=true"):
+        assert part in ended[0].stderr, ended[0].stderr
+    assert output.read_text() == before
+    # The schedule changes nothing in the answers.
+    ended = infer(pool, world_size, model_path, *overrides, "method.schedule=natural")
+    assert ended[0].records[0]["metrics"]["resumed"] == 5
+    ended = infer(pool, world_size, model_path, *overrides, "method.compressor=knorm", "task.overwrite=true")
+    assert ended[0].records[0]["metrics"]["resumed"] == 0
+    assert output.with_name(output.name + ".bak").read_text() == before
+
+
+@SIZES
+def test_a_line_that_does_not_fit_is_reported_in_its_place(
+    pool: Pools, model_path: Path, tmp_path: Path, world_size: int
+) -> None:
+    lines = [
+        {"id": 1, "document": DOCUMENT, "query": "why " * 1500},
+        {"id": 2, "document": DOCUMENT, "query": " "},
+        {"id": 3, "document": DOCUMENT, "query": QUESTIONS[0]},
+        {"id": 4, "document": "w " * 3000, "query": QUESTIONS[0]},
+        {"id": 5, "document": OTHER, "query": "How often?"},
+    ]
+    path = write_lines(tmp_path / "in.jsonl", *lines)
+    ended = infer(pool, world_size, model_path, "task=batch", f"task.input={path}", f"hydra.run.dir={tmp_path}/run")
+    found = results(tmp_path / "in.answers.jsonl")
+    assert [result["id"] for result in found] == [1, 2, 3, 4, 5]
+    assert ["answer" in result for result in found] == [False, False, True, False, True]
+    for index in (0, 3):
+        assert "max_position_embeddings=4096" in found[index]["error"]
+    assert "query" in found[1]["error"] and "3 of 5 lines failed" in ended[0].stderr
+
+
+@SIZES
+def test_batches_of_a_sweep_have_answers_of_their_own(
+    pool: Pools, model_path: Path, batch_input: Path, world_size: int
+) -> None:
+    overrides = ("-m", "task=batch", f"task.input={batch_input}", "method.compressor=window,knorm")
+    sweep = batch_input.parent / "sweep"
+    ended = infer(pool, world_size, model_path, *overrides, f"hydra.sweep.dir={sweep}")
+    for number in range(2):
+        assert len(results(sweep / str(number) / "answers.jsonl")) == 6
+    assert not batch_input.with_name("questions.answers.jsonl").exists()
+    rows = [line.split() for line in ended[0].stdout.splitlines() if "5/6" in line]
+    assert [row[1] for row in rows] == ["window", "knorm"] and all(row[-1] == "failed" for row in rows)
