@@ -23,7 +23,7 @@ class AnsweringConfig(TaskConfig):
     do_sample : bool
         Whether tokens are drawn; false takes the likeliest. Default: true if any of the four keys below is given.
     temperature, top_p, top_k, min_p : float, float, int, float
-        As in transformers. What is left open comes from the model's own generation settings.
+        As in transformers, where ``top_k=0`` is off. What is left open comes from the model's own generation settings.
     repetition_penalty : float
         Above 1, tokens that are there already become less likely.
     stop : str or list of str
@@ -48,9 +48,7 @@ class AnsweringConfig(TaskConfig):
         check_integer("task.max_new_tokens", self.max_new_tokens, 1)
         self._check_sampling()
         _check_above_zero("task.repetition_penalty", self.repetition_penalty, "1 is none")
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        if stops is not None and (not stops or not all(isinstance(text, str) and text for text in stops)):
-            raise ValueError(f"task.stop={self.stop!r} must be a text or a list of texts, none of them empty.")
+        self._check_stop()
 
     def _check_sampling(self) -> None:
         _check_above_zero("task.temperature", self.temperature, "leave it out to take the likeliest tokens")
@@ -59,7 +57,7 @@ class AnsweringConfig(TaskConfig):
             if value is not None and not (_is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"task.{name}={value!r} must be a number in [0, 1].")
         if self.top_k is not None:
-            check_integer("task.top_k", self.top_k, 1)
+            check_integer("task.top_k", self.top_k, 0)
         if self.do_sample is None:
             return
         check_bool("task.do_sample", self.do_sample)
@@ -70,13 +68,23 @@ class AnsweringConfig(TaskConfig):
                 "them; give one of the two."
             )
 
+    def _check_stop(self) -> None:
+        if self.stop is None:
+            return
+        stops = list(self.stop) if isinstance(self.stop, (list, tuple)) else [self.stop]
+        # A number on the command line arrives as one.
+        stops = [str(text) if _is_number(text) else text for text in stops]
+        if not stops or not all(isinstance(text, str) and text for text in stops):
+            raise ValueError(f"task.stop={self.stop!r} must be a text or a list of texts, none of them empty.")
+        object.__setattr__(self, "stop", stops)
+
     def generate_arguments(self) -> dict[str, Any]:
         """Return the arguments of `engine.generate` besides the length."""
         values = {name: getattr(self, name) for name in SAMPLING_KEYS}
         draws = any(value is not None for value in values.values()) if self.do_sample is None else self.do_sample
         arguments = {"do_sample": draws, **values, "repetition_penalty": self.repetition_penalty}
         if self.stop is not None:
-            arguments["stop_strings"] = [self.stop] if isinstance(self.stop, str) else list(self.stop)
+            arguments["stop_strings"] = list(self.stop)
         return {name: value for name, value in arguments.items() if value is not None}
 
 

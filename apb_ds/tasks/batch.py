@@ -9,6 +9,7 @@ from typing import ClassVar
 from apb_ds.config import check_bool
 from apb_ds.tasks.answering import AnsweringConfig
 from apb_ds.tasks.base import register_task
+from apb_ds.tasks.text import expand_path
 
 ANSWERS_SUFFIX = ".answers.jsonl"
 
@@ -61,18 +62,22 @@ class BatchConfig(AnsweringConfig):
 
     @property
     def input_path(self) -> Path:
-        return Path(self.input).expanduser()
+        return expand_path("task.input", self.input)
 
     def output_path(self, run_dir: Path | None) -> Path:
         """Return where the answers go; without a name of its own into `run_dir`, or beside the input."""
         if self.output is not None:
-            return Path(self.output).expanduser()
+            return expand_path("task.output", self.output)
         if run_dir is not None:
             return run_dir / "answers.jsonl"
         return self.input_path.with_name(self.input_path.name.removesuffix(".jsonl") + ANSWERS_SUFFIX)
 
     def check_sources(self) -> None:
         path = self.input_path
-        if not path.is_file():
-            kind = "is a directory" if path.is_dir() else "is not there"
-            raise ValueError(f"task.input={self.input!r}: {path.absolute()} {kind}; name a JSONL file.")
+        try:
+            if path.is_file():
+                return
+            kind = "is a directory" if path.is_dir() else "is no file" if path.exists() else "is not there"
+        except OSError as error:
+            kind = f"cannot be read ({error.strerror})"
+        raise ValueError(f"task.input={self.input!r}: {path.absolute()} {kind}; name a JSONL file.")

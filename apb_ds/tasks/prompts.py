@@ -2,8 +2,9 @@
 
 The document is the first user turn, rendered through the chat template without a generation prompt. The query is the
 rest of the conversation: a second user turn, and an assistant turn opened for the answer. So a document's ids do not
-depend on the query, and one prefill serves many. Templates that refuse two user turns in a row get both in one turn,
-cut between them; tokenizers without a template get the begin-of-sequence token and plain text.
+depend on the query, and one prefill serves many. Templates that refuse two user turns in a row, or that end the first
+one differently when another follows, get both in one turn, cut between them; tokenizers without a template get the
+begin-of-sequence token and plain text.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ MARK = "\u2402user-text\u2403"
 ONE_TURN_SEPARATOR = "\n\n"
 # Characters of a document that can change how the text after it is cut into tokens.
 BOUNDARY_CONTEXT = 256
+# A text whose end no tokenizer joins with what follows.
+NEUTRAL = "a"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,20 @@ class EncodedDocument:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of `text` as it stands: no special tokens are added, those written in it are recognised."""
+    """Return the ids of `text` as it stands: no special tokens are added, those written in it are recognised.
+
+    Raises
+    ------
+    ValueError
+        If it is no Unicode text, as where an argument was not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is no Unicode text: half a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
+            f"{error.start} of {text[error.start : error.start + 40]!a}; give it as UTF-8."
+        ) from error
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -68,20 +84,21 @@ def encode_document(tokenizer: Any, document: str) -> EncodedDocument:
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return EncodedDocument(bos + encode(tokenizer, document), len(bos), document[-BOUNDARY_CONTEXT:])
     text = render_document(tokenizer, document)
-    return EncodedDocument(encode(tokenizer, text), len(encode(tokenizer, header(tokenizer))), text[-BOUNDARY_CONTEXT:])
+    ids = encode(tokenizer, text)
+    # The header's last token may be another with the user's text behind it.
+    position = _num_equal(encode(tokenizer, header(tokenizer)), ids)
+    return EncodedDocument(ids, position, text[-BOUNDARY_CONTEXT:])
 
 
 def encode_query(tokenizer: Any, document: EncodedDocument, query: str, answer_prefix: str = "") -> list[int]:
-    """Return the ids of a query about a document, up to where the answer begins.
+    """Return the ids of a query about a document, up to where the answer begins; blanks around it are left out.
 
     Raises
     ------
     ValueError
         If there is nothing in the query.
     """
-    if not query.strip():
-        raise ValueError("the query is empty; ask something.")
-    return encode_after(tokenizer, document.end, render_query(tokenizer, query) + answer_prefix)
+    return encode_after(tokenizer, document.end, render_query(tokenizer, _stripped(query)) + answer_prefix)
 
 
 def encode_next_turn(tokenizer: Any, query: str, last_id: int) -> list[int]:
@@ -97,10 +114,13 @@ def encode_next_turn(tokenizer: Any, query: str, last_id: int) -> list[int]:
     ValueError
         If there is nothing in the query.
     """
-    if not query.strip():
-        raise ValueError("the query is empty; ask something.")
-    ids = encode_after(tokenizer, "a", _render_next_turn(tokenizer, query))
-    return ids[1:] if len(ids) > 1 and ids[0] == last_id else ids
+    ids = encode_after(tokenizer, NEUTRAL, _render_next_turn(tokenizer, _stripped(query)))
+    if len(ids) > 1 and ids[0] == last_id:
+        return ids[1:]
+    # Some templates put a space before the end token.
+    if len(ids) > 2 and ids[1] == last_id in tokenizer.all_special_ids and not tokenizer.decode(ids[:1]).strip():
+        return ids[2:]
+    return ids
 
 
 def document_length(tokenizer: Any, document: str) -> int:
@@ -133,18 +153,21 @@ def render_query(tokenizer: Any, query: str) -> str:
     second = _second_turn(tokenizer, query)
     if second is not None:
         return second
-    rendered = _render(tokenizer, [_user(MARK)], generation=True)
-    return ONE_TURN_SEPARATOR + query + rendered[_mark_index(rendered) + len(MARK) :]
+    rendered = _render(tokenizer, [_user(MARK + ONE_TURN_SEPARATOR + query)], generation=True)
+    return rendered[_mark_index(rendered) + len(MARK) :]
 
 
 def encode_after(tokenizer: Any, before: str, text: str) -> list[int]:
     """Return the ids of `text` as they follow `before`, if the boundary is one between tokens.
 
-    A SentencePiece tokenizer puts a space in front of a text that is encoded alone.
+    A SentencePiece tokenizer puts a space in front of a text that is encoded alone, so that is the last resort.
     """
-    start = encode(tokenizer, before)
-    whole = encode(tokenizer, before + text)
-    return whole[len(start) :] if whole[: len(start)] == start else encode(tokenizer, text)
+    for context in (before, NEUTRAL):
+        start = encode(tokenizer, context)
+        whole = encode(tokenizer, context + text)
+        if whole[: len(start)] == start:
+            return whole[len(start) :]
+    return encode(tokenizer, text)
 
 
 def _second_turn(tokenizer: Any, query: str) -> str | None:
@@ -168,8 +191,30 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
+def _stripped(query: str) -> str:
+    query = query.strip()
+    if not query:
+        raise ValueError("the query is empty; ask something.")
+    return query
+
+
+def _num_equal(first: list[int], second: list[int]) -> int:
+    """Return how many ids both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
 def _render(tokenizer: Any, messages: list[dict[str, str]], *, generation: bool) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"the tokenizer's chat template refuses a conversation of {roles} ({error}); set model.tokenizer to one "
+            "whose template renders it."
+        ) from error
 
 
 def _render_or_none(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
@@ -177,8 +222,10 @@ def _render_or_none(tokenizer: Any, messages: list[dict[str, str]]) -> str | Non
 
     try:
         return _render(tokenizer, messages, generation=True)
-    except TemplateError:
-        return None
+    except ValueError as error:
+        if isinstance(error.__cause__, TemplateError):
+            return None
+        raise
 
 
 def _mark_index(rendered: str, role: str = "user") -> int:

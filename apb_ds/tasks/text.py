@@ -7,6 +7,7 @@ from pathlib import Path
 
 FILE_MARK = "@"
 STANDARD_INPUT = "-"
+SHOWN_CHARACTERS = 100
 
 
 def check_text(field: str, value: object) -> str:
@@ -15,12 +16,14 @@ def check_text(field: str, value: object) -> str:
     Raises
     ------
     ValueError
-        If nothing is given.
+        If nothing is given, or a list or mapping.
     """
     if isinstance(value, bool):
         value = str(value).lower()
     if isinstance(value, (int, float)):
         value = str(value)
+    if isinstance(value, (list, tuple, dict)):
+        raise ValueError(f"{field}={value!r} is no text; put it in quotes of its own, as in '{field}=\"a, b\"'.")
     if not isinstance(value, str) or not value.strip():
         raise ValueError(
             f"{field}={value!r} is empty; give a text, @FILE for a file's contents, or - for standard input."
@@ -54,7 +57,10 @@ def read_text(field: str, value: str) -> str:
         If the file is not there, cannot be read, is not UTF-8 or has no text in it.
     """
     if value == STANDARD_INPUT:
-        text = _decoded(f"{field}=-: standard input", sys.stdin.buffer.read())
+        try:
+            text = _decoded(f"{field}=-: standard input", sys.stdin.buffer.read())
+        except OSError as error:
+            raise ValueError(f"{field}=-: cannot read standard input ({error.strerror}).") from error
     elif is_file(value):
         path = _existing_file(field, value)
         try:
@@ -68,15 +74,40 @@ def read_text(field: str, value: str) -> str:
     return text
 
 
+def expand_path(field: str, value: str) -> Path:
+    """Return the path that `value` names, ``~`` and ``~user`` expanded.
+
+    Raises
+    ------
+    ValueError
+        If there is no such user.
+    """
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{field}={value!r}: there is no home directory for its ~; write the path out.") from error
+
+
 def _existing_file(field: str, value: str) -> Path:
-    path = Path(value.removeprefix(FILE_MARK)).expanduser()
-    if path.is_dir():
-        raise ValueError(f"{field}={value!r}: {path.absolute()} is a directory; name a text file.")
-    if not path.exists():
+    path = expand_path(field, value.removeprefix(FILE_MARK))
+    try:
+        if path.is_dir():
+            raise ValueError(f"{field}={value!r}: {path.absolute()} is a directory; name a text file.")
+        found = path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise ValueError(
+            f"{field}={_shown(value)}: cannot read {_shown(str(path.absolute()))} ({error.strerror}). (A text that "
+            "begins with @ is written with @@.)"
+        ) from error
+    if not found:
         raise ValueError(
             f"{field}={value!r}: there is no file {path.absolute()}. (A text that begins with @ is written with @@.)"
         )
     return path
+
+
+def _shown(value: str) -> str:
+    return repr(value if len(value) <= SHOWN_CHARACTERS else value[:SHOWN_CHARACTERS] + "...")
 
 
 def _decoded(what: str, content: bytes) -> str:
