@@ -1,0 +1,151 @@
+"""Texts that a user gives: as they stand, from a file, from standard input."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from apb_ds.tasks.text import check_text, check_text_source, expand_path, is_file, read_text
+
+FIELD = "task.document"
+
+
+def feed(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("text", "text"),
+        (" with blanks\n", " with blanks\n"),
+        ("user@example.org", "user@example.org"),
+        ("@@user says", "@user says"),
+        ("@@@", "@@"),
+        ("@@", "@"),
+        ("-1", "-1"),
+        ("--", "--"),
+        ("\ufeffmark", "\ufeffmark"),
+    ],
+)
+def test_text_as_it_stands(value: str, text: str) -> None:
+    check_text_source(FIELD, value)
+    assert not is_file(value)
+    assert read_text(FIELD, value) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"plain", "plain"),
+        ("Äpfel\r\nund 梨\n".encode(), "Äpfel\r\nund 梨\n"),
+        (b"\xef\xbb\xbfmarked", "marked"),
+        (b"@@stays", "@@stays"),
+        (b"-", "-"),
+    ],
+)
+def test_file_and_standard_input(content: bytes, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("@text.txt", f"@{tmp_path}/text.txt", "@~/text.txt", "@./text.txt"):
+        check_text_source(FIELD, value)
+        assert read_text(FIELD, value) == text
+    feed(monkeypatch, content)
+    check_text_source(FIELD, "-")  # reads nothing
+    assert read_text(FIELD, "-") == text
+
+
+@pytest.mark.parametrize(("content", "position"), [(b"\xff", 0), (b"caf\xe9 au lait", 3), (b"abc\xe2\x82", 3)])
+def test_not_utf8(content: bytes, position: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"task.document='@.*latin.txt is not UTF-8 text \(at byte {position}\)"):
+        read_text(FIELD, f"@{path}")
+    feed(monkeypatch, content)
+    with pytest.raises(ValueError, match=rf"task.document=-: standard input is not UTF-8 text \(at byte {position}\)"):
+        read_text(FIELD, "-")
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\t\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
+def test_nothing_in_it(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"task.document='@.*empty.txt' is empty: there is no text in it"):
+        read_text(FIELD, f"@{path}")
+    feed(monkeypatch, content)
+    with pytest.raises(ValueError, match=r"task.document='-' is empty"):
+        read_text(FIELD, "-")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.txt", r"there is no file .*missing.txt. \(A text that begins with @ is written with @@.\)"),
+        ("", "is a directory; name a text file"),
+        ("file.txt/below", "there is no file"),
+        ("no\0name", "there is no file"),
+        ("long " * 2000, r"cannot read .*File name too long.*begins with @ is written with @@"),
+    ],
+)
+def test_no_such_file(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("text")
+    value = f"@{tmp_path}/{name}"
+    for refuse in (check_text_source, read_text):
+        with pytest.raises(ValueError, match=rf"(?s)task.document='@.*{message}") as caught:
+            refuse(FIELD, value)
+        assert len(str(caught.value)) < 1000
+
+
+def test_file_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file.txt").write_text("text")
+
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ValueError, match=r"cannot read .*file.txt \(Permission denied\)"):
+        read_text(FIELD, f"@{tmp_path}/file.txt")
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(ValueError, match=r"cannot read .*file.txt' \(Permission denied\)"):
+        check_text_source(FIELD, f"@{tmp_path}/file.txt")
+
+
+def test_standard_input_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Directory:
+        def read(self) -> bytes:
+            raise IsADirectoryError(21, "Is a directory")
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Directory()))
+    with pytest.raises(ValueError, match=r"task.document=-: cannot read standard input \(Is a directory\)"):
+        read_text(FIELD, "-")
+
+
+def test_home_of_nobody() -> None:
+    with pytest.raises(ValueError, match=r"task.document='~nobody-at-all/x'.*no home directory.*write the path out"):
+        expand_path(FIELD, "~nobody-at-all/x")
+    with pytest.raises(ValueError, match="no home directory"):
+        check_text_source(FIELD, "@~nobody-at-all/x")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [("text", "text"), (7, "7"), (0, "0"), (1.5, "1.5"), (True, "true"), (False, "false")]
+)
+def test_what_the_command_line_makes_of_a_text(value: object, text: str) -> None:
+    assert check_text(FIELD, value) == text
+
+
+@pytest.mark.parametrize("value", ["", " \n", None])
+def test_no_text_given(value: object) -> None:
+    with pytest.raises(ValueError, match=r"task.document=.* is empty; give a text, @FILE .* or - for standard input"):
+        check_text(FIELD, value)
+
+
+@pytest.mark.parametrize("value", [["a", "b"], [], {"a": 1}])
+def test_list_or_mapping_is_no_text(value: object) -> None:
+    with pytest.raises(ValueError, match=r"task.document=.* is no text; put it in quotes of its own"):
+        check_text(FIELD, value)
