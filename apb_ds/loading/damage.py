@@ -1,33 +1,65 @@
-"""Finding the file of a model directory that is damaged, once loading has failed."""
+"""Telling whether files of a model are damaged, once loading has failed."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
-from apb_ds.loading.wording import first_line
+from apb_ds.loading.wording import first_line, kind_and_line
 
-TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+LFS_POINTER = b"version https://git-lfs"
+SHOWN_FILES = 3
 
 
-def find_damage(directory: Path) -> str | None:
-    """Return which files of a model directory cannot be read and why, None if all can."""
-    found = [f"{path.name}: {why}" for path in sorted(directory.iterdir()) if (why := _damage(path)) is not None]
-    return "; ".join(found) or None
+def find_damage(files: Iterable[Path]) -> str | None:
+    """Return which of these files cannot be read and why, None if all can. Files that are not there are no damage.
+
+    Files are judged by their suffix: safetensors, what torch.save wrote (.bin), and JSON, which must hold a mapping.
+    """
+    found = [f"{path.name}: {why}" for path in files if path.is_file() and (why := _damage(path)) is not None]
+    more = [f"and {len(found) - SHOWN_FILES} more"] if len(found) > SHOWN_FILES else []
+    return "; ".join(found[:SHOWN_FILES] + more) or None
+
+
+def lfs_damage(path: Path) -> str | None:
+    """Return what is wrong with a file that Git LFS has not fetched, None if it is no such file."""
+    with path.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            return "a Git LFS pointer stands in its place, which git lfs pull replaces"
+    return None
 
 
 def _damage(path: Path) -> str | None:
     try:
+        pointer = lfs_damage(path)
+        if pointer is not None:
+            return pointer
         if path.suffix == ".safetensors":
             return _safetensors_damage(path)
         if path.suffix == ".bin":
             return _pickle_damage(path)
-        if path.name in TEXT_FILES or path.name.endswith(".index.json"):
-            json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        return f"{type(error).__name__}: {first_line(error)}"
+        if path.suffix == ".json":
+            return _json_damage(path)
+    except (ValueError, OSError, RecursionError) as error:
+        return kind_and_line(error)
+    return None
+
+
+def _json_damage(path: Path) -> str | None:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        return f"it holds {json.dumps(values)[:20]!r}, not a mapping"
+    if path.name != "tokenizer.json":
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # it raises plain Exception
+        return first_line(error)
     return None
 
 
@@ -42,9 +74,19 @@ def _safetensors_damage(path: Path) -> str | None:
 
 
 def _pickle_damage(path: Path) -> str | None:
-    """Return what is wrong with a file of torch.save, as far as its container tells; tensors are not read."""
-    if zipfile.is_zipfile(path):
-        return None
+    """Return what is wrong with a file of torch.save; its tensors are not read."""
+    import torch
+
+    is_zip = zipfile.is_zipfile(path)
     with path.open("rb") as stream:
-        starts_a_pickle = stream.read(1) == pickle.PROTO
-    return None if starts_a_pickle else "neither a zip archive nor a pickle"
+        if not is_zip and stream.read(1) != pickle.PROTO:
+            return "neither a zip archive nor a pickle"
+    try:
+        values = torch.load(path, map_location="meta", mmap=is_zip, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            return "it holds Python objects other than tensors, which are not loaded"
+        return kind_and_line(error)
+    except Exception as error:  # of many kinds: the reader trusts what it reads
+        return kind_and_line(error)
+    return None if isinstance(values, dict) else f"it holds a {type(values).__name__}, not a mapping of tensors"

@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from apb_ds.loading.damage import lfs_damage
 from apb_ds.loading.quiet import quiet_transformers
-from apb_ds.loading.wording import first_line
+from apb_ds.loading.wording import first_line, kind_and_line
 from apb_ds.ops.memory import is_out_of_memory
 
 LOCK_TIMEOUT_S = 600
@@ -30,11 +31,16 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "apb_ds"
 
 
-def convert_gguf(file: Path) -> Path:
+def convert_gguf(file: Path, field: str = "model.path") -> Path:
     """Return a directory with the file's config, tokenizer and float32 weights, converting it on first use.
 
     The directory is named by the file's content. It appears whole or not at all, and of all processes that want it
     at the same time one converts while the others wait.
+
+    Parameters
+    ----------
+    field : str
+        The setting that names the file, for messages.
 
     Raises
     ------
@@ -43,8 +49,14 @@ def convert_gguf(file: Path) -> Path:
     """
     from filelock import FileLock, Timeout
 
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        pointer = lfs_damage(file)
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{field}: {file} cannot be read ({kind_and_line(error)}); check its permissions.") from error
+    if pointer is not None:
+        raise ValueError(f"{field}: {file} is no GGUF file: {pointer}.")
     target = cache_root() / "gguf" / digest
     if target.is_dir():
         return target
@@ -56,13 +68,15 @@ def convert_gguf(file: Path) -> Path:
                 _convert_into(file, target)
     except Timeout as error:
         raise ValueError(
-            f"{file}: another process has been converting it for {LOCK_TIMEOUT_S} s; try again."
+            f"{field}: {file}: another process has been converting it for {LOCK_TIMEOUT_S} s; try again."
         ) from error
     except OSError as error:
         raise ValueError(
-            f"{file}: cannot keep its conversion in {target.parent} ({error}); set APB_DS_CACHE to a directory that "
-            "can be written."
+            f"{field}: {file}: cannot keep its conversion in {target.parent} ({error}); set APB_DS_CACHE to a "
+            "directory that can be written."
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
     return target
 
 
@@ -88,25 +102,15 @@ def _make_readable(directory: Path) -> None:
 
 
 def _write_model(file: Path, directory: Path) -> None:
-    import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    tokenizer, model = _read_model(file)
+    tokenizer.save_pretrained(directory)
     try:
-        AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    except ImportError as error:
-        raise ValueError(f"model.path: {file} cannot be read without a package: {first_line(error)}.") from error
-    except Exception as error:  # the reader trusts what it reads, and fails in any way on a file that is damaged
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"model.path: {file} ({file.stat().st_size} bytes) is no GGUF file that transformers can read "
-            f"({type(error).__name__}: {first_line(error)}). If its architecture is one that transformers knows, the "
-            "file is damaged or cut short: copy or download it again."
-        ) from error
-    save_file(_unshared_tensors(model), directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(_unshared_tensors(model), directory / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # how it says that the disk is full
+        raise OSError(first_line(error)) from error
     config = model.config.to_dict()
     # It still calls itself quantized, although these are plain float32 weights now.
     config.pop("quantization_config", None)
@@ -114,6 +118,35 @@ def _write_model(file: Path, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
+
+
+def _read_model(file: Path) -> tuple[Any, Any]:
+    """Return tokenizer and model, in float32.
+
+    Raises
+    ------
+    ValueError
+        Naming the file, if it cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        return tokenizer, AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    except ImportError as error:
+        raise ValueError(
+            f"{file} cannot be read without a package that is not installed ({first_line(error)}); install it."
+        ) from error
+    except Exception as error:  # the reader trusts what it reads, and fails in any way on a file that is damaged
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is no GGUF file that transformers can read "
+            f"({kind_and_line(error)}). If its architecture is one that transformers knows, the file is damaged or cut "
+            "short: copy or download it again."
+        ) from error
 
 
 def _unshared_tensors(model: Any) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from apb_ds.config import suggest
 from apb_ds.loading.config import ModelConfig
 from apb_ds.loading.damage import find_damage
+from apb_ds.loading.geometry import USE_A_DECODER, keep_layers, make_config, override_config, read_config
+from apb_ds.loading.gguf import cache_root
 from apb_ds.loading.quiet import quiet_transformers
-from apb_ds.loading.source import find_model
-from apb_ds.loading.wording import first_line
+from apb_ds.loading.source import find_model, weight_files
+from apb_ds.loading.tokenizer import check_tokenizer, read_tokenizer, tokenizer_at_hand
+from apb_ds.loading.wording import first_line, kind_and_line
 from apb_ds.ops.memory import explain_out_of_memory, is_out_of_memory
 
 DUMMY_SEED = 0
@@ -87,8 +89,8 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Loade
     device = device or choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     start = time.perf_counter()
-    levers = f"What helps: a smaller dtype than {str(dtype).removeprefix('torch.')} (model.dtype), or a larger device."
-    with quiet_transformers(), explain_out_of_memory(f"loading {config.path or 'the model'} to {device}", levers):
+    doing = f"loading {config.path or 'the model'} to {device}"
+    with quiet_transformers(), explain_out_of_memory(doing, _levers(dtype)):
         model, tokenizer, source = (_make_dummy if config.is_dummy else _read_model)(config, device, dtype)
     model.eval().requires_grad_(False)
     if device.type == "cuda":
@@ -96,13 +98,20 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Loade
     return LoadedModel(model, tokenizer, time.perf_counter() - start, source, device, dtype)
 
 
+def _levers(dtype: torch.dtype) -> str:
+    """Return what helps if a model of this dtype does not fit."""
+    half = "model.dtype=bfloat16, which halves the weights, or " if dtype.itemsize > 2 else ""
+    return f"What helps: {half}a device with more memory, fewer ranks on one machine, or a smaller model."
+
+
 def _read_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str]:
     from transformers import AutoModelForCausalLM
 
     assert config.path is not None
     directory = find_model(config.path)
-    model_config = _overridden(_read_config(directory, config), config.overrides)
-    options: dict[str, Any] = {}
+    model_config = override_config(read_config(directory, config), config.overrides)
+    # Tensors of another shape are then listed with the other keys that do not fit, and refused like these.
+    options: dict[str, Any] = {"ignore_mismatched_sizes": True}
     if device.type == "cuda" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # tensor by tensor to the device, with no copy of the model on the host
     try:
@@ -116,150 +125,91 @@ def _read_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
             **options,
         )
     except Exception as error:  # of many kinds, from transformers, safetensors, torch and pickle
-        if is_out_of_memory(error) or isinstance(error, ImportError):
+        if is_out_of_memory(error):
             raise
-        raise ValueError(_unreadable(config.path, directory, error)) from error
+        raise ValueError(f"model.path={config.path!r}: {_explain(directory, model_config, error)}") from error
     model, info = loaded
     _check_keys(config.path, info)
-    tokenizer = _read_tokenizer(config.tokenizer, directory, config)
-    _check_tokenizer(config, tokenizer, model)
+    tokenizer = read_tokenizer(config, directory)
+    check_tokenizer(config, tokenizer, model.get_input_embeddings().num_embeddings)
     return model.to(device), tokenizer, config.path
 
 
-def _unreadable(path: str, directory: Path, error: Exception) -> str:
-    """Return what to say of a model that is there and cannot be loaded."""
-    damage = find_damage(directory)
-    if damage is not None:
-        return f"model.path={path!r}: {directory} is damaged ({damage}); copy or download these files again."
-    if "Unrecognized configuration class" in str(error):
+def _explain(directory: Path | None, model_config: Any, error: Exception) -> str:
+    """Return why transformers cannot make this model, and what to do; `directory` is where its weights are, if any."""
+    if isinstance(error, ImportError):
+        return f"loading it needs a package that is not installed or too old ({first_line(error)})."
+    if "does not support an attention implementation" in str(error):
         return (
-            f"model.path={path!r} is no decoder that generates text: {first_line(error)}. Set model.path to a causal "
-            "language model."
+            f"model_type={model_config.model_type!r} has no attention that transformers computes with sdpa, and so "
+            f"none that APB can replace; {USE_A_DECODER}."
         )
-    return (
-        f"model.path={path!r}: transformers cannot load {directory} ({type(error).__name__}: {first_line(error)}). If "
-        "its files are those that save_pretrained wrote, one of them may be damaged."
-    )
-
-
-def _check_tokenizer(config: ModelConfig, tokenizer: Any, model: Any) -> None:
-    """Raise ValueError if the tokenizer has ids that the model does not know. The model may know more: it is padded."""
-    known = model.get_input_embeddings().num_embeddings
-    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if needed > known:
-        place = f"model.tokenizer={config.tokenizer!r}" if config.tokenizer else f"the tokenizer in {config.path!r}"
-        raise ValueError(
-            f"{place} does not match the model: it has ids up to {needed - 1}, and model.path={config.path!r} knows "
-            f"{known} tokens (0 to {known - 1}). Set model.tokenizer to the model's own."
+    if directory is None:
+        return (
+            f"transformers cannot make a model of it ({kind_and_line(error)}); correct its fields or model.overrides."
         )
+    damage = find_damage([*weight_files(directory), directory / "generation_config.json"])
+    if damage is None:
+        return (
+            f"transformers cannot load {directory} ({kind_and_line(error)}); its weight files can be read, so look at "
+            "its config.json and at model.overrides."
+        )
+    if directory.parent == cache_root() / "gguf":
+        return f"its conversion in {directory} is damaged ({damage}); delete this folder, and it is made again."
+    return f"{directory} is damaged ({damage}); copy or download these files again."
 
 
 def _check_keys(path: str, info: dict[str, Any]) -> None:
     """Raise ValueError if weights are missing, left over or of another shape: such a model would answer nonsense."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(map(str, info.get(kind) or ()))
+        keys = sorted(map(_describe_key, info.get(kind) or ()))
         if keys:
             more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
             raise ValueError(
                 f"model.path={path!r}: its weights do not fit its config, {kind.replace('_', ' ')}: "
-                f"{', '.join(keys[:SHOWN_KEYS])}{more}."
+                f"{', '.join(keys[:SHOWN_KEYS])}{more}; look at its config.json and at model.overrides."
             )
+
+
+def _describe_key(key: Any) -> str:
+    """Return a tensor's name; one of another shape comes with the shape that is stored and the one that is wanted."""
+    if isinstance(key, str):
+        return key
+    name, stored, wanted = key
+    return f"{name} is {tuple(stored)}, not {tuple(wanted)}"
 
 
 def _make_dummy(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str]:
     from transformers import AutoModelForCausalLM
 
     directory, model_config = _dummy_config(config)
-    model_config = _overridden(model_config, config.overrides)
+    model_config = override_config(model_config, config.overrides)
     if config.num_layers is not None:
-        _keep_layers(model_config, config.num_layers)
+        keep_layers(model_config, config.num_layers)
+    geometry = "model.geometry" if directory is None else f"model.path={config.path!r}"
     # Same seed on every rank: random weights, but the same ones. Made on the device, in the dtype.
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.device(device):
-        torch.manual_seed(DUMMY_SEED)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
-    tokenizer = _tokenizer_at_hand(config, directory, model_config.vocab_size)
-    if tokenizer is not None:
-        _check_tokenizer(config, tokenizer, model)
+    try:
+        with torch.random.fork_rng(devices), torch.device(device):
+            torch.manual_seed(DUMMY_SEED)
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+    except Exception as error:  # of many kinds: whatever a layer makes of sizes that do not go together
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{geometry}: {_explain(None, model_config, error)}") from error
+    tokenizer = tokenizer_at_hand(config, directory, model.get_input_embeddings().num_embeddings)
     shape = f"{model_config.model_type}, {model_config.num_hidden_layers} layers"
-    geometry = config.path if directory is not None else "model.geometry"
-    return model, tokenizer, f"random weights ({shape}; {geometry})"
+    return model, tokenizer, f"random weights ({shape}; {geometry if directory is None else config.path})"
 
 
 def _dummy_config(config: ModelConfig) -> tuple[Path | None, Any]:
     """Return the directory and the config of the path if it is at hand, else None and the geometry's config."""
-    from transformers import AutoConfig
-
     if config.path is not None:
         try:
             directory = find_model(config.path, weights=False, download=not config.geometry)
-            return directory, _read_config(directory, config)
         except ValueError:
             if not config.geometry:
                 raise
-    fields = dict(config.geometry)
-    try:
-        return None, AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"model.geometry does not make a transformers config: {error}") from error
-
-
-def _keep_layers(model_config: Any, num_layers: int) -> None:
-    if num_layers > model_config.num_hidden_layers:
-        raise ValueError(
-            f"model.num_layers={num_layers} is more than the model has; use at most {model_config.num_hidden_layers}."
-        )
-    model_config.num_hidden_layers = num_layers
-    if getattr(model_config, "layer_types", None):
-        model_config.layer_types = model_config.layer_types[:num_layers]
-
-
-def _read_config(directory: Path, config: ModelConfig) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # of many kinds; a config may be anything
-        damage = find_damage(directory)
-        why = f"it is damaged ({damage})" if damage else f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(
-            f"model.path={config.path!r}: transformers cannot read {directory}/config.json: {why}."
-        ) from error
-
-
-def _overridden(model_config: Any, overrides: dict[str, Any]) -> Any:
-    """Return the config with the fields replaced; it is built anew, so that transformers validates them."""
-    if not overrides:
-        return model_config
-    values = model_config.to_dict()
-    for name in overrides:
-        if name not in values and not hasattr(model_config, name):
-            raise ValueError(
-                f"model.overrides.{name}: {type(model_config).__name__} has no such field.{suggest(name, values)}"
-            )
-    return type(model_config).from_dict({**values, **overrides})
-
-
-def _read_tokenizer(path: str | None, directory: Path, config: ModelConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    place = directory if path is None else find_model(path, weights=False, field="model.tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code, local_files_only=True)
-    except Exception as error:  # of many kinds, of which the Rust tokenizers raise plain Exception
-        damage = find_damage(place)
-        why = f"it is damaged: {damage}" if damage else f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"no tokenizer in {place} ({why}); set model.tokenizer to where it is.") from error
-
-
-def _tokenizer_at_hand(config: ModelConfig, directory: Path | None, vocab_size: int) -> Any | None:
-    """Return the tokenizer if it is here and fits the vocabulary: random weights can do without one."""
-    if config.tokenizer is not None:
-        return _read_tokenizer(config.tokenizer, Path(), config)  # checked against the model by the caller
-    if directory is None:
-        return None
-    try:
-        tokenizer = _read_tokenizer(None, directory, config)
-    except ValueError:
-        return None
-    return tokenizer if len(tokenizer) <= vocab_size else None
+        else:
+            return directory, read_config(directory, config)
+    return None, make_config(config.geometry)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from apb_ds.loading.gguf import convert_gguf
-from apb_ds.loading.wording import first_line
+from apb_ds.loading.wording import kind_and_line
 
 PACKAGE_SCHEME = "package://"
 HUB_TIMEOUT_S = 10
@@ -36,19 +37,47 @@ def find_model(path: str, *, weights: bool = True, download: bool = True, field:
         Saying what is missing and every place that was looked at.
     """
     if path.startswith(PACKAGE_SCHEME):
-        return convert_gguf(_package_file(path, field))
-    if path.endswith(".gguf"):
-        if not Path(path).expanduser().is_file():
-            raise ValueError(f"{field}={path!r}: there is no such file ({Path(path).expanduser().absolute()}).")
-        return convert_gguf(Path(path).expanduser())
-    local = Path(path).expanduser()
+        return _converted(path, _package_file(path, field), field)
+    local = expand_home(path)
     if local.is_dir():
         return _checked_directory(path, local, weights, field)
+    if path.lower().endswith(".gguf"):
+        if not local.is_file():
+            raise ValueError(f"{field}={path!r}: there is no such file ({local.absolute()}); correct the path.")
+        return _converted(path, local, field)
     if local.is_file():
         raise ValueError(f"{field}={path!r} is a file, and no .gguf; give the folder that it is in: {local.parent}.")
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise ValueError(f"{field}={path!r}: there is no such directory ({local.absolute()}).")
+        raise ValueError(f"{field}={path!r}: there is no such directory ({local.absolute()}); correct the path.")
     return _find_on_hub(path, local, weights, download, field)
+
+
+def _converted(path: str, file: Path, field: str) -> Path:
+    directory = convert_gguf(file, field)
+    missing = missing_files(directory, weights=True, field=field)
+    if missing:  # it was whole once: caches are tidied up by many hands
+        raise ValueError(
+            f"{field}={path!r}: its conversion in {directory} is without {', '.join(missing)}; delete this folder, and "
+            "it is made again."
+        )
+    return directory
+
+
+def find_tokenizer(path: str) -> Path:
+    """Return the local directory of a tokenizer; one in a directory needs no config of a model beside it.
+
+    Raises
+    ------
+    ValueError
+        As `find_model`, naming model.tokenizer.
+    """
+    local = expand_home(path)
+    return local if local.is_dir() else find_model(path, weights=False, field="model.tokenizer")
+
+
+def expand_home(path: str) -> Path:
+    """Return the path with its ``~``; of a user that is not known it stays, and is then not found."""
+    return Path(os.path.expanduser(path))
 
 
 def _package_file(path: str, field: str) -> Path:
@@ -70,7 +99,7 @@ def _package_file(path: str, field: str) -> Path:
 
 
 def _checked_directory(path: str, directory: Path, weights: bool, field: str) -> Path:
-    missing = missing_files(directory, weights)
+    missing = missing_files(directory, weights, field)
     if missing:
         gguf = sorted(file.name for file in directory.glob("*.gguf"))
         hint = f" It holds {gguf[0]}: try {field}={directory / gguf[0]}." if gguf else ""
@@ -81,23 +110,44 @@ def _checked_directory(path: str, directory: Path, weights: bool, field: str) ->
     return directory
 
 
-def missing_files(directory: Path, weights: bool) -> list[str]:
+def missing_files(directory: Path, weights: bool, field: str = "model.path") -> list[str]:
     """Return what a model directory lacks: its config, or weights (all shards of them)."""
     missing = [] if (directory / "config.json").is_file() else ["config.json"]
-    if not weights or any((directory / name).is_file() for name in WEIGHT_FILES):
+    if not weights:
         return missing
+    files = weight_files(directory, field)
+    if not files:
+        return [*missing, WEIGHT_FILES[0]]
+    return missing + [file.name for file in files if not file.is_file()]
+
+
+def weight_files(directory: Path, field: str = "model.path") -> list[Path]:
+    """Return the weight files that transformers would read, there or not; none if it would find no weights.
+
+    Raises
+    ------
+    ValueError
+        If an index of shards is damaged, naming it.
+    """
     for name in WEIGHT_FILES:
+        if (directory / name).is_file():
+            return [directory / name]
         index = directory / f"{name}.index.json"
         if index.is_file():
-            return missing + [shard for shard in _shards(index) if not (directory / shard).is_file()]
-    return [*missing, WEIGHT_FILES[0]]
+            return [directory / shard for shard in _shards(index, field)]
+    return []
 
 
-def _shards(index: Path) -> list[str]:
+def _shards(index: Path, field: str) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index.absolute()} is damaged ({type(error).__name__}: {error}); copy it again.") from error
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not shards or not all(isinstance(shard, str) for shard in shards):
+            raise ValueError("its weight_map does not name files")
+        return sorted(shards)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise ValueError(
+            f"{field}: {index.absolute()} is damaged ({kind_and_line(error)}); copy or download it again."
+        ) from error
 
 
 def _find_on_hub(repo: str, local: Path, weights: bool, download: bool, field: str) -> Path:
@@ -106,7 +156,7 @@ def _find_on_hub(repo: str, local: Path, weights: bool, download: bool, field: s
     looked = [f"the directory {local.absolute()} (not there)"]
     cache = constants.HF_HUB_CACHE
     cached = _cached_snapshot(repo, field)
-    missing = ["the repository"] if cached is None else missing_files(cached, weights)
+    missing = ["the repository"] if cached is None else missing_files(cached, weights, field)
     if cached is not None and not missing:
         return cached
     looked.append(f"the hub cache {cache} (without {', '.join(missing[:3])})")
@@ -116,11 +166,11 @@ def _find_on_hub(repo: str, local: Path, weights: bool, download: bool, field: s
         try:
             return _download(repo, weights)
         except Exception as error:  # the hub client raises a dozen unrelated kinds; all mean: not from there
-            looked.append(f"the hub {constants.ENDPOINT} ({_kind_and_line(error)})")
+            looked.append(f"the hub {constants.ENDPOINT} ({kind_and_line(error)})")
+    dummy = ", or use model.load_format=dummy for random weights of the same shape" if field == "model.path" else ""
     raise ValueError(
-        f"{field}={repo!r}: {'the weights are' if weights else 'its config is'} not at hand. Looked in: "
-        f"{'; '.join(looked)}. Download it once (hf download {repo}), set {field} to a local directory, or use "
-        "model.load_format=dummy for random weights of the same shape."
+        f"{field}={repo!r}: {'the weights are' if weights else 'its files are'} not at hand. Looked in: "
+        f"{'; '.join(looked)}. Download it once (hf download {repo}), or set {field} to a local directory{dummy}."
     )
 
 
@@ -133,7 +183,7 @@ def _cached_snapshot(repo: str, field: str) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise ValueError(f"{field}={repo!r} is no local directory and no hub id: {_kind_and_line(error)}") from error
+        raise ValueError(f"{field}={repo!r} is no local directory and no hub id: {kind_and_line(error)}") from error
 
 
 def _download(repo: str, weights: bool) -> Path:
@@ -144,7 +194,3 @@ def _download(repo: str, weights: bool) -> Path:
     patterns = [pattern for pattern in HUB_FILES if weights or pattern != "*.safetensors"]
     options: dict[str, Any] = {"allow_patterns": patterns, "etag_timeout": HUB_TIMEOUT_S}
     return Path(snapshot_download(repo, **options))
-
-
-def _kind_and_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
+MAX_CHARACTERS = 300
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message: many have a page of advice below it."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+    """Return the first line of an error's message, with the second where the first only announces it.
+
+    Many have a page of advice below that, or a list of all models there are in that one line: it is cut to
+    `MAX_CHARACTERS`.
+    """
+    lines = [line.strip() for line in COLOURS.sub("", str(error)).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text.rstrip(".:") if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS].rstrip() + " ..."
+
+
+def kind_and_line(error: BaseException) -> str:
+    """Return the error's kind and its first line, such as ``KeyError: 'weight_map'``."""
+    return f"{type(error).__name__}: {first_line(error)}"

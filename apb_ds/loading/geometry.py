@@ -1,0 +1,149 @@
+"""From a config.json or a geometry to the transformers config of a model that APB can serve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from apb_ds.config import suggest
+from apb_ds.loading.config import ModelConfig
+from apb_ds.loading.damage import find_damage
+from apb_ds.loading.wording import kind_and_line
+from apb_ds.ops.memory import is_out_of_memory
+
+USE_A_DECODER = "use a decoder such as llama, qwen2 or mistral"
+
+
+def read_config(directory: Path, config: ModelConfig) -> Any:
+    """Return the transformers config in a directory.
+
+    Raises
+    ------
+    ValueError
+        Saying what is wrong with config.json, or that it is of no causal language model.
+    """
+    from transformers import AutoConfig
+
+    named = f"model.path={config.path!r}"
+    try:
+        found = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # of many kinds; a config may be anything
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{named}: {_explain(directory / 'config.json', error)}") from error
+    check_causal(named, found)
+    return found
+
+
+def _explain(file: Path, error: Exception) -> str:
+    """Return why transformers cannot read this config.json, and what to do."""
+    damage = find_damage([file])
+    if damage is not None:
+        return f"{file.parent} is damaged ({damage}); copy or download this file again."
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if "auto_map" in values and "custom code" in str(error):
+        return f"{file} says that the model runs its own code; set model.trust_remote_code=true if you trust it."
+    if "model_type" not in values:
+        return f"{file} has no model_type; add the one that its model was saved with, such as llama."
+    if "auto_map" not in values and not _is_known(values["model_type"]):
+        return f"{file} has {_unknown(values['model_type'])}"
+    return f"transformers cannot use {file} ({kind_and_line(error)}); correct this field."
+
+
+def _known_types() -> Iterable[str]:
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING.keys()
+
+
+def _is_known(model_type: Any) -> bool:
+    return isinstance(model_type, str) and model_type in _known_types()
+
+
+def _unknown(model_type: Any) -> str:
+    from transformers import __version__
+
+    return (
+        f"model_type={model_type!r}, which transformers {__version__} does not know; correct it, or install a version "
+        f"that does.{suggest(model_type, _known_types())}"
+    )
+
+
+def make_config(geometry: dict[str, Any]) -> Any:
+    """Return the transformers config with these fields, `model_type` among them.
+
+    Raises
+    ------
+    ValueError
+        Naming model.geometry and what transformers says of it.
+    """
+    from transformers import AutoConfig
+
+    fields = dict(geometry)
+    model_type = fields.pop("model_type")
+    if not _is_known(model_type):
+        raise ValueError(f"model.geometry has {_unknown(model_type)}")
+    try:
+        made = AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # of many kinds: each family checks its own fields
+        raise ValueError(
+            f"model.geometry does not make a transformers config ({kind_and_line(error)}); correct this field."
+        ) from error
+    check_causal("model.geometry", made)
+    return made
+
+
+def check_causal(named: str, model_config: Any) -> None:
+    """Raise ValueError unless the config is of a decoder that predicts the next token."""
+    from transformers.models.auto import modeling_auto as auto
+
+    # Encoders are in the causal mapping too, for use as decoders; as they come they see the tokens that follow.
+    fills_masks = model_config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if getattr(model_config, "is_encoder_decoder", False):
+        kind = "it is an encoder-decoder"
+    elif fills_masks and not getattr(model_config, "is_decoder", True):
+        kind = "it is an encoder"
+    elif type(model_config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(model_config, "auto_map"):
+        return
+    else:
+        kind = "transformers has none of that kind"
+    raise ValueError(
+        f"{named}: model_type={model_config.model_type!r} is no causal language model, {kind}; {USE_A_DECODER}."
+    )
+
+
+def override_config(model_config: Any, overrides: dict[str, Any]) -> Any:
+    """Return the config with the fields replaced; it is built anew, so that transformers validates them.
+
+    Raises
+    ------
+    ValueError
+        For a field that it does not have, naming the nearest, or a value that transformers refuses.
+    """
+    if not overrides:
+        return model_config
+    values = model_config.to_dict()
+    for name in overrides:
+        if name not in values and not hasattr(model_config, name):
+            raise ValueError(
+                f"model.overrides.{name}: {type(model_config).__name__} has no such field.{suggest(name, values)}"
+            )
+    try:
+        return type(model_config).from_dict({**values, **overrides})
+    except Exception as error:  # of many kinds: each family checks its own fields
+        raise ValueError(
+            f"model.overrides={overrides!r}: transformers refuses them ({kind_and_line(error)}); correct this field."
+        ) from error
+
+
+def keep_layers(model_config: Any, num_layers: int) -> None:
+    """Cut the config to its first layers; ValueError if it has fewer."""
+    if num_layers > model_config.num_hidden_layers:
+        raise ValueError(
+            f"model.num_layers={num_layers} is more than the model has; use at most {model_config.num_hidden_layers}."
+        )
+    model_config.num_hidden_layers = num_layers
+    if getattr(model_config, "layer_types", None):
+        model_config.layer_types = model_config.layer_types[:num_layers]
