@@ -37,8 +37,8 @@ def prefill_progress(console: Console, *, shown: bool = True) -> Iterator[Report
 class BatchProgress:
     """How far a batch is: lines done, document tokens per second, time left.
 
-    The time left is estimated from the bytes of the documents still to be prefilled, which is known beforehand, while
-    their tokens are not.
+    The time left is that of the documents still to be prefilled, by their bytes (their tokens are not known before),
+    and of the lines still to be answered.
 
     Parameters
     ----------
@@ -57,12 +57,15 @@ class BatchProgress:
         self.tokens = 0
         self._bytes_before = 0
         self._bytes_now = 0.0
+        self._prefill_s = 0.0
+        self._prefill_began: float | None = None
         self._began = self._said = time.monotonic()
         self._progress = progress
-        self._bar: Any = None if progress is None else progress.add_task(self.text(), total=max(num_bytes, 1))
+        self._bar: Any = None if progress is None else progress.add_task(self.text(), total=1.0)
 
     def prefill(self, document_bytes: int) -> Report:
-        """Return a callback ``(done, total)`` for the prefill of the next document."""
+        """Return a callback ``(done, total)`` for the prefill of the next document, which begins now."""
+        self._prefill_began = time.monotonic()
 
         def report(done: int, total: int) -> None:
             self._bytes_now = document_bytes * done / max(total, 1)
@@ -72,6 +75,8 @@ class BatchProgress:
 
     def prefilled(self, num_tokens: int, document_bytes: int) -> None:
         """Count a document that has been prefilled."""
+        self._prefill_s = self._prefill_so_far()
+        self._prefill_began = None
         self.tokens += num_tokens
         self._bytes_before += document_bytes
         self._bytes_now = 0.0
@@ -91,6 +96,9 @@ class BatchProgress:
             parts.append(f"{self.lines_failed} failed")
         if self.tokens and seconds > 0:
             parts.append(f"{self.tokens / seconds:,.0f} tokens/s".replace(",", " "))
+        left = self.time_left_s()
+        if left is not None and self.lines_done < self.num_lines:
+            parts.append(f"{_clock(left)} left")
         return ", ".join(parts)
 
     def time_left_s(self) -> float | None:
@@ -98,19 +106,26 @@ class BatchProgress:
         done = self._bytes_before + self._bytes_now
         if not done:
             return None
-        return (time.monotonic() - self._began) * max(self.num_bytes - done, 0) / done
+        prefill_s = self._prefill_so_far()
+        left = max(self.num_bytes - done, 0) * prefill_s / done
+        if self.lines_done:
+            answers_s = time.monotonic() - self._began - prefill_s
+            left += (self.num_lines - self.lines_done) * answers_s / self.lines_done
+        return left
+
+    def _prefill_so_far(self) -> float:
+        now = 0.0 if self._prefill_began is None else time.monotonic() - self._prefill_began
+        return self._prefill_s + now
 
     def _show(self) -> None:
-        if self._progress is not None:
-            self._progress.update(self._bar, completed=self._bytes_before + self._bytes_now, description=self.text())
-            return
         now = time.monotonic()
-        if now - self._said < LINE_EVERY_S and self.lines_done < self.num_lines:
-            return
-        self._said = now
-        left = self.time_left_s()
-        ending = "" if left is None or self.lines_done == self.num_lines else f", {_clock(left)} left"
-        self.console.print(f"{self.text()}, {_clock(now - self._began)} so far{ending}")
+        if self._progress is not None:
+            left = self.time_left_s()
+            share = 0.0 if left is None else (now - self._began) / max(now - self._began + left, 1e-9)
+            self._progress.update(self._bar, completed=share, description=self.text())
+        elif now - self._said >= LINE_EVERY_S or self.lines_done == self.num_lines:
+            self._said = now
+            self.console.print(f"{self.text()}, {_clock(now - self._began)} so far")
 
 
 @contextlib.contextmanager
@@ -119,18 +134,15 @@ def batch_progress(console: Console, num_lines: int, num_bytes: int) -> Iterator
     if not console.is_terminal:
         yield BatchProgress(console, num_lines, num_bytes, None)
         return
-    with _bar(console) as progress:
+    with _bar(console, time_left=False) as progress:
         yield BatchProgress(console, num_lines, num_bytes, progress)
 
 
-def _bar(console: Console) -> Progress:
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+def _bar(console: Console, *, time_left: bool = True) -> Progress:
+    columns = [TextColumn("[progress.description]{task.description}"), BarColumn(), TaskProgressColumn()]
+    columns.append(TimeElapsedColumn())
+    if time_left:
+        columns.append(TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True)
 
 

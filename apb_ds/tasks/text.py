@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
+from typing import TextIO
 
 FILE_MARK = "@"
 STANDARD_INPUT = "-"
@@ -58,7 +60,7 @@ def read_text(field: str, value: str) -> str:
     """
     if value == STANDARD_INPUT:
         try:
-            text = _decoded(f"{field}=-: standard input", sys.stdin.buffer.read())
+            text = _decoded(f"{field}=-: standard input", _read_once(sys.stdin))
         except OSError as error:
             raise ValueError(f"{field}=-: cannot read standard input ({error.strerror}).") from error
     elif is_file(value):
@@ -72,6 +74,12 @@ def read_text(field: str, value: str) -> str:
     if not text.strip():
         raise ValueError(f"{field}={value!r} is empty: there is no text in it.")
     return text
+
+
+@functools.lru_cache(maxsize=1)
+def _read_once(stream: TextIO) -> bytes:
+    """Return all of the stream, which the jobs of a sweep share."""
+    return stream.buffer.read()
 
 
 def expand_path(field: str, value: str) -> Path:

@@ -365,3 +365,12 @@ def test_batches_of_a_sweep_have_answers_of_their_own(
     assert not batch_input.with_name("questions.answers.jsonl").exists()
     rows = [line.split() for line in ended[0].stdout.splitlines() if "5/6" in line]
     assert [row[1] for row in rows] == ["window", "knorm"] and all(row[-1] == "failed" for row in rows)
+
+
+def test_the_jobs_of_a_sweep_share_standard_input(
+    pool: Pools, library: Library, model_path: Path, tmp_path: Path
+) -> None:
+    overrides = ("-m", "task=prompt", "task.document=-", f"task.query={QUESTIONS[0]},{QUESTIONS[1]}")
+    ended = infer(pool, 1, model_path, *overrides, f"hydra.sweep.dir={tmp_path}", stdin=DOCUMENT)
+    answers = [record["task"]["prediction"] for record in ended[0].records]
+    assert answers == [library.ask(DOCUMENT, text) for text in QUESTIONS[:2]]

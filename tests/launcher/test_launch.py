@@ -196,7 +196,7 @@ def test_a_sweep_goes_on_after_a_job_that_failed(sweep: tuple[Finished, Path]) -
 
 def test_a_sweep_closes_with_one_table(sweep: tuple[Finished, Path]) -> None:
     output = sweep[0].stdout
-    assert output.count("compressor") - output.count("method.compressor") == 1, output
+    assert sum(line.split()[:3] == ["job", "hosts", "compressor"] for line in output.splitlines()) == 1, output
     table = output[output.index(" job ") :].splitlines()
     rows = [line.split() for line in table if line.split()[:1] and line.split()[0] in "0123"]
     assert [row[:3] for row in rows] == [
@@ -207,6 +207,9 @@ def test_a_sweep_closes_with_one_table(sweep: tuple[Finished, Path]) -> None:
     ]
     assert [row[-1] for row in rows] == ["ok", "failed", "ok", "failed"]
     assert output.rindex("Prediction") < output.index(" job "), "the table comes last"
+    for job, hosts in ((1, 2), (3, 4)):
+        why = f"Job {job} (method.hosts={hosts}, method.compressor=nope) failed: compressor='nope' is not known"
+        assert why in output[output.index(" job ") :], output
 
 
 def test_each_job_of_a_sweep_has_its_directory_and_record(sweep: tuple[Finished, Path]) -> None:
