@@ -107,6 +107,7 @@ def _write_model(file: Path, directory: Path) -> None:
 
     tokenizer, model = _read_model(file)
     tokenizer.save_pretrained(directory)
+    _drop_foreign_tokens(directory / "tokenizer.json", model.get_input_embeddings().num_embeddings)
     try:
         save_file(_unshared_tensors(model), directory / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # how it says that the disk is full
@@ -118,6 +119,17 @@ def _write_model(file: Path, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
+
+
+def _drop_foreign_tokens(file: Path, num_embeddings: int) -> None:
+    """Take out the added tokens that the model has no embedding for.
+
+    transformers gives every byte-level vocabulary an ``<|endoftext|>``; where the file has none, that is one too many.
+    """
+    values = json.loads(file.read_text(encoding="utf-8"))
+    kept = [token for token in values["added_tokens"] if token["id"] < num_embeddings]
+    if len(kept) < len(values["added_tokens"]):
+        file.write_text(json.dumps({**values, "added_tokens": kept}, ensure_ascii=False), encoding="utf-8")
 
 
 def _read_model(file: Path) -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ from apb_ds.loading.wording import first_line, kind_and_line
 from apb_ds.ops.memory import explain_out_of_memory, is_out_of_memory
 
 DUMMY_SEED = 0
-SHOWN_KEYS = 5
+SHOWN_KEYS = 3
 
 
 @dataclass

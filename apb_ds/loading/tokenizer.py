@@ -97,8 +97,8 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any, num_embeddings: int) ->
     needed = count_ids(tokenizer)
     if needed <= num_embeddings:
         return
-    place = f"model.tokenizer={config.tokenizer!r}" if config.tokenizer else f"the tokenizer in {config.path!r}"
-    model = f"model.path={config.path!r}" if config.path is not None else "model.geometry"
+    model = "model.geometry" if config.path is None else f"model.path={config.path!r}"
+    place = f"{model}: its tokenizer" if config.tokenizer is None else f"model.tokenizer={config.tokenizer!r}"
     raise ValueError(
         f"{place} does not match the model: it has ids up to {needed - 1}, and {model} knows {num_embeddings} tokens "
         f"(0 to {num_embeddings - 1}). Set model.tokenizer to the model's own."
