@@ -118,7 +118,7 @@ class AnswerFile:
         key, fingerprint = self._lines[index]
         if index in self._results:
             raise ValueError(f"the question with id {key!r} has a result already.")
-        record = {"id": key, "fingerprint": fingerprint, **result}
+        record = {"id": key, **result, "fingerprint": fingerprint}
         line = _encode(record)
         self._start()
         self._write(line)

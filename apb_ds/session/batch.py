@@ -302,6 +302,7 @@ class _Batch:
                     "exact": context.plan.exact,
                 }
                 result["seconds"] = result["query_s"] + result["decode_s"] + result["prefill_s"]
+                result |= {name: round(value, 4) for name, value in result.items() if isinstance(value, float)}
             steps.from_first(functools.partial(self._append, query.index, **result))
 
     def _answer(self, context: Context, query: _Query) -> dict[str, Any]:

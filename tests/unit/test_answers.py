@@ -46,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def line_of(index: int) -> bytes:
     key, fingerprint = LINES[index]
-    return json.dumps({"id": key, "fingerprint": fingerprint, "answer": f"answer {index}"}).encode() + b"\n"
+    return json.dumps({"id": key, "answer": f"answer {index}", "fingerprint": fingerprint}).encode() + b"\n"
 
 
 def test_writes_results(tmp_path: Path) -> None:
