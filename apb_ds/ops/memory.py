@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +16,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` says that there was not enough memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(message in str(error) for message in HOST_MESSAGES)
 
 
@@ -29,7 +32,7 @@ def explain_out_of_memory(doing: str, levers: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]

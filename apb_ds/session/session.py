@@ -80,7 +80,8 @@ class Session:
         Returns
         -------
         dict
-            The record, the same on every rank but for the times of its queries; ``status`` is ``ok`` or ``failed``, with ``error`` saying why.
+            The record, the same on every rank but for the times of its queries; ``status`` is ``ok`` or ``failed``,
+            with ``error`` saying why.
         """
         record = _new_record(job)
         try:
