@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -116,11 +115,14 @@ def test_file_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_standard_input_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Directory:
-        def read(self) -> bytes:
+    class Directory(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, _: object) -> int:
             raise IsADirectoryError(21, "Is a directory")
 
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Directory()))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Directory())))
     with pytest.raises(ValueError, match=r"task.document=-: cannot read standard input \(Is a directory\)"):
         read_text(FIELD, "-")
 
