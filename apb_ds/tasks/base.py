@@ -25,6 +25,8 @@ class Sample:
     ground_truth : the answer, or None if there is none to compare with
     generate : further arguments of `engine.generate`, such as temperature or stop_strings; greedy if there are none
     random_ids : whether the ids are random, for want of a tokenizer
+    answers : all that is wanted of an answer, where that is more than one string or not `ground_truth` word for word
+    labels : what scores are grouped by, such as the kind of question and the depth of a needle
     """
 
     document_ids: Tensor
@@ -34,6 +36,8 @@ class Sample:
     ground_truth: str | None = None
     generate: dict[str, Any] = field(default_factory=dict)
     random_ids: bool = False
+    answers: tuple[str, ...] = ()
+    labels: dict[str, Any] = field(default_factory=dict)
 
 
 class TaskConfig:
@@ -50,6 +54,12 @@ class TaskConfig:
     def samples(self, tokenizer: Any | None, vocab_size: int, seed: int) -> Iterator[Sample]:
         """Yield the samples; without a tokenizer, of random ids below `vocab_size`."""
         raise NotImplementedError
+
+    def score(self, sample: Sample, prediction: str) -> float | None:
+        """Return how right the prediction is, from 0 to 1; None where there is nothing to compare it with."""
+        if sample.ground_truth is None:
+            return None
+        return float(sample.ground_truth in prediction)
 
 
 _TASKS: dict[str, type[TaskConfig]] = {}
