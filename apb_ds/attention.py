@@ -10,11 +10,19 @@ from torch import Tensor, nn
 
 from apb_ds.compressors import build_compressor
 from apb_ds.config import APBConfig
-from apb_ds.methods.apb import prefill
+from apb_ds.methods import apb, dense, ring, ulysses
 from apb_ds.methods.decode import attend_shards
 from apb_ds.methods.state import PrefillState, Tools
 from apb_ds.ops.kernels import KernelChoice, check_kernel_name, choose_kernels
 from apb_ds.parallel.groups import SequenceGroup
+
+PREFILLS = {
+    "apb": apb.prefill,
+    "star": apb.prefill,
+    "dense": dense.prefill,
+    "ring": ring.prefill,
+    "ulysses": ulysses.prefill,
+}
 
 
 class Phase(enum.Enum):
@@ -48,10 +56,22 @@ class APBAttention(nn.Module):
         if group is None:
             group = SequenceGroup()
         self.group: SequenceGroup = group if isinstance(group, SequenceGroup) else SequenceGroup.of(group)
-        self.compressor = build_compressor(config)
+        self.compressor = None if config.is_exact_method else build_compressor(config)
+        assert config.method is not None
+        self._prefill = PREFILLS[config.method]
         assert config.kernel is not None
         check_kernel_name(config.kernel)
         self._choices: dict[tuple[torch.device, torch.dtype, int], KernelChoice] = {}
+
+    @property
+    def needs_query(self) -> bool:
+        """Whether the compressor scores with the query, which must then be known at prefill."""
+        return self.compressor is not None and self.compressor.needs_anchor_queries
+
+    def check_heads(self, heads: int, kv_heads: int) -> None:
+        """Raise ValueError if the method cannot share so many heads over the ranks."""
+        if self.config.method == "ulysses":
+            ulysses.check_heads(heads, kv_heads, self.group.world_size)
 
     def kernels_for(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelChoice:
         """Return the kernels for such tensors, chosen at first use."""
@@ -101,7 +121,7 @@ class APBAttention(nn.Module):
             if state is None:
                 raise ValueError("phase=PREFILL needs state=PrefillState(plan, cache, rank).")
             _check_tokens(state, query, key)
-            return prefill(tools, state, layer_idx, query, key, value, scale)
+            return self._prefill(tools, state, layer_idx, query, key, value, scale)
         kernel = kernels.decode if phase is Phase.DECODE else kernels.prefill
         return attend_shards(tools, kernel, query, key, value, scale)
 

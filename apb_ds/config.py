@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-METHODS = ("apb", "star")
+EXACT_METHODS = ("dense", "ring", "ulysses")
+METHODS = ("apb", "star", *EXACT_METHODS)
 SCHEDULES = ("zigzag", "natural")
 DEFAULT_COMPRESSOR = "window"
 DEFAULT_COMPRESSION_RATIO = 8
@@ -49,7 +50,9 @@ class APBConfig:
     ----------
     method : str
         ``apb``, or ``star`` (arXiv 2411.17116): APB with nothing passed, an anchor as long as a block and no query
-        in the anchor. A preset: any of the three can still be set.
+        in the anchor. A preset: any of the three can still be set. Or an exact one to compare with: ``dense`` (one
+        rank), ``ring`` (arXiv 2310.01889, zigzag-balanced) or ``ulysses`` (arXiv 2309.14509, DeepSpeed's own). These
+        have a `kernel` and no other setting: the rest must stay ``None``.
     hosts : int
         Number of context blocks, a multiple of the number of ranks. Default 8.
     anchor_length : int or "block", tokens
@@ -94,8 +97,12 @@ class APBConfig:
     kernel: str | None = None
 
     def __post_init__(self) -> None:
+        if self.method is not None:
+            check_choice("method", self.method, METHODS)
+        if self.is_exact_method:
+            self._check_exact_method()
+            return
         self._fill_defaults()
-        check_choice("method", self.method, METHODS)
         check_integer("hosts", self.hosts, 1)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_integer("query_position", self.query_position, 0)
@@ -103,9 +110,29 @@ class APBConfig:
         check_bool("query_in_anchor", self.query_in_anchor)
         check_bool("shard_anchor", self.shard_anchor)
         self._check_lengths()
-        for field in ("compressor", "kernel"):
-            if not isinstance(getattr(self, field), str):
-                raise ValueError(f"{field}={getattr(self, field)!r} must be a name.")
+        self._check_name("compressor")
+        self._check_name("kernel")
+
+    @property
+    def is_exact_method(self) -> bool:
+        """Whether the method computes exact attention, whatever the lengths."""
+        return self.method in EXACT_METHODS
+
+    def _check_exact_method(self) -> None:
+        if self.kernel is None:
+            object.__setattr__(self, "kernel", "auto")
+        self._check_name("kernel")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("method", "kernel") and value is not None:
+                raise ValueError(
+                    f"{field.name}={value!r} is a setting of apb and star; method={self.method} is exact and has "
+                    "none but kernel. Leave it out."
+                )
+
+    def _check_name(self, field: str) -> None:
+        if not isinstance(getattr(self, field), str):
+            raise ValueError(f"{field}={getattr(self, field)!r} must be a name.")
 
     def _fill_defaults(self) -> None:
         star = self.method == "star"

@@ -37,7 +37,7 @@ from apb_ds.linears import onednn_linears
 from apb_ds.methods.state import PrefillState
 from apb_ds.ops.memory import explain_out_of_memory
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.plan import Plan, check_world_size, plan_request
+from apb_ds.plan import Plan, check_ranks, plan_request
 from apb_ds.rounds import run_round
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,9 @@ class APBEngine(InferenceEngine):
         ValueError, RuntimeError
             For settings that do not fit the group or name what is not there. Nothing is changed then.
         """
-        assert config.hosts is not None
-        check_world_size(config.hosts, self.group.world_size)
+        check_ranks(config, self.group.world_size)
         attention = APBAttention(config, self.group)
+        attention.check_heads(self.geometry.heads, self.geometry.kv_heads)
         attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
         self.apb_config = config
         self.attention = attention
@@ -139,7 +139,7 @@ class APBEngine(InferenceEngine):
             num_query = query_ids.shape[1]
         num_tokens = document_ids.shape[1]
         plan = plan_request(self.apb_config, num_tokens, num_query, self.group.world_size)
-        if self.attention.compressor.needs_anchor_queries and num_query == 0 and not plan.exact:
+        if self.attention.needs_query and num_query == 0 and not plan.exact:
             raise ValueError(
                 f"compressor={self.apb_config.compressor!r} needs query_ids at prefill; it scores with them."
             )
@@ -156,7 +156,7 @@ class APBEngine(InferenceEngine):
         state = PrefillState(plan, cache, self.group.rank, progress=progress)
         sent_before = self.group.bytes_sent
         began = self._now()
-        block_length = max(plan.block_length(host) for host in range(plan.hosts))
+        block_length = max(plan.num_forward_tokens(rank, 0) for rank in range(plan.world_size))
         with (
             explain_out_of_memory(f"prefilling {num_tokens} tokens in blocks of {block_length}", self._levers(plan)),
             onednn_linears(self.module.base_model, block_length),
@@ -335,7 +335,7 @@ class APBEngine(InferenceEngine):
             raise ValueError("context belongs to another engine: its keys and values are another model's or group's.")
 
     def _say_if_exact(self, exact: bool, num_tokens: int) -> None:
-        if exact and not self._said_exact and self.group.is_first:
+        if exact and not self.apb_config.is_exact_method and not self._said_exact and self.group.is_first:
             logger.warning("running exact: a document of %d tokens is too short for APB to save anything.", num_tokens)
             self._said_exact = True
 

@@ -15,7 +15,7 @@ from apb_ds.config import APBConfig
 from apb_ds.engine import APBEngine
 from apb_ds.hf import check_supported
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, launched_world_size, world_group
-from apb_ds.plan import check_world_size
+from apb_ds.plan import check_ranks
 
 
 def init_inference(
@@ -59,9 +59,8 @@ def init_inference(
         raise ValueError(
             f"retaining_heads={retaining_heads!r} goes with compressor='retaining_heads', not {config.compressor!r}."
         )
-    assert config.hosts is not None
     if group is None and mpu is None and not torch.distributed.is_initialized():
-        check_world_size(config.hosts, launched_world_size())
+        check_ranks(config, launched_world_size())
     check_supported(model)
     APBAttention(config)  # refuses unknown names before the ranks meet
     if group is None:

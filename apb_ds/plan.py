@@ -6,6 +6,7 @@ of all messages are known everywhere before anything is sent.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,17 @@ def schedule_rounds(hosts: int, world_size: int, schedule: str) -> tuple[tuple[i
     return tuple(rounds)
 
 
+def check_ranks(config: APBConfig, world_size: int) -> None:
+    """Raise ValueError if the method cannot run on so many ranks."""
+    if config.method == "dense" and world_size > 1:
+        raise ValueError(
+            f"method=dense runs on one rank, and there are {world_size}; use method=ring or method=ulysses for exact "
+            "attention over several."
+        )
+    if config.hosts is not None:
+        check_world_size(config.hosts, world_size)
+
+
 def check_world_size(hosts: int, world_size: int) -> None:
     """Raise ValueError unless the hosts divide evenly over the ranks."""
     if hosts % world_size:
@@ -53,6 +65,9 @@ def check_world_size(hosts: int, world_size: int) -> None:
 class Plan:
     """How one request is split. All lengths in tokens.
 
+    The exact methods are plans, too: ``dense`` with one block; ``ring`` with two blocks a rank, r and 2W-1-r, which
+    evens out the work; ``ulysses`` with one block a rank, in which all ranks feed as many tokens.
+
     Attributes
     ----------
     num_tokens : length n of the document
@@ -64,7 +79,8 @@ class Plan:
     exact : whether this request runs as exact causal attention
     shard_anchor : whether each rank computes only its share of the anchor
     blocks : document span of each host
-    rounds : ``rounds[k][r]`` is the host of rank r in round k
+    rounds : ``rounds[k][r]`` is the host of rank r in round k; see `served` for all of them
+    method : as in `APBConfig`; ``apb`` for ``star``, too
     """
 
     num_tokens: int
@@ -77,6 +93,7 @@ class Plan:
     shard_anchor: bool
     blocks: tuple[Span, ...]
     rounds: tuple[tuple[int, ...], ...]
+    method: str = "apb"
 
     @property
     def hosts(self) -> int:
@@ -118,9 +135,20 @@ class Plan:
         """Whether a later host attends to what this one keeps."""
         return host < self.hosts - 1 and self.kept_lengths[host] > 0
 
+    def served(self, rank: int, round_index: int) -> tuple[int, ...]:
+        """Hosts whose blocks are in the rank's forward of this round, in document order."""
+        host = self.rounds[round_index][rank]
+        return (host, self.hosts - 1 - host) if self.method == "ring" else (host,)
+
+    def padding_length(self, rank: int) -> int:
+        """Tokens behind the document's end in the rank's forward: ulysses wants as many tokens on every rank."""
+        if self.method != "ulysses":
+            return 0
+        return math.ceil(self.num_tokens / self.world_size) - self.block_length(rank)
+
     def hosts_of(self, rank: int) -> tuple[int, ...]:
         """Hosts that the rank serves, in the order of the rounds."""
-        return tuple(served[rank] for served in self.rounds)
+        return tuple(host for index in range(len(self.rounds)) for host in self.served(rank, index))
 
     def shard_length(self, rank: int) -> int:
         """Document tokens whose keys and values the rank caches."""
@@ -137,7 +165,8 @@ class Plan:
     def num_forward_tokens(self, rank: int, round_index: int) -> int:
         """Tokens in the model forward of this rank and round; 0 where it has nothing to do."""
         start, stop = self.anchor_share(rank, round_index)
-        return stop - start + self.block_length(self.rounds[round_index][rank])
+        blocks = sum(self.block_length(host) for host in self.served(rank, round_index))
+        return stop - start + blocks + self.padding_length(rank)
 
 
 def plan_request(config: APBConfig, num_tokens: int, query_length: int, world_size: int = 1) -> Plan:
@@ -157,9 +186,11 @@ def plan_request(config: APBConfig, num_tokens: int, query_length: int, world_si
     """
     check_integer("document length", num_tokens, 1)
     check_integer("query length", query_length, 0)
+    check_ranks(config, world_size)
+    if config.is_exact_method:
+        return _plan_exact(config, num_tokens, world_size)
     hosts = config.hosts
     assert hosts is not None and config.schedule is not None and config.query_position is not None
-    check_world_size(hosts, world_size)
     blocks = split_evenly(num_tokens, hosts)
     block_length = math.ceil(num_tokens / hosts)
     embedded = query_length if config.query_in_anchor else 0
@@ -189,6 +220,30 @@ def plan_request(config: APBConfig, num_tokens: int, query_length: int, world_si
         shard_anchor=bool(config.shard_anchor),
         blocks=blocks,
         rounds=schedule_rounds(hosts, world_size, config.schedule),
+    )
+
+
+def _plan_exact(config: APBConfig, num_tokens: int, world_size: int) -> Plan:
+    assert config.method is not None
+    blocks: tuple[Span, ...]
+    if config.method == "ulysses":
+        longest = math.ceil(num_tokens / world_size)
+        starts = [min(rank * longest, num_tokens) for rank in range(world_size + 1)]
+        blocks = tuple(itertools.pairwise(starts))
+    else:
+        blocks = split_evenly(num_tokens, 2 * world_size if config.method == "ring" else 1)
+    return Plan(
+        num_tokens=num_tokens,
+        world_size=world_size,
+        anchor_length=0,
+        anchor_query_length=0,
+        query_position=0,
+        passing_length=0,
+        exact=True,
+        shard_anchor=False,
+        blocks=blocks,
+        rounds=(tuple(range(world_size)),),
+        method=config.method,
     )
 
 

@@ -54,11 +54,16 @@ def round_inputs(state: PrefillState, document_ids: Tensor, query_ids: Tensor | 
     """Return the tokens of this rank's forward in the state's round, and their positions, (1, tokens) int64 each.
 
     The rank's share of the anchor comes first (``doc[:p] + query + doc[p:l_a - q]``, positions from 0), then the block
-    of its host at its place in the document.
+    of its host (both blocks in a ring) at its place in the document, then ulysses' padding.
     """
     plan = state.plan
-    parts = [document_ids[:, slice(*plan.blocks[state.host])]]
-    positions = [torch.arange(*plan.blocks[state.host], device=document_ids.device)]
+    served = plan.served(state.rank, state.round_index)
+    parts = [document_ids[:, slice(*plan.blocks[host])] for host in served]
+    positions = [torch.arange(*plan.blocks[host], device=document_ids.device) for host in served]
+    padding = plan.padding_length(state.rank)
+    if padding:  # at the last position: a larger one could change the rotary frequencies
+        parts.append(document_ids[:, -1:].expand(1, padding))
+        positions.append(torch.full((padding,), plan.num_tokens - 1, device=document_ids.device))
     start, stop = state.anchor_share
     if stop > start:
         anchor = document_ids[:, : plan.anchor_length]

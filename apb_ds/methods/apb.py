@@ -88,6 +88,7 @@ def _merge_with(
 def _send_anchor(tools: Tools, state: PrefillState, passed: PassedStates, anchor: list[Tensor]) -> Arrival:
     """Start the exchange of anchor shares; only the first round has any."""
     plan, group = state.plan, tools.group
+    assert tools.compressor is not None
     if state.round_index > 0 or plan.anchor_length == 0:
         return lambda: None
     query, key, value = anchor
@@ -133,6 +134,7 @@ def _send_kept(
 ) -> Arrival:
     """Compress this rank's block and start the exchange of what the round's hosts keep."""
     plan, group = state.plan, tools.group
+    assert tools.compressor is not None
     hosts = plan.rounds[state.round_index]
     longest = max(_sent_length(plan, host) for host in hosts)
     if longest == 0:

@@ -16,11 +16,11 @@ from apb_ds.plan import Plan
 
 @dataclass(frozen=True)
 class Tools:
-    """What a method works with: the group to talk to, the kernels, and the compressor."""
+    """What a method works with: the group to talk to, the kernels, and the compressor if it has one."""
 
     group: SequenceGroup
     kernels: KernelChoice
-    compressor: Compressor
+    compressor: Compressor | None
 
 
 class PassedStates:

@@ -37,6 +37,21 @@ class PendingGather:
 
 
 @dataclass
+class PendingShift:
+    """A shift under way. `wait` returns the tensor of the rank before."""
+
+    received: Tensor
+    works: list[Any] = field(default_factory=list)
+    sent: Tensor | None = None  # kept alive until it has left
+
+    def wait(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        self.works, self.sent = [], None
+        return self.received
+
+
+@dataclass
 class SequenceGroup:
     """Ranks that share one request. `process_group` is None for a group of one rank.
 
@@ -90,6 +105,28 @@ class SequenceGroup:
         self._count(tensor)
         return PendingGather(joined.view(self.world_size, *tensor.shape), work, tensor)
 
+    def start_shift(self, tensor: Tensor) -> PendingShift:
+        """Start sending `tensor` to the next rank and receiving one like it from the rank before, around the ring.
+
+        The caller keeps it unchanged until `wait`.
+        """
+        if self.world_size == 1:
+            return PendingShift(tensor)
+        tensor = tensor.contiguous()
+        received = torch.empty_like(tensor)
+        peers = [self._global_rank(self.rank + step) for step in (1, -1)]
+        operations = [
+            torch.distributed.P2POp(torch.distributed.isend, tensor, peers[0], self.process_group),
+            torch.distributed.P2POp(torch.distributed.irecv, received, peers[1], self.process_group),
+        ]
+        works = torch.distributed.batch_isend_irecv(operations)
+        self.count_bytes(tensor.numel() * tensor.element_size())
+        return PendingShift(received, works, tensor)
+
+    def count_bytes(self, number: int) -> None:
+        """Count payload bytes that this rank has sent by other means than this group's methods."""
+        self.bytes_sent += number
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Return ``(world_size, *tensor.shape)``, the ranks' tensors in rank order."""
         return self.start_all_gather(tensor).wait()
@@ -97,7 +134,7 @@ class SequenceGroup:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Overwrite `tensor` with the first rank's, in place, and return it."""
         if self.world_size > 1:
-            _comm().broadcast(tensor, src=self._first_global_rank(), group=self.process_group)
+            _comm().broadcast(tensor, src=self._global_rank(0), group=self.process_group)
             if self.is_first:
                 self._count(tensor)
         return tensor
@@ -114,8 +151,8 @@ class SequenceGroup:
         if self.world_size > 1:
             _comm().barrier(group=self.process_group)
 
-    def _first_global_rank(self) -> int:
-        return int(torch.distributed.get_global_rank(self.process_group, 0))
+    def _global_rank(self, rank: int) -> int:
+        return int(torch.distributed.get_global_rank(self.process_group, rank % self.world_size))
 
     def _count(self, tensor: Tensor) -> None:
         self.bytes_sent += tensor.numel() * tensor.element_size() * (self.world_size - 1)

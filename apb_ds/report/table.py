@@ -39,9 +39,10 @@ def title(record: Record) -> str:
     method = record["settings"]["method"]
     model = record["model"]["config"]
     dummy = " (random weights)" if model["path"] and model["load_format"] == "dummy" else ""
-    exact = ", exact" if record["exact"] else ""
+    exact = ", exact" if record["exact"] and method["compressor"] else ""  # the exact methods say so by their name
+    how = ", ".join(filter(None, (method["method"], method["compressor"])))
     name = model["path"] or record["model"]["source"]
-    return f"{name}{dummy}: {method['method']}, {method['compressor']}{exact}"
+    return f"{name}{dummy}: {how}{exact}"
 
 
 def _rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
@@ -74,7 +75,7 @@ def _batch_rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
     return [
         ("answered", ", ".join(done)),
         ("documents prefilled", f"{_count(metrics['prefills'])}, {_count(metrics['document_tokens'])} tokens{exact}"),
-        ("hosts / ranks", f"{metrics['hosts']} / {metrics['ranks']}"),
+        ("hosts / ranks", f"{metrics['hosts'] or ABSENT} / {metrics['ranks']}"),
         ("prefill", f"{_seconds(metrics['prefill_s'])}, {_rate(metrics['prefill_tokens_per_s'])}"),
         ("decode", f"{_count(metrics['new_tokens'])} tokens, {_rate(metrics['decode_tokens_per_s'])}"),
         ("all together", _seconds(metrics["seconds"])),

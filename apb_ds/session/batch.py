@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apb_ds.compressors import build_compressor
+from apb_ds.attention import APBAttention
 from apb_ds.context import Context
 from apb_ds.hf import check_positions
 from apb_ds.report.answers import AnswerFile
@@ -158,10 +158,11 @@ class _Batch:
 
     def _check_shared(self, groups: Sequence[Sequence[Line]]) -> None:
         """Refuse a compressor that scores with the query where several questions share a prefill."""
-        compressor = build_compressor(self.run.settings.method)
+        if not APBAttention(self.run.settings.method).needs_query:
+            return
         for group in groups:
             valid = [line for line in group if line.problem is None]
-            if compressor.needs_anchor_queries and len(valid) > 1:
+            if len(valid) > 1:
                 raise ValueError(
                     f"method.compressor={self.run.settings.method.compressor} scores with the query, and lines "
                     f"{valid[0].number} and {valid[1].number} would share one prefill; set task.reuse_prefill=false, "

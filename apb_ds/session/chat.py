@@ -81,7 +81,7 @@ class _Conversation:
 
     def _prefill(self, document_ids: Tensor, query_ids: Tensor | None) -> Context:
         run = self.run
-        if query_ids is None and run.engine.attention.compressor.needs_anchor_queries:
+        if query_ids is None and run.engine.attention.needs_query:
             raise ValueError(
                 f"method.compressor={run.engine.apb_config.compressor} scores with the query; give the first question "
                 "as task.query, or use another compressor."

@@ -10,7 +10,7 @@ from apb_ds.attention import APBAttention
 from apb_ds.config import APBConfig, check_choice, check_integer
 from apb_ds.loading import ModelConfig
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, launched_world_size
-from apb_ds.plan import check_world_size
+from apb_ds.plan import check_ranks
 from apb_ds.tasks import TaskConfig, build_task_config
 
 SECTIONS = ("model", "method", "task", "parallel", "seed", "debug")
@@ -57,7 +57,7 @@ class Settings:
 
     def method_for(self, query_position: int) -> APBConfig:
         """Return the method's settings with the query position of a sample, unless the user gave one."""
-        if not self.position_from_template:
+        if not self.position_from_template or self.method.is_exact_method:
             return self.method
         return replace(self.method, query_position=query_position)
 
@@ -75,8 +75,7 @@ def read_settings(values: dict[str, Any]) -> Settings:
         check_choice("config key", key, SECTIONS)
     method_values = dict(values.get("method") or {})
     method = APBConfig.from_dict(method_values)
-    assert method.hosts is not None
-    check_world_size(method.hosts, launched_world_size())
+    check_ranks(method, launched_world_size())
     APBAttention(method)  # refuses unknown compressors and kernels
     parallel = dict(values.get("parallel") or {})
     for key in parallel:

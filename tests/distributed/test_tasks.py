@@ -128,6 +128,23 @@ def test_sampling_repeats_with_its_seed(pool: Pools, model_path: Path, tmp_path:
     assert draw(2) != first
 
 
+def test_methods_side_by_side(pool: Pools, model_path: Path, tmp_path: Path) -> None:
+    """One sweep over the methods: the exact ones agree, and dense says why two ranks are not for it."""
+    overrides = ("-m", "task=prompt", f"task.document='{DOCUMENT}'", f"task.query={QUESTIONS[0]}", "seed=3")
+    arguments = [f"model.path={model_path}", "model.device=cpu", f"task.max_new_tokens={NEW_TOKENS}", *overrides]
+
+    def run(world_size: int, methods: str) -> list[dict[str, Any]]:
+        sweep = f"hydra.sweep.dir={tmp_path}/{world_size}"
+        return pool(world_size).run(run_infer, [*arguments, f"method={methods}", sweep], timeout=120)[0].records
+
+    (dense,) = [record["task"]["prediction"] for record in run(1, "dense")]
+    records = run(2, "ring,dense,ulysses,apb")
+    assert [record["status"] for record in records] == ["ok", "failed", "ok", "ok"]
+    assert "method=dense runs on one rank" in records[1]["error"]
+    assert records[0]["task"]["prediction"] == records[2]["task"]["prediction"] == dense
+    assert [record["exact"] for record in records if record["status"] == "ok"] == [True, True, False]
+
+
 # --- a conversation ---------------------------------------------------------------------------------------------------
 
 
