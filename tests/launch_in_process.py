@@ -37,13 +37,19 @@ class Ended:
 
 
 def run_infer(
-    rank: int, world_size: int, arguments: list[str], stdin: str = "", patches: tuple[str, ...] = ()
+    rank: int,
+    world_size: int,
+    arguments: list[str],
+    stdin: str = "",
+    patches: tuple[str, ...] = (),
+    config: str = "infer",
 ) -> Ended:
     """Run launch/infer.py with these arguments as one rank of the group that exists, if there are several.
 
     Parameters
     ----------
     patches : names in `PATCHES`, what is made to go wrong
+    config : ``eval`` for launch/eval.py
     """
     infer, common = _launch_modules()
     from apb_ds.parallel.groups import SequenceGroup
@@ -68,7 +74,7 @@ def run_infer(
         inference = infer.Inference(session)
         began = time.perf_counter()
         try:
-            code = common.run_hydra("infer", inference.run, inference.finish, inference.bad_job)
+            code = common.run_hydra(config, inference.run, inference.finish, inference.bad_job)
         except SystemExit as end:
             code = end.code
         except KeyboardInterrupt:

@@ -46,10 +46,14 @@ class BatchProgress:
     num_lines : lines to be answered
     num_bytes : of all documents to be prefilled
     progress : the bar, or None to print lines instead
+    unit : what the lines are called
     """
 
-    def __init__(self, console: Console, num_lines: int, num_bytes: int, progress: Progress | None) -> None:
+    def __init__(
+        self, console: Console, num_lines: int, num_bytes: int, progress: Progress | None, unit: str = "lines"
+    ) -> None:
         self.console = console
+        self.unit = unit
         self.num_lines = num_lines
         self.num_bytes = num_bytes
         self.lines_done = 0
@@ -91,7 +95,7 @@ class BatchProgress:
     def text(self) -> str:
         """Return the progress in words."""
         seconds = time.monotonic() - self._began
-        parts = [f"{self.lines_done}/{self.num_lines} lines"]
+        parts = [f"{self.lines_done}/{self.num_lines} {self.unit}"]
         if self.lines_failed:
             parts.append(f"{self.lines_failed} failed")
         if self.tokens and seconds > 0:
@@ -129,13 +133,13 @@ class BatchProgress:
 
 
 @contextlib.contextmanager
-def batch_progress(console: Console, num_lines: int, num_bytes: int) -> Iterator[BatchProgress]:
+def batch_progress(console: Console, num_lines: int, num_bytes: int, unit: str) -> Iterator[BatchProgress]:
     """Yield the progress of a batch: a bar on a terminal, elsewhere a line every ten seconds."""
     if not console.is_terminal:
-        yield BatchProgress(console, num_lines, num_bytes, None)
+        yield BatchProgress(console, num_lines, num_bytes, None, unit)
         return
     with _bar(console, time_left=False) as progress:
-        yield BatchProgress(console, num_lines, num_bytes, progress)
+        yield BatchProgress(console, num_lines, num_bytes, progress, unit)
 
 
 def _bar(console: Console, *, time_left: bool = True) -> Progress:

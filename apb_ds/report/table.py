@@ -26,12 +26,44 @@ def make_console(*, to_stderr: bool = False) -> Console:
 def job_table(record: Record) -> Table:
     """Return the table of one finished job; `title` says what ran."""
     metrics = record["metrics"]
+    if "cells" in metrics:
+        return _score_table(metrics)
     table = Table(box=box.SIMPLE_HEAD, show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")
     for name, value in _rows(record, metrics):
         table.add_row(name, value)
     return table
+
+
+def _score_table(metrics: Record) -> Table:
+    """Return the table of an evaluation: a row for each combination of labels, and one for all."""
+    table = Table(box=box.SIMPLE_HEAD)
+    names = list(metrics["cells"][0]["labels"])
+    for name in (*names, "samples", "score", "95% interval", "failed", "exact", "prefill s"):
+        table.add_column(name, justify="right")
+    rows = [([str(cell["labels"].get(name, ABSENT)) for name in names], cell) for cell in metrics["cells"]]
+    if len(rows) > 1:
+        rows.append((["all", *[""] * (len(names) - 1)] if names else [], metrics))
+    for labels, numbers in rows:
+        table.add_row(*labels, *_score_cells(numbers))
+    return table
+
+
+def _score_cells(numbers: Record) -> list[str]:
+    interval = numbers["interval"]
+    return [
+        _count(numbers["samples"]),
+        _percent(numbers["score"]),
+        ABSENT if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}",
+        _count(numbers["failed"]),
+        _count(numbers["exact"]),
+        ABSENT if numbers["prefill_s"] is None else f"{numbers['prefill_s']:.2f}",
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return ABSENT if share is None else f"{100 * share:.1f}"
 
 
 def title(record: Record) -> str:
@@ -154,6 +186,10 @@ def _sweep_cells(record: Record) -> list[str]:
     if "metrics" not in record:
         return [ABSENT] * 9 + [record["status"]]
     metrics = record["metrics"]
+    if "cells" in metrics:
+        numbers = [ABSENT] * 9
+        numbers[3], numbers[7] = _score_cells(metrics)[5], format_bytes(metrics["peak_memory_bytes"])
+        return [*numbers[:-1], _percent(metrics["score"]), record["status"]]
     correct = record["task"]["correct"]
     answer = ABSENT if correct is None else ("right" if correct else "wrong")
     if "lines" in metrics:

@@ -29,9 +29,6 @@ from apb_ds.tasks.prompts import encode_document, encode_query
 
 logger = logging.getLogger(__name__)
 
-# What a run can change without changing what is answered.
-IRRELEVANT_METHOD_KEYS = ("schedule", "shard_anchor", "kernel")
-
 
 @dataclass
 class _Query:
@@ -142,7 +139,7 @@ class _Batch:
             AnswerFile(
                 output,
                 [(line.id, line.fingerprint) for line in lines],
-                self._settings(),
+                run.answer_settings(),
                 overwrite=task.overwrite,
             )
         )
@@ -152,7 +149,7 @@ class _Batch:
         if self.answers.changed:
             logger.warning("%d lines have changed since; answering them again.", len(self.answers.changed))
         self.progress = self.stack.enter_context(
-            batch_progress(run.error_console, len(lines) - kept, self._work_bytes(self.answers.kept))
+            batch_progress(run.error_console, len(lines) - kept, self._work_bytes(self.answers.kept), "lines")
         )
         return {"groups": len(groups), "lines": len(lines), "resumed": kept, "output": str(output)}
 
@@ -168,26 +165,6 @@ class _Batch:
                     f"{valid[0].number} and {valid[1].number} would share one prefill; set task.reuse_prefill=false, "
                     "or use another compressor."
                 )
-
-    def _settings(self) -> dict[str, Any]:
-        """Return what the answers depend on besides their lines."""
-        run = self.run
-        method = asdict(run.settings.method)
-        for name in IRRELEVANT_METHOD_KEYS:
-            method.pop(name)
-        if run.settings.position_from_template:
-            method["query_position"] = None
-        model = asdict(run.settings.model)
-        task = asdict(self.task)
-        for name in ("input", "output", "overwrite"):
-            task.pop(name)
-        shown = ("path", "tokenizer", "load_format", "num_layers", "overrides")
-        return {
-            "model": {name: model[name] for name in shown} | {"dtype": str(run.loaded.dtype).removeprefix("torch.")},
-            "method": method,
-            "task": task,
-            "seed": run.settings.seed,
-        }
 
     def _work_bytes(self, kept: dict[int, Any]) -> int:
         """Return the bytes of all documents that must be prefilled."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from apb_ds.attention import APBAttention
-from apb_ds.config import APBConfig, check_choice, check_integer
+from apb_ds.config import APBConfig, check_bool, check_choice, check_integer
 from apb_ds.loading import ModelConfig
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, launched_world_size
 from apb_ds.plan import check_ranks
 from apb_ds.tasks import TaskConfig, build_task_config
 
-SECTIONS = ("model", "method", "task", "parallel", "seed", "debug")
+SECTIONS = ("model", "method", "task", "parallel", "eval", "seed", "debug")
 PARALLEL_KEYS = ("timeout_s",)
 
 
@@ -40,11 +40,42 @@ class Job:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Where an evaluation goes.
+
+    Parameters
+    ----------
+    output : str, optional
+        A directory. Default: one of its own under ``outputs/results`` for each task, method and model. What is answered
+        there already is not answered again.
+    overwrite : bool
+        Start anew; what was there is kept.
+    """
+
+    output: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.output is not None and (not isinstance(self.output, str) or not self.output):
+            raise ValueError(f"eval.output={self.output!r} must be the name of a directory.")
+        check_bool("eval.overwrite", self.overwrite)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EvalConfig:
+        """Build from a mapping; null is the default, an unknown key a ValueError that names the nearest field."""
+        names = [item.name for item in fields(cls)]
+        for key in values:
+            check_choice("eval key", key, names)
+        return cls(**{key: value for key, value in values.items() if value is not None})
+
+
+@dataclass(frozen=True)
 class Settings:
     """A job's settings, validated.
 
     Attributes
     ----------
+    evaluation : of a job that scores its answers, else None
     position_from_template : whether ``method.query_position`` was left to the chat template
     """
 
@@ -54,6 +85,7 @@ class Settings:
     timeout_s: float
     seed: int
     position_from_template: bool
+    evaluation: EvalConfig | None = None
 
     def method_for(self, query_position: int) -> APBConfig:
         """Return the method's settings with the query position of a sample, unless the user gave one."""
@@ -84,11 +116,18 @@ def read_settings(values: dict[str, Any]) -> Settings:
     check_integer("parallel.timeout_s", timeout_s, 1)
     seed = values.get("seed") or 0
     check_integer("seed", seed, 0)
+    task = build_task_config(dict(values.get("task") or {}))
+    evaluation = None
+    if "eval" in values:
+        evaluation = EvalConfig.from_dict(dict(values["eval"] or {}))
+        if type(task).samples is TaskConfig.samples:
+            raise ValueError(f"task={task.name} has no answers to compare with; run it with launch/infer.py.")
     return Settings(
         model=ModelConfig.from_dict(dict(values.get("model") or {})),
         method=method,
-        task=build_task_config(dict(values.get("task") or {})),
+        task=task,
         timeout_s=timeout_s,
         seed=seed,
         position_from_template=method_values.get("query_position") is None,
+        evaluation=evaluation,
     )

@@ -15,9 +15,7 @@ from apb_ds.tasks import Sample
 def serve_question(run: Run) -> dict[str, Any]:
     """Answer the task's sample; return its parts of the record, the same on every rank."""
     steps, loaded, settings = run.steps, run.loaded, run.settings
-    sample = run.sample_from_first(
-        lambda: next(iter(settings.task.samples(loaded.tokenizer, run.vocab_size, settings.seed)))
-    )
+    sample = run.sample_from_first(lambda: _only_sample(run))
     num_document, num_query = sample.document_ids.shape[1], sample.query_ids.shape[1]
     method = steps.together(lambda: run.set_up(sample.query_position, num_document, num_query))
     reset_peak_memory(loaded.device)
@@ -45,6 +43,14 @@ def serve_question(run: Run) -> dict[str, Any]:
         "streamed": streams,
     }
     return {"task": task, "metrics": metrics, "exact": context.plan.exact, "method": asdict(method)}
+
+
+def _only_sample(run: Run) -> Sample:
+    samples = iter(run.settings.task.samples(run.tokenizer, run.vocab_size, run.settings.seed))
+    sample = next(samples)
+    if next(samples, None) is not None:
+        raise ValueError(f"task={run.settings.task.name} has several samples; launch/eval.py answers and scores them.")
+    return sample
 
 
 def _ask(run: Run, sample: Sample, streams: bool) -> tuple[Any, Answer]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TextIO
 
 import torch
@@ -20,6 +20,11 @@ from apb_ds.report.record import rate
 from apb_ds.session.job import Job, Settings
 from apb_ds.session.steps import Steps, gather_numbers
 from apb_ds.tasks import Sample
+
+# What a run can change without changing what is answered.
+IRRELEVANT_METHOD_KEYS = ("schedule", "shard_anchor", "kernel")
+IRRELEVANT_TASK_KEYS = ("input", "output", "overwrite")
+RELEVANT_MODEL_KEYS = ("path", "tokenizer", "load_format", "num_layers", "overrides")
 
 
 @dataclass
@@ -120,6 +125,23 @@ class Run:
         )
         stats = self.engine.stats
         return Answer(tokens[0].tolist(), stats.query_s, stats.decode_s)
+
+    def answer_settings(self) -> dict[str, Any]:
+        """Return the settings that answers depend on: what a resumed run must share with the one before it."""
+        method = asdict(self.settings.method)
+        for name in IRRELEVANT_METHOD_KEYS:
+            method.pop(name)
+        if self.settings.position_from_template:
+            method["query_position"] = None
+        model = asdict(self.settings.model)
+        dtype = str(self.loaded.dtype).removeprefix("torch.")
+        task: Any = self.settings.task  # a dataclass, whatever its class
+        return {
+            "model": {name: model[name] for name in RELEVANT_MODEL_KEYS} | {"dtype": dtype},
+            "method": method,
+            "task": {name: value for name, value in asdict(task).items() if name not in IRRELEVANT_TASK_KEYS},
+            "seed": self.settings.seed,
+        }
 
     def seed_everything(self, salt: str = "") -> None:
         """Seed the drawing of tokens; `salt` makes it differ from answer to answer, and the same in every run."""

@@ -23,6 +23,7 @@ from apb_ds.report.record import RECORD_NAME, environment, write_json
 from apb_ds.report.table import failure_lines, job_table, make_console, sweep_table, title
 from apb_ds.session.batch import serve_batch
 from apb_ds.session.chat import serve_chat
+from apb_ds.session.evaluation import serve_evaluation
 from apb_ds.session.job import Job, Settings, read_settings
 from apb_ds.session.question import serve_question
 from apb_ds.session.request import Run
@@ -134,7 +135,8 @@ class Session:
             error_console=self.error_console,
             stdin=self.stdin,
         )
-        parts = _SERVERS.get(type(settings.task), serve_question)(run)
+        serve = serve_evaluation if settings.evaluation else _SERVERS.get(type(settings.task), serve_question)
+        parts = serve(run)
         method = parts.pop("method")
         return {
             **parts,
@@ -208,6 +210,8 @@ def _report(job: Job, record: dict[str, Any], console: Console) -> None:
 
 
 def _answer_lines(task: dict[str, Any]) -> list[str]:
+    if "directory" in task:
+        return [f"Results: {task['directory']}"]
     if "output" in task:
         return [f"Answers: {task['output']}"]
     if "turns" in task or task["streamed"]:

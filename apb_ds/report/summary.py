@@ -1,0 +1,71 @@
+"""Scores of many samples in a few numbers: means by label, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+NUM_RESAMPLES = 10_000
+SEED = 0
+LEVEL = 0.95
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the summary of a task's results.
+
+    Parameters
+    ----------
+    results : one mapping a sample, with ``labels`` and either ``score`` (0 to 1, or None), ``exact`` and ``seconds``,
+        or ``error``; ``approximate`` says whether the method is one that runs short documents exact
+
+    Returns
+    -------
+    dict
+        ``all``: the numbers over all samples. ``cells``: for each combination of labels the labels and the same
+        numbers. A sample that failed counts as failed and has no score. A sample that an approximate method ran exact
+        is counted (``exact``) and left out of the score, since it says nothing about the approximation;
+        ``score_with_exact`` has it in.
+    """
+    cells: dict[tuple[tuple[str, Any], ...], list[dict[str, Any]]] = {}
+    for result in results:
+        cells.setdefault(tuple(result["labels"].items()), []).append(result)
+    return {
+        "all": _numbers(results),
+        "cells": [{"labels": dict(labels), **_numbers(group)} for labels, group in cells.items()],
+    }
+
+
+def _numbers(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    answered = [result for result in results if "error" not in result]
+    scored = [result for result in answered if result["score"] is not None]
+    telling = [result["score"] for result in scored if not (result["exact"] and result["approximate"])]
+    return {
+        "samples": len(results),
+        "failed": len(results) - len(answered),
+        "exact": sum(result["exact"] and result["approximate"] for result in answered),
+        "score": _mean(telling),
+        "interval": bootstrap_interval(telling),
+        "score_with_exact": _mean([result["score"] for result in scored]),
+        "prefill_s": _mean([result["prefill_s"] for result in answered]),
+        "seconds": _mean([result["seconds"] for result in answered]),
+    }
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95% bootstrap interval of the mean (percentiles of resampled means); None for fewer than two values.
+
+    Always the same for the same values: resampling has a seed of its own.
+    """
+    if len(values) < 2:
+        return None
+    generator = np.random.default_rng(SEED)
+    numbers = np.asarray(values, dtype=np.float64)
+    means = [generator.choice(numbers, len(numbers)).mean() for _ in range(NUM_RESAMPLES)]
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,135 @@
+"""launch/eval.py on one and on two ranks: scores, files, what was stopped, what fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch_in_process import Ended, run_infer
+from tests.pool import Pools
+from tests.tiny_checkpoint import save_checkpoint
+
+SIZES = pytest.mark.parametrize("world_size", [1, 2])
+# A byte is a token here: the shortest document that holds the task has 260.
+GRID = ("task.num_tokens=[300,600]", "task.depth=[0,1]", "task.max_new_tokens=4")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("evaluation") / "model")
+
+
+def evaluate(pool: Pools, world_size: int, model_path: Path, output: Path, *overrides: str) -> list[Ended]:
+    arguments = [
+        f"model.path={model_path}",
+        "model.device=cpu",
+        f"eval.output={output}",
+        f"hydra.run.dir={output.parent}/run",
+        f"hydra.sweep.dir={output.parent}/sweep",
+        *overrides,
+    ]
+    return pool(world_size).run(run_infer, arguments, "", (), "eval", timeout=120)
+
+
+def samples(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+
+
+@SIZES
+def test_a_grid(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) -> None:
+    output = tmp_path / "out"
+    ended = evaluate(pool, world_size, model_path, output, *GRID, "method.hosts=2", "task.num_samples=2")
+    assert [rank.code for rank in ended] == [0] * world_size, ended[0].stderr
+    found = samples(output)
+    assert len(found) == 8 and len({sample["reference"] for sample in found}) == 8
+    for sample in found:
+        assert sample["score"] == float(sample["reference"] in sample["answer"])
+        assert sample["labels"]["length"] - 74 < sample["document_tokens"] <= sample["labels"]["length"]
+        assert sample["seconds"] >= sample["prefill_s"] > 0
+    summary = json.loads((output / "summary.json").read_text())
+    cells = [(cell["labels"]["length"], cell["labels"]["depth"], cell["samples"]) for cell in summary["cells"]]
+    assert cells == [(300, 0, 2), (300, 1, 2), (600, 0, 2), (600, 1, 2)]
+    assert summary["all"]["samples"] == 8 and summary["all"]["score"] is not None
+    assert summary["settings"]["method"]["hosts"] == 2 and summary["versions"]["torch"]
+    assert f"Results: {output}" in ended[0].stdout and "600" in ended[0].stdout
+    assert (output / "scores.png").exists()
+
+
+@SIZES
+def test_an_evaluation_goes_on_where_it_was(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) -> None:
+    output = tmp_path / "out"
+    overrides = (*GRID, "method.hosts=2")
+    evaluate(pool, world_size, model_path, output, *overrides)
+    whole = samples(output)
+    lines = (output / "samples.jsonl").read_text().splitlines(keepends=True)
+    (output / "samples.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed while it wrote the third
+    ended = evaluate(pool, world_size, model_path, output, *overrides)
+    assert ended[0].records[0]["metrics"]["resumed"] == 2
+    again = samples(output)
+    assert [(sample["id"], sample["answer"]) for sample in again] == [(s["id"], s["answer"]) for s in whole]
+    assert again[:2] == whole[:2]
+    refused = evaluate(pool, world_size, model_path, output, *overrides, "method.compressor=knorm")
+    assert refused[0].code == 2 and "method.compressor" in refused[0].stderr
+    assert samples(output) == again
+
+
+@SIZES
+def test_a_failing_sample_is_counted(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) -> None:
+    """The long documents have no place in the model; the short ones have blocks shorter than the anchor."""
+    output = tmp_path / "out"
+    overrides = (*GRID, "method.hosts=4", "method.anchor_length=80", "+model.overrides.max_position_embeddings=400")
+    ended = evaluate(pool, world_size, model_path, output, *overrides)
+    found = samples(output)
+    assert ["error" in sample for sample in found] == [False, False, True, True]
+    assert "max_position_embeddings=400" in found[2]["error"]
+    assert [rank.code for rank in ended] == [2] * world_size and "2 of 4 samples failed" in ended[0].stderr
+    numbers = json.loads((output / "summary.json").read_text())["all"]
+    assert (numbers["failed"], numbers["exact"], numbers["score"]) == (2, 2, None)
+
+
+def test_methods_on_the_same_samples(pool: Pools, model_path: Path, tmp_path: Path) -> None:
+    arguments = [
+        f"model.path={model_path}",
+        "model.device=cpu",
+        "-m",
+        "method=ring,apb",
+        *GRID,
+        f"hydra.sweep.dir={tmp_path}",
+    ]
+    arguments.append(f"eval.output='{tmp_path}/${{method.method}}'")
+    ended = pool(2).run(run_infer, arguments, "", (), "eval", timeout=120)
+    assert [record["status"] for record in ended[0].records] == ["ok", "ok"], ended[0].stderr
+    ring, apb = (samples(tmp_path / name) for name in ("ring", "apb"))
+    assert [sample["fingerprint"] for sample in ring] == [sample["fingerprint"] for sample in apb]
+    assert all(sample["exact"] for sample in ring)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "config", "parts"),
+    [
+        (("task=chat", "task.document=x"), "eval", ("task=chat", "launch/infer.py")),
+        (("task=passkey_grid",), "infer", ("several samples", "launch/eval.py")),
+        (("task.num_samples=3", "task.digits=12"), "eval", ("task.num_samples=3", "task.digits=random")),
+        (("task.depth=[0,2]",), "eval", ("task.depth=2", "[0, 1]")),
+        (("task.num_tokens=[]",), "eval", ("task.num_tokens", "at least")),
+        (("eval.overwrite=1",), "eval", ("eval.overwrite=1", "true or false")),
+    ],
+)
+@SIZES
+def test_what_cannot_be_evaluated(
+    pool: Pools,
+    model_path: Path,
+    tmp_path: Path,
+    overrides: tuple[str, ...],
+    config: str,
+    parts: tuple[str, ...],
+    world_size: int,
+) -> None:
+    arguments = [f"model.path={model_path}", "model.device=cpu", f"hydra.run.dir={tmp_path}/run", *overrides]
+    ended = pool(world_size).run(run_infer, arguments, "", (), config, timeout=60)
+    assert [rank.code for rank in ended] == [2] * world_size
+    for part in parts:
+        assert part in ended[0].stderr, ended[0].stderr
