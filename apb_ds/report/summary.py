@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 NUM_RESAMPLES = 10_000
+CHUNK = 100  # resamples at a time
 SEED = 0
 LEVEL = 0.95
 
@@ -26,7 +27,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ``all``: the numbers over all samples. ``cells``: for each combination of labels the labels and the same
         numbers. A sample that failed counts as failed and has no score. A sample that an approximate method ran exact
         is counted (``exact``) and left out of the score, since it says nothing about the approximation;
-        ``score_with_exact`` has it in.
+        ``score_with_exact`` has it in. ``measures``: mean and interval of each number in the results' ``measures``.
     """
     cells: dict[tuple[tuple[str, Any], ...], list[dict[str, Any]]] = {}
     for result in results:
@@ -40,8 +41,15 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _numbers(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     answered = [result for result in results if "error" not in result]
     scored = [result for result in answered if result["score"] is not None]
-    telling = [result["score"] for result in scored if not (result["exact"] and result["approximate"])]
+    approximated = [result for result in answered if not (result["exact"] and result["approximate"])]
+    telling = [result["score"] for result in approximated if result["score"] is not None]
+    names = dict.fromkeys(name for result in approximated for name in result.get("measures", ()))
+    measures = {}
+    for name in names:
+        values = [result["measures"][name] for result in approximated if result["measures"].get(name) is not None]
+        measures[name] = {"mean": _mean(values), "interval": bootstrap_interval(values)}
     return {
+        "measures": measures,
         "samples": len(results),
         "failed": len(results) - len(answered),
         "exact": sum(result["exact"] and result["approximate"] for result in answered),
@@ -62,8 +70,8 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
         return None
     generator = np.random.default_rng(SEED)
     numbers = np.asarray(values, dtype=np.float64)
-    means = [generator.choice(numbers, len(numbers)).mean() for _ in range(NUM_RESAMPLES)]
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    means = [generator.choice(numbers, (CHUNK, len(numbers))).mean(axis=1) for _ in range(NUM_RESAMPLES // CHUNK)]
+    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

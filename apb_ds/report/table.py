@@ -40,8 +40,9 @@ def _score_table(metrics: Record) -> Table:
     """Return the table of an evaluation: a row for each combination of labels, and one for all."""
     table = Table(box=box.SIMPLE_HEAD)
     names = list(metrics["cells"][0]["labels"])
-    for name in (*names, "samples", "score", "95% interval", "failed", "exact", "prefill s"):
-        table.add_column(name, justify="right")
+    shown = list(metrics["measures"]) or ["score", "95% interval"]
+    for name in (*names, "samples", *shown, "failed", "exact", "prefill s"):
+        table.add_column(name.replace("_", " "), justify="right")
     rows = [([str(cell["labels"].get(name, ABSENT)) for name in names], cell) for cell in metrics["cells"]]
     if len(rows) > 1:
         rows.append((["all", *[""] * (len(names) - 1)] if names else [], metrics))
@@ -52,10 +53,15 @@ def _score_table(metrics: Record) -> Table:
 
 def _score_cells(numbers: Record) -> list[str]:
     interval = numbers["interval"]
-    return [
-        _count(numbers["samples"]),
+    shown = [
         _percent(numbers["score"]),
         ABSENT if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}",
+    ]
+    if numbers["measures"]:
+        shown = [ABSENT if one["mean"] is None else f"{one['mean']:.4f}" for one in numbers["measures"].values()]
+    return [
+        _count(numbers["samples"]),
+        *shown,
         _count(numbers["failed"]),
         _count(numbers["exact"]),
         ABSENT if numbers["prefill_s"] is None else f"{numbers['prefill_s']:.2f}",
@@ -188,8 +194,12 @@ def _sweep_cells(record: Record) -> list[str]:
     metrics = record["metrics"]
     if "cells" in metrics:
         numbers = [ABSENT] * 9
-        numbers[3], numbers[7] = _score_cells(metrics)[5], format_bytes(metrics["peak_memory_bytes"])
-        return [*numbers[:-1], _percent(metrics["score"]), record["status"]]
+        numbers[3], numbers[7] = _score_cells(metrics)[-1], format_bytes(metrics["peak_memory_bytes"])
+        answer = _percent(metrics["score"])
+        if metrics["measures"]:
+            name, first = next(iter(metrics["measures"].items()))
+            answer = f"{name} {ABSENT if first['mean'] is None else format(first['mean'], '.4f')}"
+        return [*numbers[:-1], answer, record["status"]]
     correct = record["task"]["correct"]
     answer = ABSENT if correct is None else ("right" if correct else "wrong")
     if "lines" in metrics:

@@ -7,20 +7,21 @@ import functools
 import hashlib
 import json
 import logging
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from apb_ds.context import Context
 from apb_ds.report.answers import AnswerFile
 from apb_ds.report.figures import draw_scores
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
 from apb_ds.report.progress import BatchProgress, batch_progress
 from apb_ds.report.record import environment, write_json
 from apb_ds.report.summary import summarise
-from apb_ds.session.request import Answer, Run, usage_metrics
+from apb_ds.session.fidelity import compare_with_exact
+from apb_ds.session.request import Run, usage_metrics
 from apb_ds.session.steps import JobError
-from apb_ds.tasks import Sample
+from apb_ds.tasks import FidelityConfig, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -131,21 +132,30 @@ class _Evaluation:
     def _serve_sample(self, index: int) -> None:
         steps = self.run.steps
         sample = self.run.sample_from_first(lambda: self.samples[index])
+        work = self._compare if isinstance(self.task, FidelityConfig) else self._ask
         try:
-            context, answer = steps.together(functools.partial(self._ask, sample, index))
+            result = steps.together(functools.partial(work, sample, index))
         except JobError as error:
-            result: dict[str, Any] = {"error": str(error)}
-        else:
-            result = {
-                "answer": self.run.text_of(answer.tokens),
-                "exact": context.plan.exact,
-                "new_tokens": len(answer.tokens),
-                "prefill_s": round(context.prefill_s, 4),
-                "seconds": round(context.prefill_s + answer.query_s + answer.decode_s, 4),
-            }
+            result = {"error": str(error)}
         steps.from_first(functools.partial(self._append, index, result))
 
-    def _ask(self, sample: Sample, index: int) -> tuple[Context, Answer]:
+    def _compare(self, sample: Sample, index: int) -> dict[str, Any]:
+        """Compare with exact attention: there is no answer, but measures."""
+        began = time.perf_counter()
+        context, measures = compare_with_exact(self.run, sample)
+        if self.progress is not None:
+            self.progress.prefilled(2 * context.plan.num_tokens, context.plan.num_tokens)
+        per_layer = measures.pop("attention_errors")
+        return {
+            "answer": "",
+            "exact": context.plan.exact,
+            "measures": measures,
+            "attention_errors": per_layer,
+            "prefill_s": round(context.prefill_s, 4),
+            "seconds": round(time.perf_counter() - began, 4),
+        }
+
+    def _ask(self, sample: Sample, index: int) -> dict[str, Any]:
         run = self.run
         num_document, num_query = sample.document_ids.shape[1], sample.query_ids.shape[1]
         run.set_up(sample.query_position, num_document, num_query)
@@ -155,7 +165,14 @@ class _Evaluation:
         context = run.engine.prefill(sample.document_ids, sample.query_ids, max_positions=positions, progress=report)
         if self.progress is not None:
             self.progress.prefilled(num_document, num_document)
-        return context, run.answer(context, sample.query_ids, sample.max_new_tokens, sample.generate)
+        answer = run.answer(context, sample.query_ids, sample.max_new_tokens, sample.generate)
+        return {
+            "answer": run.text_of(answer.tokens),
+            "exact": context.plan.exact,
+            "new_tokens": len(answer.tokens),
+            "prefill_s": round(context.prefill_s, 4),
+            "seconds": round(context.prefill_s + answer.query_s + answer.decode_s, 4),
+        }
 
 
 def _prompt_digest(sample: Sample) -> str:

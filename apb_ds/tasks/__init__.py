@@ -5,12 +5,14 @@ from __future__ import annotations
 from apb_ds.tasks.base import Sample, TaskConfig, build_task_config, register_task, task_names
 from apb_ds.tasks.batch import BatchConfig
 from apb_ds.tasks.chat import ChatConfig
+from apb_ds.tasks.fidelity import FidelityConfig
 from apb_ds.tasks.passkey import PasskeyConfig
 from apb_ds.tasks.prompt import PromptConfig
 
 __all__ = [
     "BatchConfig",
     "ChatConfig",
+    "FidelityConfig",
     "PasskeyConfig",
     "PromptConfig",
     "Sample",

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import apb_ds
 from tests.launch_in_process import Ended, run_infer
 from tests.pool import Pools
 from tests.tiny_checkpoint import save_checkpoint
@@ -107,6 +110,55 @@ def test_methods_on_the_same_samples(pool: Pools, model_path: Path, tmp_path: Pa
     assert all(sample["exact"] for sample in ring)
 
 
+def expected_divergence(model_path: Path, text: str, **method: Any) -> dict[str, float]:
+    """Return the measures by hand: plain logits, an engine's logits, and the formulas written out."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[:, :240]
+    document, judged = ids[:, :200], ids[:, 200:]
+    with torch.no_grad():
+        exact = model(ids).logits[0, 200:].double()
+    engine = apb_ds.init_inference(model, apb_ds.APBConfig(**method))
+    ours = engine.query_logits(judged, context=engine.prefill(document))[0].double()
+    p, q = exact.softmax(-1), ours.softmax(-1)
+    chosen = q[torch.arange(39), judged[0, 1:]]
+    return {
+        "kl": float((p * (p / q).log()).sum(-1).mean()),
+        "top1": float((p.argmax(-1) == q.argmax(-1)).double().mean()),
+        "perplexity": float((-chosen.log().mean()).exp()),
+    }
+
+
+@SIZES
+def test_fidelity(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) -> None:
+    texts = {"sea.txt": "The sea is wide and the boat is small. ", "hill.txt": "Up the hill and down again we went. "}
+    (tmp_path / "texts").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "texts" / name).write_text(text * 8)
+    task = ("task=fidelity", f"task.texts={tmp_path}/texts", "task.num_tokens=200", "task.judged_tokens=40")
+    output = tmp_path / "out"
+    ended = evaluate(pool, world_size, model_path, output, *task, "method.hosts=4")
+    assert [rank.code for rank in ended] == [0] * world_size, ended[0].stderr
+    found = {sample["labels"]["text"]: sample for sample in samples(output)}
+    for name, text in texts.items():
+        measures = found[name]["measures"]
+        for measure, value in expected_divergence(model_path, text * 8, hosts=4).items():
+            assert measures[measure] == pytest.approx(value, rel=2e-3, abs=1e-4), measure
+        assert 0 < measures["attention_error"] < 1 and len(found[name]["attention_errors"]) == 3
+    table = ended[0].stdout
+    assert "kl" in table and "attention error" in table and "hill.txt" in table
+    # What is exact is no approximation: nothing differs.
+    exact = evaluate(pool, world_size, model_path, tmp_path / "exact", *task, "method=ring")
+    measures = exact[0].records[0]["metrics"]["measures"]
+    assert measures["kl"]["mean"] < 1e-6 and measures["top1"]["mean"] == 1.0
+    assert measures["attention_error"]["mean"] < 1e-4
+    # The query compressor observes with the document's own end.
+    observed = evaluate(
+        pool, world_size, model_path, tmp_path / "query", *task, "method.compressor=query", "method.hosts=2"
+    )
+    assert observed[0].code == 0, observed[0].stderr
+
+
 @pytest.mark.parametrize(
     ("overrides", "config", "parts"),
     [
@@ -115,6 +167,8 @@ def test_methods_on_the_same_samples(pool: Pools, model_path: Path, tmp_path: Pa
         (("task.num_samples=3", "task.digits=12"), "eval", ("task.num_samples=3", "task.digits=random")),
         (("task.depth=[0,2]",), "eval", ("task.depth=2", "[0, 1]")),
         (("task.num_tokens=[]",), "eval", ("task.num_tokens", "at least")),
+        (("task=fidelity", "task.texts=/nowhere/at/all"), "eval", ("task.texts", "/nowhere/at/all")),
+        (("task=fidelity", "task.num_tokens=500000"), "eval", ("task.num_tokens=500000", "tokens")),
         (("eval.overwrite=1",), "eval", ("eval.overwrite=1", "true or false")),
     ],
 )

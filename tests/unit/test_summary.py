@@ -53,6 +53,16 @@ def test_failed_and_unscored_samples() -> None:
     assert (nothing["score"], nothing["interval"], nothing["seconds"]) == (None, None, None)
 
 
+def test_measures() -> None:
+    results = [
+        result(None, measures={"kl": 0.1, "perplexity": None}),
+        result(None, measures={"kl": 0.3, "perplexity": 2.0}),
+    ]
+    results.append(result(None, measures={"kl": 9.0, "perplexity": 9.0}, exact=True))
+    measures = summarise(results)["all"]["measures"]
+    assert measures["kl"]["mean"] == pytest.approx(0.2) and measures["perplexity"] == {"mean": 2.0, "interval": None}
+
+
 def test_interval_covers_the_mean_as_often_as_it_says() -> None:
     draw = random.Random(0)
     hits = 0
