@@ -33,11 +33,12 @@ def serve_question(run: Run) -> dict[str, Any]:
         "decode_tokens_per_s": rate(new_tokens - 1, answer.decode_s),  # the first comes with the query
     }
     prediction, truth = run.text_of(answer.tokens), sample.ground_truth
+    score = settings.task.score(sample, prediction)
     task = {
         "name": settings.task.name,
         "ground_truth": truth,
         "prediction": prediction,
-        "correct": None if truth is None else truth in prediction,
+        "correct": None if score is None else score == 1.0,
         "random_ids": sample.random_ids,
         "query_position": sample.query_position,
         "streamed": streams,

@@ -8,6 +8,7 @@ from apb_ds.tasks.chat import ChatConfig
 from apb_ds.tasks.fidelity import FidelityConfig
 from apb_ds.tasks.passkey import PasskeyConfig
 from apb_ds.tasks.prompt import PromptConfig
+from apb_ds.tasks.synthetic import SyntheticConfig
 
 __all__ = [
     "BatchConfig",
@@ -16,6 +17,7 @@ __all__ = [
     "PasskeyConfig",
     "PromptConfig",
     "Sample",
+    "SyntheticConfig",
     "TaskConfig",
     "build_task_config",
     "register_task",

@@ -1,0 +1,14 @@
+"""Synthetic long documents with questions, to measure with and to train on.
+
+The kinds of task are those of RULER (arXiv 2404.06654); texts, vocabularies and code are this package's own.
+"""
+
+from __future__ import annotations
+
+from apb_ds.tasks.synthetic.documents import Document, Question
+from apb_ds.tasks.synthetic.generate import generate
+from apb_ds.tasks.synthetic.recipe import KINDS, Recipe
+from apb_ds.tasks.synthetic.scoring import score
+from apb_ds.tasks.synthetic.task import SyntheticConfig
+
+__all__ = ["KINDS", "Document", "Question", "Recipe", "SyntheticConfig", "generate", "score"]

@@ -1,0 +1,100 @@
+"""Documents that are lists of coded words, in which some words come up more often than the others."""
+
+from __future__ import annotations
+
+import math
+
+from apb_ds.tasks.synthetic.documents import Question
+from apb_ds.tasks.synthetic.draws import Draws
+from apb_ds.tasks.synthetic.recipe import Recipe
+from apb_ds.tasks.synthetic.words import Distinct, coded_word
+
+# Ranks among which the frequencies of `frequent_words` are shared out.
+NUM_RANKS = 1000
+# By how much a wanted word is ahead of the next one.
+MARGIN = 2
+TASKS = {
+    "frequent_words": "Below is a list of made-up words. I will ask afterwards which of them come up most often.",
+    "common_words": "Below is a numbered list of words. I will ask afterwards which of them come up most often.",
+}
+
+
+class ListLayout:
+    """A document of one list for each question, each of other words. Its units are the entries that can be spared.
+
+    Parameters
+    ----------
+    recipe : one of kind ``frequent_words`` or ``common_words``
+    seed : what determines every choice, together with kind and split
+    """
+
+    def __init__(self, recipe: Recipe, seed: tuple[int | str, ...]) -> None:
+        self.recipe = recipe
+        self._seed = seed
+        draws = Draws(*seed, "words")
+        self._words = Distinct(lambda: coded_word(draws, recipe.split))
+        self._shares = _shares(recipe.exponent or 2.0) if recipe.kind == "frequent_words" else []
+
+    @property
+    def minimum(self) -> int:
+        if self.recipe.kind == "common_words":
+            return self.recipe.num_questions
+        last = self.recipe.number("num_words") - 1
+        # The margins are least between the last wanted word and the next; rounding down takes up to one away.
+        return self.recipe.num_questions * math.ceil((MARGIN + 1) / (self._shares[last] - self._shares[last + 1]))
+
+    def text(self, count: int) -> str:
+        """Return the task and the lists, the entries of each in an order drawn for this count."""
+        lists = [self._list(index, count) for index in range(self.recipe.num_questions)]
+        return "\n\n".join([TASKS[self.recipe.kind], *lists])
+
+    def questions(self, count: int) -> tuple[Question, ...]:
+        """Return one question for each list: its `num_words` most frequent words, in the order of their frequency."""
+        return tuple(self._question(index) for index in range(self.recipe.num_questions))
+
+    def _question(self, index: int) -> Question:
+        num = self.recipe.number("num_words")
+        where = "the list" if self.recipe.num_questions == 1 else f"list {index + 1}"
+        which = "word comes" if num == 1 else f"{num} words come"
+        prefix = f"The {'word that comes' if num == 1 else f'{num} words that come'} up most often in {where}"
+        return Question(
+            f"Which {which} up most often in {where}?",
+            f"{prefix} {'is' if num == 1 else 'are'}",
+            tuple(self._word(index, rank) for rank in range(num)),
+        )
+
+    def _word(self, index: int, rank: int) -> str:
+        # The lists take turns, so that none has a word of another, however long they become.
+        return self._words[rank * self.recipe.num_questions + index]
+
+    def _list(self, index: int, count: int) -> str:
+        num_lists = self.recipe.num_questions
+        size = count // num_lists + (index < count % num_lists)
+        common = self.recipe.kind == "common_words"
+        ranks = self._common_ranks(size) if common else _frequent_ranks(self._shares, size)
+        entries = [self._word(index, rank) for rank in ranks]
+        Draws(*self._seed, "order", index, size).shuffle(entries)
+        head = "" if num_lists == 1 else f"List {index + 1}:\n"
+        if common:
+            return head + "\n".join(f"{place}. {entry}" for place, entry in enumerate(entries, 1))
+        return head + " ".join(entries)
+
+    def _common_ranks(self, size: int) -> list[int]:
+        """Return the common words with all their entries, and `size` entries of others."""
+        num, times = self.recipe.number("num_words"), self.recipe.number("rare_times")
+        common = list(range(num)) * self.recipe.number("common_times")
+        return common + [num + entry // times for entry in range(size)]
+
+
+def _shares(exponent: float) -> list[float]:
+    """Return each rank's share of a list, proportional to rank ** -exponent."""
+    weights = [rank**-exponent for rank in range(1, NUM_RANKS + 1)]
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def _frequent_ranks(shares: list[float], size: int) -> list[int]:
+    """Return `size` ranks, each as often as its share says, rounded down; what is left over are words of one entry."""
+    ranks = [rank for rank, share in enumerate(shares) for _ in range(int(share * size))]
+    first = ranks[-1] + 1
+    return ranks + list(range(first, first + size - len(ranks)))
