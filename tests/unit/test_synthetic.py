@@ -11,7 +11,10 @@ import torch
 
 from apb_ds.tasks import SyntheticConfig, build_task_config
 from apb_ds.tasks.synthetic import KINDS, Document, Recipe, generate, score
-from apb_ds.tasks.synthetic.words import ADJECTIVES_OF, FIRST_SYLLABLES_OF, NOUNS_OF
+from apb_ds.tasks.synthetic.draws import Draws
+from apb_ds.tasks.synthetic.filler import NOISE, PLACES_OF, ROLES_OF, TEMPLATES_OF, TIMES_OF
+from apb_ds.tasks.synthetic.lists import ListLayout
+from apb_ds.tasks.synthetic.words import ADJECTIVES_OF, FIRST_SYLLABLES_OF, NOUNS_OF, number
 from tests.tiny_checkpoint import byte_tokenizer
 from tests.unit.smollm2 import smollm2_tokenizer
 
@@ -61,6 +64,67 @@ def test_splits_share_no_word_that_is_asked_for(kind: str) -> None:
     assert not set(FIRST_SYLLABLES_OF["train"]) & set(FIRST_SYLLABLES_OF["eval"])
     for lists in (ADJECTIVES_OF, NOUNS_OF):
         assert not set(lists["train"]) & set(lists["eval"]) and min(map(len, lists.values())) >= 80
+
+
+def test_splits_share_no_sentence() -> None:
+    for of in (TEMPLATES_OF, ROLES_OF, PLACES_OF, TIMES_OF, NOISE):
+        train, evaluation = of["train"], of["eval"]
+        assert len({*train, *evaluation}) == len(train) + len(evaluation)
+    assert sum(map(len, TEMPLATES_OF.values())) >= 60
+    for filler in ("prose", "noise"):
+        texts = (make("single", split=split, filler=filler, num_tokens=20000).text for split in ("train", "eval"))
+        train, evaluation = (set(text.partition("\n\n")[2].split(". ")) for text in texts)
+        assert not train & evaluation
+
+
+def test_splits_share_no_choice() -> None:
+    """The same seed draws other values, at other depths."""
+    depths, values = [], []
+    for split in ("train", "eval"):
+        documents = [make("single", seed, split=split, num_tokens=2500) for seed in range(20)]
+        depths.append([asked_depth(document) for document in documents])
+        values.append({document.questions[0].answers for document in documents})
+    assert not values[0] & values[1]
+    assert sum(abs(one - other) > 0.05 for one, other in zip(*depths, strict=True)) >= 10
+
+
+def test_draws_stay_as_they_are() -> None:
+    """Whatever the version of Python: results are compared across machines by their seed."""
+    draws = Draws("eval", 3)
+    order = list(range(8))
+    draws.shuffle(order)
+    drawn = [draws.below(1000), draws.choose("abcdef"), draws.sample(1000, 3), draws.sample(4, 3), order]
+    assert drawn == [552, "e", [969, 591, 980], [3, 2, 0], [2, 1, 7, 5, 6, 4, 0, 3]]
+    assert number(Draws(0)) == "3594159"
+
+
+@ALL_KINDS
+def test_nothing_more_would_fit(kind: str) -> None:
+    recipe = Recipe(kind=kind)
+    tried: dict[str, int] = {}
+
+    def length(text: str) -> int:
+        tried[text] = len(text)
+        return len(text)
+
+    document = generate(recipe, 0, LENGTH, length)
+    longer = sorted(num for num in tried.values() if num > LENGTH)
+    shorter = max(num for num in tried.values() if num <= LENGTH)
+    assert tried[document.text] == shorter
+    # The shortest of those that are too long has one unit more.
+    assert longer and longer[0] - shorter < 160
+
+
+@pytest.mark.parametrize(("kind", "filler"), [case for case in CASES if case[1]])
+def test_a_key_is_named_only_where_it_is_meant(kind: str, filler: str) -> None:
+    document = make(kind, filler=filler)
+    (question,) = document.questions
+    for answer in question.answers:
+        # A variable is set once, and once another is set to it, except for the last of the chain.
+        times = len(re.findall(rf"(?<!\w){answer}(?!\w)", document.text))
+        assert times == 1 if kind != "variables" else times == 1 + (answer != question.answers[-1])
+    things = re.findall(r"the ([a-z]+ [a-z]+ of [A-Z][a-z]+)", question.query)
+    assert all(document.text.count(key) == (4 if kind == "multivalue" else 1) for key in things)
 
 
 @pytest.mark.parametrize(("kind", "filler"), [case for case in CASES if case[0] in ("single", "multikey_words")])
@@ -137,14 +201,38 @@ def test_most_frequent_words(kind: str, num_questions: int) -> None:
     assert num == (3 if kind == "frequent_words" else 10)
 
 
-def test_needles_are_anywhere() -> None:
-    """Depths are uniform: their mean over 200 documents is a half, give or take three standard errors."""
-    depths = []
-    for seed in range(200):
-        document = make("single", seed, num_tokens=2500)
-        depths.append(document.text.index(document.questions[0].answers[0]) / len(document.text))
-    assert abs(sum(depths) / 200 - 0.53) < 3 * (1 / 12 / 200) ** 0.5  # the task in front moves them by a little
-    assert min(depths) < 0.15 and max(depths) > 0.9
+@pytest.mark.parametrize("num_words", [1, 3, 6])
+@pytest.mark.parametrize("exponent", [1.2, 2, 3])
+def test_the_margin_holds_in_the_shortest_list(num_words: int, exponent: float) -> None:
+    layout = ListLayout(Recipe(kind="frequent_words", num_words=num_words, exponent=exponent), ("eval", 0))
+    for count in range(layout.minimum, layout.minimum + 20):
+        words = layout.text(count).partition("\n\n")[2].split()
+        ranked = Counter(words).most_common()
+        assert len(words) == count and ranked[num_words - 1][1] >= ranked[num_words][1] + 2
+        assert {word for word, _ in ranked[:num_words]} == set(layout.questions(count)[0].answers)
+
+
+def asked_depth(document: Document) -> float:
+    """Where the answer stands in the part of the text after the task: 0 is its start, 1 its end."""
+    body = document.text.partition("\n\n")[2]
+    return body.index(document.questions[0].answers[0]) / len(body)
+
+
+@pytest.mark.parametrize(("kind", "filler"), [("single", "prose"), ("multikey_words", "needles")])
+def test_needles_asked_for_are_anywhere(kind: str, filler: str) -> None:
+    """Depths are uniform: each fifth has a fifth of 300 documents, within four standard deviations of the count."""
+    depths = [asked_depth(make(kind, seed, num_tokens=3000, filler=filler)) for seed in range(300)]
+    fifths = Counter(int(depth * 5) for depth in depths)
+    assert set(fifths) == set(range(5))
+    assert all(abs(num - 60) < 4 * (300 * 0.2 * 0.8) ** 0.5 for num in fifths.values()), fifths
+
+
+def test_frequent_and_common_words_are_spread_over_the_list() -> None:
+    for kind in ("frequent_words", "common_words"):
+        document = make(kind, num_tokens=20000)
+        words = re.findall(r"\b[a-z]{6}\b", document.text.partition("\n\n")[2])
+        places = [place for place, word in enumerate(words) if word == document.questions[0].answers[0]]
+        assert abs(sum(places) / len(places) / len(words) - 0.5) < 4 * (1 / 12 / len(places)) ** 0.5
 
 
 def test_values_cannot_be_guessed() -> None:
@@ -157,6 +245,8 @@ def test_values_cannot_be_guessed() -> None:
     [
         ("It is 123.", ["123"], 1.0),
         ("It is 51234.", ["123"], 0.0),
+        ("It is 5123.", ["123"], 0.0),
+        ("It is 1234.", ["123"], 0.0),
         ("123, 456", ["123", "456"], 1.0),
         ("123", ["123", "456"], 0.5),
         ("KAVOMI and bedoru", ["kavomi", "BEDORU"], 1.0),
@@ -241,6 +331,10 @@ def test_random_ids_without_a_tokenizer() -> None:
         ({"kind": "multivalue", "num_needles": 1, "num_questions": 2}, ["at least the 2"]),
         ({"kind": "common_words", "common_times": 3}, ["task.common_times=3", "above"]),
         ({"kind": "frequent_words", "exponent": 1}, ["task.exponent=1", "above 1"]),
+        ({"kind": "frequent_words", "num_words": 1000}, ["task.num_words=1000", "below 1000"]),
+        ({"kind": "variables", "num_chains": 1, "num_questions": 2}, ["task.num_chains=1", "at least the 2"]),
+        ({"kind": "multivalue", "num_values": 1}, ["task.num_values=1", "at least 2"]),
+        ({"kind": "common_words", "rare_times": True}, ["task.rare_times=True", "at least 1"]),
         ({"kindd": "single"}, ["kindd", "Did you mean 'kind'?"]),
     ],
 )
@@ -254,3 +348,21 @@ def test_bad_values(values: dict[str, Any], parts: list[str]) -> None:
 def test_too_short_to_hold_the_task() -> None:
     with pytest.raises(ValueError, match=r"task.num_tokens=50 cannot hold the task: at its shortest .* raise"):
         make("single", num_tokens=50)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("multivalue", {"num_values": 10**9}),
+        ("variables", {"num_chains": 10**9}),
+        ("variables", {"num_hops": 10**9, "filler": "needles"}),
+        ("multiquery", {"num_questions": 10**9}),
+        ("frequent_words", {"num_words": 900, "exponent": 8}),
+        ("common_words", {"common_times": 10**9}),
+    ],
+)
+def test_far_too_much_is_refused_before_a_text_is_made(kind: str, options: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"task.num_tokens=6000 cannot hold the task: it needs \d{8,} needles or words"
+    ):
+        make(kind, **options)

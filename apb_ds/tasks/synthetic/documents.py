@@ -51,6 +51,10 @@ class Layout(Protocol):
     def minimum(self) -> int:
         """With how many units the task makes sense at least."""
 
+    @property
+    def num_needed(self) -> int:
+        """How many needles or words every text has at least; told without making one."""
+
     def text(self, count: int) -> str:
         """Return the text with `count` units."""
 
@@ -73,6 +77,12 @@ def longest(layout: Layout, num_tokens: int, length: Callable[[str], int]) -> Do
     ValueError
         If not even the fewest units fit.
     """
+    # None of them has less than a token. A text that is far too long would take all memory to be measured.
+    if layout.num_needed > num_tokens:
+        raise ValueError(
+            f"task.num_tokens={num_tokens} cannot hold the task: it needs {layout.num_needed} needles or words; raise "
+            "task.num_tokens, or ask for less."
+        )
     low, high = layout.minimum, None
     text = layout.text(low)
     tokens = length(text)

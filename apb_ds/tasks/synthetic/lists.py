@@ -6,11 +6,9 @@ import math
 
 from apb_ds.tasks.synthetic.documents import Question
 from apb_ds.tasks.synthetic.draws import Draws
-from apb_ds.tasks.synthetic.recipe import Recipe
+from apb_ds.tasks.synthetic.recipe import NUM_RANKS, Recipe
 from apb_ds.tasks.synthetic.words import Distinct, coded_word
 
-# Ranks among which the frequencies of `frequent_words` are shared out.
-NUM_RANKS = 1000
 # By how much a wanted word is ahead of the next one.
 MARGIN = 2
 TASKS = {
@@ -42,6 +40,12 @@ class ListLayout:
         last = self.recipe.number("num_words") - 1
         # The margins are least between the last wanted word and the next; rounding down takes up to one away.
         return self.recipe.num_questions * math.ceil((MARGIN + 1) / (self._shares[last] - self._shares[last + 1]))
+
+    @property
+    def num_needed(self) -> int:
+        if self.recipe.kind == "frequent_words":
+            return self.minimum
+        return self.recipe.num_questions * (self.recipe.number("num_words") * self.recipe.number("common_times") + 1)
 
     def text(self, count: int) -> str:
         """Return the task and the lists, the entries of each in an order drawn for this count."""

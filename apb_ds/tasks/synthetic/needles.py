@@ -61,6 +61,16 @@ class NeedleLayout:
     def minimum(self) -> int:
         return self.recipe.num_groups if self._filler is None else 0
 
+    @property
+    def num_needed(self) -> int:
+        return self.recipe.num_groups * self._group_size
+
+    @property
+    def _group_size(self) -> int:
+        names = {"variables": "num_hops", "multivalue": "num_values"}
+        number = self.recipe.number(names[self.recipe.kind]) if self.recipe.kind in names else 1
+        return number + (self.recipe.kind == "variables")
+
     def text(self, count: int) -> str:
         """Return the text: each needle where its depth puts it among `count` sentences or among the other needles."""
         groups = self._first(self._num_groups(count))
@@ -95,15 +105,13 @@ class NeedleLayout:
         return self._groups[:num]
 
     def _group(self, index: int) -> Group:
-        kind = self.recipe.kind
+        kind, size = self.recipe.kind, self._group_size
         if kind == "variables":
-            size = self.recipe.number("num_hops") + 1
             value = self._values[index]
             names = [self._keys[index * size + place] for place in range(size)]
             sources = [value, *names]
             needles = [f"Set {name} to {source}." for name, source in zip(names, sources, strict=False)]
             return Group(value, tuple(names), tuple(needles), self._depths(size))
-        size = self.recipe.number("num_values") if kind == "multivalue" else 1
         key = self._keys[index]
         values = tuple(self._values[index * size + place] for place in range(size))
         return Group(key, values, tuple(_needle(kind, key, value) for value in values), self._depths(size))

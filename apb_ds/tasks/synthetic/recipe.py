@@ -23,6 +23,8 @@ SMALLEST = {
     "rare_times": 1,
 }
 MAX_EXPONENT = 8
+# Ranks among which the frequencies of `frequent_words` are shared out.
+NUM_RANKS = 1000
 # Tokens for what a model says besides the answers.
 SPARE_TOKENS = 16
 
@@ -162,6 +164,8 @@ class Recipe:
                     f"task.{name}={value} must be at least the {self.num_asked} that are asked for; raise it or lower "
                     "task.num_questions."
                 )
+        if self.kind == "frequent_words" and self.number("num_words") >= NUM_RANKS:
+            raise ValueError(f"task.num_words={self.num_words} must be below {NUM_RANKS} for task.kind={self.kind}.")
         if self.kind == "common_words" and self.number("common_times") <= self.number("rare_times"):
             raise ValueError(
                 f"task.common_times={self.number('common_times')} must be above task.rare_times="
