@@ -191,10 +191,10 @@ class _Batch:
             return None
         queries, longest = [], 0
         for index, line in valid:
-            ids = encode_query(run.tokenizer, document, line.query)
             new_tokens = line.max_new_tokens or task.max_new_tokens
-            positions = len(document.ids) + len(ids) + new_tokens
             try:
+                ids = encode_query(run.tokenizer, document, line.query)
+                positions = len(document.ids) + len(ids) + new_tokens
                 check_positions(run.loaded.model, positions)
             except ValueError as error:
                 self._reports[index] = str(error)
