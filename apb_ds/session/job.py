@@ -15,6 +15,7 @@ from apb_ds.tasks import TaskConfig, build_task_config
 
 SECTIONS = ("model", "method", "task", "parallel", "eval", "seed", "debug")
 PARALLEL_KEYS = ("timeout_s",)
+MAX_SEED = 2**63 - 1  # torch takes 64 bits, and a batch adds a number to it for each line
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def read_settings(values: dict[str, Any]) -> Settings:
     check_integer("parallel.timeout_s", timeout_s, 1)
     seed = values.get("seed") or 0
     check_integer("seed", seed, 0)
+    if seed > MAX_SEED:
+        raise ValueError(f"seed={seed} must be an integer of at most {MAX_SEED}.")
     task = build_task_config(dict(values.get("task") or {}))
     evaluation = None
     if "eval" in values:

@@ -60,7 +60,7 @@ class Session:
         self.group = group
         self.console = console or make_console()
         self.error_console = error_console or make_console(to_stderr=True)
-        self.stdin = stdin or sys.stdin
+        self.stdin = stdin or sys.stdin or io.StringIO()  # Python has none where it is closed
         self.records: list[dict[str, Any]] = []
         self._owns_group = group is None
         self._loaded: tuple[ModelConfig, LoadedModel] | None = None

@@ -59,6 +59,8 @@ def read_text(field: str, value: str) -> str:
         If the file is not there, cannot be read, is not UTF-8 or has no text in it.
     """
     if value == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise ValueError(f"{field}=-: standard input is closed; pipe the text into it, or give @FILE.")
         try:
             text = _decoded(f"{field}=-: standard input", _read_once(sys.stdin))
         except OSError as error:
