@@ -43,7 +43,7 @@ class OneByOneLauncher(BasicLauncher):
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
             try:
                 returned += super().launch([overrides], number)
-            except (HydraException, OmegaConfBaseException) as error:
+            except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: model=5
                 if _on_failure is None:
                     raise
                 _on_failure(number, overrides, Path(str(self.config.hydra.sweep.dir)) / str(number), error)

@@ -28,7 +28,7 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.core.plugins import Plugins  # noqa: E402
 from hydra.errors import HydraException, MissingConfigException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
-from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException  # noqa: E402
 
 from apb_ds.config import suggest  # noqa: E402
 from hydra_plugins import apb_ds_sweep  # noqa: E402
@@ -38,11 +38,13 @@ if TYPE_CHECKING:
 
 FAILED_EXIT = 2  # bad input, or a job of a sweep that failed
 CRASH_EXIT = 1
+INTERRUPTED_EXIT = 130  # as shells have it for SIGINT
 FIRST_RANK_GRACE_S = 10
 QUOTING_HINT = (
     "A text with commas, colons, equals signs, quotes or brackets wants quotes of its own inside the shell's: "
     "'task.query=\"Who, and when?\"'; or put it into a file: task.query=@question.txt."
 )
+INTERPOLATION_HINT = "A text with ${ in it is written with \\${, or put into a file: task.query=@question.txt."
 
 Task = Callable[[DictConfig], None]
 BadJob = Callable[["Job", str], None]
@@ -75,9 +77,14 @@ def run_hydra(config_name: str, task: Task, finish: Callable[[], bool], bad_job:
         arguments = _without_traces(arguments, scratch)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the process lives)
         logging.getLogger().setLevel(logging.ERROR)
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        # What a model says must not fail, on the first rank alone, for a terminal that cannot show it.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.argv = [sys.argv[0], *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on; they are formatted here, once
     _quiet_environment(debug)
+
+    tell = None if bad_job is None else _telling(bad_job, debug)
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     def main(config: DictConfig) -> None:
@@ -88,6 +95,11 @@ def run_hydra(config_name: str, task: Task, finish: Callable[[], bool], bad_job:
         try:
             quiet_imports()
             task(config)
+        except OmegaConfBaseException as error:  # values are resolved when a job is made of them
+            runtime = HydraConfig.get()
+            if tell is None or OmegaConf.is_missing(runtime.job, "num"):
+                raise SystemExit(_say_once(describe(error))) from None
+            tell(runtime.job.num, runtime.overrides.task, Path(runtime.runtime.output_dir), error)
         except Exception as error:
             from apb_ds.ops.memory import is_out_of_memory
 
@@ -98,18 +110,28 @@ def run_hydra(config_name: str, task: Task, finish: Callable[[], bool], bad_job:
             raise SystemExit(CRASH_EXIT) from None
 
     Plugins.instance()  # runs the modules of plugins anew, once; what is set in them before that is lost
-    apb_ds_sweep.on_failure(None if bad_job is None else _telling(bad_job, debug))
+    apb_ds_sweep.on_failure(tell)
     try:
         main()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:  # a job's own have ended above
         if debug and rank() == 0:
             traceback.print_exc()
         return _say_once(describe(error))
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print("Interrupted.", file=sys.stderr, flush=True)
+        return INTERRUPTED_EXIT
     return 0 if finish() else _wait_for_first_rank()
 
 
 def job_of(config: DictConfig) -> Job:
-    """Return a composed config as a job, which has a directory on the first rank."""
+    """Return a composed config as a job, which has a directory on the first rank.
+
+    Raises
+    ------
+    OmegaConfBaseException
+        For an interpolation that leads nowhere.
+    """
     from apb_ds.session.job import Job
 
     values = OmegaConf.to_container(config, resolve=True)
@@ -134,6 +156,8 @@ def overrides_of(arguments: Sequence[str]) -> dict[str, str]:
 
 def describe(error: Exception) -> str:
     """Return a composition error for people: what is wrong, and the nearest right name where there is one."""
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
+        return f"the run's directory cannot be written ({error}); set hydra.run.dir, or hydra.sweep.dir with -m."
     message = str(error).strip()
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and str(cause).strip() not in message:
@@ -144,6 +168,8 @@ def describe(error: Exception) -> str:
         return f"{group}={name} is not known; use one of {', '.join(names)}.{suggest(name, names)}"
     if "Ambiguous value" in message or type(error).__name__ == "OverrideParseException":
         message += "\n" + QUOTING_HINT
+    if isinstance(error, InterpolationResolutionError):
+        message += "\n" + INTERPOLATION_HINT
     unknown = re.search(r"Key '(\w+)' is not in struct\s+full_key: ([\w.]+)", message)
     if unknown:
         section = unknown.group(2).rpartition(".")[0]
