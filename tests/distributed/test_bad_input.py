@@ -89,11 +89,14 @@ CASES: dict[str, Case] = {
     "unknown schedule": Case((*PROMPT, "method.schedule=zigzak"), ("schedule='zigzak'", "Did you mean 'zigzag'?")),
     "unknown method": Case((*PROMPT, "method.method=abp"), ("method='abp'", "apb, star", "Did you mean 'apb'?")),
     "unknown method file": Case(
-        (*PROMPT, "method=starr"), ("method=starr", "apb, star", "Did you mean 'star'?"), composes=False
+        (*PROMPT, "method=starr"), ("method=starr", "apb, dense, ring, star", "Did you mean 'star'?"), composes=False
     ),
     "unknown exp": Case((*PROMPT, "+exp=llama_128"), ("exp=llama_128", "Did you mean 'llama_128k'?"), composes=False),
     "unknown task": Case(("task=promt",), ("task=promt", "Did you mean 'prompt'?"), composes=False),
     "unknown key": Case((*PROMPT, "method.host=4"), ("host", "Did you mean 'hosts'?"), composes=False),
+    "an interpolation that leads nowhere": Case(
+        (*PROMPT, "task.query=${task.nothing}"), ("task.nothing", "not found"), composes=False
+    ),
     "an unquoted comma": Case((*PROMPT, "task.query=Who, and when?"), ("Ambiguous", "@question.txt"), composes=False),
     "a kernel that is not installed": Case(
         (*PROMPT, "method.kernel=flash_attn2"), ("flash_attn2", "flash_attn", "pip install", "[flash]")
