@@ -120,8 +120,14 @@ class Session:
 
     def _serve(self, job: Job, settings: Settings) -> dict[str, Any]:
         if self.group is None:
-            with contextlib.redirect_stdout(io.StringIO()):  # deepspeed tells here what it has compiled
-                self.group = world_group(settings.timeout_s)
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):  # deepspeed tells here what it has compiled
+                    self.group = world_group(settings.timeout_s)
+            except RuntimeError as error:  # each rank finds this by itself: they have not met
+                raise JobError(
+                    f"the ranks could not join their group: {(str(error).strip() or repr(error)).splitlines()[0]} Is the port in use? "
+                    "Give the launcher another --master_port."
+                ) from error
         steps = Steps(self.group, debug=job.debug)
         steps.from_first(settings.task.check_sources)
         loaded = steps.together(lambda: self._model(settings.model), local=True)

@@ -123,6 +123,17 @@ def test_sweep_goes_on_after_a_failed_job(session: Session, tmp_path: Path, caps
     assert table.count("failed") == 2
 
 
+def test_ranks_that_cannot_join(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(timeout_s: float) -> None:
+        raise RuntimeError("The server socket has failed to listen: port 29500.\nA page of advice.")
+
+    monkeypatch.setattr("apb_ds.session.session.world_group", refuse)
+    session = Session()
+    assert session.run(Job(values()))["status"] == "failed" and session.has_failed
+    said = capsys.readouterr().err
+    assert "port 29500" in said and "--master_port" in said and "advice" not in said and "Traceback" not in said
+
+
 def test_another_model_is_loaded_anew(session: Session) -> None:
     session.run(Job(values()))
     first = session._loaded
