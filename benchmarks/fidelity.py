@@ -14,7 +14,6 @@ import hashlib
 import random
 import statistics
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +26,13 @@ from apb_ds import APBConfig, init_inference
 from apb_ds.engine import APBEngine
 from apb_ds.loading import ModelConfig, load_model
 from apb_ds.report.record import environment, write_json
+from apb_ds.tasks import FidelityConfig
 
 OBSERVERS = 64
 SEEDS = 5
 BOOTSTRAP_DRAWS = 10_000
-STDLIB = Path(sysconfig.get_paths()["stdlib"])
 # Prose, code and tables that come with any Python.
-DEFAULT_TEXTS = tuple(
-    STDLIB / name
-    for name in (
-        "typing.py",
-        "tarfile.py",
-        "argparse.py",
-        "_pydecimal.py",
-        "pydoc_data/topics.py",
-        "html/entities.py",
-        "unittest/mock.py",
-        "email/_header_value_parser.py",
-    )
-)
+DEFAULT_TEXTS = tuple(FidelityConfig().files())
 
 
 def settings_to_compare(hosts: int) -> dict[str, list[dict[str, Any]]]:

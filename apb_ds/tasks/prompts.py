@@ -123,11 +123,6 @@ def encode_next_turn(tokenizer: Any, query: str, last_id: int) -> list[int]:
     return ids
 
 
-def document_length(tokenizer: Any, document: str) -> int:
-    """Return how many tokens the document has, template included."""
-    return len(encode_document(tokenizer, document).ids)
-
-
 def has_template(tokenizer: Any) -> bool:
     """Return whether the tokenizer knows how its model chats."""
     return bool(getattr(tokenizer, "chat_template", None))
