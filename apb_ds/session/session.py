@@ -124,9 +124,10 @@ class Session:
                 with contextlib.redirect_stdout(io.StringIO()):  # deepspeed tells here what it has compiled
                     self.group = world_group(settings.timeout_s)
             except RuntimeError as error:  # each rank finds this by itself: they have not met
+                why = (str(error).strip() or repr(error)).splitlines()[0]
                 raise JobError(
-                    f"the ranks could not join their group: {(str(error).strip() or repr(error)).splitlines()[0]} Is the port in use? "
-                    "Give the launcher another --master_port."
+                    f"the ranks could not join their group: {why} Is the port in use? Give the launcher another "
+                    "--master_port."
                 ) from error
         steps = Steps(self.group, debug=job.debug)
         steps.from_first(settings.task.check_sources)
