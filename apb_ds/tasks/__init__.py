@@ -8,6 +8,7 @@ from apb_ds.tasks.chat import ChatConfig
 from apb_ds.tasks.fidelity import FidelityConfig
 from apb_ds.tasks.passkey import PasskeyConfig
 from apb_ds.tasks.prompt import PromptConfig
+from apb_ds.tasks.ruler import RulerConfig
 from apb_ds.tasks.synthetic import SyntheticConfig
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FidelityConfig",
     "PasskeyConfig",
     "PromptConfig",
+    "RulerConfig",
     "Sample",
     "SyntheticConfig",
     "TaskConfig",

@@ -1,0 +1,115 @@
+"""lm-evaluation-harness' own code for RULER: its settings, modules and metrics, kept from downloading anything."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+RULER = "lm_eval.tasks.ruler"
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """What the harness says of a task.
+
+    Attributes
+    ----------
+    module, function : where its samples are made
+    metric : the function that scores an answer
+    max_new_tokens : tokens of an answer at most
+    delimiter : what is between prompt and prefix of the answer where there is no chat template
+    """
+
+    name: str
+    module: str
+    function: str
+    metric: str
+    max_new_tokens: int
+    delimiter: str
+
+
+def check_installed() -> None:
+    """Raise RuntimeError unless the harness and what its RULER tasks import are there."""
+    for package in ("lm_eval", "wonderwords", "nltk", "scipy"):
+        if importlib.util.find_spec(package) is None:
+            raise RuntimeError(
+                f"task=ruler needs lm-evaluation-harness and what it uses: the package {package} is missing; "
+                "install it with: pip install -e '.[eval]'"
+            )
+
+
+def harness_version() -> str:
+    """Return the version of the installed harness."""
+    from importlib.metadata import version
+
+    return version("lm_eval")
+
+
+@functools.cache
+def read_task(name: str) -> HarnessTask:
+    """Return what the harness' own configuration says of a task."""
+    check_installed()
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    folder = Path(str(importlib.import_module(RULER).__path__[0]))
+    values = load_yaml(folder / f"{name.removeprefix('ruler_')}.yaml", resolve_func=False)
+    module, function = Path(values["custom_dataset"]).name.split(".")
+    return HarnessTask(
+        name=name,
+        module=module,
+        function=function,
+        metric=Path(values["process_results"]).name.split(".")[1],
+        max_new_tokens=values["generation_kwargs"]["max_gen_toks"],
+        delimiter=values["target_delimiter"],
+    )
+
+
+def score(task: HarnessTask, references: tuple[str, ...], prediction: str) -> float:
+    """Return the harness' score of an answer, in [0, 1]."""
+    metric = getattr(load_module("common_utils"), task.metric)
+    length = 0  # the metric files its score under the length of the prompt
+    return float(metric({"max_length": length, "outputs": list(references)}, [prediction])[str(length)])
+
+
+def load_module(name: str) -> ModuleType:
+    """Import one of the harness' modules; the one that would download a sentence splitter then and there does not."""
+    check_installed()
+    import nltk
+
+    with replaced(nltk, download=lambda *_, **__: False), quiet():
+        return importlib.import_module(f"{RULER}.{name}")
+
+
+@contextlib.contextmanager
+def replaced(module: ModuleType, **names: Any) -> Iterator[None]:
+    """Give names of a module other values for a while."""
+    kept = {name: getattr(module, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back what the harness prints and warns of."""
+    harness = logging.getLogger("lm_eval")
+    level = harness.level
+    harness.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        harness.setLevel(level)
