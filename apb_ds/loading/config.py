@@ -37,6 +37,8 @@ class ModelConfig:
         Whether a hub repository may run its own code. Default false.
     tokenizer : str or None
         Where the tokenizer is, if not where the model is.
+    adapter : str or None
+        A peft adapter to merge into the weights: a local directory, ``package://<package>/<directory>`` or a hub id.
 
     Raises
     ------
@@ -53,16 +55,18 @@ class ModelConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
     tokenizer: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.device", self.device, DEVICES)
         check_choice("model.load_format", self.load_format, LOAD_FORMATS)
         check_bool("model.trust_remote_code", self.trust_remote_code)
-        for name in ("path", "tokenizer"):
+        for name in ("path", "tokenizer", "adapter"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                raise ValueError(f"model.{name}={value!r} must be a directory, a .gguf file or a hub id.")
+                file = "" if name == "adapter" else ", a .gguf file"
+                raise ValueError(f"model.{name}={value!r} must be a directory{file} or a hub id.")
         for name in ("geometry", "overrides"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"model.{name}={getattr(self, name)!r} must be a mapping of config fields.")
@@ -80,6 +84,8 @@ class ModelConfig:
                     f"model.num_layers={self.num_layers} needs model.load_format=dummy: real weights are used with all "
                     "their layers."
                 )
+        if self.adapter is not None and self.is_dummy:
+            raise ValueError(f"model.adapter={self.adapter!r} needs real weights; leave out model.load_format=dummy.")
         if self.path is None and not self.is_dummy:
             raise ValueError("model.path is missing: give a directory, a .gguf file or a hub id.")
         if self.path is None and not self.geometry:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from apb_ds.loading.adapter import merge_adapter
 from apb_ds.loading.config import ModelConfig
 from apb_ds.loading.damage import find_damage
 from apb_ds.loading.geometry import USE_A_DECODER, keep_layers, make_config, override_config, read_config
@@ -132,7 +133,10 @@ def _read_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     _check_keys(config.path, info)
     tokenizer = read_tokenizer(config, directory)
     check_tokenizer(config, tokenizer, model.get_input_embeddings().num_embeddings)
-    return model.to(device), tokenizer, config.path
+    model, source = model.to(device), config.path
+    if config.adapter is not None:
+        model, source = merge_adapter(model, config.adapter), f"{source} with {config.adapter}"
+    return model, tokenizer, source
 
 
 def _explain(directory: Path | None, model_config: Any, error: Exception) -> str:

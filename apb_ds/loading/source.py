@@ -37,7 +37,8 @@ def find_model(path: str, *, weights: bool = True, download: bool = True, field:
         Saying what is missing and every place that was looked at.
     """
     if path.startswith(PACKAGE_SCHEME):
-        return _converted(path, _package_file(path, field), field)
+        place = package_path(path, field)
+        return _checked_directory(path, place, weights, field) if place.is_dir() else _converted(path, place, field)
     local = expand_home(path)
     if local.is_dir():
         return _checked_directory(path, local, weights, field)
@@ -80,10 +81,17 @@ def expand_home(path: str) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def _package_file(path: str, field: str) -> Path:
+def package_path(path: str, field: str) -> Path:
+    """Return where the file or folder is that ``package://<package>/<path>`` names.
+
+    Raises
+    ------
+    ValueError
+        If the package or the file is not there, saying where it looked.
+    """
     package, _, name = path.removeprefix(PACKAGE_SCHEME).partition("/")
     if not package.isidentifier() or not name:
-        raise ValueError(f"{field}={path!r} must look like package://<package>/<file>.gguf.")
+        raise ValueError(f"{field}={path!r} must look like package://<package>/<path in it>.")
     # A top-level package is found without running any of its code, which may want things that are not installed.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -93,9 +101,9 @@ def _package_file(path: str, field: str) -> Path:
         )
     places = [Path(location) / name for location in spec.submodule_search_locations]
     for place in places:
-        if place.is_file():
+        if place.exists():
             return place
-    raise ValueError(f"{field}={path!r}: no such file; looked for {', '.join(map(str, places))}.")
+    raise ValueError(f"{field}={path!r}: no such file or folder; looked for {', '.join(map(str, places))}.")
 
 
 def _checked_directory(path: str, directory: Path, weights: bool, field: str) -> Path:
@@ -164,7 +172,7 @@ def _find_on_hub(repo: str, local: Path, weights: bool, download: bool, field: s
         looked.append("not the hub, because HF_HUB_OFFLINE is set")
     elif download:
         try:
-            return _download(repo, weights)
+            return _download(repo, [item for item in HUB_FILES if weights or item != "*.safetensors"])
         except Exception as error:  # the hub client raises a dozen unrelated kinds; all mean: not from there
             looked.append(f"the hub {constants.ENDPOINT} ({kind_and_line(error)})")
     dummy = ", or use model.load_format=dummy for random weights of the same shape" if field == "model.path" else ""
@@ -186,11 +194,38 @@ def _cached_snapshot(repo: str, field: str) -> Path | None:
         raise ValueError(f"{field}={repo!r} is no local directory and no hub id: {kind_and_line(error)}") from error
 
 
-def _download(repo: str, weights: bool) -> Path:
+def find_on_hub(repo: str, files: tuple[str, ...], field: str) -> Path:
+    """Return the local copy of a hub repository, of which only these files are fetched; the first one is a must.
+
+    Raises
+    ------
+    ValueError
+        Saying every place that was looked at.
+    """
+    from huggingface_hub import constants
+
+    looked = [f"the directory {expand_home(repo).absolute()} (not there)"]
+    cached = _cached_snapshot(repo, field)
+    if cached is not None and (cached / files[0]).is_file():
+        return cached
+    looked.append(f"the hub cache {constants.HF_HUB_CACHE} (without {files[0] if cached else 'the repository'})")
+    if constants.HF_HUB_OFFLINE:
+        looked.append("not the hub, because HF_HUB_OFFLINE is set")
+    else:
+        try:
+            return _download(repo, list(files))
+        except Exception as error:  # the hub client raises a dozen unrelated kinds; all mean: not from there
+            looked.append(f"the hub {constants.ENDPOINT} ({kind_and_line(error)})")
+    raise ValueError(
+        f"{field}={repo!r} is not at hand. Looked in: {'; '.join(looked)}. Download it once (hf download {repo}), or "
+        f"set {field} to a local directory."
+    )
+
+
+def _download(repo: str, patterns: list[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     # One quick question first: with no network the download itself would go through its many retries.
     HfApi().model_info(repo, timeout=HUB_TIMEOUT_S)
-    patterns = [pattern for pattern in HUB_FILES if weights or pattern != "*.safetensors"]
     options: dict[str, Any] = {"allow_patterns": patterns, "etag_timeout": HUB_TIMEOUT_S}
     return Path(snapshot_download(repo, **options))

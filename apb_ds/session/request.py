@@ -24,7 +24,7 @@ from apb_ds.tasks import Sample
 # What a run can change without changing what is answered.
 IRRELEVANT_METHOD_KEYS = ("schedule", "shard_anchor", "kernel")
 IRRELEVANT_TASK_KEYS = ("input", "output", "overwrite")
-RELEVANT_MODEL_KEYS = ("path", "tokenizer", "load_format", "num_layers", "overrides")
+RELEVANT_MODEL_KEYS = ("path", "tokenizer", "adapter", "load_format", "num_layers", "overrides")
 
 
 @dataclass

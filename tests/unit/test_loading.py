@@ -103,7 +103,7 @@ def test_bad_dummy(changes: dict[str, Any], parts: tuple[str, ...]) -> None:
         ("./model.gguf", ("no such file",)),
         ("package://no_such_package/file.gguf", ("no_such_package is not installed", "pip install")),
         ("package://json/file.gguf", ("no such file", "json/file.gguf")),
-        ("package://", ("package://<package>/<file>.gguf",)),
+        ("package://", ("package://<package>/<path in it>",)),
         ("somebody/not-there", ("directory", "hub cache", "HF_HUB_OFFLINE", "load_format=dummy")),
         ("two words", ("no local directory and no hub id",)),
     ],

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
-from apb_ds.loading.source import _package_file
+from apb_ds.loading.source import package_path
 from tests import models
 from tests.tiny_checkpoint import byte_tokenizer, save_checkpoint
 from tests.unit.smollm2 import PATH, smollm2_directory
@@ -502,7 +502,7 @@ def test_cut_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: floa
     """Cut in the fields, in the vocabulary, in the tensors; these are quantized."""
     smollm2_directory()
     monkeypatch.setenv("APB_DS_CACHE", str(tmp_path / "cache"))
-    content = _package_file(PATH, "model.path").read_bytes()
+    content = package_path(PATH, "model.path").read_bytes()
     file = tmp_path / "cut.gguf"
     file.write_bytes(content[: int(keep if keep > 1 else keep * len(content))])
     message = refusal(file)

@@ -1,0 +1,99 @@
+"""Adapters (peft) that change a model's weights: found where models are, checked, merged into the weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from apb_ds.loading.source import PACKAGE_SCHEME, expand_home, find_on_hub, package_path
+from apb_ds.loading.wording import kind_and_line
+from apb_ds.ops.memory import is_out_of_memory
+
+FIELD = "model.adapter"
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+SHOWN_KEYS = 3
+
+
+def merge_adapter(model: Any, path: str) -> Any:
+    """Return the model with an adapter merged into its weights: as fast as the plain one, and of the same class.
+
+    Parameters
+    ----------
+    model : transformers PreTrainedModel on its device; its weights are changed
+    path : as `ModelConfig.adapter`
+
+    Raises
+    ------
+    ValueError
+        If the adapter is not found (saying where it looked), is damaged, was made for another model, or cannot be
+        merged.
+    RuntimeError
+        If peft is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise RuntimeError(f"{FIELD} needs the package peft; install it with: pip install -e '.[eval]'")
+    directory = find_adapter(path)
+    try:
+        return _merge(model, directory, path)
+    except Exception as error:  # of many kinds, from peft, safetensors, torch and pickle
+        if is_out_of_memory(error) or str(error).startswith(FIELD):
+            raise
+        raise ValueError(
+            f"{FIELD}={path!r}: peft cannot put {directory} into a {type(model).__name__} ({kind_and_line(error)}); "
+            "use one that was made for this model."
+        ) from error
+
+
+def find_adapter(path: str) -> Path:
+    """Return the directory of an adapter, downloaded first if it is a hub id that is not in the cache.
+
+    Raises
+    ------
+    ValueError
+        If there is none, saying what is missing where.
+    """
+    if path.startswith(PACKAGE_SCHEME):
+        return _checked(path, package_path(path, FIELD))
+    local = expand_home(path)
+    if local.is_dir():
+        return _checked(path, local)
+    return _checked(path, find_on_hub(path, (CONFIG_FILE, *WEIGHT_FILES), FIELD))
+
+
+def _checked(path: str, directory: Path) -> Path:
+    weights = " or ".join(WEIGHT_FILES)
+    missing = [] if (directory / CONFIG_FILE).is_file() else [CONFIG_FILE]
+    missing += [] if any((directory / name).is_file() for name in WEIGHT_FILES) else [weights]
+    if missing:
+        raise ValueError(
+            f"{FIELD}={path!r}: {directory.absolute()} is no adapter, it lacks {', '.join(missing)}; point it to a "
+            "folder that peft's save_pretrained wrote."
+        )
+    return directory
+
+
+def _merge(model: Any, directory: Path, path: str) -> Any:
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(directory))
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{FIELD}={path!r} is of the type {config.peft_type.value}, which adds tokens and has no weights to merge; "
+            "use one that changes weights, such as LoRA."
+        )
+    config.inference_mode = True
+    weights = load_peft_weights(str(directory), device=str(model.device))
+    adapted = PeftModel(model, config)
+    expected = set(get_peft_model_state_dict(adapted))
+    differing = sorted(expected ^ set(weights))
+    if differing:  # peft only warns of these, and a model without them answers as if nothing was wrong
+        what = "lacks" if differing[0] in expected else "has, and the model has not,"
+        more = f" and {len(differing) - SHOWN_KEYS} more" if len(differing) > SHOWN_KEYS else ""
+        raise ValueError(
+            f"{FIELD}={path!r} does not fit this model: it {what} {', '.join(differing[:SHOWN_KEYS])}{more}; use one "
+            "that was made for this model."
+        )
+    set_peft_model_state_dict(adapted, weights)
+    return adapted.merge_and_unload(safe_merge=True)

@@ -1,0 +1,142 @@
+"""Adapters: what merging gives, and what is said of one that is missing, damaged or made for another model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from apb_ds.loading import ModelConfig, load_model
+from tests import tiny_checkpoint
+
+peft = pytest.importorskip("peft")
+IDS = torch.arange(12).reshape(1, 12)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint.save_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter that changes what the model says."""
+    return save_adapter(checkpoint, tmp_path_factory.mktemp("adapter"))
+
+
+def save_adapter(checkpoint: Path, directory: Path, **config: Any) -> Path:
+    model = load_model(ModelConfig(path=str(checkpoint), device="cpu")).model
+    torch.manual_seed(0)
+    config = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **config}
+    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config)).save_pretrained(directory)
+    return directory
+
+
+def load(checkpoint: Path, adapter: Path | str | None = None, **values: Any) -> Any:
+    return load_model(ModelConfig(path=str(checkpoint), device="cpu", adapter=adapter and str(adapter), **values))
+
+
+@torch.no_grad()
+def test_merged_logits_are_those_of_peft_and_the_class_stays(checkpoint: Path, adapter: Path) -> None:
+    plain = load(checkpoint).model
+    expected = peft.PeftModel.from_pretrained(load(checkpoint).model, adapter)(IDS).logits
+    loaded = load(checkpoint, adapter)
+    torch.testing.assert_close(loaded.model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected, plain(IDS).logits, atol=1e-2)
+    assert type(loaded.model) is type(plain)
+    assert {name for name, _ in loaded.model.named_parameters()} == {name for name, _ in plain.named_parameters()}
+    assert str(adapter) in loaded.source
+
+
+def test_an_adapter_in_a_package_is_found(
+    checkpoint: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "weights_of_mine"
+    shutil.copytree(adapter, package / "lora")
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded = load(checkpoint, "package://weights_of_mine/lora")
+    expected = load(checkpoint, adapter)
+    assert torch.equal(loaded.model(IDS).logits, expected.model(IDS).logits)
+
+
+def _without_a_tensor(directory: Path) -> None:
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, file)
+
+
+def _with_another_shape(directory: Path) -> None:
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: torch.zeros(4, 7)}, file)
+
+
+def _for_other_modules(directory: Path) -> None:
+    file = directory / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "target_modules": ["query_key_value"]}))
+
+
+def _without_weights(directory: Path) -> None:
+    (directory / "adapter_model.safetensors").unlink()
+
+
+def _cut_short(directory: Path) -> None:
+    (directory / "adapter_model.safetensors").write_bytes(b"\x00" * 16)
+
+
+DAMAGES = [
+    (_without_a_tensor, ("does not fit this model: it lacks", "lora_A")),
+    (_with_another_shape, ("cannot put", "made for this model")),
+    (_for_other_modules, ("cannot put", "query_key_value")),
+    (_without_weights, ("is no adapter", "adapter_model.safetensors or adapter_model.bin")),
+    (_cut_short, ("cannot put",)),
+]
+
+
+@pytest.mark.parametrize(("damage", "parts"), DAMAGES, ids=lambda item: getattr(item, "__name__", ""))
+def test_damaged_adapters_are_named(
+    checkpoint: Path, adapter: Path, tmp_path: Path, damage: Any, parts: tuple[str, ...]
+) -> None:
+    damaged = shutil.copytree(adapter, tmp_path / "damaged")
+    damage(damaged)
+    with pytest.raises(ValueError, match=r"model\.adapter=") as raised:
+        load(checkpoint, damaged)
+    assert all(part in str(raised.value) for part in parts)
+
+
+def test_prompt_tuning_cannot_be_merged(checkpoint: Path, tmp_path: Path) -> None:
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    peft.get_peft_model(load(checkpoint).model, config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter=.*PROMPT_TUNING.*no weights to merge"):
+        load(checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("nowhere/adapter", ("Looked in", "HF_HUB_OFFLINE")),
+        ("package://apb_ds/no/such", ("no such file or folder",)),
+        ("package://not_installed_here/x", ("is not installed",)),
+    ],
+)
+def test_places_that_were_looked_at_are_told(
+    checkpoint: Path, path: str, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"model\.adapter=") as raised:
+        load(checkpoint, path)
+    assert all(part in str(raised.value) for part in parts)
+
+
+def test_dummy_weights_take_no_adapter() -> None:
+    with pytest.raises(ValueError, match=r"model\.adapter='x' needs real weights"):
+        ModelConfig(path="x", load_format="dummy", adapter="x")
