@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import importlib
 import os
+import socket
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 DEFAULT_TIMEOUT_S = 300
+LOOPBACK = "127.0.0.1"
 
 
 def _comm() -> Any:
@@ -195,6 +197,25 @@ def world_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> SequenceGroup:
         return SequenceGroup()
     share_cpu_cores()
     deepspeed_comm_ready(timeout_s)
+    return SequenceGroup.of(torch.distributed.group.WORLD)
+
+
+def training_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> SequenceGroup:
+    """Return the group of all ranks, joined even where there is one alone: DeepSpeed trains within a group only.
+
+    Parameters
+    ----------
+    timeout_s : float, seconds
+        How long a collective may take before the process group gives up.
+    """
+    if launched_world_size() == 1 and not torch.distributed.is_initialized():
+        with socket.socket() as free:
+            free.bind((LOOPBACK, 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
+        os.environ.update(alone)
+    deepspeed_comm_ready(timeout_s)
+    share_cpu_cores()
     return SequenceGroup.of(torch.distributed.group.WORLD)
 
 

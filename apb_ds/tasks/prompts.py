@@ -101,20 +101,21 @@ def encode_query(tokenizer: Any, document: EncodedDocument, query: str, answer_p
     return encode_after(tokenizer, document.end, render_query(tokenizer, _stripped(query)) + answer_prefix)
 
 
-def encode_next_turn(tokenizer: Any, query: str, last_id: int) -> list[int]:
+def encode_next_turn(tokenizer: Any, query: str, last_id: int, answer_prefix: str = "") -> list[int]:
     """Return the ids of a further query in a conversation, from the end of the answer before it.
 
     Parameters
     ----------
     last_id : the last token of that answer. The template closes an answer with an end token, which the model has
         generated itself if it was not cut short.
+    answer_prefix : what the answer is opened with
 
     Raises
     ------
     ValueError
         If there is nothing in the query.
     """
-    ids = encode_after(tokenizer, NEUTRAL, _render_next_turn(tokenizer, _stripped(query)))
+    ids = encode_after(tokenizer, NEUTRAL, _render_next_turn(tokenizer, _stripped(query)) + answer_prefix)
     if len(ids) > 1 and ids[0] == last_id:
         return ids[1:]
     # Some templates put a space before the end token.

@@ -30,10 +30,10 @@ LAYERS = (
     "rounds",
     "engine",
     "entry",
-    "training",
     "tasks",
     "report",
     "session",
+    "training",
     "bench",
 )
 # Who may import what: everywhere else these are violations.

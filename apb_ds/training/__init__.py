@@ -1,0 +1,1 @@
+"""Training with DeepSpeed: what evaluation needs and no published checkpoint gives."""

@@ -1,0 +1,137 @@
+"""What each step trains on: determined by seed, step and rank, so a run that goes on sees what it would have seen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from apb_ds.tasks.prompts import encode_document
+from apb_ds.tasks.synthetic.draws import Draws
+from apb_ds.tasks.synthetic.generate import generate
+from apb_ds.training.conversations import Conversation, make_conversation
+from apb_ds.training.mixture import Mixture
+
+# Set aside for a question and its answer; those that do not fit are left out.
+TURN_TOKENS = 96
+# How many recipes may be too long for a length before that is taken to be so for all of them.
+MAX_DRAWS = 200
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Conversations of about the same length.
+
+    Attributes
+    ----------
+    input_ids : (conversations, tokens), int64, on the CPU; padded behind, where no token that counts looks
+    is_answer : (conversations, tokens), bool: which tokens the model is to say
+    kinds : of the documents
+    """
+
+    input_ids: Tensor
+    is_answer: Tensor
+    kinds: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long documents are in the course of training.
+
+    Attributes
+    ----------
+    shortest, longest : tokens of a conversation
+    growth : share of the steps over which the longest one grows to `longest`; after that, they are drawn evenly
+    """
+
+    shortest: int
+    longest: int
+    growth: float
+
+    def draw(self, progress: float, draws: Draws) -> int:
+        """Return a length; `progress` is the share of the steps that are done."""
+        grown = min(1.0, progress / self.growth) if self.growth else 1.0
+        limit = self.shortest * (self.longest / self.shortest) ** grown
+        if grown == 1.0:
+            return self.shortest + draws.below(self.longest - self.shortest + 1)
+        return int(self.shortest * math.exp(draws.fraction() * math.log(limit / self.shortest)))
+
+
+class Batches(Dataset[Batch]):
+    """The batch of each step.
+
+    Parameters
+    ----------
+    mixture : what documents are made of
+    lengths : how long they are
+    tokenizer : transformers tokenizer
+    num_steps : in all
+    num_tokens : of a batch at most, padding included
+    seed : integer; with step and rank it determines a batch
+    rank : of this process
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        lengths: Lengths,
+        tokenizer: Any,
+        num_steps: int,
+        num_tokens: int,
+        *,
+        seed: int,
+        rank: int = 0,
+    ) -> None:
+        self._mixture = mixture
+        self._lengths = lengths
+        self._tokenizer = tokenizer
+        self._num_steps = num_steps
+        self._num_tokens = num_tokens
+        self._seed = seed
+        self._rank = rank
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __getitem__(self, step: int) -> Batch:
+        draws = Draws("training", self._seed, step, self._rank)
+        length = self._lengths.draw(step / self._num_steps, draws)
+        num = max(1, self._num_tokens // length)
+        pairs = [self._conversation(draws, f"{self._seed}.{step}.{self._rank}.{index}", length) for index in range(num)]
+        return _padded([pair[1] for pair in pairs], tuple(pair[0] for pair in pairs), self._tokenizer.eos_token_id)
+
+    def _conversation(self, draws: Draws, seed: str, length: int) -> tuple[str, Conversation]:
+        for _ in range(MAX_DRAWS):
+            recipe = self._mixture.draw(draws)
+            room = length - TURN_TOKENS * recipe.num_questions
+            if room < TURN_TOKENS:
+                continue
+            try:
+                document = generate(recipe, seed, room, self._length)
+            except ValueError:  # this recipe makes no document as short as this
+                continue
+            made = make_conversation(self._tokenizer, document, length)
+            if made is not None:
+                return recipe.kind, made
+        raise ValueError(f"train.mixture has no recipe for a document of {length} tokens; raise train.min_length.")
+
+    def _length(self, text: str) -> int:
+        return len(encode_document(self._tokenizer, text).ids)
+
+
+def _padded(conversations: list[Conversation], kinds: tuple[str, ...], padding_id: int) -> Batch:
+    longest = max(len(conversation.ids) for conversation in conversations)
+    input_ids = torch.full((len(conversations), longest), padding_id, dtype=torch.int64)
+    is_answer = torch.zeros(input_ids.shape, dtype=torch.bool)
+    for row, conversation in enumerate(conversations):
+        input_ids[row, : len(conversation.ids)] = torch.tensor(conversation.ids)
+        is_answer[row, : len(conversation.ids)] = torch.tensor(conversation.is_answer)
+    return Batch(input_ids, is_answer, kinds)

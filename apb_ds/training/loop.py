@@ -1,0 +1,121 @@
+"""The optimiser's part of training, which is DeepSpeed's: mixed precision, gradients of all ranks, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NEVER = 1_000_000_000  # steps between lines that DeepSpeed prints by itself
+STEP_KEY = "step"
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """AdamW with a linear warm-up and a cosine to zero.
+
+    Attributes
+    ----------
+    steps, warmup_steps : how many
+    learning_rate, weight_decay : AdamW's
+    clip : norm of all gradients at most
+    """
+
+    steps: int
+    warmup_steps: int
+    learning_rate: float
+    weight_decay: float
+    clip: float
+
+
+class Trainer:
+    """A module under DeepSpeed's engine, with data parallelism over all ranks. Frozen parameters stay as they are.
+
+    Parameters
+    ----------
+    module : nn.Module
+        On its device; calling it gives the losses of a batch, (conversations,).
+    optimisation : Optimisation
+    dtype : torch.dtype
+        Of the module. In half precision the optimiser keeps a float32 copy of what is trained.
+    directory : Path
+        Where checkpoints are; the newest one is kept.
+
+    Attributes
+    ----------
+    step : how many steps are done, those of a resumed run included
+    """
+
+    def __init__(self, module: nn.Module, optimisation: Optimisation, dtype: torch.dtype, directory: Path) -> None:
+        self._directory = directory
+        self._engine = _engine(module, optimisation, dtype)
+        self.step = 0
+
+    def resume(self) -> int:
+        """Take over the newest checkpoint, if there is one; return the number of steps that are done."""
+        if (self._directory / "latest").is_file():
+            with contextlib.redirect_stdout(io.StringIO()):
+                # What is frozen is not in a checkpoint: it came with the model.
+                _, state = self._engine.load_checkpoint(str(self._directory), load_module_strict=False)
+            self.step = int(state[STEP_KEY])
+        return self.step
+
+    def train(self, *inputs: Tensor) -> Tensor:
+        """Do one step; return the losses of this rank's batch, (conversations,), float32."""
+        losses = self._engine(*inputs)
+        self._engine.backward(losses.mean())
+        self._engine.step()
+        self.step += 1
+        return losses.detach()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self._engine.get_lr()[0])
+
+    def save(self, *, is_first: bool) -> None:
+        """Write a checkpoint and remove older ones, all ranks together; `is_first` on one of them."""
+        tag = f"step-{self.step}"
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine.save_checkpoint(
+                str(self._directory), tag=tag, client_state={STEP_KEY: self.step}, exclude_frozen_parameters=True
+            )
+        if is_first:
+            for folder in self._directory.glob("step-*"):
+                if folder.name != tag:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _engine(module: nn.Module, optimisation: Optimisation, dtype: torch.dtype) -> Any:
+    import deepspeed
+    from transformers import get_cosine_schedule_with_warmup
+
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay, betas=(0.9, 0.95)
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": optimisation.clip,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "steps_per_print": NEVER,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=parameters,
+            optimizer=optimizer,
+            lr_scheduler=lambda wrapped: get_cosine_schedule_with_warmup(
+                wrapped, optimisation.warmup_steps, optimisation.steps
+            ),
+            config=config,
+        )
+    return engine
