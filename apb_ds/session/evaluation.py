@@ -81,7 +81,9 @@ class _Evaluation:
         """Make the samples and open the output; return the places of those that have no score yet."""
         run, evaluation = self.run, self.run.settings.evaluation
         assert evaluation is not None
-        self.samples = list(self.task.samples(run.tokenizer, run.vocab_size, run.settings.seed))
+        max_positions = getattr(run.loaded.model.config, "max_position_embeddings", None)
+        task = self.task.fitted(max_positions)
+        self.samples = list(task.samples(run.tokenizer, run.vocab_size, run.settings.seed))
         if not self.samples:
             raise ValueError(f"task={self.task.name} has no samples with these settings.")
         settings = run.answer_settings()
@@ -105,7 +107,9 @@ class _Evaluation:
             result["score"] = self.task.score(sample, result["answer"])
         reference = list(sample.answers) or sample.ground_truth
         lengths = {"document_tokens": sample.document_ids.shape[1], "query_tokens": sample.query_ids.shape[1]}
-        self.answers.append(index, {"labels": sample.labels, "reference": reference, **lengths, **result})
+        self.answers.append(
+            index, {"labels": sample.labels, "reference": reference, **lengths, **sample.notes, **result}
+        )
         self.progress.line_done(failed="error" in result)
 
     def _finish(self, usage: dict[str, Any]) -> dict[str, Any]:

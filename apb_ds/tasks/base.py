@@ -27,6 +27,7 @@ class Sample:
     random_ids : whether the ids are random, for want of a tokenizer
     answers : all that is wanted of an answer, where that is more than one string or not `ground_truth` word for word
     labels : what scores are grouped by, such as the kind of question and the depth of a needle
+    notes : what is written beside the answer, such as where the sample comes from
     """
 
     document_ids: Tensor
@@ -38,6 +39,7 @@ class Sample:
     random_ids: bool = False
     answers: tuple[str, ...] = ()
     labels: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class TaskConfig:
@@ -50,6 +52,10 @@ class TaskConfig:
 
     def check_sources(self) -> None:
         """Raise ValueError if something that the settings point to is not there. On the first rank, before loading."""
+
+    def fitted(self, max_positions: int | None) -> TaskConfig:
+        """Return the settings for a model of so many positions (None: no limit), for tasks that fit samples to it."""
+        return self
 
     def samples(self, tokenizer: Any | None, vocab_size: int, seed: int) -> Iterator[Sample]:
         """Yield the samples; without a tokenizer, of random ids below `vocab_size`."""

@@ -1,0 +1,11 @@
+"""InfiniteBench (arXiv 2402.13718): its 12 tasks, read from the benchmark's own files.
+
+`names` lists the tasks and how long their answers are, `rows` reads and checks the files, `prompts` makes document and
+query of a row and cuts what is too long, `scoring` scores answers, and `config` holds the settings.
+"""
+
+from __future__ import annotations
+
+from apb_ds.tasks.infinitebench.config import InfiniteBenchConfig
+
+__all__ = ["InfiniteBenchConfig"]
