@@ -28,6 +28,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         numbers. A sample that failed counts as failed and has no score. A sample that an approximate method ran exact
         is counted (``exact``) and left out of the score, since it says nothing about the approximation;
         ``score_with_exact`` has it in. ``measures``: mean and interval of each number in the results' ``measures``.
+        ``prefill_flops``: mean operations of a prefill, over all ranks and of the slowest one.
     """
     cells: dict[tuple[tuple[str, Any], ...], list[dict[str, Any]]] = {}
     for result in results:
@@ -56,9 +57,19 @@ def _numbers(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "score": _mean(telling),
         "interval": bootstrap_interval(telling),
         "score_with_exact": _mean([result["score"] for result in scored]),
+        "prefill_flops": _mean_flops(answered),
         "prefill_s": _mean([result["prefill_s"] for result in answered]),
         "seconds": _mean([result["seconds"] for result in answered]),
     }
+
+
+def _mean_flops(answered: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Return the mean operations of a prefill over the samples where they were counted."""
+    counted = [result["flops"] for result in answered if result.get("flops")]
+    if not counted:
+        return None
+    names = ("total", "slowest_rank")
+    return {name: sum(flops[name] for flops in counted) / len(counted) for name in names}
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:

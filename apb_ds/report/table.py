@@ -41,7 +41,7 @@ def _score_table(metrics: Record) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     names = list(metrics["cells"][0]["labels"])
     shown = list(metrics["measures"]) or ["score", "95% interval"]
-    for name in (*names, "samples", *shown, "failed", "exact", "prefill s"):
+    for name in (*names, "samples", *shown, "failed", "exact", "prefill TFLOP", "prefill s"):
         table.add_column(name.replace("_", " "), justify="right")
     rows = [([str(cell["labels"].get(name, ABSENT)) for name in names], cell) for cell in metrics["cells"]]
     if len(rows) > 1:
@@ -64,6 +64,7 @@ def _score_cells(numbers: Record) -> list[str]:
         *shown,
         _count(numbers["failed"]),
         _count(numbers["exact"]),
+        format_tflop(numbers["prefill_flops"] and numbers["prefill_flops"]["total"]),
         ABSENT if numbers["prefill_s"] is None else f"{numbers['prefill_s']:.2f}",
     ]
 
@@ -95,12 +96,22 @@ def _rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
         ("anchor / passing length", cut if not metrics["exact"] else "exact: every earlier token is passed"),
         *([("turns", _count(metrics["turns"]))] if "turns" in metrics else []),
         ("prefill", f"{_seconds(metrics['prefill_s'])}, {_rate(metrics['prefill_tokens_per_s'])}"),
+        *_flops_rows(metrics),
         ("decode", f"{_count(metrics['new_tokens'])} tokens, {_rate(metrics['decode_tokens_per_s'])}"),
         ("sent per rank", " / ".join(format_bytes(number) for number in sorted(set(sent), reverse=True))),
         ("peak memory per rank", format_bytes(metrics["peak_memory_bytes"])),
         ("kernels", ", ".join(dict.fromkeys(record["kernels"].values()))),
         ("model loaded in", _seconds(record["model"]["load_s"])),
     ]
+
+
+def _flops_rows(metrics: Record) -> list[tuple[str, str]]:
+    """Return how much a prefill computes; nothing where that is not counted (conversations, other architectures)."""
+    flops = metrics.get("prefill_flops")
+    if flops is None:
+        return []
+    total, slowest = (format_tflop(flops[name]) for name in ("total", "slowest_rank"))
+    return [("prefill TFLOP, all ranks / slowest", f"{total} / {slowest}")]
 
 
 def _batch_rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
@@ -227,6 +238,14 @@ def format_bytes(number: int) -> str:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.2f} GiB"
+
+
+def format_tflop(number: float | None) -> str:
+    """Return operations in units of 10**12, to three digits."""
+    if number is None:
+        return ABSENT
+    tera = number / 1e12
+    return f"{tera:,.0f}".replace(",", " ") if tera >= 1000 else f"{tera:.3g}"
 
 
 def _count(number: int) -> str:
