@@ -1,4 +1,4 @@
-"""Figures of an evaluation: a heat map over two labels, bars otherwise."""
+"""Figures: of an evaluation a heat map over two labels, or bars; of several what is compared, and curves."""
 
 from __future__ import annotations
 
@@ -74,3 +74,101 @@ def _draw_bars(axes: Any, cells: Sequence[dict[str, Any]]) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 105)
     axes.set_xlabel("score")
+
+
+def draw_comparison(path: Path, comparison: dict[str, Any]) -> None:
+    """Draw each job's mean with its interval for every cell and over all, as PNG.
+
+    Parameters
+    ----------
+    comparison : as `compare_results` returns it
+
+    Raises
+    ------
+    RuntimeError
+        Without matplotlib.
+    """
+    figure = _new_figure(8, 1.5 + 0.25 * len(comparison["cells"]) * (len(comparison["jobs"]) + 1))
+    axes = figure.subplots()
+    measure, jobs = comparison["measures"][0], [job["name"] for job in comparison["jobs"]]
+    for number, job in enumerate(jobs):
+        points = [
+            (row + 0.7 * (number + 0.5) / len(jobs) - 0.35, *numbers)
+            for row, cell in enumerate(comparison["cells"])
+            if job in cell["jobs"] and (numbers := mean_and_interval(cell["jobs"][job], measure))[0] is not None
+        ]
+        rows, means, intervals = zip(*points, strict=True) if points else ((), (), ())
+        errors = _errors(means, intervals)
+        axes.errorbar(means, rows, xerr=errors, fmt="o", capsize=3, label=job)
+    names = [label_text(cell["labels"]) for cell in comparison["cells"]]
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(measure)
+    axes.legend()
+    axes.set_title(comparison["task"])
+    figure.savefig(path, dpi=120)
+
+
+def draw_curves(path: Path, curves: dict[str, Any]) -> None:
+    """Draw means along a setting, with intervals, as PNG; evaluations without the setting are level lines.
+
+    Parameters
+    ----------
+    curves : as `gather_curves` returns it
+
+    Raises
+    ------
+    RuntimeError
+        Without matplotlib.
+    """
+    figure = _new_figure(8, 5)
+    axes = figure.subplots()
+    values = [point["value"] for line in curves["lines"] for point in line["points"]]
+    is_numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    for line in curves["lines"]:
+        points = [point for point in line["points"] if point["mean"] is not None]
+        places = [point["value"] if is_numeric else str(point["value"]) for point in points]
+        means = [point["mean"] for point in points]
+        errors = _errors(means, [point["interval"] for point in points])
+        axes.errorbar(places, means, yerr=errors, fmt="o-", capsize=3, label=line["name"])
+    for number, level in enumerate(level for level in curves["levels"] if level["mean"] is not None):
+        axes.axhline(level["mean"], linestyle="--", color=f"C{len(curves['lines']) + number}", label=level["name"])
+    if is_numeric:
+        if min(values) > 0 and max(values) >= 8 * min(values):
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))], minor=False)
+    axes.set_xlabel(curves["against"])
+    axes.set_ylabel(curves["measure"])
+    axes.legend()
+    axes.set_title(curves["task"])
+    figure.savefig(path, dpi=120)
+
+
+def mean_and_interval(numbers: dict[str, Any], measure: str) -> tuple[float | None, Any]:
+    """Return a measure's mean and interval from the numbers of a summary or one of its cells."""
+    if measure == "score":
+        return numbers["score"], numbers["interval"]
+    one = numbers["measures"].get(measure, {"mean": None, "interval": None})
+    return one["mean"], one["interval"]
+
+
+def label_text(labels: dict[str, Any] | None) -> str:
+    """Return labels in a few words; None and no labels are all samples."""
+    return ", ".join(str(value) for value in (labels or {}).values()) or "all"
+
+
+def _new_figure(width: float, height: float) -> Any:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError(f"a figure needs matplotlib, which is not installed: pip install 'apb_ds[{EXTRA}]'.")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _errors(means: Sequence[float], intervals: Sequence[Any]) -> list[tuple[float, ...]] | None:
+    """Return distances to the intervals' ends, below and above, as matplotlib takes them."""
+    pairs = [
+        (mean - interval[0], interval[1] - mean) if interval else (0.0, 0.0)
+        for mean, interval in zip(means, intervals, strict=True)
+    ]
+    return list(zip(*pairs, strict=True)) if pairs else None

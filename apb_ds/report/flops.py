@@ -36,7 +36,7 @@ class ModelSizes:
     def from_config(cls, config: Any) -> ModelSizes | None:
         """Read the sizes from a transformers config; None where it lacks one."""
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-        found = [getattr(config, name, None) for name in names]
+        found: list[Any] = [getattr(config, name, None) for name in names]
         if not all(isinstance(size, int) and size > 0 for size in found):
             return None
         layers, hidden, intermediate, heads, vocab = found

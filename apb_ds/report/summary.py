@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,12 +77,26 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
     Always the same for the same values: resampling has a seed of its own.
     """
-    if len(values) < 2:
+    return _interval(np.asarray(values, dtype=np.float64), lambda drawn: drawn.mean(axis=1))
+
+
+def bootstrap_ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """Return the 95% bootstrap interval of ``mean(first) / mean(second)`` over pairs, which are drawn as pairs.
+
+    None for fewer than two pairs. The second numbers are positive.
+    """
+    numbers = np.asarray(pairs, dtype=np.float64)
+    return _interval(numbers, lambda drawn: drawn[..., 0].mean(axis=1) / drawn[..., 1].mean(axis=1))
+
+
+def _interval(numbers: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float] | None:
+    """Return percentiles of a statistic of resampled rows; it takes (resamples, rows, ...)."""
+    if len(numbers) < 2:
         return None
     generator = np.random.default_rng(SEED)
-    numbers = np.asarray(values, dtype=np.float64)
-    means = [generator.choice(numbers, (CHUNK, len(numbers))).mean(axis=1) for _ in range(NUM_RESAMPLES // CHUNK)]
-    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    chosen = (generator.integers(len(numbers), size=(CHUNK, len(numbers))) for _ in range(NUM_RESAMPLES // CHUNK))
+    found = np.concatenate([statistic(numbers[rows]) for rows in chosen])
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

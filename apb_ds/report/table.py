@@ -54,8 +54,8 @@ def _score_table(metrics: Record) -> Table:
 def _score_cells(numbers: Record) -> list[str]:
     interval = numbers["interval"]
     shown = [
-        _percent(numbers["score"]),
-        ABSENT if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}",
+        format_percent(numbers["score"]),
+        ABSENT if interval is None else f"{format_percent(interval[0])} to {format_percent(interval[1])}",
     ]
     if numbers["measures"]:
         shown = [ABSENT if one["mean"] is None else f"{one['mean']:.4f}" for one in numbers["measures"].values()]
@@ -69,7 +69,7 @@ def _score_cells(numbers: Record) -> list[str]:
     ]
 
 
-def _percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     return ABSENT if share is None else f"{100 * share:.1f}"
 
 
@@ -206,7 +206,7 @@ def _sweep_cells(record: Record) -> list[str]:
     if "cells" in metrics:
         numbers = [ABSENT] * 9
         numbers[3], numbers[7] = _score_cells(metrics)[-1], format_bytes(metrics["peak_memory_bytes"])
-        answer = _percent(metrics["score"])
+        answer = format_percent(metrics["score"])
         if metrics["measures"]:
             name, first = next(iter(metrics["measures"].items()))
             answer = f"{name} {ABSENT if first['mean'] is None else format(first['mean'], '.4f')}"

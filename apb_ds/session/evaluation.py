@@ -17,6 +17,7 @@ from apb_ds.report.figures import draw_scores
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
 from apb_ds.report.progress import BatchProgress, batch_progress
 from apb_ds.report.record import environment, write_json
+from apb_ds.report.results import SAMPLES_NAME, SUMMARY_NAME
 from apb_ds.report.summary import summarise
 from apb_ds.session.fidelity import compare_with_exact
 from apb_ds.session.request import Run, count_prefill, usage_metrics
@@ -25,8 +26,6 @@ from apb_ds.tasks import FidelityConfig, Sample
 
 logger = logging.getLogger(__name__)
 
-SAMPLES_NAME = "samples.jsonl"
-SUMMARY_NAME = "summary.json"
 FIGURE_NAME = "scores.png"
 OUTPUT_ROOT = Path("outputs/results")
 DIGEST_LENGTH = 10
@@ -117,6 +116,7 @@ class _Evaluation:
         results = [{**json.loads(line), "approximate": approximate} for line in lines]
         summary = summarise(results)
         content = {
+            "task": self.task.name,
             "settings": self.run.answer_settings(),
             **summary,
             "usage": usage,
