@@ -71,11 +71,14 @@ def _pair_table(comparison: dict[str, Any]) -> Table:
     columns = ["job", "of", "measure", "paired", "difference", "95% interval", "failed", "exact", "unpaired"]
     title = f"difference to {comparison['baseline']}, over the samples that both answered"
     table = _new_table(title, columns, left=("job", "of", "measure"))
+    last = ""
     for pair in pairs:
+        if pair["job"] != last:
+            table.add_section()
         counts = [str(pair[name]) for name in ("failed", "exact", "unpaired")]
         measure = pair["measure"]
         table.add_row(
-            pair["job"],
+            "" if pair["job"] == last else pair["job"],
             label_text(pair["labels"]),
             measure,
             str(pair["samples"]),
@@ -83,6 +86,7 @@ def _pair_table(comparison: dict[str, Any]) -> Table:
             _interval(pair["interval"], measure, signed=True),
             *counts,
         )
+        last = pair["job"]
     return table
 
 
@@ -114,7 +118,7 @@ def _ratio_table(ratios: Sequence[dict[str, Any]]) -> Table:
 def _new_table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for name in columns:
-        table.add_column(name.replace("_", " "), justify="left" if name in left else "right")
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
     return table
 
 

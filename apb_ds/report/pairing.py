@@ -52,9 +52,7 @@ def compare_results(results: Sequence[Result], ratio_to: str | None = None) -> d
             )
     measures = baseline.measures
     if ratio_to is not None and DIVERGENCE not in measures:
-        raise ValueError(
-            f"--ratio-to is for task=fidelity, which measures {DIVERGENCE}; task={baseline.task} does not."
-        )
+        raise ValueError(f"--ratio-to is for task=fidelity, which measures {DIVERGENCE}; this is task={baseline.task}.")
     return {
         "task": baseline.task,
         "measures": measures,
@@ -102,7 +100,7 @@ def _cells(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def _labels_of(keys: Sequence[Key], *results: Result) -> list[Labels]:
     """Return the different labels of samples, in their order."""
-    found = {}
+    found: dict[str, Labels] = {}
     for key in keys:
         sample = next(result.samples[key] for result in results if key in result.samples)
         found.setdefault(key[0], sample["labels"])
@@ -173,7 +171,7 @@ def _divide(job: Result, reference: Result) -> dict[str, Any]:
     """Return the ratio of mean divergences over all common samples, and that of each combination of labels."""
     keys = list(dict.fromkeys([*reference.samples, *job.samples]))
     pairs, counts = _pair_up(job, reference, keys)
-    cells = []
+    cells: list[dict[str, Any]] = []
     for labels in _labels_of(keys, reference, job):
         values = _values([pair for pair in pairs if pair[0]["labels"] == labels], DIVERGENCE)
         cells.append({"labels": labels, "samples": len(values), "ratio": _ratio(values)})

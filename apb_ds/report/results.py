@@ -1,4 +1,4 @@
-"""Directories of evaluations, read back: settings, summary and samples, and a name for each that tells it from others."""
+"""Directories of evaluations, read back: settings, summary and samples, and a name that tells each from the others."""
 
 from __future__ import annotations
 
@@ -101,6 +101,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _shown(path: str, value: Any) -> str:
+    if value is None:
+        return "default"
     return Path(value).name if path == "model.path" and isinstance(value, str) else _text(value).strip('"')
 
 
@@ -110,9 +112,9 @@ def _text(value: Any) -> str:
 
 def _read_result(directory: Path) -> Result:
     summary = _parse(directory / SUMMARY_NAME, _read(directory, SUMMARY_NAME))
-    settings = summary.get("settings")
+    settings = flatten(summary.get("settings") or {})
     parts = ("task", "settings", "all", "cells")
-    if not all(part in summary for part in parts) or METHOD not in flatten(settings or {}):
+    if not all(part in summary for part in parts) or METHOD not in settings:
         raise ValueError(f"{directory / SUMMARY_NAME} is no summary of launch/eval.py, which has {', '.join(parts)}.")
     samples: dict[Key, dict[str, Any]] = {}
     seen: Counter[tuple[str, str]] = Counter()
@@ -124,7 +126,7 @@ def _read_result(directory: Path) -> Result:
         same = _text(sample["labels"]), str(sample["fingerprint"])
         samples[(*same, seen[same])] = sample
         seen[same] += 1
-    return Result(directory, flatten(settings), summary, samples)
+    return Result(directory, settings, summary, samples)
 
 
 def _read(directory: Path, name: str) -> str:
