@@ -68,9 +68,10 @@ def _pair_table(comparison: dict[str, Any]) -> Table:
     measures = comparison["measures"]
     if len(measures) > 1 or len(pairs) > MAX_PAIR_ROWS or not any(pair["labels"] for pair in pairs):
         pairs = [pair for pair in pairs if pair["labels"] is None]
-    columns = ["job", "of", "measure", "paired", "difference", "95% interval", "failed", "exact", "unpaired"]
+    what = "measure" if len(measures) > 1 else "of"
+    columns = ["job", what, "paired", "difference", "95% interval", "failed", "exact", "unpaired"]
     title = f"difference to {comparison['baseline']}, over the samples that both answered"
-    table = _new_table(title, columns, left=("job", "of", "measure"))
+    table = _new_table(title, columns, left=("job", what))
     last = ""
     for pair in pairs:
         if pair["job"] != last:
@@ -79,8 +80,7 @@ def _pair_table(comparison: dict[str, Any]) -> Table:
         measure = pair["measure"]
         table.add_row(
             "" if pair["job"] == last else pair["job"],
-            label_text(pair["labels"]),
-            measure,
+            measure if len(measures) > 1 else label_text(pair["labels"]),
             str(pair["samples"]),
             _number(pair["difference"], measure, signed=True),
             _interval(pair["interval"], measure, signed=True),
