@@ -12,6 +12,7 @@ from rich.table import Table
 
 PLAIN_WIDTH = 120  # of a file or pipe, which has none of its own
 ABSENT = "-"
+SCORE_COLUMNS = ("samples", "score", "95% interval", "failed", "exact", "prefill TFLOP")
 
 Record = dict[str, Any]
 
@@ -39,34 +40,44 @@ def job_table(record: Record) -> Table:
 def _score_table(metrics: Record) -> Table:
     """Return the table of an evaluation: a row for each combination of labels, and one for all."""
     table = Table(box=box.SIMPLE_HEAD)
-    names = list(metrics["cells"][0]["labels"])
-    shown = list(metrics["measures"]) or ["score", "95% interval"]
-    for name in (*names, "samples", *shown, "failed", "exact", "prefill TFLOP", "prefill s"):
+    names, measures = list(metrics["cells"][0]["labels"]), list(metrics["measures"])
+    # Measures fill the line; what they cost is in the summary and in comparisons.
+    shown = ("samples", *measures, "failed", "exact") if measures else SCORE_COLUMNS
+    for name in (*names, *shown, "prefill s"):
         table.add_column(name.replace("_", " "), justify="right")
     rows = [([str(cell["labels"].get(name, ABSENT)) for name in names], cell) for cell in metrics["cells"]]
     if len(rows) > 1:
         rows.append((["all", *[""] * (len(names) - 1)] if names else [], metrics))
     for labels, numbers in rows:
-        table.add_row(*labels, *_score_cells(numbers))
+        cells = _measure_cells(numbers, measures) if measures else _score_cells(numbers)
+        table.add_row(*labels, *cells, _prefill_s(numbers))
     return table
 
 
 def _score_cells(numbers: Record) -> list[str]:
-    interval = numbers["interval"]
-    shown = [
-        format_percent(numbers["score"]),
-        ABSENT if interval is None else f"{format_percent(interval[0])} to {format_percent(interval[1])}",
-    ]
-    if numbers["measures"]:
-        shown = [ABSENT if one["mean"] is None else f"{one['mean']:.4f}" for one in numbers["measures"].values()]
+    interval, flops = numbers["interval"], numbers["prefill_flops"]
     return [
         _count(numbers["samples"]),
-        *shown,
+        format_percent(numbers["score"]),
+        ABSENT if interval is None else f"{format_percent(interval[0])} to {format_percent(interval[1])}",
         _count(numbers["failed"]),
         _count(numbers["exact"]),
-        format_tflop(numbers["prefill_flops"] and numbers["prefill_flops"]["total"]),
-        ABSENT if numbers["prefill_s"] is None else f"{numbers['prefill_s']:.2f}",
+        format_tflop(flops and flops["total"]),
     ]
+
+
+def _measure_cells(numbers: Record, measures: Sequence[str]) -> list[str]:
+    means = [numbers["measures"].get(name, {"mean": None})["mean"] for name in measures]
+    return [
+        _count(numbers["samples"]),
+        *(ABSENT if mean is None else f"{mean:.4f}" for mean in means),
+        _count(numbers["failed"]),
+        _count(numbers["exact"]),
+    ]
+
+
+def _prefill_s(numbers: Record) -> str:
+    return ABSENT if numbers["prefill_s"] is None else f"{numbers['prefill_s']:.2f}"
 
 
 def format_percent(share: float | None) -> str:
@@ -205,7 +216,7 @@ def _sweep_cells(record: Record) -> list[str]:
     metrics = record["metrics"]
     if "cells" in metrics:
         numbers = [ABSENT] * 9
-        numbers[3], numbers[7] = _score_cells(metrics)[-1], format_bytes(metrics["peak_memory_bytes"])
+        numbers[3], numbers[7] = _prefill_s(metrics), format_bytes(metrics["peak_memory_bytes"])
         answer = format_percent(metrics["score"])
         if metrics["measures"]:
             name, first = next(iter(metrics["measures"].items()))
