@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from apb_ds.config import DEFAULT_COMPRESSION_RATIO, suggest
-from apb_ds.report.pairing import DIVERGENCE
+from apb_ds.report.figures import mean_and_interval
+from apb_ds.report.pairing import DIVERGENCE, measures_of
 from apb_ds.report.results import Result, name_settings
 
 RATIO = "method.compression_ratio"
@@ -44,7 +45,7 @@ def gather_curves(results: Sequence[Result], against: str) -> dict[str, Any]:
     tasks = sorted({result.task for result in results})
     if len(tasks) > 1:
         raise ValueError(f"these are evaluations of several tasks ({', '.join(tasks)}); draw one task at a time.")
-    measures = results[0].measures
+    measures = measures_of(results)
     measure = DIVERGENCE if DIVERGENCE in measures else measures[0]
     others = [{path: value for path, value in result.settings.items() if path != against} for result in results]
     lines: dict[str, list[dict[str, Any]]] = {}
@@ -77,10 +78,7 @@ def _differing(results: Sequence[Result]) -> list[str]:
 
 def _point(result: Result, measure: str, value: Any) -> dict[str, Any]:
     numbers = result.summary["all"]
-    if measure == "score":
-        mean, interval = numbers["score"], numbers["interval"]
-    else:
-        mean, interval = (numbers["measures"][measure][name] for name in ("mean", "interval"))
+    mean, interval = mean_and_interval(numbers, measure)
     return {
         "value": value,
         "mean": mean,

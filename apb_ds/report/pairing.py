@@ -50,7 +50,7 @@ def compare_results(results: Sequence[Result], ratio_to: str | None = None) -> d
                 f"{other.directory} and {baseline.directory} share no sample (prompt and labels): give them the same "
                 f"task settings, seed and tokenizer; or draw their means alone with --against SETTING."
             )
-    measures = baseline.measures
+    measures = measures_of(results)
     if ratio_to is not None and DIVERGENCE not in measures:
         raise ValueError(f"--ratio-to is for task=fidelity, which measures {DIVERGENCE}; this is task={baseline.task}.")
     return {
@@ -62,6 +62,12 @@ def compare_results(results: Sequence[Result], ratio_to: str | None = None) -> d
         "pairs": [pair for other in others for pair in _pairs(other, baseline, measures)],
         "ratios": _ratios(results, ratio_to) if DIVERGENCE in measures else [],
     }
+
+
+def measures_of(results: Sequence[Result]) -> list[str]:
+    """Return what the results have numbers of: the fidelity task's measures where any sample has them, else scores."""
+    names = dict.fromkeys(name for result in results for name in result.summary["all"]["measures"])
+    return list(names) or ["score"]
 
 
 def _check_comparable(results: Sequence[Result]) -> None:

@@ -49,11 +49,6 @@ class Result:
     def is_exact_method(self) -> bool:
         return self.method in EXACT_METHODS
 
-    @property
-    def measures(self) -> list[str]:
-        """What is compared: ``score``, or the names of the fidelity task's measures."""
-        return list(self.summary["all"]["measures"]) or ["score"]
-
 
 def read_results(directories: Sequence[str | Path]) -> list[Result]:
     """Read evaluations, each directory once.

@@ -96,6 +96,17 @@ def test_divergence_over_that_of_star(tmp_path: Path) -> None:
     assert (ratio["job"], ratio["ratio"]) == ("star", pytest.approx(2.0))
 
 
+def test_a_job_whose_samples_all_failed(tmp_path: Path) -> None:
+    directories = [
+        write_result(tmp_path / "dense", [{**failed("x"), "labels": {"text": "x"}}], "dense", task="fidelity"),
+        write_result(tmp_path / "star", [line("x", kl=0.4)], "star", task="fidelity"),
+    ]
+    content = compare_results(read_results(directories))
+    pair = pair_of(content, "star", measure="kl")
+    assert (pair["samples"], pair["failed"], pair["difference"]) == (0, 1, None)
+    assert main([str(directory) for directory in directories]) == 0
+
+
 def test_nothing_to_divide_by(tmp_path: Path) -> None:
     lines = {"star": [line("x", kl=0.0)], "apb": [line("x", kl=0.1), line("y", kl=0.1, exact=True)]}
     directories = [write_result(tmp_path / name, of, name, task="fidelity") for name, of in lines.items()]

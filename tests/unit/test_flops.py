@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from apb_ds.compressors import compressor_names
 from apb_ds.config import APBConfig
 from apb_ds.plan import plan_request
 from apb_ds.report.flops import ModelSizes, RankFlops, count_flops
 from apb_ds.session.request import count_prefill
 from tests import models
 from tests.flop_counting import run_counted
+from tests.launch_in_process import run_infer
 from tests.models import build_model, request_ids
 from tests.reference import run_reference
+from tests.tiny_checkpoint import save_checkpoint
 
 SIZES = ModelSizes(num_layers=3, hidden_size=64, intermediate_size=96, heads=4, kv_heads=2, head_dim=16, vocab_size=512)
 APB: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5}
@@ -41,6 +45,12 @@ def test_as_torch_counts_them(family: str, n: int, given: dict[str, Any]) -> Non
     assert counted is not None
     assert (counted["total"], counted["slowest_rank"], counted["query"]) == (prefilled, prefilled, asked)
     assert counted["total"] == sum(counted["parts"].values())
+
+
+@pytest.mark.parametrize("compressor", compressor_names())
+def test_every_compressors_products(compressor: str) -> None:
+    prefilled, _, counted = run_counted(0, 1, "llama", 101, APB | {"compressor": compressor})
+    assert counted is not None and counted["total"] == prefilled
 
 
 @pytest.mark.parametrize("given", [APB, {"hosts": 3, "anchor_length": "block", "passing_length": 0}])
@@ -99,6 +109,18 @@ def test_models_that_are_not_counted() -> None:
     engine.module.model.layers[1].mlp.extra = engine.module.model.layers[0].mlp.up_proj.__class__(64, 96)
     assert count_prefill(engine, context, 2) is None, "experts, say"
     assert ModelSizes.from_config(SimpleNamespace(num_attention_heads=4, hidden_size=64)) is None
+
+
+def test_a_question_says_what_its_prefill_takes(tmp_path: Path) -> None:
+    model_path = save_checkpoint(tmp_path / "model")
+    arguments = [f"model.path={model_path}", "model.device=cpu", "method.hosts=2", "task=prompt", "task.query=hi"]
+    arguments += ["task.document='A lamp stands on the pier, and nobody comes.'", f"hydra.run.dir={tmp_path}/run"]
+    ended = run_infer(0, 1, [*arguments, "task.max_new_tokens=2"])
+    assert ended.code == 0, ended.stderr
+    flops = ended.records[0]["metrics"]["prefill_flops"]
+    assert flops["total"] == flops["slowest_rank"] == sum(flops["parts"].values()) > 0 < flops["query"]
+    shown = f"{flops['total'] / 1e12:.3g}"
+    assert f"prefill TFLOP, all ranks / slowest {shown} / {shown}" in " ".join(ended.stdout.split())
 
 
 def test_needs_no_torch() -> None:
