@@ -66,6 +66,15 @@ class Compressor:
         """Return the scores, (kv_heads, block_tokens), float32, higher is kept."""
         raise NotImplementedError
 
+    def score_products(self, block_tokens: int, query_tokens: int, heads: int, head_dim: int) -> int:
+        """Return the multiply-adds of the matrix products in `score`, for counting; 0 where there are none.
+
+        Parameters
+        ----------
+        query_tokens : query tokens in the anchor
+        """
+        return 0
+
     def compress(self, block: BlockStates, count: int, num_eligible: int) -> tuple[Tensor, Tensor]:
         """Keep the `count` best of the block's last `num_eligible` tokens, in document order.
 

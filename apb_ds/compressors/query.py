@@ -23,3 +23,6 @@ class QueryCompressor(Compressor):
             mass = attention_mass(queries, block.keys[:, head : head + 1], block.scale)
             scores.append(mass.mean(dim=2).amax(dim=1))
         return max_pool(torch.cat(scores))
+
+    def score_products(self, block_tokens: int, query_tokens: int, heads: int, head_dim: int) -> int:
+        return query_tokens * block_tokens * heads * head_dim

@@ -22,3 +22,6 @@ class WindowCompressor(Compressor):
         num_hidden = torch.arange(observers - 1, -1, -1, device=block.keys.device)
         mass = attention_mass(block.queries[:, :, -observers:], block.keys, block.scale, num_hidden)
         return max_pool(mass.mean(dim=(1, 2)))
+
+    def score_products(self, block_tokens: int, query_tokens: int, heads: int, head_dim: int) -> int:
+        return min(self.window, block_tokens) * block_tokens * heads * head_dim

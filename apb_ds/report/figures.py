@@ -1,4 +1,4 @@
-"""Figures of an evaluation: a heat map over two labels, bars otherwise."""
+"""Figures: of an evaluation a heat map over two labels, or bars; of several what is compared, and curves."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 EXTRA = "eval"
+LOG_RANGE = 4  # values of a setting that span more are drawn on a logarithmic axis
+
+MeanAndInterval = tuple[float | None, Sequence[float] | None]
+NOTHING: MeanAndInterval = (None, None)
 
 
 def draw_scores(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> bool:
@@ -74,3 +78,109 @@ def _draw_bars(axes: Any, cells: Sequence[dict[str, Any]]) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 105)
     axes.set_xlabel("score")
+
+
+def draw_comparison(path: Path, comparison: dict[str, Any]) -> None:
+    """Draw each job's mean with its interval for every cell and over all, as PNG.
+
+    Parameters
+    ----------
+    comparison : as `compare_results` returns it
+
+    Raises
+    ------
+    RuntimeError
+        Without matplotlib.
+    """
+    cells, measure = comparison["cells"], comparison["measures"][0]
+    jobs = [job["name"] for job in comparison["jobs"]]
+    figure = _new_figure(8, 1.5 + 0.2 * (len(cells) + 1) * (len(jobs) + 1))
+    axes = figure.subplots()
+    for number, job in enumerate(jobs):
+        shift = 0.7 * ((number + 0.5) / len(jobs) - 0.5)
+        numbers = [mean_and_interval(cell["jobs"][job], measure) if job in cell["jobs"] else NOTHING for cell in cells]
+        rows = [row + shift for row, (mean, _) in enumerate(numbers) if mean is not None]
+        means, errors = _with_errors(numbers, measure)
+        axes.errorbar(means, rows, xerr=errors, fmt="o", capsize=3, label=job)
+    axes.set_yticks(range(len(cells)), [label_text(cell["labels"]) for cell in cells])
+    axes.invert_yaxis()
+    axes.set_xlabel(measure)
+    _finish(figure, axes, comparison["task"], path)
+
+
+def draw_curves(path: Path, curves: dict[str, Any]) -> None:
+    """Draw means along a setting, with intervals, as PNG; evaluations without the setting are level lines.
+
+    Parameters
+    ----------
+    curves : as `gather_curves` returns it
+
+    Raises
+    ------
+    RuntimeError
+        Without matplotlib.
+    """
+    figure = _new_figure(8, 5)
+    axes = figure.subplots()
+    measure, lines = curves["measure"], curves["lines"]
+    values = list(dict.fromkeys(point["value"] for line in lines for point in line["points"]))
+    is_numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    for line in lines:
+        points = [point for point in line["points"] if point["mean"] is not None]
+        places = [point["value"] if is_numeric else values.index(point["value"]) for point in points]
+        means, errors = _with_errors([(point["mean"], point["interval"]) for point in points], measure)
+        axes.errorbar(places, means, yerr=errors, fmt="o-" if is_numeric else "o", capsize=3, label=line["name"])
+    for number, level in enumerate(level for level in curves["levels"] if level["mean"] is not None):
+        color, scale = f"C{len(lines) + number}", _scale(measure)
+        axes.axhline(scale * level["mean"], linestyle="--", color=color, label=level["name"])
+        if level["interval"]:
+            axes.axhspan(*(scale * end for end in level["interval"]), color=color, alpha=0.15, linewidth=0)
+    if not is_numeric:
+        axes.set_xticks(range(len(values)), [str(value) for value in values])
+    else:
+        if min(values) > 0 and max(values) >= LOG_RANGE * min(values):
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.set_xlabel(curves["against"])
+    axes.set_ylabel(measure)
+    _finish(figure, axes, curves["task"], path)
+
+
+def mean_and_interval(numbers: dict[str, Any], measure: str) -> MeanAndInterval:
+    """Return a measure's mean and interval from the numbers of a summary or one of its cells."""
+    if measure == "score":
+        return numbers["score"], numbers["interval"]
+    one = numbers["measures"].get(measure)
+    return NOTHING if one is None else (one["mean"], one["interval"])
+
+
+def label_text(labels: dict[str, Any] | None) -> str:
+    """Return labels in a few words; None and no labels are all samples."""
+    return ", ".join(str(value) for value in (labels or {}).values()) or "all"
+
+
+def _new_figure(width: float, height: float) -> Any:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError(f"a figure needs matplotlib, which is not installed: pip install 'apb_ds[{EXTRA}]'.")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _finish(figure: Any, axes: Any, title: str, path: Path) -> None:
+    axes.set_title(title)
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def _scale(measure: str) -> float:
+    return 100.0 if measure == "score" else 1.0
+
+
+def _with_errors(numbers: Sequence[MeanAndInterval], measure: str) -> tuple[list[float], Any]:
+    """Return the means that there are, and the distances to their intervals' ends as matplotlib takes them."""
+    scale = _scale(measure)
+    known = [(mean, interval or (mean, mean)) for mean, interval in numbers if mean is not None]
+    below = [scale * (mean - interval[0]) for mean, interval in known]
+    above = [scale * (interval[1] - mean) for mean, interval in known]
+    return [scale * mean for mean, _ in known], (below, above)

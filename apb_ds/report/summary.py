@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         numbers. A sample that failed counts as failed and has no score. A sample that an approximate method ran exact
         is counted (``exact``) and left out of the score, since it says nothing about the approximation;
         ``score_with_exact`` has it in. ``measures``: mean and interval of each number in the results' ``measures``.
+        ``prefill_flops``: mean operations of a prefill, over all ranks and of the slowest one.
     """
     cells: dict[tuple[tuple[str, Any], ...], list[dict[str, Any]]] = {}
     for result in results:
@@ -56,9 +57,19 @@ def _numbers(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "score": _mean(telling),
         "interval": bootstrap_interval(telling),
         "score_with_exact": _mean([result["score"] for result in scored]),
+        "prefill_flops": _mean_flops(answered),
         "prefill_s": _mean([result["prefill_s"] for result in answered]),
         "seconds": _mean([result["seconds"] for result in answered]),
     }
+
+
+def _mean_flops(answered: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Return the mean operations of a prefill over the samples where they were counted."""
+    counted = [result["flops"] for result in answered if result.get("flops")]
+    if not counted:
+        return None
+    names = ("total", "slowest_rank")
+    return {name: sum(flops[name] for flops in counted) / len(counted) for name in names}
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -66,12 +77,26 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
     Always the same for the same values: resampling has a seed of its own.
     """
-    if len(values) < 2:
+    return _interval(np.asarray(values, dtype=np.float64), lambda drawn: drawn.mean(axis=1))
+
+
+def bootstrap_ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """Return the 95% bootstrap interval of ``mean(first) / mean(second)`` over pairs, which are drawn as pairs.
+
+    None for fewer than two pairs. The second numbers are positive.
+    """
+    numbers = np.asarray(pairs, dtype=np.float64)
+    return _interval(numbers, lambda drawn: drawn[..., 0].mean(axis=1) / drawn[..., 1].mean(axis=1))
+
+
+def _interval(numbers: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float] | None:
+    """Return percentiles of a statistic of resampled rows; it takes (resamples, rows, ...)."""
+    if len(numbers) < 2:
         return None
     generator = np.random.default_rng(SEED)
-    numbers = np.asarray(values, dtype=np.float64)
-    means = [generator.choice(numbers, (CHUNK, len(numbers))).mean(axis=1) for _ in range(NUM_RESAMPLES // CHUNK)]
-    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    chosen = (generator.integers(len(numbers), size=(CHUNK, len(numbers))) for _ in range(NUM_RESAMPLES // CHUNK))
+    found = np.concatenate([statistic(numbers[rows]) for rows in chosen])
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 PLAIN_WIDTH = 120  # of a file or pipe, which has none of its own
 ABSENT = "-"
+SCORE_COLUMNS = ("samples", "score", "95% interval", "failed", "exact", "prefill TFLOP")
 
 Record = dict[str, Any]
 
@@ -39,36 +40,47 @@ def job_table(record: Record) -> Table:
 def _score_table(metrics: Record) -> Table:
     """Return the table of an evaluation: a row for each combination of labels, and one for all."""
     table = Table(box=box.SIMPLE_HEAD)
-    names = list(metrics["cells"][0]["labels"])
-    shown = list(metrics["measures"]) or ["score", "95% interval"]
-    for name in (*names, "samples", *shown, "failed", "exact", "prefill s"):
+    names, measures = list(metrics["cells"][0]["labels"]), list(metrics["measures"])
+    # Measures fill the line; what they cost is in the summary and in comparisons.
+    shown = ("samples", *measures, "failed", "exact") if measures else SCORE_COLUMNS
+    for name in (*names, *shown, "prefill s"):
         table.add_column(name.replace("_", " "), justify="right")
     rows = [([str(cell["labels"].get(name, ABSENT)) for name in names], cell) for cell in metrics["cells"]]
     if len(rows) > 1:
         rows.append((["all", *[""] * (len(names) - 1)] if names else [], metrics))
     for labels, numbers in rows:
-        table.add_row(*labels, *_score_cells(numbers))
+        cells = _measure_cells(numbers, measures) if measures else _score_cells(numbers)
+        table.add_row(*labels, *cells, _prefill_s(numbers))
     return table
 
 
 def _score_cells(numbers: Record) -> list[str]:
-    interval = numbers["interval"]
-    shown = [
-        _percent(numbers["score"]),
-        ABSENT if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}",
-    ]
-    if numbers["measures"]:
-        shown = [ABSENT if one["mean"] is None else f"{one['mean']:.4f}" for one in numbers["measures"].values()]
+    interval, flops = numbers["interval"], numbers["prefill_flops"]
     return [
         _count(numbers["samples"]),
-        *shown,
+        format_percent(numbers["score"]),
+        ABSENT if interval is None else f"{format_percent(interval[0])} to {format_percent(interval[1])}",
         _count(numbers["failed"]),
         _count(numbers["exact"]),
-        ABSENT if numbers["prefill_s"] is None else f"{numbers['prefill_s']:.2f}",
+        format_tflop(flops and flops["total"]),
     ]
 
 
-def _percent(share: float | None) -> str:
+def _measure_cells(numbers: Record, measures: Sequence[str]) -> list[str]:
+    means = [numbers["measures"].get(name, {"mean": None})["mean"] for name in measures]
+    return [
+        _count(numbers["samples"]),
+        *(ABSENT if mean is None else f"{mean:.4f}" for mean in means),
+        _count(numbers["failed"]),
+        _count(numbers["exact"]),
+    ]
+
+
+def _prefill_s(numbers: Record) -> str:
+    return ABSENT if numbers["prefill_s"] is None else f"{numbers['prefill_s']:.2f}"
+
+
+def format_percent(share: float | None) -> str:
     return ABSENT if share is None else f"{100 * share:.1f}"
 
 
@@ -95,12 +107,22 @@ def _rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
         ("anchor / passing length", cut if not metrics["exact"] else "exact: every earlier token is passed"),
         *([("turns", _count(metrics["turns"]))] if "turns" in metrics else []),
         ("prefill", f"{_seconds(metrics['prefill_s'])}, {_rate(metrics['prefill_tokens_per_s'])}"),
+        *_flops_rows(metrics),
         ("decode", f"{_count(metrics['new_tokens'])} tokens, {_rate(metrics['decode_tokens_per_s'])}"),
         ("sent per rank", " / ".join(format_bytes(number) for number in sorted(set(sent), reverse=True))),
         ("peak memory per rank", format_bytes(metrics["peak_memory_bytes"])),
         ("kernels", ", ".join(dict.fromkeys(record["kernels"].values()))),
         ("model loaded in", _seconds(record["model"]["load_s"])),
     ]
+
+
+def _flops_rows(metrics: Record) -> list[tuple[str, str]]:
+    """Return how much a prefill computes; nothing where that is not counted (conversations, other architectures)."""
+    flops = metrics.get("prefill_flops")
+    if flops is None:
+        return []
+    total, slowest = (format_tflop(flops[name]) for name in ("total", "slowest_rank"))
+    return [("prefill TFLOP, all ranks / slowest", f"{total} / {slowest}")]
 
 
 def _batch_rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
@@ -194,8 +216,8 @@ def _sweep_cells(record: Record) -> list[str]:
     metrics = record["metrics"]
     if "cells" in metrics:
         numbers = [ABSENT] * 9
-        numbers[3], numbers[7] = _score_cells(metrics)[-1], format_bytes(metrics["peak_memory_bytes"])
-        answer = _percent(metrics["score"])
+        numbers[3], numbers[7] = _prefill_s(metrics), format_bytes(metrics["peak_memory_bytes"])
+        answer = format_percent(metrics["score"])
         if metrics["measures"]:
             name, first = next(iter(metrics["measures"].items()))
             answer = f"{name} {ABSENT if first['mean'] is None else format(first['mean'], '.4f')}"
@@ -227,6 +249,14 @@ def format_bytes(number: int) -> str:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.2f} GiB"
+
+
+def format_tflop(number: float | None) -> str:
+    """Return operations in units of 10**12, to three digits."""
+    if number is None:
+        return ABSENT
+    tera = number / 1e12
+    return f"{tera:,.0f}".replace(",", " ") if tera >= 1000 else f"{tera:.3g}"
 
 
 def _count(number: int) -> str:

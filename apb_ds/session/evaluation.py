@@ -17,16 +17,15 @@ from apb_ds.report.figures import draw_scores
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
 from apb_ds.report.progress import BatchProgress, batch_progress
 from apb_ds.report.record import environment, write_json
+from apb_ds.report.results import SAMPLES_NAME, SUMMARY_NAME
 from apb_ds.report.summary import summarise
 from apb_ds.session.fidelity import compare_with_exact
-from apb_ds.session.request import Run, usage_metrics
+from apb_ds.session.request import Run, count_prefill, usage_metrics
 from apb_ds.session.steps import JobError
 from apb_ds.tasks import FidelityConfig, Sample
 
 logger = logging.getLogger(__name__)
 
-SAMPLES_NAME = "samples.jsonl"
-SUMMARY_NAME = "summary.json"
 FIGURE_NAME = "scores.png"
 OUTPUT_ROOT = Path("outputs/results")
 DIGEST_LENGTH = 10
@@ -121,6 +120,7 @@ class _Evaluation:
         results = [{**json.loads(line), "approximate": approximate} for line in lines]
         summary = summarise(results)
         content = {
+            "task": self.task.name,
             "settings": self.run.answer_settings(),
             **summary,
             "usage": usage,
@@ -146,7 +146,8 @@ class _Evaluation:
     def _compare(self, sample: Sample, index: int) -> dict[str, Any]:
         """Compare with exact attention: there is no answer, but measures."""
         began = time.perf_counter()
-        context, measures = compare_with_exact(self.run, sample)
+        run, num_judged = self.run, sample.query_ids.shape[1]
+        context, measures = compare_with_exact(run, sample)
         if self.progress is not None:
             self.progress.prefilled(2 * context.plan.num_tokens, context.plan.num_tokens)
         per_layer = measures.pop("attention_errors")
@@ -155,6 +156,7 @@ class _Evaluation:
             "exact": context.plan.exact,
             "measures": measures,
             "attention_errors": per_layer,
+            "flops": count_prefill(run.engine, context, num_judged, num_logits=num_judged),
             "prefill_s": round(context.prefill_s, 4),
             "seconds": round(time.perf_counter() - began, 4),
         }
@@ -174,6 +176,7 @@ class _Evaluation:
             "answer": run.text_of(answer.tokens),
             "exact": context.plan.exact,
             "new_tokens": len(answer.tokens),
+            "flops": count_prefill(run.engine, context, num_query),
             "prefill_s": round(context.prefill_s, 4),
             "seconds": round(context.prefill_s + answer.query_s + answer.decode_s, 4),
         }

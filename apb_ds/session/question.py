@@ -8,7 +8,7 @@ from typing import Any
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
 from apb_ds.report.progress import prefill_progress
 from apb_ds.report.record import rate
-from apb_ds.session.request import Answer, Run, plan_metrics, usage_metrics
+from apb_ds.session.request import Answer, Run, count_prefill, plan_metrics, usage_metrics
 from apb_ds.tasks import Sample
 
 
@@ -27,6 +27,7 @@ def serve_question(run: Run) -> dict[str, Any]:
     new_tokens = len(answer.tokens)
     metrics |= {
         "query_tokens": num_query,
+        "prefill_flops": count_prefill(run.engine, context, num_query),
         "query_s": answer.query_s,
         "decode_s": answer.decode_s,
         "new_tokens": new_tokens,

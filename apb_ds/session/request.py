@@ -16,6 +16,7 @@ from apb_ds.context import Context
 from apb_ds.loading import LoadedModel
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import plan_request
+from apb_ds.report.flops import ModelSizes, count_flops
 from apb_ds.report.record import rate
 from apb_ds.session.job import Job, Settings
 from apb_ds.session.steps import Steps, gather_numbers
@@ -160,6 +161,26 @@ class Run:
         if not self.is_first or self.tokenizer is None:
             return None
         return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def count_prefill(engine: Any, context: Context, num_query: int, *, num_logits: int = 1) -> dict[str, Any] | None:
+    """Return the operations of a prefill and of the query asked after it, as `PrefillFlops.as_dict` gives them.
+
+    None for a model whose linear layers are not those that its config's sizes make up (experts, an MLP without a gate,
+    quantised weights).
+    """
+    model, plan = engine.module, context.plan
+    sizes = ModelSizes.from_config(model.config)
+    linears = (module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear))
+    if sizes is None or sum(linear.in_features * linear.out_features for linear in linears) != sizes.linear_weights:
+        return None
+    compressor = engine.attention.compressor
+
+    def products(block_tokens: int) -> int:
+        return compressor.score_products(block_tokens, plan.anchor_query_length, sizes.heads, sizes.head_dim)
+
+    score = None if compressor is None else products
+    return count_flops(sizes, plan, score_products=score, query_length=num_query, num_logits=num_logits).as_dict()
 
 
 def plan_metrics(context: Context, group: SequenceGroup) -> dict[str, Any]:

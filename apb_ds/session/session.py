@@ -18,6 +18,7 @@ from rich.console import Console
 from apb_ds.config import APBConfig
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.parallel.groups import SequenceGroup, launched_rank, world_group
+from apb_ds.report.compare import compare_records
 from apb_ds.report.memory import peak_memory_kind
 from apb_ds.report.record import RECORD_NAME, environment, write_json
 from apb_ds.report.table import failure_lines, job_table, make_console, sweep_table, title
@@ -110,6 +111,7 @@ class Session:
         """Print what closes a sweep, then leave the group, all ranks together."""
         if self.is_first and len(self.records) > 1:
             self.console.print(sweep_table(self.records))
+            compare_records(self.records, self.console)
             for line in failure_lines(self.records):
                 print(line, flush=True)
         self._drop_model()

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import apb_ds
+from apb_ds.report.compare import main
 from tests.launch_in_process import Ended, run_infer
 from tests.pool import Pools
 from tests.tiny_checkpoint import save_checkpoint
@@ -56,6 +57,11 @@ def test_a_grid(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) 
     cells = [(cell["labels"]["length"], cell["labels"]["depth"], cell["samples"]) for cell in summary["cells"]]
     assert cells == [(300, 0, 2), (300, 1, 2), (600, 0, 2), (600, 1, 2)]
     assert summary["all"]["samples"] == 8 and summary["all"]["score"] is not None
+    flops = summary["all"]["prefill_flops"]
+    assert flops["total"] == pytest.approx(sum(sample["flops"]["total"] for sample in found) / 8)
+    assert (flops["slowest_rank"] == flops["total"]) == (world_size == 1)
+    assert summary["cells"][2]["prefill_flops"]["total"] > summary["cells"][0]["prefill_flops"]["total"]
+    assert "prefill TFLOP" in ended[0].stdout
     assert summary["settings"]["method"]["hosts"] == 2 and summary["versions"]["torch"]
     assert f"Results: {output}" in ended[0].stdout and "600" in ended[0].stdout
     assert (output / "scores.png").exists()
@@ -108,6 +114,14 @@ def test_methods_on_the_same_samples(pool: Pools, model_path: Path, tmp_path: Pa
     ring, apb = (samples(tmp_path / name) for name in ("ring", "apb"))
     assert [sample["fingerprint"] for sample in ring] == [sample["fingerprint"] for sample in apb]
     assert all(sample["exact"] for sample in ring)
+    closing = ended[0].stdout
+    assert "difference to ring" in closing and "unpaired" in closing and not ended[1].stdout
+    compared = tmp_path / "compared.json"
+    assert main([str(tmp_path / "ring"), str(tmp_path / "apb"), "--out", str(compared)]) == 0
+    over_all = next(pair for pair in json.loads(compared.read_text())["pairs"] if pair["labels"] is None)
+    differences = [one["score"] - two["score"] for one, two in zip(apb, ring, strict=True) if not one["exact"]]
+    assert over_all["samples"] == len(differences) > 0
+    assert over_all["difference"] == pytest.approx(sum(differences) / len(differences))
 
 
 def expected_divergence(model_path: Path, text: str, **method: Any) -> dict[str, float]:
@@ -144,6 +158,7 @@ def test_fidelity(pool: Pools, model_path: Path, tmp_path: Path, world_size: int
         measures = found[name]["measures"]
         for measure, value in expected_divergence(model_path, text * 8, hosts=4).items():
             assert measures[measure] == pytest.approx(value, rel=2e-3, abs=1e-4), measure
+        assert found[name]["flops"]["query"] > 0
         assert 0 < measures["attention_error"] < 1 and len(found[name]["attention_errors"]) == 3
     table = ended[0].stdout
     assert "kl" in table and "attention error" in table and "hill.txt" in table

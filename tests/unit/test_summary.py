@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from apb_ds.report.figures import draw_scores
 from apb_ds.report.summary import bootstrap_interval, summarise
+from apb_ds.report.table import job_table
 
 
 def result(score: float | None, **changes: Any) -> dict[str, Any]:
@@ -61,6 +64,21 @@ def test_measures() -> None:
     results.append(result(None, measures={"kl": 9.0, "perplexity": 9.0}, exact=True))
     measures = summarise(results)["all"]["measures"]
     assert measures["kl"]["mean"] == pytest.approx(0.2) and measures["perplexity"] == {"mean": 2.0, "interval": None}
+
+
+def test_operations_of_a_prefill() -> None:
+    counted = [result(1.0, flops={"total": total, "slowest_rank": total // 2, "query": 1}) for total in (4, 8)]
+    summary = summarise([*counted, result(1.0, labels={"length": 16}, flops=None)])
+    assert summary["all"]["prefill_flops"] == {"total": 6, "slowest_rank": 3}
+    assert summary["cells"][1]["prefill_flops"] is None
+
+
+def test_a_cell_without_measures_has_its_place_in_the_table() -> None:
+    results = [result(None, measures={"kl": 0.25, "top1": 1.0}), result(None, labels={"length": 16}, exact=True)]
+    summary = summarise(results)
+    out = io.StringIO()
+    Console(file=out, width=120).print(job_table({"metrics": {**summary["all"], "cells": summary["cells"]}}))
+    assert "16 1 - - 0 1 1.00" in " ".join(out.getvalue().split())
 
 
 def test_interval_covers_the_mean_as_often_as_it_says() -> None:

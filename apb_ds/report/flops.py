@@ -1,0 +1,224 @@
+"""Floating-point operations of a prefill, counted from a model's sizes and a `Plan`. Pure functions, no torch.
+
+Two for each multiply-add of a matrix product: linear layers, attention (queries with keys, weights with values) and
+the scores of compressors that multiply queries with keys. Causal attention counts the pairs of tokens that see each
+other, whatever a kernel computes besides. Norms, activations, softmax, rotations and merging are not counted.
+
+Counted is what the engine does. A prefill ends with the last layer's keys and values: there, the projections before
+attention are computed, and nothing after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from apb_ds.plan import Plan
+
+# Multiply-adds of the matrix products that score a block of so many tokens in one layer.
+ScoreProducts = Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a decoder whose layers are attention and a gated MLP (gate, up and down)."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelSizes | None:
+        """Read the sizes from a transformers config; None where it lacks one."""
+        names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+        found: list[Any] = [getattr(config, name, None) for name in names]
+        if not all(isinstance(size, int) and size > 0 for size in found):
+            return None
+        layers, hidden, intermediate, heads, vocab = found
+        return cls(
+            num_layers=layers,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or hidden // heads,
+            vocab_size=vocab,
+        )
+
+    @property
+    def before_attention(self) -> int:
+        """Weights of one layer's projections to queries, keys and values."""
+        return self.hidden_size * (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def after_attention(self) -> int:
+        """Weights of one layer's output projection and MLP."""
+        return self.heads * self.head_dim * self.hidden_size + 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all layers' linear layers, the head over the vocabulary not included."""
+        return self.num_layers * (self.before_attention + self.after_attention)
+
+    @property
+    def per_token(self) -> int:
+        """Operations of the linear layers on one token in a prefill."""
+        layers = self.num_layers
+        return 2 * (layers * self.before_attention + (layers - 1) * self.after_attention)
+
+    @property
+    def per_pair(self) -> int:
+        """Operations of attention for one pair of query and key, over the layers in which a prefill attends."""
+        return 4 * (self.num_layers - 1) * self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class RankFlops:
+    """Operations of one rank. The first seven make up its prefill.
+
+    Attributes
+    ----------
+    document_linear : linear layers on the document's tokens (and ulysses' padding)
+    anchor_linear : linear layers on the anchor's tokens
+    block_attention : attention within the blocks; for ring and ulysses all of it
+    anchor_attention : attention of the anchor's tokens to each other
+    to_anchor, to_passed : attention of the blocks' tokens to the anchor and to the passing blocks
+    scoring : the compressor's matrix products
+    query : all layers and the head, for the query's pass over the cache
+    """
+
+    document_linear: int = 0
+    anchor_linear: int = 0
+    block_attention: int = 0
+    anchor_attention: int = 0
+    to_anchor: int = 0
+    to_passed: int = 0
+    scoring: int = 0
+    query: int = 0
+
+    @property
+    def prefill(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self)) - self.query
+
+
+@dataclass(frozen=True)
+class PrefillFlops:
+    """Operations of one prefill, by rank; `total` and `slowest_rank` are without the query's pass."""
+
+    ranks: tuple[RankFlops, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(rank.prefill for rank in self.ranks)
+
+    @property
+    def slowest_rank(self) -> int:
+        return max(rank.prefill for rank in self.ranks)
+
+    def part(self, name: str) -> int:
+        """Return a part's operations, a field of `RankFlops`, over all ranks."""
+        return sum(getattr(rank, name) for rank in self.ranks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return totals and parts as JSON has them."""
+        parts = {field.name: self.part(field.name) for field in fields(RankFlops)}
+        query = parts.pop("query")
+        return {"total": self.total, "slowest_rank": self.slowest_rank, "query": query, "parts": parts}
+
+
+def count_flops(
+    sizes: ModelSizes,
+    plan: Plan,
+    *,
+    score_products: ScoreProducts | None = None,
+    query_length: int = 0,
+    num_logits: int = 1,
+) -> PrefillFlops:
+    """Count the operations of one prefill.
+
+    Parameters
+    ----------
+    score_products : callable, optional
+        Multiply-adds of the compressor's matrix products for a block of so many tokens in one layer.
+    query_length : tokens of the query that is asked afterwards; 0 for none
+    num_logits : for how many of its tokens logits are computed
+    """
+    count = {"ring": _count_ring, "ulysses": _count_ulysses}.get(plan.method, _count_blocks)
+    ranks = []
+    for rank in range(plan.world_size):
+        parts = count(sizes, plan, rank)
+        if count is _count_blocks and score_products is not None:
+            parts["scoring"] = 2 * (sizes.num_layers - 1) * _score_products(plan, rank, score_products)
+        parts["query"] = _count_query(sizes, plan, rank, query_length, num_logits)
+        ranks.append(RankFlops(**parts))
+    return PrefillFlops(tuple(ranks))
+
+
+def _causal_pairs(num_tokens: int) -> int:
+    return num_tokens * (num_tokens + 1) // 2
+
+
+def _count_blocks(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:
+    """Count dense, star and apb: each host's block sees itself, the anchor and what earlier hosts pass."""
+    start, stop = plan.anchor_share(rank, 0)
+    share = stop - start
+    hosts = plan.hosts_of(rank)
+    lengths = {host: plan.block_length(host) for host in hosts}
+    return {
+        "document_linear": sizes.per_token * sum(lengths.values()),
+        "anchor_linear": sizes.per_token * share,
+        "block_attention": sizes.per_pair * sum(map(_causal_pairs, lengths.values())),
+        "anchor_attention": sizes.per_pair * (_causal_pairs(share) + share * start),
+        "to_anchor": sizes.per_pair * plan.anchor_length * sum(lengths[host] for host in hosts if host > 0),
+        "to_passed": sizes.per_pair * sum(lengths[host] * plan.kept_offsets[host] for host in hosts),
+    }
+
+
+def _score_products(plan: Plan, rank: int, products: ScoreProducts) -> int:
+    """Return the products of the blocks that are scored: where all that may be kept is kept, none are."""
+    chosen = [
+        host
+        for host in plan.hosts_of(rank)
+        if plan.is_passed_on(host) and plan.kept_lengths[host] < plan.num_eligible(host)
+    ]
+    return sum(products(plan.block_length(host)) for host in chosen)
+
+
+def _count_ring(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:
+    """Count ring: both blocks see an earlier rank's early block, the late one both blocks of a later rank."""
+    early, late = (plan.block_length(host) for host in plan.served(rank, 0))
+    pairs = _causal_pairs(early + late)
+    for source in range(plan.world_size):
+        of_source = [plan.block_length(host) for host in plan.served(source, 0)]
+        if source < rank:
+            pairs += (early + late) * of_source[0]
+        elif source > rank:
+            pairs += late * sum(of_source)
+    return {"document_linear": sizes.per_token * (early + late), "block_attention": sizes.per_pair * pairs}
+
+
+def _count_ulysses(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:
+    """Count ulysses: every rank attends for all tokens, padding included, with its share of the heads."""
+    num_tokens = plan.num_forward_tokens(rank, 0)
+    pairs = _causal_pairs(num_tokens * plan.world_size)
+    return {
+        "document_linear": sizes.per_token * num_tokens,
+        "block_attention": sizes.per_pair * pairs // plan.world_size,
+    }
+
+
+def _count_query(sizes: ModelSizes, plan: Plan, rank: int, num_query: int, num_logits: int) -> int:
+    """Count the query's pass on one rank: every rank feeds all of it, attends to its shard, the last one to it, too."""
+    if num_query == 0:
+        return 0
+    pairs = num_query * plan.shard_length(rank)
+    if rank == plan.world_size - 1:
+        pairs += _causal_pairs(num_query)
+    head = min(num_query, num_logits) * sizes.hidden_size * sizes.vocab_size
+    attention = 4 * sizes.num_layers * sizes.heads * sizes.head_dim * pairs
+    return 2 * (num_query * sizes.linear_weights + head) + attention

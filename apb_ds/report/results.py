@@ -1,0 +1,144 @@
+"""Directories of evaluations, read back: settings, summary and samples, and a name that tells each from the others."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apb_ds.config import EXACT_METHODS
+
+SAMPLES_NAME = "samples.jsonl"
+SUMMARY_NAME = "summary.json"
+METHOD = "method.method"
+
+Labels = dict[str, Any]
+Key = tuple[str, str, int]  # labels as JSON, the prompt's hash, and its number among equal ones
+
+
+@dataclass
+class Result:
+    """One evaluation as its directory has it.
+
+    Attributes
+    ----------
+    settings : what the answers depend on, by dotted path
+    summary : the content of ``summary.json``
+    samples : the lines of ``samples.jsonl``
+    name : a short one, different from those of the results that it was read with
+    """
+
+    directory: Path
+    settings: dict[str, Any]
+    summary: dict[str, Any]
+    samples: dict[Key, dict[str, Any]] = field(repr=False)
+    name: str = ""
+
+    @property
+    def task(self) -> str:
+        return str(self.summary["task"])
+
+    @property
+    def method(self) -> str:
+        return str(self.settings[METHOD])
+
+    @property
+    def is_exact_method(self) -> bool:
+        return self.method in EXACT_METHODS
+
+
+def read_results(directories: Sequence[str | Path]) -> list[Result]:
+    """Read evaluations, each directory once.
+
+    Raises
+    ------
+    ValueError
+        If a file is missing or is not what an evaluation writes.
+    """
+    unique = list({Path(directory).expanduser().resolve(): Path(directory).expanduser() for directory in directories})
+    results = [_read_result(directory) for directory in unique]
+    name_results(results)
+    return results
+
+
+def name_results(results: Sequence[Result]) -> None:
+    """Name each result by what tells it from the others, or by its directory where nothing else does."""
+    names = name_settings([result.settings for result in results])
+    for result, name in zip(results, names, strict=True):
+        result.name = f"{name} ({result.directory})" if names.count(name) > 1 else name
+
+
+def name_settings(all_settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Return for each settings its method and what differs: of a method's settings, between results of that method."""
+    names = []
+    for settings in all_settings:
+        method = settings.get(METHOD)
+        peers = [other for other in all_settings if other.get(METHOD) == method]
+        parts = [] if method is None else [str(method)]
+        for path in settings:
+            others = peers if path.startswith("method.") else all_settings
+            if any(_text(other.get(path)) != _text(settings[path]) for other in others):
+                parts.append(f"{path.rpartition('.')[2]}={_shown(path, settings[path])}")
+        names.append(", ".join(parts) or "all")
+    return names
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, by dotted paths."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def _shown(path: str, value: Any) -> str:
+    if value is None:
+        return "default"
+    return Path(value).name if path == "model.path" and isinstance(value, str) else _text(value).strip('"')
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _read_result(directory: Path) -> Result:
+    summary = _parse(directory / SUMMARY_NAME, _read(directory, SUMMARY_NAME))
+    settings = flatten(summary.get("settings") or {})
+    parts = ("task", "settings", "all", "cells")
+    if not all(part in summary for part in parts) or METHOD not in settings:
+        raise ValueError(f"{directory / SUMMARY_NAME} is no summary of launch/eval.py, which has {', '.join(parts)}.")
+    samples: dict[Key, dict[str, Any]] = {}
+    seen: Counter[tuple[str, str]] = Counter()
+    for number, line in enumerate(_read(directory, SAMPLES_NAME).splitlines(), start=1):
+        where = f"{directory / SAMPLES_NAME}, line {number},"
+        sample = _parse(where, line)
+        if "labels" not in sample or "fingerprint" not in sample:
+            raise ValueError(f"{where} is no sample of launch/eval.py: labels or fingerprint is missing.")
+        same = _text(sample["labels"]), str(sample["fingerprint"])
+        samples[(*same, seen[same])] = sample
+        seen[same] += 1
+    return Result(directory, settings, summary, samples)
+
+
+def _read(directory: Path, name: str) -> str:
+    try:
+        return (directory / name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{directory / name} cannot be read ({error}); name the directory that launch/eval.py said (Results: ...). "
+            "An evaluation that was stopped has no summary: the same command again finishes it."
+        ) from error
+
+
+def _parse(where: str | Path, text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} is no JSON object.")
+    return content

@@ -1,0 +1,65 @@
+"""What an engine computes, as torch counts its matrix products and a kernel the pairs that it is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import apb_ds
+from apb_ds.ops.kernels import Kernel, KernelChoice
+from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.session.request import count_prefill
+from tests.models import FAMILIES, request_ids
+
+QUERY = 6
+
+
+class CountingKernel(Kernel):
+    """Computes nothing, and counts the pairs of tokens that it should have: operations depend on no value."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.flops = 0
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        _, heads, queries, head_dim = query.shape
+        assert not causal or queries == key.shape[2]
+        pairs = sum(range(1, queries + 1)) if causal else queries * key.shape[2]
+        self.flops += 4 * heads * head_dim * pairs
+        return torch.zeros_like(query), torch.zeros(query.shape[:3])
+
+
+def run_counted(
+    rank: int, world_size: int, family: str, n: int, given: dict[str, Any], kv_heads: int = 2
+) -> tuple[int, int, dict[str, Any] | None]:
+    """Return what one rank computed for a prefill and for the query after it, and what was counted for all ranks.
+
+    Parameters
+    ----------
+    n : document tokens; the query has `QUERY`
+    given : `APBConfig` fields
+    """
+    group = SequenceGroup() if world_size == 1 else SequenceGroup.of(torch.distributed.group.WORLD)
+    model = FAMILIES[family](num_key_value_heads=kv_heads)
+    engine = apb_ds.init_inference(model, apb_ds.APBConfig(**given), group=group)
+    document, query = request_ids(n, QUERY)
+    needs_query = engine.apb_config.query_in_anchor
+    with mock.patch("apb_ds.linears._is_enabled", lambda: False):  # torch does not count oneDNN's products
+        context, prefilled = _measure(engine, lambda: engine.prefill(document, query if needs_query else None))
+        _, asked = _measure(engine, lambda: engine.query_logits(query, context=context))
+    return prefilled, asked, count_prefill(engine, context, QUERY, num_logits=QUERY)
+
+
+def _measure(engine: Any, work: Any) -> tuple[Any, int]:
+    kernel = CountingKernel()
+    engine.attention.kernels_for = lambda *_: KernelChoice(kernel, kernel)
+    with FlopCounterMode(display=False) as counter:
+        result = work()
+    # The rotary angles are an outer product, which torch counts among matrix products.
+    angles = sum(sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb"))
+    return result, counter.get_total_flops() - angles + kernel.flops
