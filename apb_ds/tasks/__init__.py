@@ -6,6 +6,7 @@ from apb_ds.tasks.base import Sample, TaskConfig, build_task_config, register_ta
 from apb_ds.tasks.batch import BatchConfig
 from apb_ds.tasks.chat import ChatConfig
 from apb_ds.tasks.fidelity import FidelityConfig
+from apb_ds.tasks.lm_eval import LmEvalConfig
 from apb_ds.tasks.passkey import PasskeyConfig
 from apb_ds.tasks.prompt import PromptConfig
 from apb_ds.tasks.ruler import RulerConfig
@@ -15,6 +16,7 @@ __all__ = [
     "BatchConfig",
     "ChatConfig",
     "FidelityConfig",
+    "LmEvalConfig",
     "PasskeyConfig",
     "PromptConfig",
     "RulerConfig",

@@ -33,6 +33,7 @@ LAYERS = (
     "training",
     "tasks",
     "report",
+    "harness_model",
     "session",
     "bench",
 )
