@@ -89,7 +89,9 @@ class _Asked(HarnessPrompts):
         requests: list[Request] = []
         for kind, group in itertools.groupby(instances, key=lambda instance: instance.request_type):
             if kind == "generate_until":
-                requests += [self.generation(*instance.args[:2], instance.repeats or 1) for instance in group]
+                for instance in group:
+                    prompt, arguments = instance.args[:2]
+                    requests.append(self.generation(prompt, arguments, instance.repeats or 1))
             elif kind == "loglikelihood":
                 requests += super().loglikelihood(list(group), disable_tqdm=True)
             else:
@@ -209,6 +211,7 @@ def build(config: LmEvalConfig, tokenizer: Any, seed: int) -> HarnessTasks:
             simple_evaluate(
                 model=asked,
                 tasks=specs,
+                task_manager=_manager(config),  # or it would read all YAML files again
                 limit=config.num_samples,
                 num_fewshot=config.num_fewshot,
                 apply_chat_template=has_template if config.apply_chat_template is None else config.apply_chat_template,
