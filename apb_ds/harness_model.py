@@ -189,19 +189,13 @@ def _generate(engine: APBEngine, tokenizer: Any, context: Context, request: Requ
     from lm_eval.models.utils_hf import stop_sequences_criteria
 
     prompt_length = request.document_ids.shape[1] + request.query_ids.shape[1]
-    arguments = dict(request.generate)
-    ends = engine.module.generation_config.eos_token_id
-    ends = [*(ends if isinstance(ends, (list, tuple)) else [ends]), tokenizer.eos_token_id]
-    ends = list(dict.fromkeys(end for end in ends if end is not None))
-    if ends:
-        arguments["eos_token_id"] = ends
     tokens = engine.generate(
         query_ids=request.query_ids,
         context=context,
         max_new_tokens=request.max_new_tokens,
         # The harness' own criterion: it sees the answer alone, and not a stop that began in the prompt.
         stopping_criteria=stop_sequences_criteria(tokenizer, list(request.until), prompt_length, 1),
-        **arguments,
+        **request.generate,
     )
     return tokens[0].tolist()
 

@@ -179,6 +179,10 @@ def test_stop_strings_and_lengths(folder: Path, model: Any) -> None:
     ]
     assert cut == [text.split(stop)[0] for text in whole] and cut != whole
     assert lm.engine.stats.new_tokens <= 6
+    tokenizer.eos_token = stop  # which the model's own settings do not know
+    assert [resps[0][0] for resps in responses(evaluate(lm, folder, "lamp_text", chat=False), "lamp_text")] == [
+        text.split(stop)[0] for text in whole
+    ]
     short = evaluate(lm, folder, "lamp_text", chat=False, gen_kwargs={"max_gen_toks": 2})
     assert lm.engine.stats.new_tokens == 2
     assert all(len(resps[0][0]) <= 2 for resps in responses(short, "lamp_text"))

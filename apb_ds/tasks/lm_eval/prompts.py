@@ -38,7 +38,7 @@ class Request(Sample):
     Attributes
     ----------
     continuations : ids to score; none where text is generated. A prompt of one token has no document then.
-    until : texts that end the answer and are cut off it
+    until : texts that end the answer and are cut off it, the end token among them
     repeats : how many answers are generated
     """
 
