@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apb_ds.context import Context
 from apb_ds.engine import APBEngine, Progress
-from apb_ds.tasks.lm_eval.prompts import HarnessPrompts, Pair, Request
+from apb_ds.tasks.lm_eval.prompts import NO_ROLLING, HarnessPrompts, Pair, Request
 from apb_ds.tasks.lm_eval.split import Split
 
 
@@ -43,7 +43,8 @@ class HarnessModel(HarnessPrompts):
 
     Prompts are tokenised as the harness does for a transformers model, and cut into document and query where `split`
     says; so an exact method has the answers of the plain model. On several ranks all of them share one request and call
-    the harness alike: each shows it rank 0 of 1. Prompts are never cut short: one that is too long is an error.
+    the harness alike: each shows it rank 0 of 1 (the harness then returns results on the first rank of each node).
+    Prompts are never cut short: one that is too long is an error.
 
     Log-likelihoods are of continuations: the context is prefilled once for all of them. ``loglikelihood_rolling`` is
     refused.
@@ -98,10 +99,7 @@ class HarnessModel(HarnessPrompts):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Raise NotImplementedError."""
-        raise NotImplementedError(
-            "loglikelihood_rolling needs the logits of every token of a document, and a document's tokens have none "
-            "here, only those of a query. For perplexities over long texts use launch/eval.py task=fidelity."
-        )
+        raise NotImplementedError(f"loglikelihood_rolling is not supported: {NO_ROLLING}")
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any) -> list[Any]:
         answers: list[Any] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,14 @@ def test_refused(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(engine.group, "gather_objects", lambda value: [value, "another"])
     with pytest.raises(ValueError, match="the ranks have built different prompts"):
         lm.generate_until([instance("a text", {})], disable_tqdm=True)
+
+
+def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.find_spec("apb_ds.tasks.lm_eval.prompts")
+    assert spec is not None and spec.loader is not None
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(RuntimeError, match=r"lm-evaluation-harness is needed here.*pip install -e '\.\[eval\]'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_settings_that_are_kept(model: Any) -> None:

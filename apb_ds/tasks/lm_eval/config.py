@@ -90,7 +90,7 @@ class LmEvalConfig(TaskConfig):
             folder = expand_path("task.include_path", value)
             if not folder.is_dir():
                 raise ValueError(f"task.include_path={value!r}: there is no folder {folder.absolute()}.")
-        from apb_ds.tasks.lm_eval.documents import check_names
+        from apb_ds.tasks.lm_eval.load import check_names
 
         check_names(self)
 

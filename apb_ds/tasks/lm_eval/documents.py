@@ -6,7 +6,6 @@ Imported only where lm-evaluation-harness is installed.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
 import os
@@ -21,14 +20,11 @@ from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.evaluator_utils import _process_results
-from lm_eval.tasks import TaskManager
 
-from apb_ds.config import suggest
 from apb_ds.tasks.lm_eval.config import LmEvalConfig
-from apb_ds.tasks.lm_eval.prompts import HarnessPrompts, Pair, Request
-from apb_ds.tasks.ruler.cache import hash_tokenizer
+from apb_ds.tasks.lm_eval.load import check_servable, first_line, load_tasks, task_manager
+from apb_ds.tasks.lm_eval.prompts import NO_ROLLING, HarnessPrompts, Pair, Request
 from apb_ds.tasks.ruler.harness import quiet, replaced
-from apb_ds.tasks.text import expand_path
 
 BOOTSTRAP_RESAMPLES = 1000
 # What of the harness' results says more than the settings do.
@@ -99,12 +95,6 @@ class _Asked(HarnessPrompts):
         return requests
 
 
-NO_ROLLING = (
-    "tokens within a document have no logits here, only those of a query; for perplexities over long texts there is "
-    "task=fidelity."
-)
-
-
 @dataclass
 class HarnessTasks:
     """Tasks with their documents.
@@ -162,21 +152,9 @@ class HarnessTasks:
                     found |= {(metric, key): value for metric, value in metrics.items()}
         except Exception as error:  # a task's own code, of any kind
             raise ValueError(
-                f"task.tasks: {sample.task} cannot score document {sample.doc_id} ({_line(error)})."
+                f"task.tasks: {sample.task} cannot score document {sample.doc_id} ({first_line(error)})."
             ) from error
         return found
-
-
-def check_names(config: LmEvalConfig) -> None:
-    """Raise ValueError if the harness does not know one of the tasks, naming the nearest."""
-    known = _manager(config).all_tasks
-    for name in config.tasks:
-        if name not in known and not os.path.isfile(os.path.expanduser(name)):
-            more = "" if config.include_path else " Tasks of your own are found in task.include_path."
-            raise ValueError(
-                f"task.tasks={name!r} is none of the {len(known)} tasks and groups of this lm-evaluation-harness, and "
-                f"no YAML file.{suggest(name, known)}{more}"
-            )
 
 
 def build(config: LmEvalConfig, tokenizer: Any, seed: int) -> HarnessTasks:
@@ -193,7 +171,7 @@ def build(config: LmEvalConfig, tokenizer: Any, seed: int) -> HarnessTasks:
         If a data set cannot be had, or a task asks for what cannot be answered, naming the task.
     """
     asked = _Asked(tokenizer, config.split, config.query_start)
-    specs = _load(config, tokenizer)
+    specs = load_tasks(config, tokenizer)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     tasks: dict[str, Task] = {}
     groups: dict[str, Any] = {}
@@ -204,14 +182,14 @@ def build(config: LmEvalConfig, tokenizer: Any, seed: int) -> HarnessTasks:
             groups |= {group.name: group for group in [spec, *spec.get_all_groups()]}
             tasks |= {task.task_name: task for task in spec.get_all_tasks()}
     for name, task in tasks.items():
-        _check_servable(name, task)
+        check_servable(name, task)
     arguments = {} if config.max_new_tokens is None else {"gen_kwargs": {"max_gen_toks": config.max_new_tokens}}
     try:
         with quiet(), contextlib.suppress(_Built):
             simple_evaluate(
                 model=asked,
                 tasks=specs,
-                task_manager=_manager(config),  # or it would read all YAML files again
+                task_manager=task_manager(config),  # or it would read all YAML files again
                 limit=config.num_samples,
                 num_fewshot=config.num_fewshot,
                 apply_chat_template=has_template if config.apply_chat_template is None else config.apply_chat_template,
@@ -223,7 +201,9 @@ def build(config: LmEvalConfig, tokenizer: Any, seed: int) -> HarnessTasks:
                 **arguments,
             )
     except Exception as error:  # a task's own code, of any kind
-        raise ValueError(f"task.tasks={list(config.tasks)}: the prompts cannot be made ({_line(error)}).") from error
+        raise ValueError(
+            f"task.tasks={list(config.tasks)}: the prompts cannot be made ({first_line(error)})."
+        ) from error
     samples = [sample for name, task in tasks.items() for sample in _samples(name, task, asked)]
     return HarnessTasks(tasks, groups, samples)
 
@@ -240,71 +220,6 @@ def _samples(name: str, task: Task, asked: _Asked) -> Iterator[HarnessSample]:
         except ValueError as error:  # this document's alone
             sample.problem = str(error)
         yield sample
-
-
-def _check_servable(name: str, task: Task) -> None:
-    """Raise ValueError for what is not to be run, or cannot be."""
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        raise ValueError(f"task.tasks: {name} asks for loglikelihood_rolling, which is not supported: {NO_ROLLING}")
-    if getattr(task, "MULTIMODAL", False):
-        raise ValueError(f"task.tasks: {name} shows images or sounds; this engine reads text. Leave it out.")
-    if getattr(task, "UNSAFE_CODE", False):
-        raise ValueError(
-            f"task.tasks: {name} runs code that the model has written. Run it in a sandbox of your own: "
-            "lm_eval.simple_evaluate(model=apb_ds.HarnessModel(engine, tokenizer), confirm_run_unsafe_code=True, ...)."
-        )
-
-
-@functools.lru_cache(maxsize=4)
-def _index(include_path: tuple[str, ...], include_defaults: bool) -> TaskManager:
-    with quiet():
-        return TaskManager(include_path=list(include_path) or None, include_defaults=include_defaults)
-
-
-def _manager(config: LmEvalConfig) -> TaskManager:
-    """Return the harness' index of tasks; that of its own 14000 takes a while, and is left out where it can be."""
-    folders = tuple(str(expand_path("task.include_path", value)) for value in config.include_path)
-    if folders:
-        own = _index(folders, False)
-        if all(name in own.all_subtasks for name in config.tasks):
-            return own
-    return _index(folders, True)
-
-
-def _load(config: LmEvalConfig, tokenizer: Any) -> list[Any]:
-    """Return the tasks and groups, with their data."""
-    from transformers import AutoTokenizer
-
-    manager = _manager(config)
-    # Some tasks size their texts with a tokenizer that they load by this name, and keep. (A manager of its own for each
-    # job would read all YAML files again.)
-    name_of_tokenizer = f"tokenizer-{hash_tokenizer(tokenizer)[:16]}"
-    manager._factory._meta = {"pretrained": name_of_tokenizer, **config.metadata}
-    loaded: list[Any] = []
-    ours = staticmethod(lambda *_, **__: tokenizer)
-    for name in config.tasks:
-        try:
-            with quiet(), mock.patch.object(AutoTokenizer, "from_pretrained", ours):
-                spec = manager._load_spec(os.path.expanduser(name) if name not in manager.all_tasks else name)
-        except Exception as error:  # the data sets' and a task's own code, of any kind
-            raise ValueError(_why_not_loaded(name, error)) from error
-        loaded += spec if isinstance(spec, list) else [spec]
-    return loaded
-
-
-def _why_not_loaded(name: str, error: Exception) -> str:
-    if isinstance(error, (ConnectionError, FileNotFoundError)):
-        return (
-            f"task.tasks: the data of {name} cannot be had ({_line(error)}). Run it once where there is a network and "
-            "copy the folder that HF_HOME names, or point a YAML of your own at a local file (task.include_path, "
-            "dataset_path: json, dataset_kwargs: {data_files: ...})."
-        )
-    return f"task.tasks: {name} cannot be loaded ({_line(error)})."
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _is_number(value: Any) -> bool:

@@ -26,6 +26,10 @@ except ImportError as error:
         "install it with: pip install -e '.[eval]'"
     ) from error
 
+NO_ROLLING = (
+    "tokens within a document have no logits here, only those of a query; for perplexities over long texts there is "
+    "launch/eval.py task=fidelity."
+)
 MAX_NEW_TOKENS = 256  # the harness' own default
 # A request as the harness passes it on: (context, continuation) as texts, and both as ids.
 Pair = tuple[tuple[str, str], list[int], list[int]]
