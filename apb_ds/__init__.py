@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from apb_ds.context import Context
     from apb_ds.engine import APBEngine
     from apb_ds.entry import attach, detach, init_inference
+    from apb_ds.harness_model import HarnessModel
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _LAZY = {
     "ShardedCache": "apb_ds.cache",
     "APBEngine": "apb_ds.engine",
     "Context": "apb_ds.context",
+    "HarnessModel": "apb_ds.harness_model",
     "attach": "apb_ds.entry",
     "detach": "apb_ds.entry",
     "init_inference": "apb_ds.entry",

@@ -37,16 +37,18 @@ def serve_evaluation(run: Run) -> dict[str, Any]:
     A sample that fails is counted, and the rest goes on. The same job again goes on where it was stopped.
     """
     with contextlib.ExitStack() as stack:
-        return _Evaluation(run, stack).serve()
+        return Evaluation(run, stack).serve()
 
 
-class _Evaluation:
+class Evaluation:
+    """One evaluation: `samples` are those of the task, on the first rank alone."""
+
     def __init__(self, run: Run, stack: contextlib.ExitStack) -> None:
         self.run = run
         self.task = run.settings.task
         self.stack = stack
         # On the first rank only:
-        self.samples: list[Sample] = []
+        self.samples: list[Any] = []
         self.answers: AnswerFile | None = None
         self.progress: BatchProgress | None = None
         self.output = Path()
@@ -80,24 +82,37 @@ class _Evaluation:
         """Make the samples and open the output; return the places of those that have no score yet."""
         run, evaluation = self.run, self.run.settings.evaluation
         assert evaluation is not None
-        max_positions = getattr(run.loaded.model.config, "max_position_embeddings", None)
-        task = self.task.fitted(max_positions)
-        self.samples = list(task.samples(run.tokenizer, run.vocab_size, run.settings.seed))
+        self.samples = self._make_samples()
         if not self.samples:
             raise ValueError(f"task={self.task.name} has no samples with these settings.")
         settings = run.answer_settings()
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         name = f"{self.task.name}-{run.settings.method.method}-{digest[:DIGEST_LENGTH]}"
         self.output = Path(evaluation.output).expanduser() if evaluation.output else OUTPUT_ROOT / name
-        keys = [(f"{self.task.name}-{index}", _prompt_digest(sample)) for index, sample in enumerate(self.samples)]
-        answers = AnswerFile(self.output / SAMPLES_NAME, keys, settings, overwrite=evaluation.overwrite)
+        answers = AnswerFile(self.output / SAMPLES_NAME, self._keys(), settings, overwrite=evaluation.overwrite)
         self.answers = self.stack.enter_context(answers)
         left = [index for index in range(len(self.samples)) if index not in self.answers.kept]
         if len(left) < len(self.samples):
             logger.info("%d of %d samples are answered already.", len(self.samples) - len(left), len(self.samples))
-        num_tokens = sum(self.samples[index].document_ids.shape[1] for index in left)
+        num_tokens = sum(self._document_tokens(index) for index in left)
         self.progress = self.stack.enter_context(batch_progress(run.error_console, len(left), num_tokens, "samples"))
         return left
+
+    def _make_samples(self) -> list[Any]:
+        run = self.run
+        task = self.task.fitted(getattr(run.loaded.model.config, "max_position_embeddings", None))
+        return list(task.samples(run.tokenizer, run.vocab_size, run.settings.seed))
+
+    def _keys(self) -> list[tuple[str, str]]:
+        """Return each sample's name, and a hash of what is asked."""
+        return [(f"{self.task.name}-{index}", _prompt_digest(sample)) for index, sample in enumerate(self.samples)]
+
+    def _document_tokens(self, index: int) -> int:
+        return self.samples[index].document_ids.shape[1]
+
+    def _further_results(self, results: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what the summary has besides scores and usage."""
+        return {}
 
     def _append(self, index: int, result: dict[str, Any]) -> None:
         assert self.answers is not None and self.progress is not None
@@ -123,6 +138,7 @@ class _Evaluation:
             "task": self.task.name,
             "settings": self.run.answer_settings(),
             **summary,
+            **self._further_results(results),
             "usage": usage,
             **environment(self.run.loaded.device),
         }

@@ -25,11 +25,12 @@ from apb_ds.report.table import failure_lines, job_table, make_console, sweep_ta
 from apb_ds.session.batch import serve_batch
 from apb_ds.session.chat import serve_chat
 from apb_ds.session.evaluation import serve_evaluation
+from apb_ds.session.harness import serve_harness
 from apb_ds.session.job import Job, Settings, read_settings
 from apb_ds.session.question import serve_question
 from apb_ds.session.request import Run
 from apb_ds.session.steps import JOB_ERRORS, JobError, Steps
-from apb_ds.tasks import BatchConfig, ChatConfig, TaskConfig
+from apb_ds.tasks import BatchConfig, ChatConfig, LmEvalConfig, TaskConfig
 
 
 class Session:
@@ -144,7 +145,8 @@ class Session:
             error_console=self.error_console,
             stdin=self.stdin,
         )
-        serve = serve_evaluation if settings.evaluation else _SERVERS.get(type(settings.task), serve_question)
+        servers, usual = (_EVALUATORS, serve_evaluation) if settings.evaluation else (_SERVERS, serve_question)
+        serve = servers.get(type(settings.task), usual)
         parts = serve(run)
         method = parts.pop("method")
         return {
@@ -190,6 +192,8 @@ class Session:
 
 # What takes more than one question; a task that is not here has one.
 _SERVERS: dict[type[TaskConfig], Callable[[Run], dict[str, Any]]] = {ChatConfig: serve_chat, BatchConfig: serve_batch}
+# What is scored by other code than its own.
+_EVALUATORS: dict[type[TaskConfig], Callable[[Run], dict[str, Any]]] = {LmEvalConfig: serve_harness}
 
 
 def _new_record(job: Job) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from apb_ds.tasks.batch import BatchConfig
 from apb_ds.tasks.chat import ChatConfig
 from apb_ds.tasks.fidelity import FidelityConfig
 from apb_ds.tasks.infinitebench import InfiniteBenchConfig
+from apb_ds.tasks.lm_eval import LmEvalConfig
 from apb_ds.tasks.passkey import PasskeyConfig
 from apb_ds.tasks.prompt import PromptConfig
 from apb_ds.tasks.ruler import RulerConfig
@@ -17,6 +18,7 @@ __all__ = [
     "ChatConfig",
     "FidelityConfig",
     "InfiniteBenchConfig",
+    "LmEvalConfig",
     "PasskeyConfig",
     "PromptConfig",
     "RulerConfig",

@@ -86,7 +86,7 @@ def encode_document(tokenizer: Any, document: str) -> EncodedDocument:
     text = render_document(tokenizer, document)
     ids = encode(tokenizer, text)
     # The header's last token may be another with the user's text behind it.
-    position = _num_equal(encode(tokenizer, header(tokenizer)), ids)
+    position = num_equal(encode(tokenizer, header(tokenizer)), ids)
     return EncodedDocument(ids, position, text[-BOUNDARY_CONTEXT:])
 
 
@@ -194,7 +194,7 @@ def _stripped(query: str) -> str:
     return query
 
 
-def _num_equal(first: list[int], second: list[int]) -> int:
+def num_equal(first: list[int], second: list[int]) -> int:
     """Return how many ids both begin with."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))

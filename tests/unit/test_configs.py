@@ -57,12 +57,13 @@ ASKED = {
     "task=prompt": ("task.document=text", "task.query=what"),
     "task=chat": ("task.document=text",),
     "task=batch": ("task.input=questions.jsonl",),
+    "task=lm_eval": ("task.tasks=gsm8k",),
 }
 
 
 @pytest.mark.parametrize("override", ASKED)
 def test_what_a_task_cannot_do_without(override: str) -> None:
-    with pytest.raises(ValueError, match=r"task\.(document|input)=.* (empty|missing)"):
+    with pytest.raises(ValueError, match=r"task\.(document|input|tasks).* (empty|missing)"):
         settings(override)
 
 

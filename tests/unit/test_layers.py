@@ -32,6 +32,7 @@ LAYERS = (
     "entry",
     "tasks",
     "report",
+    "harness_model",
     "session",
     "training",
     "bench",

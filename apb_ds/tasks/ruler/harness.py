@@ -90,8 +90,8 @@ def load_module(name: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def replaced(module: ModuleType, **names: Any) -> Iterator[None]:
-    """Give names of a module other values for a while."""
+def replaced(module: Any, **names: Any) -> Iterator[None]:
+    """Give names of a module, or of any object, other values for a while."""
     kept = {name: getattr(module, name) for name in names}
     try:
         for name, value in names.items():

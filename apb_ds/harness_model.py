@@ -1,0 +1,223 @@
+"""An engine as lm-evaluation-harness wants a model: ``lm_eval.simple_evaluate(model=HarnessModel(engine, tokenizer))``.
+
+Needs the harness (``pip install -e '.[eval]'``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apb_ds.context import Context
+from apb_ds.engine import APBEngine, Progress
+from apb_ds.tasks.lm_eval.prompts import NO_ROLLING, HarnessPrompts, Pair, Request
+from apb_ds.tasks.lm_eval.split import Split
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a request gave, the same on every rank but for the times.
+
+    Attributes
+    ----------
+    answers : texts, or (log-likelihood, whether greedy decoding gives it), one for each repeat or continuation
+    exact : whether the prompt was too short for anything but exact attention
+    new_tokens : tokens generated, all repeats together
+    """
+
+    answers: list[Any]
+    exact: bool
+    new_tokens: int
+    prefill_s: float
+    seconds: float
+
+
+class HarnessModel(HarnessPrompts):
+    """Serves lm-evaluation-harness with an engine.
+
+    Prompts are tokenised as the harness does for a transformers model, and cut into document and query where `split`
+    says; so an exact method has the answers of the plain model. On several ranks all of them share one request and call
+    the harness alike: each shows it rank 0 of 1 (the harness then returns results on the first rank of each node).
+    Prompts are never cut short: one that is too long is an error.
+
+    Log-likelihoods are of continuations: the context is prefilled once for all of them. ``loglikelihood_rolling`` is
+    refused.
+
+    Parameters
+    ----------
+    engine : APBEngine
+    tokenizer : the model's own
+    split : str or callable
+        Where the query begins in the last user's turn (without a chat template, in the prompt): ``paragraph`` (after
+        its last blank line; the last line, if there is none or the paragraph is longer than all before it), ``line``
+        (its last line) or ``turn``. Or a function that takes the prompt and returns document and query, which together
+        are the prompt.
+    query_start : str, optional
+        A text that the query begins with, where the prompt has it; else `split` decides.
+    query_position : int, tokens, optional
+        As in the engine's settings. Default: the tokens that the chat template puts before the first turn.
+
+    Raises
+    ------
+    RuntimeError
+        If lm-evaluation-harness is not installed.
+    ValueError
+        For an unknown rule; later, on every rank before anything is sent, for what the engine cannot serve.
+    """
+
+    def __init__(
+        self,
+        engine: APBEngine,
+        tokenizer: Any,
+        *,
+        split: str | Split = "paragraph",
+        query_start: str | None = None,
+        query_position: int | None = None,
+    ) -> None:
+        super().__init__(tokenizer, split, query_start)
+        self.engine = engine
+        self._query_position = query_position
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return the answers to the harness' requests, in their order."""
+        ours = [self.generation(*request.args) for request in requests]
+        answers = []
+        for request, response in zip(requests, self._respond_to(ours, disable_tqdm), strict=True):
+            answers += response.answers
+            self.cache_hook.add_partial("generate_until", request.args, response.answers[0])
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Raise NotImplementedError."""
+        raise NotImplementedError(f"loglikelihood_rolling is not supported: {NO_ROLLING}")
+
+    def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any) -> list[Any]:
+        answers: list[Any] = []
+        for response in self._respond_to(self.scorings(requests), disable_tqdm):
+            answers += response.answers
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], answer)
+        return answers
+
+    def _respond_to(self, requests: list[Request], disable_tqdm: bool) -> Iterator[Response]:
+        from tqdm import tqdm
+
+        self._check_same(requests)
+        shown = self.engine.group.is_first and not disable_tqdm
+        before = self.engine.apb_config
+        try:
+            for request in tqdm(requests, disable=not shown, desc="APB"):
+                self._set_position(request)
+                yield respond(self.engine, self.tokenizer, request)
+        finally:
+            if self.engine.apb_config is not before:
+                self.engine.configure(before)
+
+    def _set_position(self, request: Request) -> None:
+        config = self.engine.apb_config
+        position = request.query_position if self._query_position is None else self._query_position
+        if not config.is_exact_method and config.query_position != position:
+            self.engine.configure(replace(config, query_position=position))
+
+    def _check_same(self, requests: list[Request]) -> None:
+        """Raise ValueError on every rank if the harness has built other requests on one of them."""
+        digest = hashlib.sha256()
+        for request in requests:
+            digest.update(repr(request_parts(request)).encode())
+        if len(set(self.engine.group.gather_objects(digest.hexdigest()))) > 1:
+            raise ValueError(
+                "the ranks have built different prompts, and they share each one: give every rank the same tasks, data "
+                "and seeds. A task that draws at random without a seed can be run with launch/eval.py task=lm_eval, "
+                "where one rank builds them for all."
+            )
+
+
+def request_parts(request: Request) -> list[Any]:
+    """Return all that decides the answer to a request, as JSON has it."""
+    ids = [request.document_ids.flatten().tolist(), request.query_ids.flatten().tolist()]
+    how = [request.max_new_tokens, sorted(request.generate.items()), list(request.until), request.repeats]
+    return [*ids, [list(one) for one in request.continuations], *how]
+
+
+def respond(engine: APBEngine, tokenizer: Any, request: Request, progress: Progress | None = None) -> Response:
+    """Answer a request. All ranks call this together.
+
+    Raises
+    ------
+    ValueError
+        For what the engine cannot serve, on every rank before anything is sent.
+    """
+    began = time.perf_counter()
+    known = request.document_ids.shape[1] + request.query_ids.shape[1]
+    reach = max(map(len, request.continuations), default=request.max_new_tokens)
+    context: Context | None = None
+    if request.document_ids.shape[1]:
+        document, query = request.document_ids, request.query_ids
+        context = engine.prefill(document, query, max_positions=known + reach, progress=progress)
+    new_tokens = 0
+    answers: list[Any] = []
+    if request.continuations:
+        answers = [_score(engine, context, request.query_ids, one) for one in request.continuations]
+    else:
+        assert context is not None, "a prompt that is to be continued has a document"
+        for _ in range(request.repeats):
+            tokens = _generate(engine, tokenizer, context, request)
+            new_tokens += len(tokens)
+            answers.append(_text(tokenizer, tokens, request.until))
+    return Response(
+        answers=answers,
+        exact=context is None or context.plan.exact,
+        new_tokens=new_tokens,
+        prefill_s=0.0 if context is None else context.prefill_s,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _generate(engine: APBEngine, tokenizer: Any, context: Context, request: Request) -> list[int]:
+    from lm_eval.models.utils_hf import stop_sequences_criteria
+
+    prompt_length = request.document_ids.shape[1] + request.query_ids.shape[1]
+    tokens = engine.generate(
+        query_ids=request.query_ids,
+        context=context,
+        max_new_tokens=request.max_new_tokens,
+        # The harness' own criterion: it sees the answer alone, and not a stop that began in the prompt.
+        stopping_criteria=stop_sequences_criteria(tokenizer, list(request.until), prompt_length, 1),
+        **request.generate,
+    )
+    return tokens[0].tolist()
+
+
+def _text(tokenizer: Any, tokens: list[int], until: Sequence[str]) -> str:
+    from lm_eval.models.utils import postprocess_generated_text
+
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return postprocess_generated_text(text, stop=list(until), think_end_token=None)
+
+
+def _score(
+    engine: APBEngine, context: Context | None, query_ids: Tensor, continuation: tuple[int, ...]
+) -> tuple[float, bool]:
+    """Return the log-likelihood of a continuation of the prompt, and whether greedy decoding gives it."""
+    if not continuation:
+        return 0.0, True
+    wanted = torch.tensor(continuation, device=engine.device)
+    query = torch.cat([query_ids.to(engine.device), wanted[None, :-1]], dim=1)
+    if context is None:  # a prompt of one token, which no engine is needed for
+        with torch.no_grad():
+            logits = engine.group.broadcast(engine.module(query).logits[:, -len(continuation) :].float().contiguous())
+    else:
+        logits = engine.query_logits(query, context=context)[:, -len(continuation) :]
+    log_probs = logits[0].log_softmax(dim=-1)
+    likelihood = log_probs.gather(-1, wanted[:, None]).sum()
+    return float(likelihood), bool((log_probs.argmax(dim=-1) == wanted).all())

@@ -1,0 +1,233 @@
+"""task=lm_eval and HarnessModel on one and on two ranks: the harness' scores, resumed runs, what fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import apb_ds
+from tests.harness_tasks import DOCUMENTS, responses, task_manager, write_tasks
+from tests.launch_in_process import Ended, run_infer
+from tests.pool import Pools, RankError
+from tests.tiny_checkpoint import save_checkpoint
+
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("missing: lm_eval (pip install -e '.[eval]')", allow_module_level=True)
+
+SIZES = pytest.mark.parametrize("world_size", [1, 2])
+NAMES = ("lamp_text", "lamp_prefix", "lamp_choice")
+HOSTS = 4
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lm_eval")
+    save_checkpoint(folder / "model")
+    write_tasks(folder / "tasks")
+    return folder
+
+
+def launch(pool: Pools, world_size: int, place: Path, output: Path, *overrides: str, patches: Any = ()) -> list[Ended]:
+    arguments = [
+        "task=lm_eval",
+        f"task.include_path={place}/tasks",
+        f"model.path={place}/model",
+        "model.device=cpu",
+        f"method.hosts={HOSTS}",
+        f"eval.output={output}",
+        f"hydra.run.dir={output.parent}/run",
+        *overrides,
+    ]
+    return pool(world_size).run(run_infer, arguments, "", patches, "eval", timeout=120)
+
+
+def samples(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+
+
+def evaluated(
+    rank: int, world_size: int, place: Path, names: tuple[str, ...], others: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Evaluate by the harness alone; `others` are what the ranks after the first are asked."""
+    import lm_eval
+
+    from apb_ds.parallel.groups import SequenceGroup
+
+    group = SequenceGroup() if world_size == 1 else SequenceGroup.of(torch.distributed.group.WORLD)
+    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    engine = apb_ds.init_inference(model, apb_ds.APBConfig(hosts=HOSTS), group=group)
+    lm = apb_ds.HarnessModel(engine, AutoTokenizer.from_pretrained(place / "model"))
+    results = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=list(names if rank == 0 or not others else others),
+        task_manager=task_manager(place / "tasks"),
+        apply_chat_template=True,
+        bootstrap_iters=1000,
+    )
+    assert results is not None
+    said = {name: responses(results, name) for name in results["samples"]}
+    return {"results": results["results"], "responses": said}
+
+
+@pytest.fixture(scope="module")
+def by_harness(place: Path) -> dict[str, Any]:
+    return evaluated(0, 1, place, NAMES)
+
+
+@SIZES
+def test_a_task_is_what_the_harness_makes_of_it(
+    pool: Pools, place: Path, tmp_path: Path, by_harness: dict[str, Any], world_size: int
+) -> None:
+    output = tmp_path / "out"
+    ended = launch(
+        pool,
+        world_size,
+        place,
+        output,
+        f"task.tasks=[{','.join(NAMES)}]",
+        patches=("text on the first rank only",),
+    )
+    assert [rank.code for rank in ended] == [0] * world_size, ended[0].stderr
+    found = samples(output)
+    assert [sample["id"] for sample in found] == [f"{name}/{number}" for name in NAMES for number in range(4)]
+    for sample in found:
+        name, number = sample["id"].split("/")
+        said = by_harness["responses"][name][int(number)]
+        if name == "lamp_choice":
+            likelihoods = [one for one, _ in sample["answer"]]
+            assert likelihoods == pytest.approx([choice[0][0] for choice in said], abs=1e-3)
+            assert sample["reference"] == DOCUMENTS[int(number)]["label"]
+        else:
+            assert [[sample["answer"]]] == said
+            assert sample["reference"] == "on the pier" and not sample["exact"]
+        assert sample["score"] == next(iter(sample["metrics"].values()))
+        assert sample["seconds"] >= sample["prefill_s"] > 0 and sample["document_tokens"] > sample["query_tokens"]
+    summary = json.loads((output / "summary.json").read_text())
+    assert [cell["labels"]["task"] for cell in summary["cells"]] == list(NAMES)
+    for name in NAMES:
+        ours, theirs = summary["harness"]["results"][name], by_harness["results"][name]
+        assert {key: value for key, value in ours.items() if key != "alias"} == pytest.approx(
+            {key: value for key, value in theirs.items() if key != "alias"}, nan_ok=True
+        )
+    assert "lamp_prefix" in ended[0].stdout and f"Results: {output}" in ended[0].stdout
+
+
+def test_ranks_that_call_the_harness_alike(pool: Pools, place: Path, by_harness: dict[str, Any]) -> None:
+    for rank in pool(2).run(evaluated, place, NAMES, timeout=120):
+        for name in NAMES[:2]:
+            assert rank["responses"][name] == by_harness["responses"][name]
+        for one, other in zip(rank["responses"]["lamp_choice"], by_harness["responses"]["lamp_choice"], strict=True):
+            assert [choice[0][0] for choice in one] == pytest.approx([choice[0][0] for choice in other], abs=1e-3)
+
+
+def test_ranks_with_different_prompts_are_told(pool: Pools, place: Path) -> None:
+    with pytest.raises(RankError, match="the ranks have built different prompts") as raised:
+        pool(2).run(evaluated, place, ("lamp_text",), ("lamp_prefix",), timeout=120)
+    assert str(raised.value).count("ValueError: the ranks have built different prompts") == 2
+
+
+@SIZES
+def test_a_stopped_run_goes_on(pool: Pools, place: Path, tmp_path: Path, world_size: int) -> None:
+    output = tmp_path / "out"
+    overrides = ("task.tasks=[lamp_text,lamp_prefix]", "task.num_samples=3", "task.max_new_tokens=3")
+    overrides += ("task.apply_chat_template=false",)
+    ended = launch(pool, world_size, place, output, *overrides)
+    assert ended[0].code == 0, ended[0].stderr
+    whole = samples(output)
+    assert len(whole) == 6 and all(sample["new_tokens"] == 3 for sample in whole)
+    summary = json.loads((output / "summary.json").read_text())
+    lines = (output / "samples.jsonl").read_text().splitlines(keepends=True)
+    (output / "samples.jsonl").write_text("".join(lines[:4]))
+    ended = launch(pool, world_size, place, output, *overrides)
+    assert ended[0].records[0]["metrics"]["resumed"] == 4
+    again = samples(output)
+    assert again[:4] == whole[:4] and [one["answer"] for one in again] == [one["answer"] for one in whole]
+    assert json.loads((output / "summary.json").read_text())["harness"] == summary["harness"]
+    refused = launch(pool, world_size, place, output, *overrides, "task.split=line")
+    assert refused[0].code == 2 and "task.split" in refused[0].stderr
+
+
+def test_a_group(pool: Pools, place: Path, tmp_path: Path) -> None:
+    ended = launch(pool, 1, place, tmp_path / "out", "task.tasks=lamps", "task.num_samples=1")
+    assert ended[0].code == 0, ended[0].stderr
+    assert [sample["id"] for sample in samples(tmp_path / "out")] == ["lamp_text/0", "lamp_prefix/0"]
+    harness = json.loads((tmp_path / "out" / "summary.json").read_text())["harness"]
+    assert harness["groups"]["lamps"]["sample_len"] == 2 and "exact_match,none" in harness["groups"]["lamps"]
+
+
+@SIZES
+def test_split_settings_reach_the_prompts(pool: Pools, place: Path, tmp_path: Path, world_size: int) -> None:
+    lengths = {}
+    for name, setting in {"rule": "task.split=turn", "text": "task.query_start=harbour"}.items():
+        ended = launch(pool, world_size, place, tmp_path / name, "task.tasks=lamp_text", "task.num_samples=1", setting)
+        assert ended[0].code == 0, ended[0].stderr
+        lengths[name] = samples(tmp_path / name)[0]["query_tokens"]
+    # A byte is a token, and </s><|assistant|> are two.
+    assert lengths["text"] == len("harbour 0?") + 2
+    document = DOCUMENTS[0]
+    assert lengths["rule"] == len(f"{document['text']}\n\n{document['question']}") + 2
+
+
+@SIZES
+def test_failing_documents_are_counted(pool: Pools, place: Path, tmp_path: Path, world_size: int) -> None:
+    """One has no prompt; then the longest ones have no place in the model."""
+    output = tmp_path / "empty"
+    ended = launch(pool, world_size, place, output, "task.tasks=lamp_empty", "task.apply_chat_template=false")
+    assert [rank.code for rank in ended] == [2] * world_size and "1 of 4 samples failed" in ended[0].stderr
+    assert ["error" in sample for sample in samples(output)] == [False, True, False, False]
+    assert "the prompt is empty" in samples(output)[1]["error"]
+    assert json.loads((output / "summary.json").read_text())["harness"]["results"]["lamp_empty"]["sample_len"] == 3
+
+    limit = "+model.overrides.max_position_embeddings=250"
+    ended = launch(pool, world_size, place, tmp_path / "long", "task.tasks=[lamp_text,lamp_choice]", limit)
+    found = samples(tmp_path / "long")
+    failed = [sample["id"] for sample in found if "error" in sample]
+    assert failed == ["lamp_text/2", "lamp_text/3", "lamp_choice/2", "lamp_choice/3"], [
+        s["document_tokens"] for s in found
+    ]
+    assert "max_position_embeddings=250" in found[2]["error"] and "4 of 8 samples failed" in ended[0].stderr
+
+    nothing = "+model.overrides.max_position_embeddings=50"
+    launch(pool, world_size, place, tmp_path / "all", "task.tasks=lamp_text", nothing)
+    summary = json.loads((tmp_path / "all" / "summary.json").read_text())
+    assert summary["all"]["failed"] == 4 and summary["harness"]["results"] == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ((), ("task.tasks is missing", "[gsm8k]")),
+        (("task.tasks=[lamp_rolling]",), ("lamp_rolling", "loglikelihood_rolling", "task=fidelity")),
+        (("task.tasks=[lamp_lost]",), ("lamp_lost", "cannot be had", "nowhere.jsonl")),
+        (("task.tasks=[lamp_txt]",), ("task.tasks='lamp_txt'", "Did you mean 'lamp_text'?")),
+        (("task.tasks=[lamp_text]", "task.include_path=/nowhere/at/all"), ("task.include_path", "/nowhere/at/all")),
+        (("task.tasks=[lamp_text]", "task.split=sentence"), ("task.split='sentence'", "paragraph, line, turn")),
+        (("task.tasks=[lamp_text]", "task.num_samples=0"), ("task.num_samples=0", "at least 1")),
+        (("task.tasks=[lamp_text,lamp_text]",), ("task.tasks", "none of them twice")),
+    ],
+)
+def test_what_cannot_be_evaluated(
+    pool: Pools, place: Path, tmp_path: Path, overrides: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    ended = launch(pool, 2, place, tmp_path / "out", *overrides)
+    assert [rank.code for rank in ended] == [2, 2]
+    for part in parts:
+        assert part in ended[0].stderr, ended[0].stderr
+    assert "Traceback" not in ended[0].stderr
+
+
+def test_a_question_script_sends_on(pool: Pools, place: Path, tmp_path: Path) -> None:
+    arguments = [
+        "task=lm_eval",
+        "task.tasks=lamp_text",
+        f"task.include_path={place}/tasks",
+        f"model.path={place}/model",
+    ]
+    ended = pool(1).run(run_infer, [*arguments, "model.device=cpu", f"hydra.run.dir={tmp_path}"], timeout=60)
+    assert ended[0].code == 2 and "launch/eval.py" in ended[0].stderr
