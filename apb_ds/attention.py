@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apb_ds.compressors import build_compressor
+from apb_ds.compressors.retaining_heads import RetainingHeads, RetainingHeadsCompressor
 from apb_ds.config import APBConfig
 from apb_ds.methods import apb, dense, ring, ulysses
 from apb_ds.methods.decode import attend_shards
@@ -43,6 +44,9 @@ class APBAttention(nn.Module):
     config : APBConfig
     group : SequenceGroup, torch ProcessGroup or None
         The ranks that share the document; None for this process alone.
+    retaining_heads : RetainingHeads, optional
+        For ``compressor="retaining_heads"``, on the device of the tensors and in their dtype. Whoever calls this then
+        sets `PrefillState.projections` before each layer.
 
     Raises
     ------
@@ -50,13 +54,15 @@ class APBAttention(nn.Module):
         For a compressor or kernel that is unknown or not installed.
     """
 
-    def __init__(self, config: APBConfig, group: Any = None) -> None:
+    def __init__(self, config: APBConfig, group: Any = None, retaining_heads: RetainingHeads | None = None) -> None:
         super().__init__()
         self.config = config
         if group is None:
             group = SequenceGroup()
         self.group: SequenceGroup = group if isinstance(group, SequenceGroup) else SequenceGroup.of(group)
         self.compressor = None if config.is_exact_method else build_compressor(config)
+        if isinstance(self.compressor, RetainingHeadsCompressor):
+            self.compressor.heads = retaining_heads
         assert config.method is not None
         self._prefill = PREFILLS[config.method]
         assert config.kernel is not None
@@ -67,6 +73,11 @@ class APBAttention(nn.Module):
     def needs_query(self) -> bool:
         """Whether the compressor scores with the query, which must then be known at prefill."""
         return self.compressor is not None and self.compressor.needs_anchor_queries
+
+    @property
+    def needs_projections(self) -> bool:
+        """Whether the compressor scores queries, keys and values as they are before rotation."""
+        return self.compressor is not None and self.compressor.needs_projections
 
     def check_heads(self, heads: int, kv_heads: int) -> None:
         """Raise ValueError if the method cannot share so many heads over the ranks."""

@@ -86,7 +86,12 @@ def run_bench(values: dict[str, Any]) -> tuple[dict[str, Any], SequenceGroup]:
     loaded = load_model(settings.model)
     vocabulary = loaded.model.get_input_embeddings().num_embeddings
     sample = next(settings.task.samples(loaded.tokenizer, vocabulary, settings.seed))
-    engine = init_inference(loaded.model, settings.method_for(sample.query_position), group=group)
+    engine = init_inference(
+        loaded.model,
+        settings.method_for(sample.query_position),
+        group=group,
+        retaining_heads=settings.retaining_heads,
+    )
     runs: dict[str, list[float]] = {method: [] for method in bench.methods}
     peaks: dict[str, int] = dict.fromkeys(bench.methods, 0)
     for repeat in range(-bench.warmup, bench.repeats):

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from apb_ds.attention import APBAttention, Phase
 from apb_ds.cache import ShardedCache
+from apb_ds.compressors.base import RETAINING_HEADS
+from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.context import Context
 from apb_ds.generation import (
@@ -34,6 +36,7 @@ from apb_ds.hf import (
 )
 from apb_ds.inputs import check_ids, split_query
 from apb_ds.linears import onednn_linears
+from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.methods.state import PrefillState
 from apb_ds.ops.memory import explain_out_of_memory
 from apb_ds.parallel.groups import SequenceGroup
@@ -61,7 +64,13 @@ class APBEngine(InferenceEngine):
     stats : where the time of the last `prefill` or `generate` went
     """
 
-    def __init__(self, model: PreTrainedModel, config: APBConfig, group: SequenceGroup) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: APBConfig,
+        group: SequenceGroup,
+        retaining_heads: RetainingHeads | None = None,
+    ) -> None:
         check_supported(model)
         super().__init__(model, DeepSpeedInferenceConfig(dtype=model.dtype, max_out_tokens=NO_TOKEN_LIMIT))
         # The base class sets an instance attribute, which would hide the method below.
@@ -71,11 +80,17 @@ class APBEngine(InferenceEngine):
         self.geometry = geometry_of(model)
         self._attached_to: tuple[InferenceEngine, dict[str, Any]] | None = None
         self._training = [(module, module.training) for module in model.modules()]
-        self.configure(config)
+        # No attribute of the module tree: `module` stays what transformers made.
+        self._heads: list[RetainingHeads] = []
+        self.configure(config, retaining_heads)
         self.module.eval()
 
-    def configure(self, config: APBConfig) -> None:
+    def configure(self, config: APBConfig, retaining_heads: HeadsSource | None = None) -> None:
         """Change the settings; contexts made before stay usable.
+
+        Parameters
+        ----------
+        retaining_heads : as in `init_inference`; by default those that were given before
 
         Raises
         ------
@@ -83,11 +98,19 @@ class APBEngine(InferenceEngine):
             For settings that do not fit the group or name what is not there. Nothing is changed then.
         """
         check_ranks(config, self.group.world_size)
-        attention = APBAttention(config, self.group)
+        attention = APBAttention(config, self.group)  # refuses unknown names before files are looked for
+        if retaining_heads is None and config.compressor == RETAINING_HEADS:
+            retaining_heads = next(iter(self._heads), None)
+        heads = heads_for(self.module, config, retaining_heads)
+        if heads is not None:
+            heads = heads.placed(self.device, self.module.dtype)
+            attention = APBAttention(config, self.group, heads)
         attention.check_heads(self.geometry.heads, self.geometry.kv_heads)
         attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
         self.apb_config = config
         self.attention = attention
+        if heads is not None:
+            self._heads = [heads]
         self._said_exact = False
 
     @property

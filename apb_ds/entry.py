@@ -14,6 +14,7 @@ from apb_ds.attention import APBAttention
 from apb_ds.config import APBConfig
 from apb_ds.engine import APBEngine
 from apb_ds.hf import check_supported
+from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, launched_world_size, world_group
 from apb_ds.plan import check_ranks
 
@@ -24,7 +25,7 @@ def init_inference(
     *,
     mpu: Any = None,
     group: SequenceGroup | None = None,
-    retaining_heads: str | None = None,
+    retaining_heads: HeadsSource | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> APBEngine:
     """Make an engine for a model, alone or over the ranks that ``deepspeed`` or ``torchrun`` started.
@@ -40,8 +41,9 @@ def init_inference(
         A Megatron-style object; its sequence-parallel group is used. By default all ranks share a request.
     group : SequenceGroup
         Instead of `mpu`, a group made before.
-    retaining_heads : str
-        Path or hub id of trained heads for ``compressor="retaining_heads"``.
+    retaining_heads : str or RetainingHeads
+        Trained heads for ``compressor="retaining_heads"``: the path of a ``.pt`` or ``.safetensors`` file, a directory,
+        ``package://<package>/<path>``, a hub id, or heads that are loaded already.
     timeout_s : float, seconds
         How long a collective may take, where the process group is made here.
 
@@ -55,24 +57,28 @@ def init_inference(
         raise ValueError("model is a DeepSpeed PipelineModule; APB does not run in a pipeline yet.")
     if isinstance(model, InferenceEngine):
         raise ValueError("model is an inference engine already; use apb_ds.attach(engine, config).")
-    if retaining_heads is not None and config.compressor != "retaining_heads":
-        raise ValueError(
-            f"retaining_heads={retaining_heads!r} goes with compressor='retaining_heads', not {config.compressor!r}."
-        )
     if group is None and mpu is None and not torch.distributed.is_initialized():
         check_ranks(config, launched_world_size())
     check_supported(model)
     APBAttention(config)  # refuses unknown names before the ranks meet
+    heads = heads_for(model, config, retaining_heads)
     if group is None:
         group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s)
-    return APBEngine(model, config, group)
+    return APBEngine(model, config, group, heads)
 
 
-def attach(engine: InferenceEngine, config: APBConfig | None = None, *, mpu: Any = None) -> APBEngine:
+def attach(
+    engine: InferenceEngine,
+    config: APBConfig | None = None,
+    *,
+    mpu: Any = None,
+    retaining_heads: HeadsSource | None = None,
+) -> APBEngine:
     """Put APB into an engine that ``deepspeed.init_inference`` made.
 
     The engine's own ``generate`` becomes APB's, so that code which holds the engine gains APB too;
-    ``generate(input_ids=..., query_length=q)`` splits off the last q tokens as the query.
+    ``generate(input_ids=..., query_length=q)`` splits off the last q tokens as the query. The parameters are those of
+    `init_inference`.
 
     Returns
     -------
@@ -96,7 +102,7 @@ def attach(engine: InferenceEngine, config: APBConfig | None = None, *, mpu: Any
         raise ValueError(
             "replace_with_kernel_inject and enable_cuda_graph replace the attention that APB works in; off."
         )
-    attached = init_inference(engine.module, config, mpu=mpu)
+    attached = init_inference(engine.module, config, mpu=mpu, retaining_heads=retaining_heads)
     before = {"generate": engine.__dict__["generate"]} if "generate" in engine.__dict__ else {}
     attached._attached_to = (engine, before)
     engine.__dict__["generate"] = attached.generate

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ IMPLEMENTATION = "apb"
 
 # Rotary embeddings that pick their frequencies from the largest position of each forward.
 POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+# What the linear layers are called that give an attention module its queries, keys and values, in this order.
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 
 # Arguments of attention functions that change what attention is; plain softmax attention has none of them.
 CHANGES_ATTENTION = ("softcap", "s_aux", "position_bias", "head_mask")
@@ -40,6 +43,7 @@ class ActiveCall:
     attention: APBAttention
     phase: Phase
     state: PrefillState | None
+    projections: list[Tensor] = field(default_factory=list)
 
 
 _ACTIVE: ContextVar[ActiveCall | None] = ContextVar("apb_ds_active_call", default=None)
@@ -69,6 +73,10 @@ def attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} passes {name} to its attention, which APB does not have.")
     layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
+    if call.state is not None:
+        # Handed over, not shared: what is captured lives until the layer's scores are made.
+        call.state.projections = call.projections or None
+        call.projections = []
     output = call.attention(query, key, value, phase=call.phase, layer_idx=layer_idx, state=call.state, scale=scaling)
     if call.phase is Phase.PREFILL and call.state is not None and call.state.is_last_layer(layer_idx):
         raise PrefillComplete
@@ -121,6 +129,8 @@ def apb_attention(
         stack.enter_context(_registered())
         stack.enter_context(_implementation(model))
         stack.enter_context(fixed_rotary_frequencies(model, max_positions))
+        if state is not None and attention.needs_projections:
+            stack.enter_context(_captured_projections(model, call, state))
         token = _ACTIVE.set(call)
         stack.callback(_ACTIVE.reset, token)
         yield call
@@ -138,6 +148,53 @@ def _implementation(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
+
+
+@contextmanager
+def _captured_projections(model: PreTrainedModel, call: ActiveCall, state: PrefillState) -> Iterator[None]:
+    """Put what each layer projects into `call`, wherever tokens are scored; on leaving, no hook is left."""
+
+    def capture(layer_idx: int) -> Any:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            if state.needs_scores(layer_idx):
+                call.projections.append(output)
+
+        return keep
+
+    with ExitStack() as stack:
+        for layer_idx, module in attention_modules(model).items():
+            for projection in projection_modules(module):
+                stack.callback(projection.register_forward_hook(capture(layer_idx)).remove)
+        stack.callback(call.projections.clear)
+        yield
+
+
+def projection_modules(module: nn.Module) -> list[nn.Module]:
+    """Return the linear layers that give an attention module its queries, keys and values; empty if not known."""
+    for names in PROJECTIONS:
+        if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+            return [getattr(module, name) for name in names]
+    return []
+
+
+def check_projections(model: PreTrainedModel) -> None:
+    """Refuse a model whose queries, keys and values cannot be taken before rotation.
+
+    Raises
+    ------
+    ValueError
+        If an attention module has no projections that are known, or they give something else as well.
+    """
+    sizes = geometry_of(model)
+    channels = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+    for layer_idx, module in sorted(attention_modules(model).items()):
+        widths = [getattr(projection, "out_features", None) for projection in projection_modules(module)]
+        if not widths or None in widths or sum(width or 0 for width in widths) != channels:
+            raise ValueError(
+                f"compressor='retaining_heads' takes queries, keys and values from q_proj, k_proj and v_proj, or from "
+                f"qkv_proj, with {channels} channels together; layer {layer_idx} ({type(module).__name__}) of "
+                f"{type(model).__name__} has no such projections. Use another compressor."
+            )
 
 
 @contextmanager

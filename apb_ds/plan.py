@@ -135,6 +135,10 @@ class Plan:
         """Whether a later host attends to what this one keeps."""
         return host < self.hosts - 1 and self.kept_lengths[host] > 0
 
+    def is_scored(self, host: int) -> bool:
+        """Whether the host's tokens need scores: not where nothing is passed on, or all that may be."""
+        return self.is_passed_on(host) and self.kept_lengths[host] < self.num_eligible(host)
+
     def served(self, rank: int, round_index: int) -> tuple[int, ...]:
         """Hosts whose blocks are in the rank's forward of this round, in document order."""
         host = self.rounds[round_index][rank]

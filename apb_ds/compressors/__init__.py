@@ -1,6 +1,6 @@
 """Compressors: one file, one compressor. Importing this package fills the registry."""
 
-from apb_ds.compressors import keydiff, knorm, query, random, recent, window
+from apb_ds.compressors import keydiff, knorm, query, random, recent, retaining_heads, window
 from apb_ds.compressors.base import (
     BlockStates,
     Compressor,
@@ -20,5 +20,6 @@ __all__ = [
     "random",
     "recent",
     "register_compressor",
+    "retaining_heads",
     "window",
 ]

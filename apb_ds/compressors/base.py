@@ -27,6 +27,8 @@ class BlockStates:
     scale : factor on the attention logits
     anchor_queries : (1, heads, query_tokens, head_dim), the query's vectors in the anchor at their rotation there, or
         None where the compressor does not ask for them
+    projections : (1, block_tokens, (heads + 2 kv_heads) head_dim), queries, keys and values one behind the other as the
+        layer's linear projections gave them, or None where the compressor does not ask for them
     """
 
     queries: Tensor
@@ -36,6 +38,7 @@ class BlockStates:
     layer_idx: int
     scale: float
     anchor_queries: Tensor | None = None
+    projections: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +59,7 @@ class Compressor:
 
     name: ClassVar[str]
     needs_anchor_queries: ClassVar[bool] = False
+    needs_projections: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, config: APBConfig) -> Compressor:
@@ -124,7 +128,7 @@ def attention_mass(queries: Tensor, keys: Tensor, scale: float, num_hidden: Tens
 CompressorClass = TypeVar("CompressorClass", bound=type[Compressor])
 _REGISTRY: dict[str, type[Compressor]] = {}
 
-# The trained compressor registers itself under this name once heads can be loaded.
+# The trained compressor, which needs heads besides its name.
 RETAINING_HEADS = "retaining_heads"
 
 
@@ -155,11 +159,6 @@ def build_compressor(config: APBConfig) -> Compressor:
         If the name is unknown, or the compressor needs the query in the anchor and the settings keep it out.
     """
     names = compressor_names()
-    if config.compressor == RETAINING_HEADS and RETAINING_HEADS not in names:
-        raise ValueError(
-            f"compressor={RETAINING_HEADS!r} needs trained heads, which this version cannot load; "
-            f"use one of {', '.join(names)}."
-        )
     check_choice("compressor", config.compressor, names)
     assert config.compressor is not None
     compressor = _REGISTRY[config.compressor].from_config(config)

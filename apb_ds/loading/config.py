@@ -39,6 +39,9 @@ class ModelConfig:
         Where the tokenizer is, if not where the model is.
     adapter : str or None
         A peft adapter to merge into the weights: a local directory, ``package://<package>/<directory>`` or a hub id.
+    retaining_heads : str or None
+        The heads that ``compressor=retaining_heads`` uses with this model unless it is given others: a ``.pt`` or
+        ``.safetensors`` file, a directory, ``package://<package>/<path>`` or a hub id.
 
     Raises
     ------
@@ -56,16 +59,21 @@ class ModelConfig:
     trust_remote_code: bool = False
     tokenizer: str | None = None
     adapter: str | None = None
+    retaining_heads: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.device", self.device, DEVICES)
         check_choice("model.load_format", self.load_format, LOAD_FORMATS)
         check_bool("model.trust_remote_code", self.trust_remote_code)
-        for name in ("path", "tokenizer", "adapter"):
+        for name, file in (
+            ("path", ", a .gguf file"),
+            ("tokenizer", ", a .gguf file"),
+            ("adapter", ""),
+            ("retaining_heads", ", a .pt or .safetensors file"),
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                file = "" if name == "adapter" else ", a .gguf file"
                 raise ValueError(f"model.{name}={value!r} must be a directory{file} or a hub id.")
         for name in ("geometry", "overrides"):
             if not isinstance(getattr(self, name), dict):

@@ -194,8 +194,13 @@ def _cached_snapshot(repo: str, field: str) -> Path | None:
         raise ValueError(f"{field}={repo!r} is no local directory and no hub id: {kind_and_line(error)}") from error
 
 
-def find_on_hub(repo: str, files: tuple[str, ...], field: str) -> Path:
-    """Return the local copy of a hub repository, of which only these files are fetched; the first one is a must.
+def find_on_hub(repo: str, files: tuple[str, ...], field: str, *, any_of: bool = False) -> Path:
+    """Return the local copy of a hub repository, of which only these files are fetched.
+
+    Parameters
+    ----------
+    files : names, or patterns with ``*``
+    any_of : whether one of them is enough; otherwise the first one is a must
 
     Raises
     ------
@@ -206,9 +211,11 @@ def find_on_hub(repo: str, files: tuple[str, ...], field: str) -> Path:
 
     looked = [f"the directory {expand_home(repo).absolute()} (not there)"]
     cached = _cached_snapshot(repo, field)
-    if cached is not None and (cached / files[0]).is_file():
+    needed = files if any_of else files[:1]
+    if cached is not None and any(path.is_file() for name in needed for path in cached.glob(name)):
         return cached
-    looked.append(f"the hub cache {constants.HF_HUB_CACHE} (without {files[0] if cached else 'the repository'})")
+    lacks = " or ".join(needed) if cached else "the repository"
+    looked.append(f"the hub cache {constants.HF_HUB_CACHE} (without {lacks})")
     if constants.HF_HUB_OFFLINE:
         looked.append("not the hub, because HF_HUB_OFFLINE is set")
     else:

@@ -142,8 +142,18 @@ def _send_kept(
     query, key, value = block
     kept = (key[:, :, :0], value[:, :, :0])
     if plan.is_passed_on(state.host):
-        states = BlockStates(query, key, value, plan.blocks[state.host][0], layer_idx, scale, passed.anchor_queries)
+        states = BlockStates(
+            queries=query,
+            keys=key,
+            values=value,
+            start=plan.blocks[state.host][0],
+            layer_idx=layer_idx,
+            scale=scale,
+            anchor_queries=passed.anchor_queries,
+            projections=state.take_projections(),
+        )
         kept = tools.compressor.compress(states, plan.kept_lengths[state.host], plan.num_eligible(state.host))
+        del states  # with what was projected: attention needs the memory
     if group.world_size == 1:
         passed.place_pair(plan.anchor_length + plan.kept_offsets[state.host], *kept)
         return lambda: None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from apb_ds.cache import ShardedCache
@@ -62,6 +63,9 @@ class PrefillState:
     cache : where this rank's blocks go
     rank : this rank
     round_index : the round under way; the engine advances it
+    projections : what the layer under way has projected of this rank's tokens, before rotation: (1, tokens, channels)
+        each, queries, keys and values in this order or in one tensor. Whoever calls the attention sets it, where the
+        compressor `needs_projections` and `needs_scores`; the method takes it, so that it lives no longer than needed.
     progress : called as ``progress(done, total)`` after each layer of each round
     """
 
@@ -70,6 +74,7 @@ class PrefillState:
     rank: int = 0
     round_index: int = 0
     progress: Callable[[int, int], None] | None = None
+    projections: Sequence[Tensor] | None = None
     _layers_done: int = 0
     _passed: dict[int, PassedStates] = field(default_factory=dict)
 
@@ -89,6 +94,19 @@ class PrefillState:
 
     def is_last_layer(self, layer_idx: int) -> bool:
         return layer_idx == len(self.cache.layers) - 1
+
+    def needs_scores(self, layer_idx: int) -> bool:
+        """Whether the tokens of this rank's block are scored in this layer and round."""
+        return not self.is_last_layer(layer_idx) and self.plan.is_scored(self.host)
+
+    def take_projections(self) -> Tensor | None:
+        """Return `projections` of the block alone as one tensor, (1, block_tokens, channels), and let go of them."""
+        parts, self.projections = self.projections, None
+        if parts is None:
+            return None
+        start, stop = self.anchor_share
+        of_block = [part[:, stop - start :] for part in parts]
+        return of_block[0] if len(of_block) == 1 else torch.cat(of_block, dim=-1)
 
     def passed(self, layer_idx: int, like: Tensor) -> PassedStates:
         """Return the layer's buffer, made at first use with the shape, dtype and device of keys like these."""

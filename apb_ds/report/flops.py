@@ -1,7 +1,7 @@
 """Floating-point operations of a prefill, counted from a model's sizes and a `Plan`. Pure functions, no torch.
 
 Two for each multiply-add of a matrix product: linear layers, attention (queries with keys, weights with values) and
-the scores of compressors that multiply queries with keys. Causal attention counts the pairs of tokens that see each
+the scores of compressors that have any. Causal attention counts the pairs of tokens that see each
 other, whatever a kernel computes besides. Norms, activations, softmax, rotations and merging are not counted.
 
 Counted is what the engine does. A prefill ends with the last layer's keys and values: there, the projections before
@@ -181,12 +181,7 @@ def _count_blocks(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:
 
 def _score_products(plan: Plan, rank: int, products: ScoreProducts) -> int:
     """Return the products of the blocks that are scored: where all that may be kept is kept, none are."""
-    chosen = [
-        host
-        for host in plan.hosts_of(rank)
-        if plan.is_passed_on(host) and plan.kept_lengths[host] < plan.num_eligible(host)
-    ]
-    return sum(products(plan.block_length(host)) for host in chosen)
+    return sum(products(plan.block_length(host)) for host in plan.hosts_of(rank) if plan.is_scored(host))
 
 
 def _count_ring(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apb_ds.attention import APBAttention
+from apb_ds.compressors.base import RETAINING_HEADS
 from apb_ds.config import APBConfig, check_bool, check_choice, check_integer
 from apb_ds.loading import ModelConfig
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, launched_world_size
@@ -14,6 +15,7 @@ from apb_ds.plan import check_ranks
 from apb_ds.tasks import TaskConfig, build_task_config
 
 SECTIONS = ("model", "method", "task", "parallel", "eval", "seed", "debug")
+HEADS_KEY = "retaining_heads"  # beside the fields of APBConfig: it names files, which that knows nothing of
 PARALLEL_KEYS = ("timeout_s",)
 MAX_SEED = 2**63 - 1  # torch takes 64 bits, and a batch adds a number to it for each line
 
@@ -77,6 +79,7 @@ class Settings:
     Attributes
     ----------
     evaluation : of a job that scores its answers, else None
+    retaining_heads : where the heads are, if the compressor needs any
     position_from_template : whether ``method.query_position`` was left to the chat template
     """
 
@@ -87,6 +90,7 @@ class Settings:
     seed: int
     position_from_template: bool
     evaluation: EvalConfig | None = None
+    retaining_heads: str | None = None
 
     def method_for(self, query_position: int) -> APBConfig:
         """Return the method's settings with the query position of a sample, unless the user gave one."""
@@ -107,6 +111,7 @@ def read_settings(values: dict[str, Any]) -> Settings:
     for key in values:
         check_choice("config key", key, SECTIONS)
     method_values = dict(values.get("method") or {})
+    heads = method_values.pop(HEADS_KEY, None)
     method = APBConfig.from_dict(method_values)
     check_ranks(method, launched_world_size())
     APBAttention(method)  # refuses unknown compressors and kernels
@@ -125,12 +130,34 @@ def read_settings(values: dict[str, Any]) -> Settings:
         evaluation = EvalConfig.from_dict(dict(values["eval"] or {}))
         if type(task).samples is TaskConfig.samples:
             raise ValueError(f"task={task.name} has no answers to compare with; run it with launch/infer.py.")
+    model = ModelConfig.from_dict(dict(values.get("model") or {}))
     return Settings(
-        model=ModelConfig.from_dict(dict(values.get("model") or {})),
+        model=model,
         method=method,
         task=task,
         timeout_s=timeout_s,
         seed=seed,
         position_from_template=method_values.get("query_position") is None,
         evaluation=evaluation,
+        retaining_heads=_heads_of(method, heads, model),
     )
+
+
+def _heads_of(method: APBConfig, given: object, model: ModelConfig) -> str | None:
+    """Return where the heads are that the compressor needs: what is given, or the model's own; None if it needs none."""
+    if given is not None and (not isinstance(given, str) or not given):
+        raise ValueError(f"method.{HEADS_KEY}={given!r} must be a .pt or .safetensors file, a directory or a hub id.")
+    if method.compressor != RETAINING_HEADS:
+        if given is not None:
+            raise ValueError(
+                f"method.{HEADS_KEY}={given!r} goes with method.compressor={RETAINING_HEADS}, not {method.compressor}; "
+                f"set that, or leave method.{HEADS_KEY} out."
+            )
+        return None
+    found = given or model.retaining_heads
+    if found is None:
+        raise ValueError(
+            f"method.compressor={RETAINING_HEADS} needs trained heads, and this model comes with none; set "
+            f"method.{HEADS_KEY} to a .pt or .safetensors file, a directory or a hub id, or use another compressor."
+        )
+    return found

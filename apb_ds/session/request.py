@@ -137,6 +137,8 @@ class Run:
         model = asdict(self.settings.model)
         dtype = str(self.loaded.dtype).removeprefix("torch.")
         task: Any = self.settings.task  # a dataclass, whatever its class
+        if self.settings.retaining_heads is not None:
+            method["retaining_heads"] = self.settings.retaining_heads
         return {
             "model": {name: model[name] for name in RELEVANT_MODEL_KEYS} | {"dtype": dtype},
             "method": method,

@@ -15,8 +15,11 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
+from apb_ds.compressors.base import RETAINING_HEADS
+from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
+from apb_ds.loading.heads import heads_for
 from apb_ds.parallel.groups import SequenceGroup, launched_rank, world_group
 from apb_ds.report.compare import compare_records
 from apb_ds.report.memory import peak_memory_kind
@@ -66,6 +69,7 @@ class Session:
         self.records: list[dict[str, Any]] = []
         self._owns_group = group is None
         self._loaded: tuple[ModelConfig, LoadedModel] | None = None
+        self._heads: tuple[str, RetainingHeads] | None = None
         self._engine: Any = None
 
     @property
@@ -135,12 +139,13 @@ class Session:
         steps = Steps(self.group, debug=job.debug)
         steps.from_first(settings.task.check_sources)
         loaded = steps.together(lambda: self._model(settings.model), local=True)
+        heads = steps.together(lambda: self._heads_for(settings, loaded), local=True)
         run = Run(
             job=job,
             settings=settings,
             steps=steps,
             loaded=loaded,
-            make_engine=lambda method: self._configured_engine(method, loaded, settings.timeout_s),
+            make_engine=lambda method: self._configured_engine(method, loaded, heads, settings.timeout_s),
             console=self.console,
             error_console=self.error_console,
             stdin=self.stdin,
@@ -169,17 +174,32 @@ class Session:
             self._loaded = config, load_model(config)
         return self._loaded[1]
 
-    def _configured_engine(self, method: APBConfig, loaded: LoadedModel, timeout_s: float) -> Any:
+    def _heads_for(self, settings: Settings, loaded: LoadedModel) -> RetainingHeads | None:
+        path = settings.retaining_heads
+        if path is None:
+            return None
+        if self._heads is None or self._heads[0] != path:
+            heads = heads_for(loaded.model, settings.method, path)
+            assert heads is not None
+            self._heads = path, heads.placed(loaded.device, loaded.dtype)
+        return self._heads[1]
+
+    def _configured_engine(
+        self, method: APBConfig, loaded: LoadedModel, heads: RetainingHeads | None, timeout_s: float
+    ) -> Any:
         from apb_ds.entry import init_inference  # brings deepspeed along
 
+        heads = heads if method.compressor == RETAINING_HEADS else None
         if self._engine is None:
-            self._engine = init_inference(loaded.model, method, group=self.group, timeout_s=timeout_s)
+            self._engine = init_inference(
+                loaded.model, method, group=self.group, retaining_heads=heads, timeout_s=timeout_s
+            )
         else:
-            self._engine.configure(method)
+            self._engine.configure(method, heads)
         return self._engine
 
     def _drop_model(self) -> None:
-        self._engine = self._loaded = None
+        self._engine = self._loaded = self._heads = None
         gc.collect()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.empty_cache()

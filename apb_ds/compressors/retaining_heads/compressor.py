@@ -1,0 +1,53 @@
+"""Keep what trained heads say later tokens will attend to."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from apb_ds.compressors.base import RETAINING_HEADS, BlockStates, Compressor, max_pool, register_compressor
+from apb_ds.compressors.retaining_heads.module import RetainingHeads
+
+
+@register_compressor(RETAINING_HEADS)
+class RetainingHeadsCompressor(Compressor):
+    """The heads' scores, max-pooled within the block.
+
+    What a head sees are the outputs of the layer's linear projections, biases included, before anything else is done
+    to them: before rotation, and in models that normalise queries and keys after projecting (Qwen3) before that, too.
+
+    Parameters
+    ----------
+    heads : on the device of the block and in its dtype; None while there is nothing to score
+    """
+
+    needs_projections = True
+
+    def __init__(self, heads: RetainingHeads | None = None) -> None:
+        self.heads = heads
+
+    def score(self, block: BlockStates) -> Tensor:
+        """Return (kv_heads, block_tokens), float32.
+
+        Raises
+        ------
+        ValueError
+            Without heads, or without the block's projections.
+        """
+        if self.heads is None:
+            raise ValueError(NO_HEADS)
+        if block.projections is None:
+            raise ValueError(
+                f"compressor={RETAINING_HEADS!r} scores queries, keys and values before rotation; set "
+                "PrefillState.projections before each layer's attention."
+            )
+        scores = self.heads(block.layer_idx, block.projections[0])
+        return max_pool(scores.float().transpose(0, 1))
+
+    def score_products(self, block_tokens: int, query_tokens: int, heads: int, head_dim: int) -> int:
+        return 0 if self.heads is None else block_tokens * self.heads.products_per_token
+
+
+NO_HEADS = (
+    f"compressor={RETAINING_HEADS!r} needs trained heads: give retaining_heads= the path of a .pt or .safetensors file, "
+    "a directory or a hub id (method.retaining_heads on the command line), or use another compressor."
+)

@@ -1,0 +1,84 @@
+"""Retaining heads for a model: found where models are, checked against its sizes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from apb_ds.compressors.base import RETAINING_HEADS
+from apb_ds.compressors.retaining_heads.checkpoint import FIELD, FILE_PATTERNS, heads_from, read_heads
+from apb_ds.compressors.retaining_heads.compressor import NO_HEADS
+from apb_ds.compressors.retaining_heads.module import HeadSizes, RetainingHeads
+from apb_ds.config import APBConfig
+from apb_ds.hf import check_projections, geometry_of
+from apb_ds.loading.source import PACKAGE_SCHEME, expand_home, find_on_hub, package_path
+
+HeadsSource = str | os.PathLike[str] | RetainingHeads
+
+
+def heads_for(model: PreTrainedModel, config: APBConfig, given: HeadsSource | None) -> RetainingHeads | None:
+    """Return the heads that the settings ask for, on the CPU if they are read here; None where they ask for none.
+
+    Parameters
+    ----------
+    given : path, ``package://<package>/<path>``, hub id, or heads that are loaded already
+
+    Raises
+    ------
+    ValueError
+        If heads are missing, not asked for, not found, or do not fit the model.
+    """
+    if config.compressor != RETAINING_HEADS:
+        if given is not None:
+            shown = type(given).__name__ if isinstance(given, RetainingHeads) else repr(str(given))
+            raise ValueError(
+                f"{FIELD}={shown} goes with compressor={RETAINING_HEADS!r}, not {config.compressor!r}; set that, or "
+                f"leave {FIELD} out."
+            )
+        return None
+    if given is None:
+        raise ValueError(NO_HEADS)
+    check_projections(model)
+    sizes = head_sizes(model)
+    if isinstance(given, RetainingHeads):
+        heads_from(dict(given.published_state()), sizes)  # for what it raises
+        return given
+    return load_heads(os.fspath(given), sizes)
+
+
+def head_sizes(model: PreTrainedModel) -> HeadSizes:
+    """Read what heads of a model must be like from its config."""
+    geometry, config = geometry_of(model), model.config
+    activation: Any = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    if not isinstance(activation, str):
+        raise ValueError(
+            f"{type(model).__name__} has no hidden_act in its config; retaining heads use the model's activation."
+        )
+    return HeadSizes(geometry.num_layers, geometry.heads, geometry.kv_heads, geometry.head_dim, activation)
+
+
+def load_heads(path: str, sizes: HeadSizes, field: str = FIELD) -> RetainingHeads:
+    """Read heads from where they are, downloaded first if it is a hub id that is not in the cache.
+
+    Raises
+    ------
+    ValueError
+        If they are not found (saying where it looked), damaged, or another model's.
+    """
+    return read_heads(_find(path, field), sizes, field)
+
+
+def _find(path: str, field: str) -> Path:
+    if path.startswith(PACKAGE_SCHEME):
+        return package_path(path, field)
+    local = expand_home(path)
+    looks_local = path.startswith(("/", ".", "~")) or path.count("/") != 1 or path.endswith(FILE_ENDINGS)
+    if local.exists() or looks_local:
+        return local
+    return find_on_hub(path, FILE_PATTERNS, field, any_of=True)
+
+
+FILE_ENDINGS = tuple(pattern.removeprefix("*") for pattern in FILE_PATTERNS)
