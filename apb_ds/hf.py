@@ -7,7 +7,7 @@ never copied.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -44,6 +44,11 @@ class ActiveCall:
     phase: Phase
     state: PrefillState | None
     projections: list[Tensor] = field(default_factory=list)
+
+    def keep_projection(self, layer_idx: int, output: Tensor) -> None:
+        """Keep what a layer has projected until its attention is called, if tokens are scored there."""
+        if self.state is not None and self.state.needs_scores(layer_idx):
+            self.projections.append(output)
 
 
 _ACTIVE: ContextVar[ActiveCall | None] = ContextVar("apb_ds_active_call", default=None)
@@ -127,23 +132,42 @@ def apb_attention(
     call = ActiveCall(attention, phase, state)
     with ExitStack() as stack:
         stack.enter_context(_registered())
-        stack.enter_context(_implementation(model))
+        stack.enter_context(_implementation(model, IMPLEMENTATION))
         stack.enter_context(fixed_rotary_frequencies(model, max_positions))
         if state is not None and attention.needs_projections:
-            stack.enter_context(_captured_projections(model, call, state))
+            stack.enter_context(captured_projections(model, call.keep_projection))
         token = _ACTIVE.set(call)
         stack.callback(_ACTIVE.reset, token)
         yield call
 
 
 @contextmanager
-def _implementation(model: PreTrainedModel) -> Iterator[None]:
+def own_attention(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Have the model call an attention function, without a mask; on leaving, everything is as it was.
+
+    Parameters
+    ----------
+    name : under which transformers knows it meanwhile; of no other function
+    function : as transformers' attention functions
+    """
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, _no_mask)
+    try:
+        with _implementation(model, name):
+            yield
+    finally:
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+@contextmanager
+def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     all_configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in all_configs if hasattr(config, "_attn_implementation_internal")}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:
         for config, _ in before:
-            config._attn_implementation_internal = IMPLEMENTATION
+            config._attn_implementation_internal = name
         yield
     finally:
         for config, implementation in before:
@@ -151,21 +175,22 @@ def _implementation(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _captured_projections(model: PreTrainedModel, call: ActiveCall, state: PrefillState) -> Iterator[None]:
-    """Put what each layer projects into `call`, wherever tokens are scored; on leaving, no hook is left."""
+def captured_projections(model: PreTrainedModel, keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Hand over what each layer projects, before anything else is done to it; on leaving, no hook is left.
 
-    def capture(layer_idx: int) -> Any:
-        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            if state.needs_scores(layer_idx):
-                call.projections.append(output)
+    Parameters
+    ----------
+    keep : called as ``keep(layer_idx, output)`` after each of the layer's projections to queries, keys and values, in
+        this order (once where they are one), with (1, tokens, channels), before the layer's attention
+    """
 
-        return keep
+    def hook(layer_idx: int) -> Any:
+        return lambda module, args, output: keep(layer_idx, output)
 
     with ExitStack() as stack:
         for layer_idx, module in attention_modules(model).items():
             for projection in projection_modules(module):
-                stack.callback(projection.register_forward_hook(capture(layer_idx)).remove)
-        stack.callback(call.projections.clear)
+                stack.callback(projection.register_forward_hook(hook(layer_idx)).remove)
         yield
 
 

@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -175,6 +175,28 @@ def describe(error: Exception) -> str:
         section = unknown.group(2).rpartition(".")[0]
         message += suggest(unknown.group(1), _keys_of(section)).replace(" Did", "\nDid")
     return message
+
+
+def train(work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the record of a training; None if it failed on all ranks, which the first one says."""
+    from apb_ds.session.steps import JOB_ERRORS, JobError
+
+    try:
+        return work()
+    except (JobError, *JOB_ERRORS) as error:
+        if isinstance(error, JOB_ERRORS) and not isinstance(error, ValueError):
+            raise  # this rank alone may have it: it ends, and the launcher ends the others
+        if rank() == 0:
+            print(f"Error: {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def leave_training_group() -> None:
+    """Leave the process group that a training has joined."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def quiet_imports() -> None:

@@ -21,29 +21,19 @@ class Training:
         self.has_failed = False
 
     def run(self, config: DictConfig) -> None:
-        from apb_ds.session.steps import JOB_ERRORS, JobError
         from apb_ds.training.instrument import train_instrument
 
         job = common.job_of(config)
-        try:
-            record = train_instrument(job.values)
-        except (JobError, *JOB_ERRORS) as error:
-            if isinstance(error, JOB_ERRORS) and not isinstance(error, ValueError):
-                raise  # this rank alone may have it: it ends, and the launcher ends the others
+        record = common.train(lambda: train_instrument(job.values))
+        if record is None:
             self.has_failed = True
-            if common.rank() == 0:
-                print(f"Error: {error}", file=sys.stderr, flush=True)
-            return
-        if common.rank() == 0:
+        elif common.rank() == 0:
             output = record["settings"]["train"]["output"]
             print(f"Adapter: {output}/adapter (loss {record['last_loss']}, {record['seconds']} s)", flush=True)
 
     def finish(self) -> bool:
         """Leave the group; return whether all jobs went well."""
-        import torch
-
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        common.leave_training_group()
         return not self.has_failed
 
 

@@ -142,6 +142,25 @@ def batch_progress(console: Console, num_lines: int, num_bytes: int, unit: str) 
         yield BatchProgress(console, num_lines, num_bytes, progress, unit)
 
 
+@contextlib.contextmanager
+def steps_progress(
+    console: Console, num_steps: int, done: int, *, shown: bool = True
+) -> Iterator[Callable[[int], None] | None]:
+    """Yield a callback that takes the number of steps that are done and moves a bar, or None where no one would see it.
+
+    Parameters
+    ----------
+    done : steps that are done before it begins
+    shown : False on all ranks but the first
+    """
+    if not shown or not console.is_terminal:
+        yield None
+        return
+    with _bar(console) as progress:
+        bar = progress.add_task("Training", total=num_steps, completed=done)
+        yield lambda step: progress.update(bar, completed=step)
+
+
 def _bar(console: Console, *, time_left: bool = True) -> Progress:
     columns = [TextColumn("[progress.description]{task.description}"), BarColumn(), TaskProgressColumn()]
     columns.append(TimeElapsedColumn())

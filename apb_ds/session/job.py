@@ -144,7 +144,7 @@ def read_settings(values: dict[str, Any]) -> Settings:
 
 
 def _heads_of(method: APBConfig, given: object, model: ModelConfig) -> str | None:
-    """Return where the heads are that the compressor needs: what is given, or the model's own; None if it needs none."""
+    """Return where the heads are that the compressor needs, given or the model's own; None if it needs none."""
     if given is not None and (not isinstance(given, str) or not given):
         raise ValueError(f"method.{HEADS_KEY}={given!r} must be a .pt or .safetensors file, a directory or a hub id.")
     if method.compressor != RETAINING_HEADS:

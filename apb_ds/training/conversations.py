@@ -17,10 +17,12 @@ class Conversation:
     ----------
     ids : tokens
     is_answer : for each of them, whether the model is to say it
+    num_document : the first so many of them are the document
     """
 
     ids: list[int]
     is_answer: list[bool]
+    num_document: int
 
     @property
     def num_answer_tokens(self) -> int:
@@ -47,7 +49,7 @@ def make_conversation(tokenizer: Any, document: Document, max_tokens: int) -> Co
         ids += asked + answer
         is_answer += [False] * len(asked) + [True] * len(answer)
         last_id = answer[-1]
-    return None if last_id is None else Conversation(ids, is_answer)
+    return None if last_id is None else Conversation(ids, is_answer, len(encoded.ids))
 
 
 def encode_answer(tokenizer: Any, question: Question) -> list[int]:

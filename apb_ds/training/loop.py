@@ -18,13 +18,15 @@ STEP_KEY = "step"
 
 @dataclass(frozen=True)
 class Optimisation:
-    """AdamW with a linear warm-up and a cosine to zero.
+    """AdamW with a linear warm-up, and a cosine or a line to zero.
 
     Attributes
     ----------
     steps, warmup_steps : how many
     learning_rate, weight_decay : AdamW's
-    clip : norm of all gradients at most
+    clip : norm of all gradients at most, or of every single value
+    clips_values : which of the two. Values are clipped on each rank, before the ranks' gradients are averaged.
+    schedule : ``cosine`` or ``linear``
     """
 
     steps: int
@@ -32,6 +34,8 @@ class Optimisation:
     learning_rate: float
     weight_decay: float
     clip: float
+    clips_values: bool = False
+    schedule: str = "cosine"
 
 
 class Trainer:
@@ -94,7 +98,7 @@ class Trainer:
 
 def _engine(module: nn.Module, optimisation: Optimisation, dtype: torch.dtype) -> Any:
     import deepspeed
-    from transformers import get_cosine_schedule_with_warmup
+    from transformers import get_scheduler
 
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -102,7 +106,7 @@ def _engine(module: nn.Module, optimisation: Optimisation, dtype: torch.dtype) -
     )
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": optimisation.clip,
+        "gradient_clipping": 0.0 if optimisation.clips_values else optimisation.clip,
         "zero_optimization": {"stage": 1},
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
@@ -113,9 +117,12 @@ def _engine(module: nn.Module, optimisation: Optimisation, dtype: torch.dtype) -
             model=module,
             model_parameters=parameters,
             optimizer=optimizer,
-            lr_scheduler=lambda wrapped: get_cosine_schedule_with_warmup(
-                wrapped, optimisation.warmup_steps, optimisation.steps
+            lr_scheduler=lambda wrapped: get_scheduler(
+                optimisation.schedule, wrapped, optimisation.warmup_steps, optimisation.steps
             ),
             config=config,
         )
+    if optimisation.clips_values:
+        for parameter in parameters:
+            parameter.register_hook(lambda gradient: gradient.clamp(-optimisation.clip, optimisation.clip))
     return engine

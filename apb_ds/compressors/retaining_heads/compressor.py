@@ -48,6 +48,6 @@ class RetainingHeadsCompressor(Compressor):
 
 
 NO_HEADS = (
-    f"compressor={RETAINING_HEADS!r} needs trained heads: give retaining_heads= the path of a .pt or .safetensors file, "
-    "a directory or a hub id (method.retaining_heads on the command line), or use another compressor."
+    f"compressor={RETAINING_HEADS!r} needs trained heads: give retaining_heads= the path of a .pt or .safetensors "
+    "file, a directory or a hub id (method.retaining_heads on the command line), or use another compressor."
 )

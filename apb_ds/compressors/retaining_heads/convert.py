@@ -2,7 +2,7 @@
 
     python -m apb_ds.compressors.retaining_heads.convert IN OUT
 
-IN is a ``.pt``, ``.bin``, ``.pth`` or ``.safetensors`` file or a directory of them, OUT a file that ends in .safetensors.
+IN is a ``.pt``, ``.bin``, ``.pth`` or ``.safetensors`` file or a directory of them, OUT a ``.safetensors`` file.
 """
 
 from __future__ import annotations

@@ -76,7 +76,9 @@ class RetainingHeads(nn.Module):
     def __init__(self, weights: Sequence[tuple[Tensor, Tensor]], activation: str) -> None:
         super().__init__()
         self.activation = activation
-        self.layers = nn.ModuleList(RetainingHead(fc1, fc2, activation) for fc1, fc2 in weights)
+        self.layers: Sequence[RetainingHead] = nn.ModuleList(  # type: ignore[assignment]
+            RetainingHead(fc1, fc2, activation) for fc1, fc2 in weights
+        )
 
     @classmethod
     def random(cls, sizes: HeadSizes, hidden_size: int, seed: int = 0) -> RetainingHeads:
@@ -107,9 +109,7 @@ class RetainingHeads(nn.Module):
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> RetainingHeads:
         """Return these heads on a device in a dtype, without gradients; a copy, unless they are there already."""
-        weights = [
-            tuple(weight.detach().to(device, dtype) for weight in (head.fc1, head.fc2)) for head in self.layers
-        ]
+        weights = [tuple(weight.detach().to(device, dtype) for weight in (head.fc1, head.fc2)) for head in self.layers]
         return RetainingHeads(weights, self.activation).requires_grad_(False)  # type: ignore[arg-type]
 
     def published_state(self) -> Mapping[str, Tensor]:

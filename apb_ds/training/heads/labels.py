@@ -1,0 +1,160 @@
+"""What a head is to say: how much the tokens that come later attend to a token, of the model's own attention.
+
+Nothing here is tokens x tokens: only a few rows of attention, those of the observers, are ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apb_ds.config import check_bool, check_choice
+from apb_ds.plan import split_evenly
+
+VALUES = ("logit", "weight", "log_weight")
+REDUCTIONS = ("max", "mean")
+
+
+@dataclass(frozen=True)
+class LabelKind:
+    """How labels are made of attention.
+
+    Parameters
+    ----------
+    value : str
+        ``logit``: scaled, before softmax (Locret). ``weight``: after it, times the number of tokens that the observer
+        sees, so that an even share is 1. ``log_weight``: the logarithm of the weight, without that factor.
+    over_observers, over_heads : str
+        ``max`` (Locret) or ``mean``: over the observers, and over the query heads of a KV head.
+    standardise : bool
+        Whether each KV head's labels are shifted and scaled to mean 0 and variance 1 over the document.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    """
+
+    value: str = "logit"
+    over_observers: str = "max"
+    over_heads: str = "max"
+    standardise: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("train.label", self.value, VALUES)
+        check_choice("train.over_observers", self.over_observers, REDUCTIONS)
+        check_choice("train.over_heads", self.over_heads, REDUCTIONS)
+        check_bool("train.standardise", self.standardise)
+
+
+@dataclass(frozen=True)
+class View:
+    """Who observes which tokens in one conversation.
+
+    Attributes
+    ----------
+    rows : (observers,), int64, ascending positions of the tokens whose queries observe
+    num_document : the first so many tokens are the document, which is observed
+    visible : (observers, num_scored), bool: whose observation of which token counts
+    """
+
+    rows: Tensor
+    num_document: int
+    visible: Tensor
+
+    @property
+    def num_scored(self) -> int:
+        """The first so many tokens are observed by somebody, the others of the document by nobody."""
+        return self.visible.shape[1]
+
+
+def make_view(rows: Tensor, num_document: int, hosts: int | None = None) -> View:
+    """Return who observes what: every observer the tokens before it, or only those in blocks before its own.
+
+    Parameters
+    ----------
+    rows : (observers,), int64, ascending
+    hosts : into so many blocks the document is cut; what stands behind it observes all of them
+
+    Raises
+    ------
+    ValueError
+        If nobody observes anything.
+    """
+    positions = torch.arange(num_document, device=rows.device)
+    if hosts is None:
+        visible = positions < rows.unsqueeze(1)
+    else:
+        starts = torch.tensor([start for start, _ in split_evenly(num_document, hosts)], device=rows.device)
+        blocks = torch.bucketize(positions, starts, right=True)
+        of_rows = torch.bucketize(rows, starts, right=True)
+        of_rows[rows >= num_document] = hosts + 1
+        visible = blocks < of_rows.unsqueeze(1)
+    num_scored = int(visible.any(dim=0).sum())
+    if num_scored == 0:
+        raise ValueError("no token of the document is observed by a later one.")
+    return View(rows, num_document, visible[:, :num_scored])
+
+
+def label_tokens(kind: LabelKind, view: View, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Return the labels of one layer.
+
+    Parameters
+    ----------
+    queries : (1, heads, tokens, head_dim), rotated
+    keys : (1, kv_heads, tokens, head_dim), rotated
+    scale : factor on the logits
+
+    Returns
+    -------
+    (num_scored, kv_heads), float32
+    """
+    labels = []
+    for logits in _observed_logits(view, queries, keys, scale):
+        seen = _valued(kind.value, logits, view)
+        if kind.over_observers == "max":
+            by_head = seen.masked_fill(~view.visible, -torch.inf).amax(dim=1)
+        else:
+            by_head = seen.masked_fill(~view.visible, 0.0).sum(dim=1) / view.visible.sum(dim=0)
+        labels.append(by_head.amax(dim=0) if kind.over_heads == "max" else by_head.mean(dim=0))
+    stacked = torch.stack(labels, dim=1)
+    if kind.standardise:
+        spread = stacked.std(dim=0, keepdim=True, correction=0)
+        stacked = (stacked - stacked.mean(dim=0, keepdim=True)) / spread.clamp_min(1e-6)
+    return stacked
+
+
+def attention_received(view: View, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Return the attention weight that the observers give each token, summed over them and over each group's heads.
+
+    Returns
+    -------
+    (kv_heads, num_scored), float32
+    """
+    received = []
+    for logits in _observed_logits(view, queries, keys, scale):
+        weights = logits.softmax(dim=-1)[..., : view.num_scored]
+        received.append(weights.masked_fill(~view.visible, 0.0).sum(dim=(0, 1)))
+    return torch.stack(received)
+
+
+def _observed_logits(view: View, queries: Tensor, keys: Tensor, scale: float) -> Iterator[Tensor]:
+    """Yield each KV head's causal logits, (heads per KV head, observers, tokens), float32; -inf for what is hidden."""
+    kv_heads, tokens = keys.shape[1:3]
+    observing = queries[0, :, view.rows].unflatten(0, (kv_heads, -1))
+    hidden = torch.arange(tokens, device=keys.device) > view.rows.unsqueeze(1)
+    for of_group, of_head in zip(observing, keys[0], strict=True):
+        logits = (of_group.float() * scale) @ of_head.float().transpose(0, 1)
+        yield logits.masked_fill_(hidden, -torch.inf)
+
+
+def _valued(value: str, logits: Tensor, view: View) -> Tensor:
+    """Return what an observation is worth, (heads per KV head, observers, num_scored)."""
+    if value == "logit":
+        return logits[..., : view.num_scored]
+    if value == "log_weight":
+        return logits.log_softmax(dim=-1)[..., : view.num_scored]
+    return logits.softmax(dim=-1)[..., : view.num_scored] * (view.rows + 1).unsqueeze(1)

@@ -1,0 +1,97 @@
+"""How good heads are on documents that they were not trained on."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from apb_ds.compressors.base import max_pool
+from apb_ds.ops.selection import select_top
+from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.plan import split_evenly
+from apb_ds.training.heads.examples import HeadExample, pad_examples
+from apb_ds.training.heads.labels import attention_received, label_tokens
+from apb_ds.training.heads.module import HeadsLoss, layer_loss
+from apb_ds.training.heads.observe import observe_layers
+
+TOP_SHARE = 0.1
+
+
+@torch.no_grad()
+def measure(loss: HeadsLoss, example: HeadExample, hosts: int, ratio: float, device: torch.device) -> dict[str, float]:
+    """Measure the heads on one conversation.
+
+    Parameters
+    ----------
+    hosts, ratio : tokens are kept as a prefill keeps them: of each of so many blocks, one in `ratio`
+
+    Returns
+    -------
+    dict
+        ``loss``; ``overlap``: of the tenth of tokens with the largest labels, the share that is in the tenth with the
+        largest scores; ``mass``: of the attention that the observers pay to the document, the share that kept tokens
+        hold; ``mass_random`` and ``mass_best``: the same if tokens are kept at random, on average, and if those that
+        hold most are kept. Means over layers and KV heads.
+    """
+    batch = pad_examples([example], 0)
+    view = loss.view(batch.is_observer[0].to(device), example.num_document)
+    sums: dict[str, list[float]] = defaultdict(list)
+    losses = []
+
+    def observe(layer_idx: int, projections: Tensor, queries: Tensor, keys: Tensor, scale: float) -> None:
+        labels = label_tokens(loss.kind, view, queries, keys, scale)
+        scores = loss.heads(layer_idx, projections[: view.num_document]).float()
+        losses.append(layer_loss(scores[: view.num_scored], labels, loss.smoothing, len(loss.heads.layers)))
+        sums["overlap"].append(_overlap(scores[: view.num_scored].T, labels.T))
+        received = attention_received(view, queries, keys, scale)
+        received = torch.nn.functional.pad(received, (0, view.num_document - view.num_scored))
+        for name, value in _kept_mass(scores.T, received, hosts, ratio).items():
+            sums[name].append(value)
+
+    observe_layers(loss.model, batch.input_ids.to(device), observe)
+    return {"loss": float(torch.stack(losses).sum())} | {name: sum(of) / len(of) for name, of in sums.items()}
+
+
+def _overlap(scores: Tensor, labels: Tensor) -> float:
+    """Share of the top tenth of labels, (kv_heads, tokens), that is in the top tenth of scores."""
+    count = max(1, math.ceil(TOP_SHARE * labels.shape[1]))
+    chosen, best = (
+        torch.zeros_like(labels, dtype=torch.bool).scatter_(1, select_top(values.contiguous(), count), True)
+        for values in (scores, labels)
+    )
+    return float((chosen & best).sum() / best.sum())
+
+
+def _kept_mass(scores: Tensor, received: Tensor, hosts: int, ratio: float) -> dict[str, float]:
+    """Share of the attention received, (kv_heads, tokens), that falls on the tokens kept of each block."""
+    total = received.sum(dim=1)
+    longest = math.ceil(received.shape[1] / hosts)
+    kept: dict[str, Tensor] = {name: torch.zeros_like(total) for name in ("mass", "mass_random", "mass_best")}
+    for start, stop in split_evenly(received.shape[1], hosts):
+        if start == stop:
+            continue
+        block = received[:, start:stop]
+        count = min(math.ceil(longest / ratio), stop - start)
+        kept["mass"] += block.gather(1, select_top(max_pool(scores[:, start:stop]), count)).sum(dim=1)
+        kept["mass_random"] += block.sum(dim=1) * count / (stop - start)
+        kept["mass_best"] += block.gather(1, select_top(block.contiguous(), count)).sum(dim=1)
+    return {name: float((mass / total).mean()) for name, mass in kept.items()}
+
+
+def measure_all(
+    loss: HeadsLoss,
+    examples: Sequence[HeadExample],
+    group: SequenceGroup,
+    *,
+    hosts: int,
+    ratio: float,
+    device: torch.device,
+) -> dict[str, float]:
+    """Return the means over all examples, of which each rank measures its share. All ranks call this together."""
+    mine = [measure(loss, example, hosts, ratio, device) for example in examples[group.rank :: group.world_size]]
+    everyone = [measured for of_rank in group.gather_objects(mine) for measured in of_rank]
+    return {name: sum(measured[name] for measured in everyone) / len(everyone) for name in everyone[0]}
