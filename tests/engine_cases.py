@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
-from tests.models import request_ids
-from tests.reference_scores import ScoreInput
+from tests.heads import random_checkpoint
+from tests.models import build_model, request_ids
+from tests.reference_scores import ScoreInput, Scorer, retaining_heads
 
 # Both sides compute in float32 and differ in the order of their sums: about 1e-5 on logits of size 10. A single token
 # seen or missed moves them by more than ten times this (test_reference.py).
@@ -28,11 +30,16 @@ class Case:
     def ids(self) -> tuple[Tensor, Tensor]:
         return request_ids(self.n, self.q)
 
-    def reference_settings(self) -> dict[str, Any]:
-        """The settings as keywords of `run_reference`, the engine's own hash in place of the reference's."""
+    def reference_settings(self, family: str = "llama") -> dict[str, Any]:
+        """The settings as keywords of `run_reference`, the engine's own hash in place of the reference's.
+
+        `family` is the model's, for its heads (`tests.heads`).
+        """
         settings = dict(self.given)
         if settings.get("compressor") == "random":
             settings["scorer"] = engine_random_scores
+        if settings.get("compressor") == "retaining_heads":
+            settings["scorer"] = heads_scorer(family)
         return settings
 
 
@@ -49,6 +56,11 @@ def own_query_logits(engine: Any, query: Tensor, context: Any) -> Tensor:
         logits = engine.query_logits(query, context=context)
     assert len(kept) == 1, "query_logits shares its result in some other way; have this function undo that one."
     return logits
+
+
+def heads_scorer(family: str) -> Scorer:
+    """The slow scores of the heads that `tests.heads` draws for a model of the family."""
+    return retaining_heads(random_checkpoint(build_model(family)), torch.nn.functional.silu)
 
 
 def engine_random_scores(block: ScoreInput) -> Tensor:
@@ -109,5 +121,9 @@ CASES = [
     _case("query, after a header", 150, 5, hosts=4, query_position=4, compressor="query"),
     _case("recent", 150, 5, hosts=4, anchor_length=12, passing_length=5, compressor="recent"),
     _case("random", 150, 5, hosts=4, anchor_length=12, passing_length=5, compressor="random"),
+    _case("heads", 150, 5, hosts=4, anchor_length=12, passing_length=5, compressor="retaining_heads"),
+    _case("heads, no anchor", 98, 4, hosts=4, anchor_length=0, passing_length=5, compressor="retaining_heads"),
+    _case("heads, everything passed", 98, 4, hosts=4, anchor_length=9, passing_length=25, compressor="retaining_heads"),
+    _case("heads, exact", 60, 9, compressor="retaining_heads"),
     _case("random, other seed", 150, 5, hosts=4, anchor_length=12, passing_length=5, compressor="random", seed=11),
 ]

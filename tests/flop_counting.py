@@ -13,6 +13,7 @@ import apb_ds
 from apb_ds.ops.kernels import Kernel, KernelChoice
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.session.request import count_prefill
+from tests.heads import engine_with_heads
 from tests.models import FAMILIES, request_ids
 
 QUERY = 6
@@ -46,7 +47,8 @@ def run_counted(
     """
     group = SequenceGroup() if world_size == 1 else SequenceGroup.of(torch.distributed.group.WORLD)
     model = FAMILIES[family](num_key_value_heads=kv_heads)
-    engine = apb_ds.init_inference(model, apb_ds.APBConfig(**given), group=group)
+    engine = engine_with_heads(model, group=group)
+    engine.configure(apb_ds.APBConfig(**given))
     document, query = request_ids(n, QUERY)
     needs_query = engine.apb_config.query_in_anchor
     with mock.patch("apb_ds.linears._is_enabled", lambda: False):  # torch does not count oneDNN's products

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from tests.reference_scores import SCORERS, ScoreInput
+from tests.reference_scores import SCORERS, ScoreInput, Scorer
 
 _NAME = "explicit_mask_reference"
 
 STAR: dict[str, Any] = {"anchor_length": "block", "passing_length": 0, "query_in_anchor": False}
 
-Scorer = Callable[[ScoreInput], Tensor]
 MaskEdit = Callable[[int, Tensor, "Layout"], Tensor]
 
 
@@ -182,6 +181,7 @@ class _MaskedAttention:
     def __init__(self, run: ReferenceRun, scorer: Scorer | None, edit_mask: MaskEdit | None):
         self.run, self.edit_mask = run, edit_mask
         self.scorer = scorer
+        self.projections = torch.empty(0)
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **kwargs: Any
@@ -229,11 +229,22 @@ class _MaskedAttention:
                     scaling=scaling,
                     layer=layer,
                     seed=settings.seed,
+                    projections=self.projections[rows],
                 )
             )
             for head, of_head in enumerate(kept):
                 of_head.append(_select(scores[head], block, settings))
         return kept
+
+
+def _project(module: Any, hidden: Tensor) -> Tensor:
+    """Return [q; k; v] of (tokens, hidden) states by the weights of an attention module: (tokens, channels)."""
+    names = ("qkv_proj",) if hasattr(module, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
+    parts = []
+    for name in names:
+        linear = getattr(module, name)
+        parts.append(hidden @ linear.weight.T + (0 if linear.bias is None else linear.bias))
+    return torch.cat(parts, dim=-1)
 
 
 @contextlib.contextmanager
@@ -262,14 +273,22 @@ def fixed_rotary(model: PreTrainedModel, length: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _attention(model: PreTrainedModel, function: Callable[..., Any]) -> Iterator[None]:
+def _attention(model: PreTrainedModel, function: _MaskedAttention) -> Iterator[None]:
     before = model.config._attn_implementation
     AttentionInterface.register(_NAME, function)
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
     model.config._attn_implementation = _NAME
+
+    def project(module: Any, args: Any, kwargs: Any) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        function.projections = _project(module, hidden[0])
+
+    hooks = [layer.self_attn.register_forward_pre_hook(project, with_kwargs=True) for layer in model.base_model.layers]
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         model.config._attn_implementation = before
         AttentionInterface._global_mapping.pop(_NAME, None)
         AttentionMaskInterface._global_mapping.pop(_NAME, None)

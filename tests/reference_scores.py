@@ -22,6 +22,8 @@ class ScoreInput:
     keys : (kv_heads, block_tokens, head_dim), rotated
     anchor_queries : (heads, q, head_dim), the query tokens embedded in the anchor, at their anchor rotation
     positions : (block_tokens,), global
+    projections : (block_tokens, channels), queries, keys and values of a token one behind the other, before anything is
+        done to them
     """
 
     queries: Tensor
@@ -31,10 +33,14 @@ class ScoreInput:
     scaling: float
     layer: int
     seed: int
+    projections: Tensor | None = None
 
     @property
     def group(self) -> int:
         return self.queries.shape[0] // self.keys.shape[0]
+
+
+Scorer = Callable[[ScoreInput], Tensor]
 
 
 def _largest_nearby(scores: Tensor) -> Tensor:
@@ -93,7 +99,23 @@ def random(block: ScoreInput) -> Tensor:
     return scores
 
 
-SCORERS: dict[str, Callable[[ScoreInput], Tensor]] = {
+def retaining_heads(checkpoint: dict[str, Tensor], activation: Callable[[Tensor], Tensor]) -> Scorer:
+    """Return the scores of a published checkpoint: ``fc2(act(fc1([q; k; v])))``, token by token, in float64."""
+
+    def score(block: ScoreInput) -> Tensor:
+        assert block.projections is not None
+        fc1, fc2 = (checkpoint[f"model.layers.{block.layer}.self_attn.{name}.weight"] for name in ("fc1", "fc2"))
+        scores = torch.empty(block.keys.shape[:2])
+        for token, states in enumerate(block.projections.double()):
+            hidden = torch.stack([activation((row * states).sum()) for row in fc1.double()])
+            for kv_head, row in enumerate(fc2.double()):
+                scores[kv_head, token] = (row * hidden).sum()
+        return _largest_nearby(scores)
+
+    return score
+
+
+SCORERS: dict[str, Scorer] = {
     "knorm": knorm,
     "keydiff": keydiff,
     "window": window,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.engine_cases import TOLERANCE, Case, own_query_logits
+from tests.heads import engine_with_heads
 from tests.models import build_model
 from tests.pool import Pools
 from tests.reference import reference_greedy, run_reference
@@ -21,6 +22,7 @@ CASES = [
     Case("query compressor", 203, 7, {"compressor": "query", "anchor_length": 17, "passing_length": 5}),
     Case("keydiff, four hosts", 110, 3, {"hosts": 4, "compressor": "keydiff", "passing_length": 6}),
     Case("random", 110, 3, {"hosts": 4, "compressor": "random", "anchor_length": 11, "passing_length": 6}),
+    Case("heads", 110, 3, {"hosts": 4, "compressor": "retaining_heads", "passing_length": 6}),
     Case("no anchor", 91, 5, {"anchor_length": 0, "passing_length": 4, "compressor": "knorm"}),
     Case("anchor shorter than ranks", 91, 5, {"anchor_length": 2, "query_in_anchor": False, "compressor": "recent"}),
     Case("nothing passed", 91, 2, {"method": "star"}),
@@ -36,7 +38,7 @@ def answer_all(rank: int, world_size: int, family: str) -> dict[tuple[str, str, 
     """Return ``{(case, schedule, shard_anchor): (logits, tokens)}``, the logits as this rank computed them."""
     import apb_ds
 
-    engine = apb_ds.init_inference(build_model(family), apb_ds.APBConfig())
+    engine = engine_with_heads(build_model(family))
     answers = {}
     for case, (schedule, shard_anchor) in itertools.product(CASES, WAYS):
         document, query = case.ids()
@@ -51,7 +53,7 @@ def answer_all(rank: int, world_size: int, family: str) -> dict[tuple[str, str, 
 def _expected(case: Case, family: str) -> tuple[torch.Tensor, Any]:
     model = build_model(family)
     document, query = case.ids()
-    settings = case.reference_settings()
+    settings = case.reference_settings(family)
     if settings.pop("method", None) == "star":
         settings.update(anchor_length="block", passing_length=0, query_in_anchor=False)
     logits = run_reference(model, document, query, **settings).logits

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import apb_ds
 from apb_ds.cache import ShardedCacheLayer
-from apb_ds.methods.state import PassedStates
+from apb_ds.methods.state import PassedStates, PrefillState
 from apb_ds.ops.selection import select_top
 from apb_ds.plan import Plan
 from tests.engine_cases import CASES, TOLERANCE, Case
+from tests.heads import engine_with_heads
 from tests.models import build_model
 from tests.reference import run_reference
 
@@ -151,6 +153,38 @@ def first_token_cached_twice(patch: Patch) -> None:
     patch.setattr(ShardedCacheLayer, "store_block", store_more)
 
 
+def heads_see_values_first(patch: Patch) -> None:
+    from apb_ds.hf import PROJECTIONS, projection_modules
+
+    assert PROJECTIONS[0] == ("q_proj", "k_proj", "v_proj")
+    patch.setattr("apb_ds.hf.projection_modules", lambda module: projection_modules(module)[::-1])
+    take = PrefillState.take_projections
+    patch.setattr(
+        PrefillState, "take_projections", lambda self: None if (kept := take(self)) is None else kept.roll(32, dims=-1)
+    )
+
+
+def heads_of_another_layer(patch: Patch) -> None:
+    from apb_ds.compressors.retaining_heads import RetainingHeads
+
+    forward = RetainingHeads.forward
+    patch.setattr(RetainingHeads, "forward", lambda self, layer_idx, states: forward(self, layer_idx + 1, states))
+
+
+def heads_see_the_anchor_instead(patch: Patch) -> None:
+    def take(self: PrefillState) -> Tensor | None:
+        parts, self.projections = self.projections, None
+        return (
+            None if parts is None else torch.cat([part[:, : self.plan.block_length(self.host)] for part in parts], -1)
+        )
+
+    patch.setattr(PrefillState, "take_projections", take)
+
+
+def heads_are_not_pooled(patch: Patch) -> None:
+    patch.setattr("apb_ds.compressors.retaining_heads.compressor.max_pool", lambda scores: scores)
+
+
 FAULTS: list[tuple[Callable[[Patch], None], str]] = [
     (one_passed_token_unseen, "defaults"),
     (one_passed_token_unseen, "lengths divide"),
@@ -168,13 +202,18 @@ FAULTS: list[tuple[Callable[[Patch], None], str]] = [
     (query_sees_the_past_causally, "exact, one host"),
     (query_sees_its_later_tokens, "exact, one host"),
     (first_token_cached_twice, "lengths divide"),
+    (heads_see_values_first, "heads"),
+    (heads_of_another_layer, "heads"),
+    (heads_see_the_anchor_instead, "heads"),
+    (heads_are_not_pooled, "heads"),
 ]
 
 
 def difference(case: Case) -> float:
     """Return how far the engine's logits are from the reference's, the largest of them."""
     document, query = case.ids()
-    engine = apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(**case.given))
+    engine = engine_with_heads(build_model("llama"))
+    engine.configure(apb_ds.APBConfig(**case.given))
     logits = engine.query_logits(query, context=engine.prefill(document, query))
     expected = run_reference(build_model("llama"), document, query, **case.reference_settings()).logits
     return float((logits - expected).abs().max())

@@ -9,6 +9,7 @@ import torch
 
 import apb_ds
 from tests.engine_cases import CASES, TOLERANCE, Case, engine_random_scores
+from tests.heads import engine_with_heads
 from tests.models import FAMILIES, build_model, phi3, request_ids
 from tests.reference import STAR, exact_logits, reference_greedy, run_reference
 from tests.reference_scores import ScoreInput
@@ -20,7 +21,7 @@ def new_engine(model: Any, **given: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def engine() -> Any:
-    return new_engine(build_model("llama"))
+    return engine_with_heads(build_model("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +46,15 @@ def test_logits(engine: Any, judge: Any, case: Case) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("compressor", ["keydiff", "query"])
+@pytest.mark.parametrize("compressor", ["keydiff", "query", "retaining_heads"])
 def test_logits_of_every_family(family: str, compressor: str) -> None:
     given: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 4, "compressor": compressor}
-    document, query = request_ids(130, 6)
-    engine = new_engine(build_model(family), **given)
+    case = Case(family, 130, 6, given)
+    document, query = case.ids()
+    engine = engine_with_heads(build_model(family))
+    engine.configure(apb_ds.APBConfig(**given))
     context = engine.prefill(document, query)
-    expected = run_reference(build_model(family), document, query, **given).logits
+    expected = run_reference(build_model(family), document, query, **case.reference_settings(family)).logits
     assert_close(engine.query_logits(query, context=context), expected)
 
 

@@ -80,8 +80,8 @@ def heads_from(state: dict[str, Tensor], sizes: HeadSizes) -> RetainingHeads:
 
 
 def _check_shapes(found: dict[str, Tensor], sizes: HeadSizes) -> None:
-    first = found[weight_key(0, "fc1")]
-    hidden = first.shape[0] if first.dim() == 2 else 0
+    matrices = (found[weight_key(layer, "fc1")] for layer in range(sizes.num_layers))
+    hidden = next((tensor.shape[0] for tensor in matrices if tensor.dim() == 2), 0)
     expected = {"fc1": (hidden, sizes.input_size), "fc2": (sizes.kv_heads, hidden)}
     wrong = defaultdict(list)
     for key, tensor in found.items():

@@ -25,7 +25,7 @@ to (Locret, arXiv 2410.01805). {parameters} parameters in `{file}`. For
 - {steps} steps of up to {tokens} tokens on each of {ranks} rank(s), conversations of {shortest} to {longest} tokens,
   {dtype}; SmoothL1 + {smoothing} x smoothing.
 - Made-up documents of `task=synthetic`'s split `train`; real text, at {text_share} of them as filler, at {quote_share}
-  of conversations to quote from and at {continue_share} to continue, from {num_texts} files ({texts}){data}.
+  of conversations to quote from and at {continue_share} to continue, from {num_texts} files: {texts}{data}.
 - AdamW, learning rate {rate}, betas 0.9 and 0.95, weight decay {decay}, warm-up of {warmup} steps, then linear to zero;
   gradients clipped to {clip} by value; seed {seed}.
 - It took {seconds} s for {done} steps on {hardware}.
@@ -73,7 +73,7 @@ def write_card(directory: Path, record: dict[str, Any], file: str) -> None:
         quote_share=train["quote_share"],
         continue_share=train["continue_share"],
         num_texts=record["texts"]["number"],
-        texts=", ".join(record["texts"]["folders"]),
+        texts=", ".join(record["texts"]["places"]),
         data=f"; {train['data']} at {train['data_share']}" if train["data"] else "",
         rate=train["learning_rate"],
         decay=train["weight_decay"],

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import platform
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +30,7 @@ PIECE_LETTERS = 240
 MAX_PIECE_LETTERS = 900
 # One file in so many is set aside to measure on.
 HELD_OUT = 10
+MAX_PLACES = 8
 
 
 def find_texts(given: Sequence[str] | None) -> list[Path]:
@@ -76,6 +79,14 @@ def _is_text_file(file: Path) -> bool:
         and MIN_BYTES <= file.stat().st_size <= MAX_BYTES
         and len(read_pieces(file)) > 1
     )
+
+
+def places_of(files: Sequence[Path]) -> list[str]:
+    """Return where texts come from, for people: the standard library by that name, the others by their folders."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    name = f"the standard library of Python {platform.python_version()}"
+    places = Counter(name if library in file.parents else str(file.parent) for file in files)
+    return [f"{place} ({number})" for place, number in places.most_common(MAX_PLACES)]
 
 
 def split_texts(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:

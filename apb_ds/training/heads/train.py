@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from apb_ds.training.heads.examples import ExampleMaker, HeadBatch, HeadExample,
 from apb_ds.training.heads.metrics import measure_all
 from apb_ds.training.heads.module import HeadsLoss
 from apb_ds.training.heads.sharegpt import ShareGPT
-from apb_ds.training.heads.texts import find_texts, split_texts
+from apb_ds.training.heads.texts import find_texts, places_of, split_texts
 from apb_ds.training.loop import Optimisation, Trainer
 from apb_ds.training.mixture import Mixture
 from apb_ds.training.run import (
@@ -202,7 +201,6 @@ class _Run:
     def _record(self, first: int, seconds: float, overrides: str) -> dict[str, Any]:
         lines = read_lines(self.directory / LOG_NAME) if self.group.is_first else []
         curve = [{"step": line["step"], **line[HELD_OUT_KEY]} for line in lines if HELD_OUT_KEY in line]
-        folders = Counter(str(file.parent) for file in self.files)
         return {
             "steps": self.config.steps,
             "resumed_after": first,
@@ -211,7 +209,7 @@ class _Run:
             "peak_memory_bytes": peak_memory_bytes(self.loaded.device),
             "parameters": sum(parameter.numel() for parameter in self.loss.heads.parameters()),
             "curve": curve,
-            "texts": {"number": len(self.files), "folders": [name for name, _ in folders.most_common(8)]},
+            "texts": {"number": len(self.files), "places": places_of(self.files)},
             "overrides": overrides,
             "model": {"source": self.loaded.source, "dtype": str(self.loaded.dtype).removeprefix("torch.")},
             "settings": {
