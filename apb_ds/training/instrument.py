@@ -68,7 +68,7 @@ def train_instrument(values: dict[str, Any]) -> dict[str, Any]:
     timeout_s = dict(values.get("parallel") or {}).get("timeout_s") or DEFAULT_TIMEOUT_S
     group = training_group(timeout_s)
     steps = Steps(group, debug=bool(values.get("debug")))
-    loaded = steps.together(lambda: _load(model_config, config), local=True)
+    loaded = steps.together(lambda: _load(model_config, config, mixture), local=True)
     steps.from_first(lambda: _open_output(config, model_config, seed))
     return _Run(config, mixture, model_config, seed, group, loaded).train()
 
@@ -123,19 +123,9 @@ class _Run:
 
     def _batches(self, first: int) -> DataLoader[Batch]:
         config = self.config
-        lengths = Lengths(config.min_length, config.max_length, config.growth)
-        batches = Batches(
-            self.mixture,
-            lengths,
-            self.loaded.tokenizer,
-            config.steps,
-            config.tokens_per_step,
-            seed=self.seed,
-            rank=self.group.rank,
-        )
         workers = _num_workers() if config.workers is None else config.workers
         return DataLoader(
-            batches,
+            _make_batches(config, self.mixture, self.loaded, self.seed, self.group.rank),
             batch_size=None,
             sampler=range(first, config.steps),
             num_workers=workers,
@@ -205,7 +195,12 @@ class _Log:
         self._began = time.perf_counter()
 
 
-def _load(model_config: ModelConfig, config: InstrumentConfig) -> LoadedModel:
+def _make_batches(config: InstrumentConfig, mixture: Mixture, loaded: LoadedModel, seed: int, rank: int) -> Batches:
+    lengths = Lengths(config.min_length, config.max_length, config.growth)
+    return Batches(mixture, lengths, loaded.tokenizer, config.steps, config.tokens_per_step, seed=seed, rank=rank)
+
+
+def _load(model_config: ModelConfig, config: InstrumentConfig, mixture: Mixture) -> LoadedModel:
     loaded = load_model(model_config)
     if loaded.tokenizer is None or loaded.tokenizer.eos_token_id is None:
         raise ValueError("training needs a tokenizer with an end-of-sequence token; set model.tokenizer.")
@@ -214,6 +209,13 @@ def _load(model_config: ModelConfig, config: InstrumentConfig) -> LoadedModel:
         raise ValueError(
             f"train.max_length={config.max_length} is more than the {limit} positions of {loaded.source}; lower it."
         )
+    ends = loaded.model.generation_config.eos_token_id
+    if loaded.tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
+        raise ValueError(
+            f"{loaded.source} stops at token {ends}, and its tokenizer calls {loaded.tokenizer.eos_token_id} the end: "
+            "answers would be trained to go on for ever; set model.tokenizer to one that fits."
+        )
+    _make_batches(config, mixture, loaded, 0, 0).check()
     return loaded
 
 
