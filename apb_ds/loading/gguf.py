@@ -19,6 +19,8 @@ from apb_ds.loading.wording import first_line, kind_and_line
 from apb_ds.ops.memory import is_out_of_memory
 
 LOCK_TIMEOUT_S = 600
+# Raised when the same file is converted otherwise, so that nothing of before is taken from the cache.
+CONVERSION_VERSION = 2
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ def convert_gguf(file: Path, field: str = "model.path") -> Path:
         raise ValueError(f"{field}: {file} cannot be read ({kind_and_line(error)}); check its permissions.") from error
     if pointer is not None:
         raise ValueError(f"{field}: {file} is no GGUF file: {pointer}.")
-    target = cache_root() / "gguf" / digest
+    target = cache_root() / "gguf" / f"{digest}.{CONVERSION_VERSION}"
     if target.is_dir():
         return target
     logger.info("Converting %s, once; this takes a moment.", file.name)
@@ -106,6 +108,7 @@ def _write_model(file: Path, directory: Path) -> None:
     from safetensors.torch import save_file
 
     tokenizer, model = _read_model(file)
+    _name_special_tokens(tokenizer, model.config)
     tokenizer.save_pretrained(directory)
     _drop_foreign_tokens(directory / "tokenizer.json", model.get_input_embeddings().num_embeddings)
     try:
@@ -119,6 +122,14 @@ def _write_model(file: Path, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
+
+
+def _name_special_tokens(tokenizer: Any, config: Any) -> None:
+    """Have the tokenizer call the model's own begin and end tokens so: some versions of transformers guess wrongly."""
+    for name in ("bos", "eos"):
+        token_id = getattr(config, f"{name}_token_id", None)
+        if isinstance(token_id, int) and token_id != getattr(tokenizer, f"{name}_token_id"):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
 
 
 def _drop_foreign_tokens(file: Path, num_embeddings: int) -> None:

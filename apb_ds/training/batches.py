@@ -13,11 +13,14 @@ from torch.utils.data import Dataset
 from apb_ds.tasks.prompts import encode_document
 from apb_ds.tasks.synthetic.draws import Draws
 from apb_ds.tasks.synthetic.generate import generate
+from apb_ds.tasks.synthetic.recipe import Recipe
 from apb_ds.training.conversations import Conversation, make_conversation
 from apb_ds.training.mixture import Mixture
 
-# Set aside for a question and its answer; those that do not fit are left out.
+# Set aside for a question and its answer at first; what they take beyond that, the document is made shorter by.
 TURN_TOKENS = 96
+# How often that is tried before questions are left out instead.
+MAX_FITS = 3
 # How many recipes may be too long for a length before that is taken to be so for all of them.
 MAX_DRAWS = 200
 
@@ -108,20 +111,45 @@ class Batches(Dataset[Batch]):
         pairs = [self._conversation(draws, f"{self._seed}.{step}.{self._rank}.{index}", length) for index in range(num)]
         return _padded([pair[1] for pair in pairs], tuple(pair[0] for pair in pairs), self._tokenizer.eos_token_id)
 
+    def check(self) -> None:
+        """Make a conversation of the shortest length.
+
+        Raises
+        ------
+        ValueError
+            If there is no recipe for one.
+        """
+        try:
+            self._conversation(Draws("training", "check"), "check", self._lengths.shortest)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+
     def _conversation(self, draws: Draws, seed: str, length: int) -> tuple[str, Conversation]:
-        for _ in range(MAX_DRAWS):
+        for attempt in range(MAX_DRAWS):
             recipe = self._mixture.draw(draws)
-            room = length - TURN_TOKENS * recipe.num_questions
-            if room < TURN_TOKENS:
-                continue
-            try:
-                document = generate(recipe, seed, room, self._length)
-            except ValueError:  # this recipe makes no document as short as this
-                continue
-            made = make_conversation(self._tokenizer, document, length)
+            made = self._made(recipe, f"{seed}.{attempt}", length)
             if made is not None:
                 return recipe.kind, made
-        raise ValueError(f"train.mixture has no recipe for a document of {length} tokens; raise train.min_length.")
+        # By now the other ranks are waiting for this one, so this is no matter of bad input: it ends all of them.
+        raise RuntimeError(f"train.mixture has no recipe for {length} tokens; raise train.min_length.")
+
+    def _made(self, recipe: Recipe, seed: str, length: int) -> Conversation | None:
+        """Return a conversation of at most `length` tokens, with all its questions if that can be had."""
+        reserved = TURN_TOKENS * recipe.num_questions
+        made: Conversation | None = None
+        for _ in range(MAX_FITS):
+            if reserved >= length:
+                break
+            try:
+                document = generate(recipe, seed, length - reserved, self._length)
+            except ValueError:  # this recipe makes no document as short as this
+                break
+            whole = make_conversation(self._tokenizer, document)
+            if whole is not None and len(whole.ids) <= length:
+                return whole
+            made = make_conversation(self._tokenizer, document, length) or made
+            reserved += TURN_TOKENS if whole is None else len(whole.ids) - length
+        return made
 
     def _length(self, text: str) -> int:
         return len(encode_document(self._tokenizer, text).ids)

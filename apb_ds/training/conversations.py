@@ -29,8 +29,8 @@ class Conversation:
         return sum(self.is_answer)
 
 
-def make_conversation(tokenizer: Any, document: Document, max_tokens: int) -> Conversation | None:
-    """Return the document with as many of its questions, in their order, as fit; None if not one does.
+def make_conversation(tokenizer: Any, document: Document, max_tokens: int | None = None) -> Conversation | None:
+    """Return the document with as many of its questions, in their order, as fit, by default all; None if not one does.
 
     The first question comes as evaluation asks it, the others as further turns. Every answer ends with the token that
     ends a turn, which the model is to say as well.
@@ -44,7 +44,7 @@ def make_conversation(tokenizer: Any, document: Document, max_tokens: int) -> Co
         else:
             asked = encode_next_turn(tokenizer, question.query, last_id, question.answer_prefix)
         answer = encode_answer(tokenizer, question)
-        if len(ids) + len(asked) + len(answer) > max_tokens:
+        if max_tokens is not None and len(ids) + len(asked) + len(answer) > max_tokens:
             break
         ids += asked + answer
         is_answer += [False] * len(asked) + [True] * len(answer)

@@ -58,7 +58,7 @@ def train_instrument(values: dict[str, Any]) -> dict[str, Any]:
     mixture = Mixture(config.mixture)
     group = training_group(common.timeout_s)
     steps = Steps(group, debug=common.debug)
-    loaded = steps.together(lambda: load_to_train(common.model, config.max_length), local=True)
+    loaded = steps.together(lambda: _load(common.model, config, mixture), local=True)
     steps.from_first(lambda: open_output(config, common))
     return _Run(config, mixture, common.model, common.seed, group, loaded).train()
 
@@ -113,16 +113,7 @@ class _Run:
 
     def _batches(self, first: int) -> DataLoader[Batch]:
         config = self.config
-        lengths = Lengths(config.min_length, config.max_length, config.growth)
-        batches = Batches(
-            self.mixture,
-            lengths,
-            self.loaded.tokenizer,
-            config.steps,
-            config.tokens_per_step,
-            seed=self.seed,
-            rank=self.group.rank,
-        )
+        batches = _make_batches(config, self.mixture, self.loaded, self.seed, self.group.rank)
         return load_batches(batches, first, config.steps, config.workers)
 
     def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,6 +140,24 @@ class _Run:
         self.adapted.save_pretrained(str(directory))
         write_card(directory, record)
         write_json(self.directory / RECORD_NAME, record)
+
+
+def _make_batches(config: InstrumentConfig, mixture: Mixture, loaded: LoadedModel, seed: int, rank: int) -> Batches:
+    lengths = Lengths(config.min_length, config.max_length, config.growth)
+    return Batches(mixture, lengths, loaded.tokenizer, config.steps, config.tokens_per_step, seed=seed, rank=rank)
+
+
+def _load(model_config: ModelConfig, config: InstrumentConfig, mixture: Mixture) -> LoadedModel:
+    loaded = load_to_train(model_config, config.max_length)
+    assert loaded.tokenizer is not None
+    ends = loaded.model.generation_config.eos_token_id
+    if loaded.tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
+        raise ValueError(
+            f"{loaded.source} stops at token {ends}, and its tokenizer calls {loaded.tokenizer.eos_token_id} the end: "
+            "answers would be trained to go on for ever; set model.tokenizer to one that fits."
+        )
+    _make_batches(config, mixture, loaded, 0, 0).check()
+    return loaded
 
 
 def _adapted(model: Any, config: InstrumentConfig, model_config: ModelConfig, seed: int) -> Any:

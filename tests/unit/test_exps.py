@@ -15,9 +15,13 @@ from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan, plan_request
 from apb_ds.session import Job, Session, read_settings
 from apb_ds.tasks.passkey import RANDOM_QUERY_TOKENS
+from apb_ds.tasks.synthetic.draws import Draws
+from apb_ds.training.config import InstrumentConfig
+from apb_ds.training.mixture import Mixture
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-EXPS = sorted(file.stem for file in (CONFIGS / "exp").glob("*.yaml"))
+TRAINED = ("smollm2_ruler",)  # for launch/train_instrument.py
+EXPS = sorted(file.stem for file in (CONFIGS / "exp").glob("*.yaml") if file.stem not in TRAINED)
 ANCHOR_LENGTH = 48  # what every experiment's anchor is scaled to: room for the task's query and for some document
 KV_HEADS = 2
 HEAD_DIM = 8
@@ -94,3 +98,20 @@ def test_the_tiny_model_is_of_the_family(exp: str) -> None:
     for field, value in wanted["rope_parameters"].items():
         assert config.rope_parameters[field] == value, field
     assert loaded.base_model.rotary_emb.rope_type == wanted["rope_parameters"]["rope_type"]
+
+
+@pytest.mark.parametrize("exp", TRAINED)
+def test_what_is_to_be_trained(exp: str) -> None:
+    values = OmegaConf.to_container(compose("train_instrument", [f"+exp={exp}"]), resolve=True)
+    assert isinstance(values, dict)
+    config = InstrumentConfig.from_dict(dict(values["train"]))
+    recipes = {part.draw(Draws(exp)).kind for part in Mixture(config.mixture).parts}
+    assert recipes >= {"single", "multikey_words", "multikey_uuids", "variables", "frequent_words"}
+    limit = ModelConfig.from_dict(dict(values["model"])).geometry["max_position_embeddings"]
+    assert config.max_length < limit and config.output == f"outputs/{exp}"
+
+
+def test_training_without_an_experiment() -> None:
+    values = OmegaConf.to_container(compose("train_instrument"), resolve=True)
+    assert isinstance(values, dict)
+    assert Mixture(InstrumentConfig.from_dict(dict(values["train"])).mixture).parts

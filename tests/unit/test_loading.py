@@ -7,13 +7,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from apb_ds.loading import ModelConfig, gguf, load_model
+from apb_ds.loading.gguf import _name_special_tokens
 from apb_ds.loading.source import find_model, missing_files
+from tests.tiny_checkpoint import byte_tokenizer
 from tests.unit.smollm2 import PATH, smollm2_directory
 
 GEOMETRY: dict[str, Any] = {
@@ -192,3 +195,14 @@ def test_smollm2_second_start() -> None:
     assert "quantization_config" not in loaded.model.config.to_dict()
     assert loaded.tokenizer is not None and loaded.tokenizer.chat_template
     assert loaded.load_s < 10  # under 2 s on two free cores; tests share them
+
+
+def test_a_converted_tokenizer_names_the_models_own_tokens() -> None:
+    """Some versions of transformers take the wrong ones from a GGUF file: answers are then trained without an end."""
+    tokenizer = byte_tokenizer()
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    end = tokenizer.convert_tokens_to_ids("<|user|>")
+    _name_special_tokens(tokenizer, SimpleNamespace(bos_token_id=tokenizer.bos_token_id, eos_token_id=end))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id) == ("<s>", "<|user|>", end)
+    _name_special_tokens(tokenizer, SimpleNamespace(bos_token_id=None, eos_token_id=[end]))
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "<|user|>")

@@ -77,6 +77,39 @@ def test_splits_share_no_sentence() -> None:
         assert not train & evaluation
 
 
+@ALL_KINDS
+def test_varied_words_say_the_same_in_many_ways(kind: str) -> None:
+    plain = {line for line in make(kind, split="train").text.splitlines() if line}
+    introductions, openings = set(), set()
+    for seed in range(24):
+        document = make(kind, seed, split="train", phrasing="varied", num_tokens=16000, num_questions=2)
+        introductions.add(document.text.splitlines()[0])
+        openings.add(document.questions[0].query.split()[0])
+        assert not plain & set(document.text.splitlines())
+        assert len(document.questions) == 2
+        for question in document.questions:
+            answers = question.answers
+            assert len(set(answers)) == len(answers)
+            assert all(re.search(rf"(?<!\w){answer}(?!\w)", document.text) for answer in answers)
+            assert not any(answer in question.query + question.answer_prefix for answer in answers)
+    assert len(introductions) >= 4 and len(openings) >= 2
+
+
+@pytest.mark.parametrize("num_words", [3, 5])
+def test_varied_lists_have_their_most_frequent_words(num_words: int) -> None:
+    for seed in range(12):
+        document = make("frequent_words", seed, split="train", phrasing="varied", num_words=num_words, num_tokens=20000)
+        body = document.text.partition("\n\n")[2]
+        counts = Counter(word for word in re.findall(r"[a-z]+", body))
+        best = [word for word, _ in counts.most_common(num_words)]
+        assert list(document.questions[0].answers) == best
+
+
+def test_varied_words_are_for_training() -> None:
+    with pytest.raises(ValueError, match=r"phrasing=varied is for task.split=train"):
+        Recipe(phrasing="varied")
+
+
 def test_splits_share_no_choice() -> None:
     """The same seed draws other values, at other depths."""
     depths, values = [], []

@@ -7,14 +7,11 @@ import math
 from apb_ds.tasks.synthetic.documents import Question
 from apb_ds.tasks.synthetic.draws import Draws
 from apb_ds.tasks.synthetic.recipe import NUM_RANKS, Recipe
-from apb_ds.tasks.synthetic.words import Distinct, coded_word
+from apb_ds.tasks.synthetic.wording import list_wording
+from apb_ds.tasks.synthetic.words import Distinct
 
 # By how much a wanted word is ahead of the next one.
 MARGIN = 2
-TASKS = {
-    "frequent_words": "Below is a list of made-up words. I will ask afterwards which of them come up most often.",
-    "common_words": "Below is a numbered list of words. I will ask afterwards which of them come up most often.",
-}
 
 
 class ListLayout:
@@ -30,7 +27,9 @@ class ListLayout:
         self.recipe = recipe
         self._seed = seed
         draws = Draws(*seed, "words")
-        self._words = Distinct(lambda: coded_word(draws, recipe.split))
+        wording = list_wording(recipe.phrasing, recipe.kind, recipe.split, Draws(*seed, "wording"))
+        self._wording = wording
+        self._words = Distinct(lambda: wording.word(draws))
         self._shares = _shares(recipe.exponent or 2.0) if recipe.kind == "frequent_words" else []
 
     @property
@@ -50,7 +49,7 @@ class ListLayout:
     def text(self, count: int) -> str:
         """Return the task and the lists, the entries of each in an order drawn for this count."""
         lists = [self._list(index, count) for index in range(self.recipe.num_questions)]
-        return "\n\n".join([TASKS[self.recipe.kind], *lists])
+        return "\n\n".join([self._wording.task, *lists])
 
     def questions(self, count: int) -> tuple[Question, ...]:
         """Return one question for each list: its `num_words` most frequent words, in the order of their frequency."""
@@ -59,13 +58,8 @@ class ListLayout:
     def _question(self, index: int) -> Question:
         num = self.recipe.number("num_words")
         where = "the list" if self.recipe.num_questions == 1 else f"list {index + 1}"
-        which = "word comes" if num == 1 else f"{num} words come"
-        prefix = f"The {'word that comes' if num == 1 else f'{num} words that come'} up most often in {where}"
-        return Question(
-            f"Which {which} up most often in {where}?",
-            f"{prefix} {'is' if num == 1 else 'are'}",
-            tuple(self._word(index, rank) for rank in range(num)),
-        )
+        answers = tuple(self._word(index, rank) for rank in range(num))
+        return Question(*self._wording.ask(num, where), answers)
 
     def _word(self, index: int, rank: int) -> str:
         # The lists take turns, so that none has a word of another, however long they become.
@@ -79,9 +73,7 @@ class ListLayout:
         entries = [self._word(index, rank) for rank in ranks]
         Draws(*self._seed, "order", index, size).shuffle(entries)
         head = "" if num_lists == 1 else f"List {index + 1}:\n"
-        if common:
-            return head + "\n".join(f"{place}. {entry}" for place, entry in enumerate(entries, 1))
-        return head + " ".join(entries)
+        return head + self._wording.text(entries, Draws(*self._seed, "markers", index))
 
     def _common_ranks(self, size: int) -> list[int]:
         """Return the common words with all their entries, and `size` entries of others."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from apb_ds.config import check_choice, check_integer
 from apb_ds.tasks.synthetic.filler import FILLERS
+from apb_ds.tasks.synthetic.wording import PHRASINGS
 from apb_ds.tasks.synthetic.words import CODED_LETTERS, SPLITS, UUID_LETTERS, VALUE_DIGITS
 
 # In place of filler: the document consists of needles and nothing else.
@@ -75,6 +76,9 @@ class Recipe:
         among words that come up seldom.
     split : str
         ``train`` or ``eval``: no word, no sentence and no choice is shared between the two.
+    phrasing : str
+        ``plain``: always in the same words. ``varied``: in words, spellings and separators that are drawn for each
+        document, for training; with split ``train`` only.
     num_questions : int
         Questions about one document, each about other keys, or about another list.
     filler : str
@@ -105,6 +109,7 @@ class Recipe:
 
     kind: str = "single"
     split: str = "eval"
+    phrasing: str = "plain"
     num_questions: int = 1
     filler: str | None = None
     num_needles: int | None = None
@@ -120,6 +125,12 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice("task.kind", self.kind, KINDS)
         check_choice("task.split", self.split, SPLITS)
+        check_choice("task.phrasing", self.phrasing, PHRASINGS)
+        if self.phrasing == "varied" and self.split != "train":
+            raise ValueError(
+                f"task.phrasing=varied is for task.split=train, not {self.split!r}: evaluation says the same in every "
+                "document; leave it out."
+            )
         check_integer("task.num_questions", self.num_questions, 1)
         self._check_filler()
         for name, smallest in SMALLEST.items():

@@ -5,7 +5,9 @@ Every list is dealt out to the splits word by word, and coded words of the two s
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from apb_ds.tasks.synthetic.draws import Draws
 
@@ -14,6 +16,7 @@ VALUE_DIGITS = 7
 CODED_LETTERS = 6
 UUID_PARTS = (8, 4, 4, 4, 12)
 UUID_LETTERS = sum(UUID_PARTS) + len(UUID_PARTS) - 1
+UPPER, LOWER = string.ascii_uppercase, string.ascii_lowercase
 # How often a word may come out that is there already, before there are taken to be no others.
 MAX_REPEATS = 1000
 
@@ -66,6 +69,51 @@ def thing(draws: Draws, split: str) -> str:
     """Return a key in words, such as ``brisk lantern of Kavomi``."""
     words = draws.choose(ADJECTIVES_OF[split]), draws.choose(NOUNS_OF[split])
     return f"{words[0]} {words[1]} of {coded_word(draws, split).capitalize()}"
+
+
+def hyphenated(draws: Draws, split: str) -> str:
+    """Return a key in words, such as ``brisk-lantern``, sometimes with a third word."""
+    words = [draws.choose(ADJECTIVES_OF[split]), draws.choose(NOUNS_OF[split])]
+    if draws.below(4) == 0:
+        words.append(draws.choose(NOUNS_OF[split]))
+    return "-".join(words)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """What made-up words look like, those of one document alike.
+
+    Attributes
+    ----------
+    kind : ``digits``, ``upper`` and ``lower`` (random letters), ``mixed`` (a letter and digits), ``coded`` (syllables),
+        ``noun``
+    length : letters, where the kind leaves it open
+    """
+
+    kind: str
+    length: int
+
+    def draw(self, draws: Draws, split: str) -> str:
+        """Return a word."""
+        if self.kind == "digits":
+            return draws.choose("123456789") + _letters(draws, "0123456789", self.length - 1)
+        if self.kind == "mixed":
+            return draws.choose(LOWER) + _letters(draws, "0123456789", self.length - 1)
+        if self.kind == "coded":
+            return coded_word(draws, split)
+        if self.kind == "noun":
+            return draws.choose(NOUNS_OF[split]) + draws.choose(NOUNS_OF[split])
+        return _letters(draws, UPPER if self.kind == "upper" else LOWER, self.length)
+
+
+def draw_spelling(draws: Draws, kinds: tuple[str, ...]) -> Spelling:
+    """Return one of these kinds, with a length."""
+    kind = draws.choose(kinds)
+    return Spelling(kind, 5 + draws.below(3 if kind == "digits" else 2))
+
+
+def _letters(draws: Draws, alphabet: str, num: int) -> str:
+    return "".join(draws.choose(alphabet) for _ in range(num))
 
 
 def number(draws: Draws) -> str:

@@ -309,4 +309,9 @@ class HeadExamples(Dataset[HeadBatch]):
         place = f"{self._seed}.{step}.{self._rank}"
         length = self._lengths.draw(step / self._num_steps, Draws("heads", "length", place))
         num = max(1, self._num_tokens // length)
-        return pad_examples([self._maker.make(f"{place}.{index}", length) for index in range(num)], self._padding_id)
+        try:
+            examples = [self._maker.make(f"{place}.{index}", length) for index in range(num)]
+        except ValueError as error:
+            # By now the other ranks are waiting for this one, so this is no matter of bad input: it ends all of them.
+            raise RuntimeError(str(error)) from error
+        return pad_examples(examples, self._padding_id)

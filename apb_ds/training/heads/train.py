@@ -79,21 +79,23 @@ def train_heads(values: dict[str, Any], overrides: str = "") -> dict[str, Any]:
     steps = Steps(group, debug=common.debug)
     loaded = steps.together(lambda: _load(common, config), local=True)
     files = steps.from_first(lambda: _check_sources(config))
+    makers = steps.together(lambda: _makers(config, mixture, files, loaded), local=True)
     steps.from_first(lambda: open_output(config, common, (*IRRELEVANT_KEYS, "measure_every")))
-    return _Run(config, mixture, files, common, group, loaded).train(overrides)
+    return _Run(config, makers, files, common, group, loaded).train(overrides)
 
 
 class _Run:
     def __init__(
         self,
         config: HeadsConfig,
-        mixture: Mixture,
+        makers: tuple[ExampleMaker, ExampleMaker],
         files: list[Path],
         common: Common,
         group: SequenceGroup,
         loaded: LoadedModel,
     ) -> None:
         self.config = config
+        self.maker, self.held_out_maker = makers
         self.common = common
         self.group = group
         self.loaded = loaded
@@ -113,11 +115,6 @@ class _Run:
             schedule="linear",
         )
         self.trainer = Trainer(self.loss, optimisation, loaded.dtype, self.directory / "checkpoints")
-        data = None if config.data is None else ShareGPT(config.data)
-        shares = config.text_share, config.quote_share, config.continue_share
-        training, measuring = split_texts(files)
-        self.sources = Sources(mixture, training, *shares, data, config.data_share)
-        self.held_out_sources = Sources(mixture, measuring, *shares, data, config.data_share)
 
     def train(self, overrides: str) -> dict[str, Any]:
         config = self.config
@@ -153,7 +150,7 @@ class _Run:
     def _batches(self, first: int) -> DataLoader[HeadBatch]:
         config, tokenizer = self.config, self.loaded.tokenizer
         batches = HeadExamples(
-            ExampleMaker(self.sources, config.observing, tokenizer),
+            self.maker,
             Lengths(config.min_length, config.max_length, config.growth),
             config.steps,
             config.tokens_per_step,
@@ -165,8 +162,8 @@ class _Run:
 
     def _held_out(self) -> list[HeadExample]:
         """Return the conversations to measure on, the same in every run: of the largest length, over other texts."""
-        maker = ExampleMaker(self.held_out_sources, self.config.observing, self.loaded.tokenizer, held_out=True)
-        return [maker.make(f"held out.{index}", self.config.max_length) for index in range(self.config.held_out)]
+        length, number = self.config.max_length, self.config.held_out
+        return [self.held_out_maker.make(f"held out.{index}", length) for index in range(number)]
 
     def _on_device(self, batch: HeadBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         device = self.loaded.device
@@ -231,6 +228,31 @@ def _load(common: Common, config: HeadsConfig) -> LoadedModel:
     check_projections(loaded.model)
     head_sizes(loaded.model)
     return loaded
+
+
+def _makers(
+    config: HeadsConfig, mixture: Mixture, files: list[Path], loaded: LoadedModel
+) -> tuple[ExampleMaker, ExampleMaker]:
+    """Return what makes conversations to train on, and what makes those to measure on, from other texts.
+
+    Raises
+    ------
+    ValueError
+        If nothing can be made that is as short as is asked for.
+    """
+    data = None if config.data is None else ShareGPT(config.data)
+    shares = config.text_share, config.quote_share, config.continue_share
+    training, measuring = (
+        ExampleMaker(
+            Sources(mixture, texts, *shares, data, config.data_share),
+            config.observing,
+            loaded.tokenizer,
+            held_out=held_out,
+        )
+        for texts, held_out in zip(split_texts(files), (False, True), strict=True)
+    )
+    training.make("check", config.min_length)
+    return training, measuring
 
 
 def _check_sources(config: HeadsConfig) -> list[Path]:

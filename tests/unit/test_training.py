@@ -1,0 +1,174 @@
+"""What the instrument is trained on: conversations, mixtures, batches, the loss, settings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from apb_ds.tasks import SyntheticConfig
+from apb_ds.tasks.synthetic import Recipe, generate
+from apb_ds.tasks.synthetic.draws import Draws
+from apb_ds.training.answer_loss import AnswerLoss
+from apb_ds.training.batches import Batches, Lengths
+from apb_ds.training.config import InstrumentConfig
+from apb_ds.training.conversations import make_conversation
+from apb_ds.training.mixture import Mixture
+from tests import models
+from tests.tiny_checkpoint import TEMPLATE, byte_tokenizer
+
+MIXTURE = [{"kind": "single", "filler": ["noise", "prose"], "num_questions": [1, 3]}, {"kind": "multikey_words"}]
+
+
+def length_of(tokenizer: Any) -> Any:
+    return lambda text: len(tokenizer(text)["input_ids"])
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None], ids=["chat", "base"])
+def test_the_first_question_is_asked_as_evaluation_asks_it(template: str | None) -> None:
+    tokenizer = byte_tokenizer(template=template)
+    config = SyntheticConfig(kind="single", num_questions=2, num_tokens=900, num_samples=1)
+    first, second = config.samples(tokenizer, 300, seed=5)
+    from apb_ds.tasks.synthetic.task import _Encoder
+
+    document = generate(config, "5.0", 900, _Encoder(tokenizer).length)
+    made = make_conversation(tokenizer, document, 4000)
+    assert made is not None
+    asked = first.document_ids[0].tolist() + first.query_ids[0].tolist()
+    assert made.ids[: len(asked)] == asked and not any(made.is_answer[: len(asked)])
+    said = tokenizer.decode([token for token, is_it in zip(made.ids, made.is_answer, strict=True) if is_it])
+    end = tokenizer.eos_token
+    assert said == f" {first.ground_truth}.{end} {second.ground_truth}.{end}"
+    # The second question follows the end of the first answer, and opens its own answer.
+    rest = tokenizer.decode(made.ids[len(asked) :])
+    assert rest.index(document.questions[1].query) < rest.index(document.questions[1].answer_prefix)
+    assert rest.count(end) == (4 if template else 2) - (1 if template else 0)
+
+
+def test_questions_that_do_not_fit_are_left_out() -> None:
+    tokenizer = byte_tokenizer()
+    document = generate(Recipe(kind="single", split="train", num_questions=4), 1, 1200, length_of(tokenizer))
+    whole = make_conversation(tokenizer, document, 10_000)
+    assert whole is not None and sum(token == tokenizer.eos_token_id for token in whole.ids) >= 4
+    shorter = make_conversation(tokenizer, document, len(whole.ids) - 1)
+    assert shorter is not None and whole.ids[: len(shorter.ids)] == shorter.ids
+    assert 0 < shorter.num_answer_tokens < whole.num_answer_tokens
+    assert make_conversation(tokenizer, document, 1200) is None
+
+
+def test_a_mixture_draws_by_weight() -> None:
+    mixture = Mixture([{"kind": "single", "weight": 3}, {"kind": "variables", "num_hops": [2, 5], "filler": "noise"}])
+    draws = Draws("test")
+    drawn = [mixture.draw(draws) for _ in range(400)]
+    assert {recipe.split for recipe in drawn} == {"train"}
+    counts = Counter(recipe.kind for recipe in drawn)
+    assert 260 < counts["single"] < 340
+    hops = Counter(recipe.num_hops for recipe in drawn if recipe.kind == "variables")
+    assert set(hops) == {2, 5} and min(hops.values()) > 25
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], "must be a list of recipes"),
+        ("single", "must be a list of recipes"),
+        ([{"filler": "prose"}], "must have a kind"),
+        ([{"kind": "singel"}], "Did you mean 'single'"),
+        ([{"kind": "single", "filer": "prose"}], "Did you mean 'filler'"),
+        ([{"kind": "single", "split": "eval"}], "split"),
+        ([{"kind": "single", "weight": 0}], "weight=0 must be a number above 0"),
+        ([{"kind": "single", "filler": []}], "empty list"),
+        ([{"kind": "single", "num_questions": [1, 0]}], "num_questions=0"),
+        ([{"kind": "variables", "filler": "noise", "num_questions": [1, 4], "num_chains": 2}], "num_chains=2"),
+    ],
+)
+def test_bad_mixtures(parts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^train\.mixture") as raised:
+        Mixture(parts)
+    assert message in str(raised.value)
+
+
+def batches(**changes: Any) -> Batches:
+    values = {"num_steps": 20, "num_tokens": 3000, "seed": 1, "rank": 0, **changes}
+    return Batches(Mixture(MIXTURE), Lengths(700, 1400, 0.5), byte_tokenizer(), **values)
+
+
+def test_batches_depend_on_seed_step_and_rank_alone() -> None:
+    first, again = batches(), batches()
+    for step in (0, 7, 19):
+        assert torch.equal(first[step].input_ids, again[step].input_ids)
+        assert first[step].kinds == again[step].kinds
+    for other in (first[8], batches(seed=2)[7], batches(rank=1)[7]):
+        assert other.input_ids.shape != first[7].input_ids.shape or not torch.equal(other.input_ids, first[7].input_ids)
+
+
+def test_batches_are_filled_and_their_answers_are_the_documents_own() -> None:
+    made, tokenizer = batches(), byte_tokenizer()
+    for step in range(0, 20, 4):
+        batch = made[step]
+        assert batch.input_ids.shape == batch.is_answer.shape and batch.num_tokens <= 3000 + 1400
+        assert batch.input_ids.shape[1] <= 1400 and len(batch.kinds) == len(batch.input_ids)
+        for ids, is_answer in zip(batch.input_ids, batch.is_answer, strict=True):
+            said = tokenizer.decode(ids[is_answer])
+            answers = [answer.strip(" .") for answer in said.split(tokenizer.eos_token) if answer]
+            assert answers and all(tokenizer.decode(ids).count(answer) >= 2 for answer in answers)
+
+
+def test_lengths_grow() -> None:
+    lengths, draws = Lengths(512, 8192, 0.5), Draws("lengths")
+    longest = [max(lengths.draw(progress, draws) for _ in range(200)) for progress in (0.0, 0.25, 0.5, 1.0)]
+    assert longest[0] == 512 and 1500 < longest[1] <= 2048 and 7500 < longest[2] <= 8192 and 7500 < longest[3] <= 8192
+    late = [lengths.draw(0.9, draws) for _ in range(400)]
+    assert 4000 < sum(late) / len(late) < 4700  # evenly, once they are grown
+    assert {Lengths(512, 512, 0.0).draw(0.0, draws) for _ in range(5)} == {512}
+
+
+def test_no_recipe_is_short_enough() -> None:
+    made = Batches(Mixture([{"kind": "common_words"}]), Lengths(300, 300, 0.0), byte_tokenizer(), 4, 600, seed=0)
+    with pytest.raises(ValueError, match=r"no recipe for 300 tokens; raise train.min_length"):
+        made.check()
+    with pytest.raises(RuntimeError, match=r"no recipe for 300 tokens"):
+        made[0]
+    batches().check()
+
+
+def test_the_loss_is_that_of_the_answers_each_conversation_alike() -> None:
+    peft = pytest.importorskip("peft")
+    model = models.llama()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    ids = torch.randint(256, (3, 40), generator=torch.Generator().manual_seed(0))
+    is_answer = torch.zeros(3, 40, dtype=torch.bool)
+    for row, places in enumerate(([5, 6, 39], [1], [20, 21, 22, 23])):
+        is_answer[row, places] = True
+    losses = AnswerLoss(adapted)(ids, is_answer)
+    for row in range(3):
+        labels = ids[row : row + 1].masked_fill(~is_answer[row : row + 1], -100)
+        expected = adapted(input_ids=ids[row : row + 1], labels=labels).loss
+        torch.testing.assert_close(losses[row], expected, atol=1e-5, rtol=1e-5)
+    losses.mean().backward()
+    trained = [name for name, weight in adapted.named_parameters() if weight.grad is not None]
+    assert trained and all("lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"output": ""}, "train.output=''"),
+        ({"steps": 0}, "train.steps=0"),
+        ({"stepz": 5}, "Did you mean 'steps'"),
+        ({"min_length": 100}, "train.min_length=100"),
+        ({"max_length": 300}, "train.max_length=300"),
+        ({"growth": 1.5}, "train.growth=1.5"),
+        ({"learning_rate": 0}, "train.learning_rate=0"),
+        ({"weight_decay": -1}, "train.weight_decay=-1"),
+        ({"steps": 10, "warmup_steps": 10}, "train.warmup_steps=10 must be below"),
+        ({"overwrite": "yes"}, "train.overwrite='yes'"),
+        ({"workers": -1}, "train.workers=-1"),
+    ],
+)
+def test_bad_settings(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        InstrumentConfig.from_dict({"output": "x", **values})
+    assert message in str(raised.value)
