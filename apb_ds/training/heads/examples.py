@@ -152,27 +152,27 @@ class ExampleMaker:
             If nothing as short as that can be made.
         """
         draws = Draws("heads", seed)
+        example = self._whole(draws, seed, length)
+        answers = set(example.observers)
+        observers = self._observing.draw([place in answers for place in range(len(example.ids))], draws)
+        return replace(example, observers=observers)
+
+    def _whole(self, draws: Draws, seed: str, length: int) -> HeadExample:
+        """Return a conversation with all tokens of its answers as observers."""
+        if self._sources.data is not None and draws.fraction() < self._sources.data_share:
+            return self._given(draws, length)
         for attempt in range(MAX_DRAWS):
             try:
-                example = self._attempt(draws, f"{seed}.{attempt}", length)
-            except ValueError:
-                # Another recipe may do. A user's conversation is not passed over: it is the file that is wrong.
-                if self._sources.data is not None and self._sources.data_share == 1:
-                    raise
+                example = self._made_up(draws, f"{seed}.{attempt}", length)
+            except ValueError:  # this recipe makes nothing as short as this; another one may
                 continue
             if example is not None:
-                return replace(example, observers=self._observe(example, draws))
+                return example
         raise ValueError(f"nothing can be made in {length} tokens; raise train.min_length.")
 
-    def _observe(self, example: HeadExample, draws: Draws) -> list[int]:
-        answers = set(example.observers)
-        return self._observing.draw([place in answers for place in range(len(example.ids))], draws)
-
-    def _attempt(self, draws: Draws, seed: str, length: int) -> HeadExample | None:
-        """Return a conversation with all tokens of its answers as observers; None if it does not fit."""
+    def _made_up(self, draws: Draws, seed: str, length: int) -> HeadExample | None:
+        """Return a conversation of a kind that is drawn; None if it does not fit."""
         sources = self._sources
-        if sources.data is not None and draws.fraction() < sources.data_share:
-            return self._given(draws, length)
         drawn = draws.fraction()
         if drawn < sources.continue_share:
             return self._continued(draws, length)
