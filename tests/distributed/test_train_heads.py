@@ -225,6 +225,7 @@ def launch(rank: int, world_size: int, arguments: list[str]) -> tuple[Any, str, 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_as_rank(rank, world_size))
+        stack.enter_context(mock.patch.dict(os.environ, {"LOCAL_RANK": str(rank)}))
         stack.enter_context(mock.patch.object(common, "FIRST_RANK_GRACE_S", 0))
         stack.enter_context(mock.patch.object(common, "leave_training_group", lambda: None))  # it is the pool's
         stack.enter_context(mock.patch.object(sys, "argv", ["train_heads.py", *arguments]))

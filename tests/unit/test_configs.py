@@ -32,7 +32,7 @@ PUBLISHED_LENGTHS = {  # l_b, l_a, l_p of the paper, H = 8
 }
 
 
-TRAINED = ("smollm2_ruler",)  # for launch/train_instrument.py
+TRAINED = ("smollm2_ruler", "smollm2_heads")  # for launch/train_instrument.py and launch/train_heads.py
 
 
 def names(group: str) -> list[str]:

@@ -21,7 +21,7 @@ from apb_ds.training.mixture import Mixture
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TRAINED = ("smollm2_ruler",)  # for launch/train_instrument.py
-EXPS = sorted(file.stem for file in (CONFIGS / "exp").glob("*.yaml") if file.stem not in TRAINED)
+EXPS = sorted(file.stem for file in (CONFIGS / "exp").glob("*.yaml") if file.stem not in (*TRAINED, "smollm2_heads"))
 ANCHOR_LENGTH = 48  # what every experiment's anchor is scaled to: room for the task's query and for some document
 KV_HEADS = 2
 HEAD_DIM = 8
