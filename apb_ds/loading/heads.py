@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from apb_ds.compressors.base import RETAINING_HEADS
-from apb_ds.compressors.retaining_heads.checkpoint import FIELD, FILE_PATTERNS, heads_from, read_heads
+from apb_ds.compressors.retaining_heads.checkpoint import FIELD, FILE_PATTERNS, check_state, read_heads
 from apb_ds.compressors.retaining_heads.compressor import NO_HEADS
 from apb_ds.compressors.retaining_heads.module import HeadSizes, RetainingHeads
 from apb_ds.config import APBConfig
@@ -44,7 +44,7 @@ def heads_for(model: PreTrainedModel, config: APBConfig, given: HeadsSource | No
     check_projections(model)
     sizes = head_sizes(model)
     if isinstance(given, RetainingHeads):
-        heads_from(dict(given.published_state()), sizes)  # for what it raises
+        check_state(given.published_state(), sizes)
         return given
     return load_heads(os.fspath(given), sizes)
 

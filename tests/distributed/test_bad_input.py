@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.heads import random_checkpoint, save_heads
 from tests.launch_in_process import Ended, run_infer
+from tests.models import build_model
 from tests.pool import Pools
 from tests.tiny_checkpoint import save_checkpoint
 
@@ -119,6 +121,22 @@ CASES: dict[str, Case] = {
         (*PROMPT, "model.tokenizer={files}/wide"), ("model.tokenizer", "859", "260")
     ),
     "a layer with a short window": Case((*PROMPT, "model.path={files}/sliding"), ("layer 0", "sliding_window=16")),
+    # --- heads
+    "a compressor without its heads": Case(
+        (*PROMPT, "method.compressor=retaining_heads"), ("needs trained heads", "method.retaining_heads", "hub id")
+    ),
+    "heads without their compressor": Case(
+        (*PROMPT, "method.retaining_heads={files}/heads.pt"),
+        ("method.retaining_heads=", "goes with method.compressor=retaining_heads, not window"),
+    ),
+    "heads that are not there": Case(
+        (*PROMPT, "method.compressor=retaining_heads", "method.retaining_heads={files}/nope.pt"),
+        ("retaining_heads=", "{files}/nope.pt", "no such file"),
+    ),
+    "heads of another model": Case(
+        (*PROMPT, "method.compressor=retaining_heads", "method.retaining_heads={files}/heads.pt"),
+        ("model.layers.{0-2}.self_attn.fc1.weight is (24, 256), not (24, 128)", "4 heads and 2 KV heads of 16"),
+    ),
     # --- batches
     "no input": Case(("task=batch",), ("task.input", "missing")),
     "an input that is not there": Case(("task=batch", "task.input={files}/nope.jsonl"), ("task.input", "nope.jsonl")),
@@ -149,6 +167,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = json.dumps({"id": 2, "document": text, "query": "When?"})
     (directory / "shared.jsonl").write_text(line + "\n" + other + "\n")
     save_checkpoint(directory / "good")
+    save_heads(directory / "heads.pt", random_checkpoint(build_model("qwen3")))
     save_checkpoint(directory / "wide", extra=600)
     cut = save_checkpoint(directory / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1000])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,15 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from rich.console import Console
 from torch import Tensor
 from transformers import AttentionInterface
 
 from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.loading import ModelConfig
 from apb_ds.loading.heads import head_sizes
+from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.report.progress import steps_progress
 from apb_ds.tasks.fidelity import STANDARD_TEXTS
 from apb_ds.tasks.synthetic.draws import Draws
 from apb_ds.training.batches import Lengths
@@ -31,7 +37,7 @@ from apb_ds.training.heads.examples import (
     pad_examples,
 )
 from apb_ds.training.heads.labels import LabelKind, View, attention_received, label_tokens, make_view
-from apb_ds.training.heads.metrics import _kept_mass, _overlap, measure
+from apb_ds.training.heads.metrics import _kept_mass, _overlap, measure, measure_all
 from apb_ds.training.heads.module import HeadsLoss, layer_loss
 from apb_ds.training.heads.observe import NAME, observe_layers
 from apb_ds.training.heads.sharegpt import ShareGPT
@@ -256,6 +262,27 @@ def test_measured_heads(hosts: int | None) -> None:
     assert 0 < found["mass"] < found["mass_best"] and 0 <= found["overlap"] <= 1 and found["loss"] > 0
 
 
+def test_means_of_all_and_of_each_kind() -> None:
+    loss = make_loss()
+    examples = [*EXAMPLES, replace(EXAMPLES[1], kind="one")]
+    options: dict[str, Any] = {"hosts": 2, "ratio": 4.0, "device": torch.device("cpu")}
+    found = measure_all(loss, examples, SequenceGroup(), **options)
+    one, two = (measure(loss, example, **options)["loss"] for example in EXAMPLES)
+    assert found["loss"] == pytest.approx((one + 2 * two) / 3, abs=1e-4)
+    assert found["by_kind"]["one"]["loss"] == pytest.approx((one + two) / 2, abs=1e-4)
+    assert found["by_kind"]["two"]["loss"] == pytest.approx(two, abs=1e-4)
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, True), (True, False), (False, True)])
+def test_a_bar_where_somebody_sees_it(terminal: bool, shown: bool) -> None:
+    stream = io.StringIO()
+    with steps_progress(Console(file=stream, force_terminal=terminal), 8, 2, shown=shown) as show:
+        assert (show is not None) == (terminal and shown)
+        if show is not None:
+            show(6)
+    assert ("75%" in stream.getvalue()) == (terminal and shown)
+
+
 # --- texts ----------------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +441,8 @@ def test_filler_is_real_text_where_that_is_asked_for(folder: Path) -> None:
         made = [maker.make(str(number), 1500) for number in range(12)]
         texts = [tokenizer.decode(example.ids) for example in made if example.kind in ("single", "variables")]
         assert texts and all((" of text " in text) == found for text in texts)
+        if share:  # between two lines of the text, which are as they were
+            assert all(re.search(r"says \d+\.\n[^\n]+\nLine \d+ of text \d+ says", text) for text in texts)
 
 
 @pytest.mark.parametrize("number", [1, 5, 100_000])

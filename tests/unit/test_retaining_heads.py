@@ -80,11 +80,11 @@ def test_the_scores_are_those_of_the_formula(checkpoint: dict[str, Any]) -> None
     """Against the slow reference, in a block as `score` sees it; the engine's tests do the same through models."""
     from apb_ds.compressors import BlockStates
     from apb_ds.compressors.retaining_heads import RetainingHeadsCompressor
-    from apb_ds.compressors.retaining_heads.checkpoint import heads_from
+    from apb_ds.compressors.retaining_heads.checkpoint import _heads_from
     from tests.reference_scores import ScoreInput
 
     generator = torch.Generator().manual_seed(3)
-    compressor = RetainingHeadsCompressor(heads_from(checkpoint, SIZES))
+    compressor = RetainingHeadsCompressor(_heads_from(checkpoint, SIZES))
     slow = retaining_heads(checkpoint, torch.nn.functional.silu)
     for tokens in (1, 3, 40):
         projections = torch.randn(1, tokens, SIZES.input_size, generator=generator)
@@ -94,6 +94,16 @@ def test_the_scores_are_those_of_the_formula(checkpoint: dict[str, Any]) -> None
         scores = compressor.score(block)
         assert scores.dtype == torch.float32 and scores.shape == (2, tokens)
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)  # float32 sums of 128 and 24 terms of size 1
+
+
+def test_scores_without_projections_are_refused(checkpoint: dict[str, Any]) -> None:
+    from apb_ds.compressors import BlockStates
+    from apb_ds.compressors.retaining_heads import RetainingHeadsCompressor
+
+    states = torch.zeros(1, 2, 5, 16)
+    compressor = RetainingHeadsCompressor(RetainingHeads.random(SIZES, 8))
+    with pytest.raises(ValueError, match=r"set PrefillState\.projections before each layer's attention"):
+        compressor.score(BlockStates(states, states, states, 0, 0, 1.0))
 
 
 Edit = Callable[[dict[str, Any]], None]

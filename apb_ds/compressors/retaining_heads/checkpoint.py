@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,27 @@ def read_heads(path: Path, sizes: HeadSizes, field: str = FIELD) -> RetainingHea
         these are listed.
     """
     try:
-        return heads_from(read_state(path), sizes)
+        return _heads_from(read_state(path), sizes)
     except ValueError as error:
         raise ValueError(f"{field}={str(path)!r}: {error}") from error
 
 
-def heads_from(state: dict[str, Tensor], sizes: HeadSizes) -> RetainingHeads:
-    """Take the heads out of a checkpoint's tensors.
+def _heads_from(state: dict[str, Tensor], sizes: HeadSizes) -> RetainingHeads:
+    found = check_state(state, sizes)
+    unusable = [key for key, tensor in found.items() if not bool(tensor.isfinite().all())]
+    if unusable:
+        raise ValueError(f"{_list(unusable)} has values that are no finite numbers; train or download it again.")
+    pairs = [(found[weight_key(layer, "fc1")], found[weight_key(layer, "fc2")]) for layer in range(sizes.num_layers)]
+    return RetainingHeads(pairs, sizes.activation).requires_grad_(False)
+
+
+def check_state(state: Mapping[str, Tensor], sizes: HeadSizes) -> dict[str, Tensor]:
+    """Return those of a checkpoint's tensors that are heads, all that a model needs and no others.
 
     Raises
     ------
     ValueError
-        If some are missing, misshaped, no finite numbers, or another model's.
+        If some are missing, misshaped, or another model's.
     """
     found = {key: tensor for key, tensor in state.items() if HEAD_KEY.fullmatch(key)}
     wanted = [weight_key(layer, name) for layer in range(sizes.num_layers) for name in ("fc1", "fc2")]
@@ -72,11 +81,7 @@ def heads_from(state: dict[str, Tensor], sizes: HeadSizes) -> RetainingHeads:
             "this model."
         )
     _check_shapes(found, sizes)
-    unusable = [key for key, tensor in found.items() if not bool(tensor.isfinite().all())]
-    if unusable:
-        raise ValueError(f"{_list(unusable)} has values that are no finite numbers; train or download it again.")
-    pairs = [(found[weight_key(layer, "fc1")], found[weight_key(layer, "fc2")]) for layer in range(sizes.num_layers)]
-    return RetainingHeads(pairs, sizes.activation).requires_grad_(False)
+    return found
 
 
 def _check_shapes(found: dict[str, Tensor], sizes: HeadSizes) -> None:

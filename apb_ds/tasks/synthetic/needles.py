@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from apb_ds.tasks.synthetic.documents import Question
 from apb_ds.tasks.synthetic.draws import Draws
@@ -38,6 +39,8 @@ class NeedleLayout:
     recipe : one of a kind with needles
     seed : what determines every choice, together with kind and split
     """
+
+    joint: ClassVar[str] = " "  # between sentences
 
     def __init__(self, recipe: Recipe, seed: tuple[int | str, ...]) -> None:
         self.recipe = recipe
@@ -78,7 +81,7 @@ class NeedleLayout:
         sentences = between[0]
         for sentence, needles in zip(self._filler.sentences(count), between[1:], strict=True):
             sentences += [sentence, *needles]
-        return f"{task}\n\n{' '.join(sentences)}"
+        return f"{task}\n\n{self.joint.join(sentences)}"
 
     def questions(self, count: int) -> tuple[Question, ...]:
         """Return the questions, each about other keys; which ones is drawn."""

@@ -234,11 +234,21 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 
 class TextNeedles(NeedleLayout):
-    """Needles between pieces of real text, whose own lines are kept."""
+    """Needles between pieces of real text: each on a line of its own, the text's lines as they are."""
+
+    joint = "\n"
 
     def __init__(self, recipe: Recipe, seed: tuple[int | str, ...], filler: TextFiller) -> None:
         super().__init__(recipe, seed)
-        self._filler = filler  # type: ignore[assignment]
+        self._filler = _WithoutLastBreak(filler)  # type: ignore[assignment]
+
+
+class _WithoutLastBreak:
+    def __init__(self, filler: TextFiller) -> None:
+        self._of = filler
+
+    def sentences(self, num: int) -> list[str]:
+        return [piece.removesuffix("\n") for piece in self._of.sentences(num)]
 
 
 class QuoteLayout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,8 +91,25 @@ def measure_all(
     hosts: int,
     ratio: float,
     device: torch.device,
-) -> dict[str, float]:
-    """Return the means over all examples, of which each rank measures its share. All ranks call this together."""
-    mine = [measure(loss, example, hosts, ratio, device) for example in examples[group.rank :: group.world_size]]
-    everyone = [measured for of_rank in group.gather_objects(mine) for measured in of_rank]
-    return {name: sum(measured[name] for measured in everyone) / len(everyone) for name in everyone[0]}
+) -> dict[str, Any]:
+    """Measure the heads on all examples, of which each rank takes its share. All ranks call this together.
+
+    Returns
+    -------
+    dict
+        What `measure` gives, means over all, and ``by_kind``: over those of each kind.
+    """
+    mine = {
+        index: measure(loss, examples[index], hosts, ratio, device)
+        for index in range(group.rank, len(examples), group.world_size)
+    }
+    measured = {index: found for of_rank in group.gather_objects(mine) for index, found in of_rank.items()}
+    by_kind: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for index, example in enumerate(examples):  # in this order, so that sums do not depend on the number of ranks
+        by_kind[example.kind].append(measured[index])
+    everything = [measured[index] for index in range(len(examples))]
+    return _means(everything) | {"by_kind": {kind: _means(found) for kind, found in sorted(by_kind.items())}}
+
+
+def _means(measured: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: round(sum(each[name] for each in measured) / len(measured), 5) for name in measured[0]}

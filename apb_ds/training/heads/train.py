@@ -181,7 +181,7 @@ class _Run:
         )
         if log is not None:
             step = self.trainer.step
-            log.append({"step": step, HELD_OUT_KEY: {name: round(value, 5) for name, value in measured.items()}})
+            log.append({"step": step, HELD_OUT_KEY: measured})
             logger.info(
                 "Step %d, held out: loss %.4f, overlap %.3f, attention mass kept %.3f (at random %.3f, at best %.3f).",
                 step,
