@@ -91,6 +91,33 @@ def test_ranks_compute_equal_answers(pool: Pools) -> None:
             assert tokens == first[key][1], key
 
 
+HEADS = Case("heads", 110, 3, {"hosts": 4, "compressor": "retaining_heads", "anchor_length": 11, "passing_length": 6})
+
+
+def score_with_heads(rank: int, world_size: int, families: list[str]) -> dict[str, torch.Tensor]:
+    """Return, for each family, the logits of a model with random heads as this rank computed them."""
+    import apb_ds
+
+    logits = {}
+    for family in families:
+        engine = engine_with_heads(build_model(family))
+        engine.configure(apb_ds.APBConfig(**HEADS.given))
+        document, query = HEADS.ids()
+        logits[family] = own_query_logits(engine, query, engine.prefill(document, query))
+    return logits
+
+
+def test_heads_of_every_kind_of_projection(pool: Pools) -> None:
+    """Three projections, with biases, with norms behind them, and one for all."""
+    families = ["llama", "qwen2", "qwen3", "phi3"]
+    by_rank = pool(2).run(score_with_heads, families, timeout=120)
+    document, query = HEADS.ids()
+    for family in families:
+        expected = run_reference(build_model(family), document, query, **HEADS.reference_settings(family)).logits
+        for logits in by_rank:
+            assert float((logits[family] - expected).abs().max()) < TOLERANCE, family
+
+
 def compute_apart(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Have the last rank forget the other ranks' parts at the query; return its own logits and the engine's."""
     import apb_ds

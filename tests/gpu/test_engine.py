@@ -10,6 +10,8 @@ from torch import Tensor
 
 import apb_ds
 from apb_ds.ops.kernels import KERNELS
+from tests.engine_cases import Case
+from tests.heads import engine_with_heads
 from tests.models import build_model, request_ids
 from tests.reference import reference_greedy, run_reference
 
@@ -66,6 +68,16 @@ def test_float32_logits(family: str, given: dict[str, Any]) -> None:
     logits = answer(new_engine(family, torch.float32, **given), document, query)
     expected = run_reference(build_model(family), document, query, **reference_settings(given)).logits
     assert float((logits - expected).abs().max()) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "phi3"])
+def test_float32_logits_with_retaining_heads(family: str) -> None:
+    case = Case(family, 203, 7, {"hosts": 4, "anchor_length": 12, "passing_length": 5, "compressor": "retaining_heads"})
+    document, query = case.ids()
+    engine = engine_with_heads(build_model(family))
+    engine.configure(apb_ds.APBConfig(**case.given))
+    expected = run_reference(build_model(family), document, query, **case.reference_settings(family)).logits
+    assert float((answer(engine, document, query) - expected).abs().max()) < FLOAT32_TOLERANCE
 
 
 @pytest.mark.parametrize("given", GIVEN, ids=str)
