@@ -325,6 +325,14 @@ def test_default_texts_are_none_that_others_are_judged_by(monkeypatch: pytest.Mo
     assert not any("site-packages" in str(file) for file in files)
 
 
+def test_more_default_texts_where_they_are_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "doc").symlink_to(folder)
+    (tmp_path / "doc-2").symlink_to(folder)
+    monkeypatch.setattr(texts_module, "_standard_library", lambda: iter(()))
+    monkeypatch.setattr(texts_module, "EXTRA_PLACES", (str(tmp_path / "doc*").lstrip("/"), "no/such/place"))
+    assert find_texts(None) == find_texts([str(folder)])
+
+
 def test_filler_goes_on_from_text_to_text(folder: Path) -> None:
     files = find_texts([str(folder)])
     filler = TextFiller(files, Draws("filler"))

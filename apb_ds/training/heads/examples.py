@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from apb_ds.tasks.prompts import encode, encode_document, has_template
-from apb_ds.tasks.synthetic.documents import Document, Question, longest
+from apb_ds.tasks.synthetic.documents import Document, longest
 from apb_ds.tasks.synthetic.draws import Draws
 from apb_ds.tasks.synthetic.generate import generate
-from apb_ds.tasks.synthetic.needles import NeedleLayout
-from apb_ds.tasks.synthetic.recipe import KINDS, NEEDLES, Recipe
+from apb_ds.tasks.synthetic.recipe import KINDS, NEEDLES
 from apb_ds.training.batches import MAX_DRAWS, TURN_TOKENS, Lengths
 from apb_ds.training.conversations import make_conversation
+from apb_ds.training.heads.layouts import QuoteLayout, TextNeedles
 from apb_ds.training.heads.sharegpt import ShareGPT
 from apb_ds.training.heads.texts import TextFiller
 from apb_ds.training.mixture import Mixture
@@ -231,52 +231,6 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
         return bos + encode(tokenizer, f"{prompt}\n")
     turn = [{"role": "user", "content": prompt}]
     return encode(tokenizer, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-
-
-class TextNeedles(NeedleLayout):
-    """Needles between pieces of real text: each on a line of its own, the text's lines as they are."""
-
-    joint = "\n"
-
-    def __init__(self, recipe: Recipe, seed: tuple[int | str, ...], filler: TextFiller) -> None:
-        super().__init__(recipe, seed)
-        self._filler = _WithoutLastBreak(filler)  # type: ignore[assignment]
-
-
-class _WithoutLastBreak:
-    def __init__(self, filler: TextFiller) -> None:
-        self._of = filler
-
-    def sentences(self, num: int) -> list[str]:
-        return [piece.removesuffix("\n") for piece in self._of.sentences(num)]
-
-
-class QuoteLayout:
-    """Real text, of which one passage is named and the next one is to be quoted.
-
-    Parameters
-    ----------
-    filler : TextFiller
-    depth : where the passage stands: the share of the text before it, from 0 to 1
-    """
-
-    minimum = 2
-    num_needed = 2
-
-    def __init__(self, filler: TextFiller, depth: float) -> None:
-        self._filler = filler
-        self._depth = depth
-
-    def text(self, count: int) -> str:
-        """Return the first `count` pieces."""
-        return "".join(self._filler.sentences(count))
-
-    def questions(self, count: int) -> tuple[Question, ...]:
-        """Return the one question."""
-        place = int(self._depth * (count - 1))
-        named, wanted = self._filler.sentences(count)[place : place + 2]
-        query = f"Which passage of the text comes right after this one? Quote it.\n\n{named.strip()}"
-        return (Question(query, "The passage is:", (wanted.strip(),)),)
 
 
 class HeadExamples(Dataset[HeadBatch]):

@@ -68,7 +68,7 @@ def _standard_library() -> Iterator[Path]:
 
 def _extra() -> Iterator[Path]:
     for place in EXTRA_PLACES:
-        for folder in Path("/").glob(place):
+        for folder in {folder.resolve() for folder in Path("/").glob(place)}:  # some are there under two names
             yield from (file for file in folder.iterdir() if _is_text_file(file) and not file.is_symlink())
 
 
