@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
 from transformers import PreTrainedModel
 
+from apb_ds.agreement import agree, describe_model, describe_software
 from apb_ds.attention import APBAttention
 from apb_ds.config import APBConfig
 from apb_ds.engine import APBEngine
@@ -48,7 +50,8 @@ def init_inference(
     Raises
     ------
     ValueError, RuntimeError
-        For a model, settings or a group that cannot be served, on every rank before anything is sent.
+        For a model, settings or a group that cannot be served, on every rank before anything is computed; where ranks
+        have other settings, weights or versions than the others, saying which rank has what.
     """
     config = APBConfig() if config is None else config
     if isinstance(model, PipelineModule):
@@ -60,12 +63,28 @@ def init_inference(
             f"retaining_heads={retaining_heads!r} goes with compressor='retaining_heads', not {config.compressor!r}."
         )
     if group is None and mpu is None and not torch.distributed.is_initialized():
-        check_ranks(config, launched_world_size())
-    check_supported(model)
-    APBAttention(config)  # refuses unknown names before the ranks meet
+        _check_served(model, config, launched_world_size())  # before the ranks meet
     if group is None:
         group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s)
+    world_size = group.world_size
+    agree(
+        group,
+        "init_inference",
+        lambda: _check_served(model, config, world_size),
+        lambda _: {
+            **describe_software(),
+            **{f"method.{name}": value for name, value in asdict(config).items()},
+            **describe_model(model),
+        },
+    )
     return APBEngine(model, config, group)
+
+
+def _check_served(model: PreTrainedModel, config: APBConfig, world_size: int) -> None:
+    """Raise ValueError or RuntimeError for settings or a model that cannot be served by so many ranks."""
+    check_ranks(config, world_size)
+    check_supported(model)
+    APBAttention(config)  # refuses unknown names
 
 
 def attach(engine: InferenceEngine, config: APBConfig | None = None, *, mpu: Any = None) -> APBEngine:

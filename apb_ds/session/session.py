@@ -15,12 +15,14 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
+from apb_ds.agreement import agree, describe_software
 from apb_ds.config import APBConfig
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
-from apb_ds.parallel.groups import SequenceGroup, launched_rank, world_group
+from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, launched_rank, launched_world_size, world_group
 from apb_ds.report.compare import compare_records
 from apb_ds.report.memory import peak_memory_kind
 from apb_ds.report.record import RECORD_NAME, environment, write_json
+from apb_ds.report.results import flatten
 from apb_ds.report.table import failure_lines, job_table, make_console, sweep_table, title
 from apb_ds.session.batch import serve_batch
 from apb_ds.session.chat import serve_chat
@@ -88,17 +90,10 @@ class Session:
         """
         record = _new_record(job)
         try:
-            # The same on every rank, and before the ranks meet: nobody waits for one that has failed.
-            settings = read_settings(job.values)
-        except JOB_ERRORS as error:
-            if job.debug and self.is_first:
-                traceback.print_exc()
+            settings = self._agreed_settings(job)
+            record |= {"status": "ok"} | self._serve(job, settings)
+        except JobError as error:
             record["error"] = str(error)
-        else:
-            try:
-                record |= {"status": "ok"} | self._serve(job, settings)
-            except JobError as error:
-                record["error"] = str(error)
         self._keep(job, record)
         return record
 
@@ -121,17 +116,51 @@ class Session:
             torch.distributed.destroy_process_group()
         self.group = None
 
-    def _serve(self, job: Job, settings: Settings) -> dict[str, Any]:
+    def _agreed_settings(self, job: Job) -> Settings:
+        """Return the job's settings, which all ranks must have found good, and the same.
+
+        Raises
+        ------
+        JobError
+            On every rank.
+        """
+        settings, failure = None, None
+        try:
+            settings = read_settings(job.values)
+        except JOB_ERRORS as error:
+            if job.debug and self.is_first:
+                traceback.print_exc()
+            failure = error
+        if failure is not None and self.group is None and launched_world_size() == 1:
+            raise JobError(str(failure)) from failure
+
+        def check() -> Settings:
+            if failure is not None:
+                raise ValueError(str(failure)) from failure
+            assert settings is not None
+            return settings
+
+        group = self._joined_group(DEFAULT_TIMEOUT_S if settings is None else settings.timeout_s)
+        try:
+            return agree(group, "a job", check, lambda _: {**_shared_values(job), **describe_software()})[0]
+        except ValueError as error:
+            raise JobError(str(error)) from error
+
+    def _joined_group(self, timeout_s: float) -> SequenceGroup:
         if self.group is None:
             try:
                 with contextlib.redirect_stdout(io.StringIO()):  # deepspeed tells here what it has compiled
-                    self.group = world_group(settings.timeout_s)
+                    self.group = world_group(timeout_s)
             except RuntimeError as error:  # each rank finds this by itself: they have not met
                 why = (str(error).strip() or repr(error)).splitlines()[0]
                 raise JobError(
                     f"the ranks could not join their group: {why} Is the port in use? Give the launcher another "
                     "--master_port."
                 ) from error
+        return self.group
+
+    def _serve(self, job: Job, settings: Settings) -> dict[str, Any]:
+        assert self.group is not None
         steps = Steps(self.group, debug=job.debug)
         steps.from_first(settings.task.check_sources)
         loaded = steps.together(lambda: self._model(settings.model), local=True)
@@ -194,6 +223,15 @@ class Session:
 _SERVERS: dict[type[TaskConfig], Callable[[Run], dict[str, Any]]] = {ChatConfig: serve_chat, BatchConfig: serve_batch}
 # What is scored by other code than its own.
 _EVALUATORS: dict[type[TaskConfig], Callable[[Run], dict[str, Any]]] = {LmEvalConfig: serve_harness}
+
+
+# What the first rank alone makes use of: its places for results may have the time of day in their names.
+_FIRST_RANKS_VALUES = ("task.output", "eval.output", "debug")
+
+
+def _shared_values(job: Job) -> dict[str, Any]:
+    """Return the values of a job that all ranks must share, by config path."""
+    return {name: value for name, value in flatten(job.values).items() if name not in _FIRST_RANKS_VALUES}
 
 
 def _new_record(job: Job) -> dict[str, Any]:
