@@ -22,9 +22,9 @@ SHOWN = 3  # differences in a message
 SHOWN_IDS = 4  # at either end
 SHOWN_CHARACTERS = 160
 REFUSED = "refused"  # the fact of a rank whose input is bad
-CHECKSUM_COLUMNS = 4096
+CHECKSUM_COLUMNS = 1024  # words
 CHECKSUM_FACTOR = 0x2545F4914F6CDD1D
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+WORD_BYTES = 8
 
 Facts = Mapping[str, Any]
 Result = TypeVar("Result")
@@ -112,10 +112,10 @@ def describe_software() -> dict[str, str | None]:
 def describe_model(model: nn.Module) -> dict[str, str]:
     """Return class, config and weights of a transformers model, by name.
 
-    Each tensor is told by its dtype, shape and two sums of its bits, taken as integers along rows and along columns and
-    weighted by position. Integer sums have no rounding: they are the same on every device and for any number of
-    threads. They catch a value that differs in one bit, and values, rows or columns in another order; not weights that
-    somebody built to have the same sums.
+    Each tensor is told by its dtype, shape and two sums of its bits, taken as 64-bit integers along rows and along
+    columns of a table and weighted by position. Integer sums have no rounding: they are the same on every device and
+    for any number of threads. They catch a value that differs in one bit, and values, rows or columns in another order;
+    not weights that somebody built to have the same sums.
     """
     config: Any = getattr(model, "config", None)
     values = {} if config is None else config.to_dict()
@@ -140,16 +140,16 @@ def describe_model(model: nn.Module) -> dict[str, str]:
 
 def checksum(tensor: Tensor) -> Tensor:
     """Return two int64 sums of the tensor's bits, (2,), on its device; see `describe_model`."""
-    tensor = tensor.detach()
-    if tensor.numel() == 0:
+    data = tensor.detach().contiguous().flatten()
+    if data.numel() == 0:
         return torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    bits = tensor.contiguous().flatten().view(INTEGERS[tensor.element_size()])
-    whole = bits.numel() // CHECKSUM_COLUMNS * CHECKSUM_COLUMNS
-    table, rest = bits[:whole].view(-1, CHECKSUM_COLUMNS), bits[whole:]
-    rows, columns = table.sum(dim=1, dtype=torch.int64), table.sum(dim=0, dtype=torch.int64)
-    tail = _weighted(rest.to(torch.int64))
+    if data.storage_offset() * data.element_size() % WORD_BYTES:  # a view of words must begin where one does
+        data = data.clone()
+    data = data.view(torch.uint8)
+    whole = data.numel() // (WORD_BYTES * CHECKSUM_COLUMNS) * WORD_BYTES * CHECKSUM_COLUMNS
+    table = data[:whole].view(torch.int64).view(-1, CHECKSUM_COLUMNS)
+    rows, columns = table.sum(dim=1), table.sum(dim=0)
+    tail = _weighted(data[whole:].to(torch.int64))
     return torch.stack([_weighted(rows) + tail, _weighted(columns) + tail])
 
 
