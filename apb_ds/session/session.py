@@ -21,6 +21,7 @@ from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, launched_rank, launched_world_size, world_group
 from apb_ds.report.compare import compare_records
 from apb_ds.report.memory import peak_memory_kind
+from apb_ds.report.paths import hide_paths
 from apb_ds.report.record import RECORD_NAME, environment, write_json
 from apb_ds.report.results import flatten
 from apb_ds.report.table import failure_lines, job_table, make_console, sweep_table, title
@@ -247,7 +248,7 @@ def _new_record(job: Job) -> dict[str, Any]:
 def _report(job: Job, record: dict[str, Any], console: Console) -> None:
     """Write the record, and print what people want to see of it."""
     if job.run_dir is not None:
-        write_json(job.run_dir / RECORD_NAME, record)
+        write_json(job.run_dir / RECORD_NAME, hide_paths(record, job.run_dir))
     if "metrics" in record:
         # Plain prints: the answer must reach a pipe as it is, unwrapped and unstyled.
         for line in _answer_lines(record["task"]):

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+from apb_ds.report.paths import hide_paths
 from tests.launch_in_process import run_infer
 from tests.models import build_model, request_ids
 from tests.pool import Pools
@@ -331,4 +332,5 @@ def test_other_command_lines(pool: Pools, files: Path, tmp_path: Path, own: list
     for part in parts:
         assert part in ended[0].stderr, ended[0].stderr
     assert ended[0].stderr.count("Error:") == 1 and ended[1].stderr == ""
-    assert json.loads((tmp_path / "run" / "record.json").read_text())["error"] == ended[0].errors[0]
+    kept = json.loads((tmp_path / "run" / "record.json").read_text())["error"]
+    assert kept == hide_paths(ended[0].errors[0], tmp_path / "run")
