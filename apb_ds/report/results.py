@@ -137,7 +137,7 @@ def _read(directory: Path, name: str) -> str:
 def _parse(where: str | Path, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where} is no JSON object.")

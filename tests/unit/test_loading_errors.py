@@ -17,7 +17,7 @@ import torch
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.loading.source import package_path
 from tests import models
-from tests.tiny_checkpoint import byte_tokenizer, save_checkpoint
+from tests.tiny_checkpoint import byte_tokenizer, save_checkpoint, save_gguf
 from tests.unit.smollm2 import PATH, smollm2_directory
 
 MAX_CHARACTERS = 350  # of a message, paths not counted
@@ -134,34 +134,9 @@ def shards(good_shards: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A GGUF file of a tiny Llama with a vocabulary of bytes, and a cache of the test's own."""
-    gguf = pytest.importorskip("gguf")
-    from tokenizers import pre_tokenizers
-
+    pytest.importorskip("gguf")
     monkeypatch.setenv("APB_DS_CACHE", str(tmp_path / "cache"))
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<s>", "</s>"]
-    model = models.llama(vocab_size=len(tokens))
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
-    writer.add_vocab_size(len(tokens))
-    writer.add_context_length(model.config.max_position_embeddings)
-    writer.add_embedding_length(model.config.hidden_size)
-    writer.add_feed_forward_length(model.config.intermediate_size)
-    writer.add_block_count(model.config.num_hidden_layers)
-    writer.add_head_count(model.config.num_attention_heads)
-    writer.add_head_count_kv(model.config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(len(tokens) - 2)
-    writer.add_eos_token_id(len(tokens) - 1)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tmp_path / "tiny.gguf"
+    return save_gguf(tmp_path / "tiny.gguf")
 
 
 def left_in_cache(cache: Path) -> list[Path]:
