@@ -135,6 +135,7 @@ SAMPLE = {"id": "a", "labels": {}, "fingerprint": "f", "answer": "x"}
 )
 @example(summary=json.dumps(SUMMARY), samples=DEEP.encode())
 @example(summary=DEEP, samples=b"")
+@example(summary=json.dumps({**SUMMARY, "settings": True}), samples=b"")
 def test_results_that_are_compared(place: Path, summary: str, samples: bytes) -> None:
     directory = place / "results"
     directory.mkdir(exist_ok=True)
