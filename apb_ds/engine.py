@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from deepspeed.inference.engine import InferenceEngine
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from apb_ds.agreement import agree, describe_ids
 from apb_ds.attention import APBAttention, Phase
 from apb_ds.cache import ShardedCache
 from apb_ds.compressors.base import RETAINING_HEADS
@@ -49,6 +52,27 @@ Progress = Callable[[int, int], None]
 
 # DeepSpeed counts prompt and new tokens against this; its own default of 1024 is no limit of ours.
 NO_TOKEN_LIMIT = 2**31
+SHOWN_KEY = 12  # characters of a context's key
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """A prefill whose input has been checked."""
+
+    document_ids: Tensor
+    query_ids: Tensor | None
+    plan: Plan
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class _Query:
+    """A query whose input has been checked; `prefill` is of a document that has no context yet."""
+
+    ids: Tensor
+    num_new: int
+    arguments: dict[str, Any]
+    prefill: _Prefill | None = None
 
 
 class APBEngine(InferenceEngine):
@@ -155,6 +179,16 @@ class APBEngine(InferenceEngine):
         torch.OutOfMemoryError
             On the rank whose memory runs out, with what helps.
         """
+        asked, key = agree(
+            self.group,
+            "prefill",
+            lambda: self._check_prefill(document_ids, query_ids, max_positions),
+            self._prefill_facts,
+            self.device,
+        )
+        return self._run_prefill(asked, key, progress)
+
+    def _check_prefill(self, document_ids: Tensor, query_ids: Tensor | None, max_positions: int | None) -> _Prefill:
         document_ids = check_ids(self.module, "document_ids", document_ids)
         num_query = 0
         if query_ids is not None:
@@ -168,6 +202,17 @@ class APBEngine(InferenceEngine):
             )
         max_positions = max(max_positions or 0, num_tokens + num_query)
         check_positions(self.module, max_positions)
+        return _Prefill(document_ids, query_ids, plan, max_positions)
+
+    def _prefill_facts(self, asked: _Prefill) -> dict[str, Any]:
+        """Return what the ranks must have in common before a prefill."""
+        settings = {f"method.{name}": value for name, value in asdict(self.apb_config).items()}
+        ids = {"document_ids": describe_ids(asked.document_ids), "query_ids": describe_ids(asked.query_ids)}
+        return {**settings, **ids, "max_positions": asked.max_positions}
+
+    def _run_prefill(self, asked: _Prefill, key: str, progress: Progress | None) -> Context:
+        document_ids, query_ids, plan = asked.document_ids, asked.query_ids, asked.plan
+        num_tokens, max_positions = document_ids.shape[1], asked.max_positions
         self._say_if_exact(plan.exact, num_tokens)
 
         cache = ShardedCache(
@@ -199,6 +244,7 @@ class APBEngine(InferenceEngine):
             bytes_sent=self.group.bytes_sent - sent_before,
             model=self.module,
             group=self.group,
+            key=key,
         )
 
     @torch.no_grad()
@@ -244,35 +290,63 @@ class APBEngine(InferenceEngine):
             For batches, beams, several return sequences, assisted decoding, ``use_cache=False`` and bad input, on
             every rank before anything is sent.
         """
-        if input_ids is not None:
+        given = {"document_ids": document_ids, "query_ids": query_ids, "context": context}
+        asked, key = agree(
+            self.group,
+            "generate",
+            lambda: self._check_generate(
+                {**given, "input_ids": input_ids, "query_length": query_length, "append": append},
+                max_new_tokens,
+                generate_arguments,
+            ),
+            lambda checked: {**self._query_facts(checked, context), "append": append},
+            self.device,
+        )
+        if asked.prefill is not None:
+            context = self._run_prefill(asked.prefill, key, progress)
+        assert context is not None
+        prefill_s = 0.0 if asked.prefill is None else context.prefill_s
+        tokens = self._decode(context, asked.ids, asked.num_new, append, asked.arguments)
+        self.stats.prefill_s = prefill_s
+        return tokens if input_ids is None else torch.cat([input_ids.to(tokens.device), tokens], dim=-1)
+
+    def _check_generate(
+        self, given: dict[str, Any], max_new_tokens: int | None, generate_arguments: dict[str, Any]
+    ) -> _Query:
+        """Return what `generate` is asked; `given` are its arguments that say which document and query."""
+        document_ids, query_ids, context = given["document_ids"], given["query_ids"], given["context"]
+        if given["input_ids"] is not None:
             if document_ids is not None or query_ids is not None or context is not None:
                 raise ValueError("input_ids holds document and query; give it alone, with query_length.")
-            document_ids, query_ids = split_query(self.module, input_ids, query_length)
-        elif query_length is not None:
+            document_ids, query_ids = split_query(self.module, given["input_ids"], given["query_length"])
+        elif given["query_length"] is not None:
             raise ValueError("query_length belongs to input_ids, which is missing.")
         if query_ids is None:
             raise ValueError("query_ids is missing: the tokens after the document, at least one.")
         if (context is None) == (document_ids is None):
             raise ValueError("give document_ids, or context=engine.prefill(document_ids), and not both.")
-        if append and context is None:
+        if given["append"] and context is None:
             raise ValueError("append=True keeps the turn in a context; pass context=engine.prefill(...).")
         arguments = check_generate_arguments(self.module, generate_arguments)
         query_ids = check_ids(self.module, "query_ids", query_ids)
         if context is None:
-            assert document_ids is not None
             known = check_ids(self.module, "document_ids", document_ids).shape[1] + query_ids.shape[1]
             num_new = count_new_tokens(self.module, max_new_tokens, arguments, known)
-            context = self.prefill(document_ids, query_ids, max_positions=known + num_new, progress=progress)
-            prefill_s = context.prefill_s
-        else:
-            self._check_context(context)
-            known = context.num_tokens + query_ids.shape[1]
-            num_new = count_new_tokens(self.module, max_new_tokens, arguments, known)
-            check_reach(self.module, context.max_positions, known + num_new)
-            prefill_s = 0.0
-        tokens = self._decode(context, query_ids, num_new, append, arguments)
-        self.stats.prefill_s = prefill_s
-        return tokens if input_ids is None else torch.cat([input_ids.to(tokens.device), tokens], dim=-1)
+            prefill = self._check_prefill(document_ids, query_ids, known + num_new)
+            return _Query(query_ids, num_new, arguments, prefill)
+        self._check_context(context)
+        known = context.num_tokens + query_ids.shape[1]
+        num_new = count_new_tokens(self.module, max_new_tokens, arguments, known)
+        check_reach(self.module, context.max_positions, known + num_new)
+        return _Query(query_ids, num_new, arguments)
+
+    def _query_facts(self, asked: _Query, context: Context | None) -> dict[str, Any]:
+        """Return what the ranks must have in common before a query. How tokens are drawn is the first rank's affair."""
+        if asked.prefill is not None:
+            return {**self._prefill_facts(asked.prefill), "max_new_tokens": asked.num_new}
+        assert context is not None
+        of_context = {"prefill": context.key[:SHOWN_KEY], "tokens": context.num_tokens}
+        return {"query_ids": describe_ids(asked.ids), "max_new_tokens": asked.num_new, "context": of_context}
 
     @torch.no_grad()
     def query_logits(self, query_ids: Tensor, *, context: Context) -> Tensor:
@@ -286,10 +360,16 @@ class APBEngine(InferenceEngine):
         -------
         (1, q, vocab), float32, the same on every rank
         """
-        query_ids = check_ids(self.module, "query_ids", query_ids)
+
+        def check() -> _Query:
+            ids = check_ids(self.module, "query_ids", query_ids)
+            self._check_context(context)
+            check_reach(self.module, context.max_positions, context.num_tokens + ids.shape[1])
+            return _Query(ids, 0, {})
+
+        facts = functools.partial(self._query_facts, context=context)
+        query_ids = agree(self.group, "query_logits", check, facts, self.device)[0].ids
         num_query = query_ids.shape[1]
-        self._check_context(context)
-        check_reach(self.module, context.max_positions, context.num_tokens + num_query)
         cached = context.num_cached
         fed = torch.cat([context.token_ids[:, cached:], query_ids], dim=-1)
         positions = torch.arange(cached, cached + fed.shape[1], device=self.device).unsqueeze(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
 from transformers import PreTrainedModel
 
+from apb_ds.agreement import agree, describe_model, describe_software
 from apb_ds.attention import APBAttention
+from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.engine import APBEngine
 from apb_ds.hf import check_supported
@@ -50,7 +53,8 @@ def init_inference(
     Raises
     ------
     ValueError, RuntimeError
-        For a model, settings or a group that cannot be served, on every rank before anything is sent.
+        For a model, settings or a group that cannot be served, on every rank before anything is computed; where ranks
+        have other settings, weights or versions than the others, saying which rank has what.
     """
     config = APBConfig() if config is None else config
     if isinstance(model, PipelineModule):
@@ -58,13 +62,37 @@ def init_inference(
     if isinstance(model, InferenceEngine):
         raise ValueError("model is an inference engine already; use apb_ds.attach(engine, config).")
     if group is None and mpu is None and not torch.distributed.is_initialized():
-        check_ranks(config, launched_world_size())
-    check_supported(model)
-    APBAttention(config)  # refuses unknown names before the ranks meet
-    heads = heads_for(model, config, retaining_heads)
+        _check_served(model, config, launched_world_size())  # before the ranks meet
     if group is None:
         group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s)
+    world_size = group.world_size
+
+    def check() -> RetainingHeads | None:
+        _check_served(model, config, world_size)
+        return heads_for(model, config, retaining_heads)
+
+    heads, _ = agree(group, "init_inference", check, lambda heads: _facts(model, config, heads))
     return APBEngine(model, config, group, heads)
+
+
+def _check_served(model: PreTrainedModel, config: APBConfig, world_size: int) -> None:
+    """Raise ValueError or RuntimeError for settings or a model that cannot be served by so many ranks."""
+    check_ranks(config, world_size)
+    check_supported(model)
+    APBAttention(config)  # refuses unknown names
+
+
+def _facts(model: PreTrainedModel, config: APBConfig, heads: RetainingHeads | None) -> dict[str, Any]:
+    """Return what all ranks must have in common."""
+    facts: dict[str, Any] = {
+        **describe_software(),
+        **{f"method.{name}": value for name, value in asdict(config).items()},
+        **describe_model(model),
+    }
+    if heads is not None:
+        described = describe_model(heads).items()
+        facts |= {f"retaining heads, {name}": value for name, value in described if name.startswith("weights")}
+    return facts
 
 
 def attach(

@@ -155,9 +155,7 @@ def visible_tokens(layout: Layout, kept: list[list[int]]) -> Tensor:
                 continue
             if host > 0:
                 mask[row, : layout.document_start] = True
-            for earlier in kept[:host]:
-                for seen in earlier:
-                    mask[row, layout.document_index(seen)] = True
+            mask[row, [layout.document_index(seen) for earlier in kept[:host] for seen in earlier]] = True
             mask[row, layout.document_index(settings.block(host).start) : row + 1] = True
     for row in range(layout.query_start, layout.num_tokens):
         mask[row, layout.document_start : row + 1] = True

@@ -45,3 +45,34 @@ def save_checkpoint(directory: Path, *, template: str | None = TEMPLATE, extra: 
     models.llama(**values).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def save_gguf(file: Path) -> Path:
+    """Write a GGUF file of a tiny Llama with a vocabulary of bytes."""
+    import gguf
+    from tokenizers import pre_tokenizers
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<s>", "</s>"]
+    model = models.llama(vocab_size=len(tokens))
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_vocab_size(len(tokens))
+    writer.add_context_length(model.config.max_position_embeddings)
+    writer.add_embedding_length(model.config.hidden_size)
+    writer.add_feed_forward_length(model.config.intermediate_size)
+    writer.add_block_count(model.config.num_hidden_layers)
+    writer.add_head_count(model.config.num_attention_heads)
+    writer.add_head_count_kv(model.config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(len(tokens) - 2)
+    writer.add_eos_token_id(len(tokens) - 1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file

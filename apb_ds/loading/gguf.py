@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from apb_ds.loading.damage import lfs_damage
+from apb_ds.loading.kept import broken_seal, cache_root, file_digest, make_directory, seal, settle
 from apb_ds.loading.quiet import quiet_transformers
 from apb_ds.loading.wording import first_line, kind_and_line
 from apb_ds.ops.memory import is_out_of_memory
@@ -21,23 +20,17 @@ from apb_ds.ops.memory import is_out_of_memory
 LOCK_TIMEOUT_S = 600
 # Raised when the same file is converted otherwise, so that nothing of before is taken from the cache.
 CONVERSION_VERSION = 2
+LOCK_MODE = 0o644
 
 logger = logging.getLogger(__name__)
-
-
-def cache_root() -> Path:
-    """Return where converted models are kept: ``APB_DS_CACHE``, else ``apb_ds`` in the user's cache directory."""
-    own = os.environ.get("APB_DS_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "apb_ds"
 
 
 def convert_gguf(file: Path, field: str = "model.path") -> Path:
     """Return a directory with the file's config, tokenizer and float32 weights, converting it on first use.
 
     The directory is named by the file's content. It appears whole or not at all, and of all processes that want it
-    at the same time one converts while the others wait.
+    at the same time one converts while the others wait. Its files are checked by hash; where one is not as it was,
+    the file is converted again.
 
     Parameters
     ----------
@@ -53,20 +46,23 @@ def convert_gguf(file: Path, field: str = "model.path") -> Path:
 
     try:
         pointer = lfs_damage(file)
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = file_digest(file)
     except OSError as error:
         raise ValueError(f"{field}: {file} cannot be read ({kind_and_line(error)}); check its permissions.") from error
     if pointer is not None:
         raise ValueError(f"{field}: {file} is no GGUF file: {pointer}.")
     target = cache_root() / "gguf" / f"{digest}.{CONVERSION_VERSION}"
-    if target.is_dir():
+    if broken_seal(target) is None:
         return target
-    logger.info("Converting %s, once; this takes a moment.", file.name)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S):
-            if not target.is_dir():
+        make_directory(target.parent)
+        with FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S, mode=LOCK_MODE):
+            broken = broken_seal(target)
+            if broken is not None:
+                if target.exists():
+                    logger.warning("The conversion of %s is not as it was: %s. It is made anew.", file.name, broken)
+                else:
+                    logger.info("Converting %s, once; this takes a moment.", file.name)
                 _convert_into(file, target)
     except Timeout as error:
         raise ValueError(
@@ -88,19 +84,24 @@ def _convert_into(file: Path, target: Path) -> None:
         # The reader's own progress bar goes to stderr whatever transformers' settings say.
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
             _write_model(file, scratch)
-        _make_readable(scratch)
-        scratch.rename(target)
+        seal(scratch)
+        settle(scratch)
+        _replace(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _make_readable(directory: Path) -> None:
-    """Undo the private modes of temporary files, as far as the user's umask would."""
-    umask = os.umask(0)
-    os.umask(umask)
-    directory.chmod(0o777 & ~umask)
-    for file in directory.iterdir():
-        file.chmod(0o666 & ~umask)
+def _replace(made: Path, target: Path) -> None:
+    """Put a directory in the place of another, which may be there; who has that one's files open keeps them."""
+    if not target.exists():
+        made.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f"{target.name[:12]}.", dir=target.parent))
+    try:
+        target.rename(old / target.name)
+        made.rename(target)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_model(file: Path, directory: Path) -> None:

@@ -16,7 +16,6 @@ from apb_ds.loading.adapter import merge_adapter
 from apb_ds.loading.config import ModelConfig
 from apb_ds.loading.damage import find_damage
 from apb_ds.loading.geometry import USE_A_DECODER, keep_layers, make_config, override_config, read_config
-from apb_ds.loading.gguf import cache_root
 from apb_ds.loading.quiet import quiet_transformers
 from apb_ds.loading.source import find_model, weight_files
 from apb_ds.loading.tokenizer import check_tokenizer, read_tokenizer, tokenizer_at_hand
@@ -158,8 +157,6 @@ def _explain(directory: Path | None, model_config: Any, error: Exception) -> str
             f"transformers cannot load {directory} ({kind_and_line(error)}); its weight files can be read, so look at "
             "its config.json and at model.overrides."
         )
-    if directory.parent == cache_root() / "gguf":
-        return f"its conversion in {directory} is damaged ({damage}); delete this folder, and it is made again."
     return f"{directory} is damaged ({damage}); copy or download these files again."
 
 

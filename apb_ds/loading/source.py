@@ -38,30 +38,19 @@ def find_model(path: str, *, weights: bool = True, download: bool = True, field:
     """
     if path.startswith(PACKAGE_SCHEME):
         place = package_path(path, field)
-        return _checked_directory(path, place, weights, field) if place.is_dir() else _converted(path, place, field)
+        return _checked_directory(path, place, weights, field) if place.is_dir() else convert_gguf(place, field)
     local = expand_home(path)
     if local.is_dir():
         return _checked_directory(path, local, weights, field)
     if path.lower().endswith(".gguf"):
         if not local.is_file():
             raise ValueError(f"{field}={path!r}: there is no such file ({local.absolute()}); correct the path.")
-        return _converted(path, local, field)
+        return convert_gguf(local, field)
     if local.is_file():
         raise ValueError(f"{field}={path!r} is a file, and no .gguf; give the folder that it is in: {local.parent}.")
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise ValueError(f"{field}={path!r}: there is no such directory ({local.absolute()}); correct the path.")
     return _find_on_hub(path, local, weights, download, field)
-
-
-def _converted(path: str, file: Path, field: str) -> Path:
-    directory = convert_gguf(file, field)
-    missing = missing_files(directory, weights=True, field=field)
-    if missing:  # it was whole once: caches are tidied up by many hands
-        raise ValueError(
-            f"{field}={path!r}: its conversion in {directory} is without {', '.join(missing)}; delete this folder, and "
-            "it is made again."
-        )
-    return directory
 
 
 def find_tokenizer(path: str) -> Path:

@@ -1,6 +1,7 @@
 """Merge attention over disjoint sets of keys from partial outputs and their log-sum-exps.
 
-All in float32 and shifted by the maximum, so that no exponential can overflow. A row that saw no key has log-sum-exp
+All in float32 and shifted by the maximum, so that no exponential can overflow; outputs may be as large as half of what
+float32 holds. A row that saw no key has log-sum-exp
 minus infinity and output 0, and leaves the other part unchanged.
 """
 
@@ -44,5 +45,6 @@ def merge_many(outs: Tensor, lses: Tensor) -> Tensor:
     top = torch.where(torch.isneginf(top), torch.zeros_like(top), top)
     weights = torch.exp(lses - top)
     total = weights.sum(dim=0)
-    weighted = (weights.unsqueeze(-1) * outs.float()).sum(dim=0)
-    return weighted / torch.where(total > 0, total, torch.ones_like(total)).unsqueeze(-1)
+    # Shares first: a sum of whole outputs could be beyond what float32 holds, an average is not.
+    shares = weights / torch.where(total > 0, total, torch.ones_like(total))
+    return (shares.unsqueeze(-1) * outs.float()).sum(dim=0)

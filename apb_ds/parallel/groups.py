@@ -149,6 +149,22 @@ class SequenceGroup:
         _comm().all_gather_object(values, value, group=self.process_group)
         return values
 
+    def is_same(self, digest: bytes, device: torch.device | None = None) -> bool:
+        """Return whether all ranks have the same digest (as long on every rank); the same answer on each of them.
+
+        Parameters
+        ----------
+        device : where the backend's tensors must be; None where none is there yet, at the price of one more message
+        """
+        if self.world_size == 1:
+            return True
+        if device is None:
+            return len(set(self.gather_objects(digest))) == 1
+        mine = torch.tensor(list(digest), dtype=torch.uint8).to(device)
+        everyone = mine.new_empty(self.world_size * len(digest))
+        _comm().all_gather_into_tensor(everyone, mine, group=self.process_group)
+        return bool((everyone.view(self.world_size, -1) == mine).all())
+
     def barrier(self) -> None:
         if self.world_size > 1:
             _comm().barrier(group=self.process_group)

@@ -216,7 +216,7 @@ class AnswerFile:
                 f"task.output={self.path} has answers, but {self.settings_path.name} beside it is missing, which says "
                 f"with what settings they were made; {START_ANEW}."
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.settings_path} cannot be used ({error}); {START_ANEW}.") from error
         before, now = _flatten(old), _flatten(self._settings)
         differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]

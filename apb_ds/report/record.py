@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,10 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from apb_ds import __version__
+from apb_ds.versions import versions
 
 RECORD_NAME = "record.json"
-PACKAGES = ("torch", "transformers", "deepspeed", "hydra-core", "omegaconf")
 GIT_TIMEOUT_S = 10
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -24,17 +22,6 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 def environment(device: Any) -> dict[str, Any]:
     """Return what a number depends on besides the config: versions, hardware and commit."""
     return {"versions": versions(), "hardware": hardware(device), "git": git_state()}
-
-
-def versions() -> dict[str, str | None]:
-    """Return the versions of Python, apb_ds and the libraries it stands on; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "apb_ds": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def hardware(device: Any) -> dict[str, Any]:

@@ -107,7 +107,8 @@ def _text(value: Any) -> str:
 
 def _read_result(directory: Path) -> Result:
     summary = _parse(directory / SUMMARY_NAME, _read(directory, SUMMARY_NAME))
-    settings = flatten(summary.get("settings") or {})
+    found = summary.get("settings")
+    settings = flatten(found) if isinstance(found, dict) else {}
     parts = ("task", "settings", "all", "cells")
     if not all(part in summary for part in parts) or METHOD not in settings:
         raise ValueError(f"{directory / SUMMARY_NAME} is no summary of launch/eval.py, which has {', '.join(parts)}.")
@@ -137,7 +138,7 @@ def _read(directory: Path, name: str) -> str:
 def _parse(where: str | Path, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where} is no JSON object.")

@@ -184,7 +184,8 @@ class _Batch:
         if not any(index not in self._reports for index, _ in left):
             return None
         try:
-            document = encode_document(run.tokenizer, read_document(task.input_path, valid[0][1]))
+            text = read_document(task.input_path, valid[0][1])
+            document = encode_document(run.tokenizer, text, allow_special=task.allow_special_tokens)
         except ValueError as error:
             run.steps.say_trace()
             self._reports |= {index: str(error) for index, _ in left if index not in self._reports}

@@ -72,7 +72,8 @@ class _Conversation:
     def _encode(self) -> tuple[tuple[str, list[int]] | None, int, int]:
         """Return the first question with its ids if there is one, the document's length, and the query position."""
         tokenizer = needs_tokenizer(self.run.tokenizer, self.task.name)
-        self.document = encode_document(tokenizer, read_text("task.document", self.task.document))
+        text = read_text("task.document", self.task.document)
+        self.document = encode_document(tokenizer, text, allow_special=self.task.allow_special_tokens)
         first = None
         if self.task.query is not None:
             question = read_text("task.query", self.task.query).strip()
@@ -106,7 +107,8 @@ class _Conversation:
         assert self.document is not None
         if self.last_id < 0:
             return encode_query(self.run.tokenizer, self.document, question)
-        return encode_next_turn(self.run.tokenizer, question, self.last_id)
+        allow_special = self.task.allow_special_tokens
+        return encode_next_turn(self.run.tokenizer, question, self.last_id, allow_special=allow_special)
 
     def _turn(self, context: Context, question: str, ids: list[int]) -> None:
         run = self.run

@@ -15,15 +15,18 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
+from apb_ds.agreement import agree, describe_software
 from apb_ds.compressors.base import RETAINING_HEADS
 from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.loading.heads import heads_for
-from apb_ds.parallel.groups import SequenceGroup, launched_rank, world_group
+from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, launched_rank, launched_world_size, world_group
 from apb_ds.report.compare import compare_records
 from apb_ds.report.memory import peak_memory_kind
+from apb_ds.report.paths import hide_paths
 from apb_ds.report.record import RECORD_NAME, environment, write_json
+from apb_ds.report.results import flatten
 from apb_ds.report.table import failure_lines, job_table, make_console, sweep_table, title
 from apb_ds.session.batch import serve_batch
 from apb_ds.session.chat import serve_chat
@@ -92,17 +95,10 @@ class Session:
         """
         record = _new_record(job)
         try:
-            # The same on every rank, and before the ranks meet: nobody waits for one that has failed.
-            settings = read_settings(job.values)
-        except JOB_ERRORS as error:
-            if job.debug and self.is_first:
-                traceback.print_exc()
+            settings = self._agreed_settings(job)
+            record |= {"status": "ok"} | self._serve(job, settings)
+        except JobError as error:
             record["error"] = str(error)
-        else:
-            try:
-                record |= {"status": "ok"} | self._serve(job, settings)
-            except JobError as error:
-                record["error"] = str(error)
         self._keep(job, record)
         return record
 
@@ -125,17 +121,51 @@ class Session:
             torch.distributed.destroy_process_group()
         self.group = None
 
-    def _serve(self, job: Job, settings: Settings) -> dict[str, Any]:
+    def _agreed_settings(self, job: Job) -> Settings:
+        """Return the job's settings, which all ranks must have found good, and the same.
+
+        Raises
+        ------
+        JobError
+            On every rank.
+        """
+        settings, failure = None, None
+        try:
+            settings = read_settings(job.values)
+        except JOB_ERRORS as error:
+            if job.debug and self.is_first:
+                traceback.print_exc()
+            failure = error
+        if failure is not None and self.group is None and launched_world_size() == 1:
+            raise JobError(str(failure)) from failure
+
+        def check() -> Settings:
+            if failure is not None:
+                raise ValueError(str(failure)) from failure
+            assert settings is not None
+            return settings
+
+        group = self._joined_group(DEFAULT_TIMEOUT_S if settings is None else settings.timeout_s)
+        try:
+            return agree(group, "a job", check, lambda _: {**_shared_values(job), **describe_software()})[0]
+        except ValueError as error:
+            raise JobError(str(error)) from error
+
+    def _joined_group(self, timeout_s: float) -> SequenceGroup:
         if self.group is None:
             try:
                 with contextlib.redirect_stdout(io.StringIO()):  # deepspeed tells here what it has compiled
-                    self.group = world_group(settings.timeout_s)
+                    self.group = world_group(timeout_s)
             except RuntimeError as error:  # each rank finds this by itself: they have not met
                 why = (str(error).strip() or repr(error)).splitlines()[0]
                 raise JobError(
                     f"the ranks could not join their group: {why} Is the port in use? Give the launcher another "
                     "--master_port."
                 ) from error
+        return self.group
+
+    def _serve(self, job: Job, settings: Settings) -> dict[str, Any]:
+        assert self.group is not None
         steps = Steps(self.group, debug=job.debug)
         steps.from_first(settings.task.check_sources)
         loaded = steps.together(lambda: self._model(settings.model), local=True)
@@ -216,6 +246,15 @@ _SERVERS: dict[type[TaskConfig], Callable[[Run], dict[str, Any]]] = {ChatConfig:
 _EVALUATORS: dict[type[TaskConfig], Callable[[Run], dict[str, Any]]] = {LmEvalConfig: serve_harness}
 
 
+# What the first rank alone makes use of: its places for results may have the time of day in their names.
+_FIRST_RANKS_VALUES = ("task.output", "eval.output", "debug")
+
+
+def _shared_values(job: Job) -> dict[str, Any]:
+    """Return the values of a job that all ranks must share, by config path."""
+    return {name: value for name, value in flatten(job.values).items() if name not in _FIRST_RANKS_VALUES}
+
+
 def _new_record(job: Job) -> dict[str, Any]:
     return {
         "status": "failed",
@@ -229,7 +268,7 @@ def _new_record(job: Job) -> dict[str, Any]:
 def _report(job: Job, record: dict[str, Any], console: Console) -> None:
     """Write the record, and print what people want to see of it."""
     if job.run_dir is not None:
-        write_json(job.run_dir / RECORD_NAME, record)
+        write_json(job.run_dir / RECORD_NAME, hide_paths(record, job.run_dir))
     if "metrics" in record:
         # Plain prints: the answer must reach a pipe as it is, unwrapped and unstyled.
         for line in _answer_lines(record["task"]):

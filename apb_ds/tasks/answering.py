@@ -28,6 +28,9 @@ class AnsweringConfig(TaskConfig):
         Above 1, tokens that are there already become less likely.
     stop : str or list of str
         Texts that end the answer; the model's end-of-sequence tokens always do.
+    allow_special_tokens : bool
+        Whether control tokens that are written in documents and queries, such as ``<|im_end|>``, take effect. Default:
+        they are text, and only the chat template's own take effect.
 
     Raises
     ------
@@ -43,12 +46,14 @@ class AnsweringConfig(TaskConfig):
     min_p: float | None = None
     repetition_penalty: float | None = None
     stop: str | list[str] | None = None
+    allow_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         check_integer("task.max_new_tokens", self.max_new_tokens, 1)
         self._check_sampling()
         _check_above_zero("task.repetition_penalty", self.repetition_penalty, "1 is none")
         self._check_stop()
+        check_bool("task.allow_special_tokens", self.allow_special_tokens)
 
     def _check_sampling(self) -> None:
         _check_above_zero("task.temperature", self.temperature, "leave it out to take the likeliest tokens")

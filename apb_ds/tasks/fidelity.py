@@ -13,7 +13,7 @@ import torch
 from apb_ds.config import check_integer
 from apb_ds.tasks.base import Sample, TaskConfig, random_sample, register_task
 from apb_ds.tasks.prompt import needs_tokenizer
-from apb_ds.tasks.prompts import encode
+from apb_ds.tasks.prompts import encode_text
 from apb_ds.tasks.text import FILE_MARK, expand_path, read_text
 
 # Code, tables and prose that come with every Python.
@@ -100,7 +100,7 @@ class FidelityConfig(TaskConfig):
             return
         tokenizer = needs_tokenizer(tokenizer, self.name)
         for file in self.files():
-            ids = encode(tokenizer, read_text("task.texts", f"{FILE_MARK}{file}"))
+            ids = encode_text(tokenizer, read_text("task.texts", f"{FILE_MARK}{file}"))
             if len(ids) < needed:
                 raise ValueError(
                     f"task.texts: {file} has {len(ids)} tokens; task.num_tokens={self.num_tokens} and "

@@ -55,7 +55,8 @@ class PromptConfig(AnsweringConfig):
         """Yield the one sample."""
         tokenizer = needs_tokenizer(tokenizer, self.name)
         query = read_text("task.query", self.query)
-        document = encode_document(tokenizer, read_text("task.document", self.document))
+        text = read_text("task.document", self.document)
+        document = encode_document(tokenizer, text, allow_special=self.allow_special_tokens)
         yield Sample(
             document_ids=torch.tensor([document.ids]),
             query_ids=torch.tensor([encode_query(tokenizer, document, query)]),

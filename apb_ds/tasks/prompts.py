@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from apb_ds.tasks.control import encode_masked, mask
+
 # A text that no template contains: it shows where the template puts what somebody says.
 MARK = "\u2402user-text\u2403"
 ONE_TURN_SEPARATOR = "\n\n"
@@ -39,15 +41,19 @@ class EncodedDocument:
     ids : tokens of the document, chat template included
     query_position : how many of them precede the user's text
     end : the last characters, which decide how a text that follows is cut into tokens
+    allow_special : whether control tokens written in it, and in queries about it, take effect
     """
 
     ids: list[int]
     query_position: int
     end: str
+    allow_special: bool = False
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of `text` as it stands: no special tokens are added, those written in it are recognised.
+    """Return the ids of `text` as it stands: no special tokens are added, those written in it take effect.
+
+    What somebody else has written goes through `mask` first, and is then only text.
 
     Raises
     ------
@@ -61,7 +67,12 @@ def encode(tokenizer: Any, text: str) -> list[int]:
             f"the text is no Unicode text: half a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
             f"{error.start} of {text[error.start : error.start + 40]!a}; give it as UTF-8."
         ) from error
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return encode_masked(tokenizer, text)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text that is no prompt; what looks like a control token in it is text."""
+    return encode(tokenizer, mask(tokenizer, text))
 
 
 def split_prompt(tokenizer: Any, document: str, query: str, answer_prefix: str = "") -> Prompt:
@@ -70,8 +81,14 @@ def split_prompt(tokenizer: Any, document: str, query: str, answer_prefix: str =
     return Prompt(encoded.ids, encode_query(tokenizer, encoded, query, answer_prefix), encoded.query_position)
 
 
-def encode_document(tokenizer: Any, document: str) -> EncodedDocument:
+def encode_document(tokenizer: Any, document: str, *, allow_special: bool = False) -> EncodedDocument:
     """Return the document as ids. It is tokenised once, however long it is.
+
+    Parameters
+    ----------
+    allow_special : bool
+        Whether control tokens that are written in the document, and in queries about it, take effect. Otherwise they
+        are text, and only the template's own take effect.
 
     Raises
     ------
@@ -80,14 +97,15 @@ def encode_document(tokenizer: Any, document: str) -> EncodedDocument:
     """
     if not document.strip():
         raise ValueError("the document is empty; it needs some text.")
+    document = document if allow_special else mask(tokenizer, document)
     if not has_template(tokenizer):
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        return EncodedDocument(bos + encode(tokenizer, document), len(bos), document[-BOUNDARY_CONTEXT:])
+        return EncodedDocument(bos + encode(tokenizer, document), len(bos), document[-BOUNDARY_CONTEXT:], allow_special)
     text = render_document(tokenizer, document)
     ids = encode(tokenizer, text)
     # The header's last token may be another with the user's text behind it.
     position = num_equal(encode(tokenizer, header(tokenizer)), ids)
-    return EncodedDocument(ids, position, text[-BOUNDARY_CONTEXT:])
+    return EncodedDocument(ids, position, text[-BOUNDARY_CONTEXT:], allow_special)
 
 
 def encode_query(tokenizer: Any, document: EncodedDocument, query: str, answer_prefix: str = "") -> list[int]:
@@ -98,10 +116,15 @@ def encode_query(tokenizer: Any, document: EncodedDocument, query: str, answer_p
     ValueError
         If there is nothing in the query.
     """
-    return encode_after(tokenizer, document.end, render_query(tokenizer, _stripped(query)) + answer_prefix)
+    query = _stripped(query)
+    if not document.allow_special:
+        query, answer_prefix = mask(tokenizer, query), mask(tokenizer, answer_prefix)
+    return encode_after(tokenizer, document.end, render_query(tokenizer, query) + answer_prefix)
 
 
-def encode_next_turn(tokenizer: Any, query: str, last_id: int, answer_prefix: str = "") -> list[int]:
+def encode_next_turn(
+    tokenizer: Any, query: str, last_id: int, answer_prefix: str = "", *, allow_special: bool = False
+) -> list[int]:
     """Return the ids of a further query in a conversation, from the end of the answer before it.
 
     Parameters
@@ -109,13 +132,17 @@ def encode_next_turn(tokenizer: Any, query: str, last_id: int, answer_prefix: st
     last_id : the last token of that answer. The template closes an answer with an end token, which the model has
         generated itself if it was not cut short.
     answer_prefix : what the answer is opened with
+    allow_special : as in `encode_document`
 
     Raises
     ------
     ValueError
         If there is nothing in the query.
     """
-    ids = encode_after(tokenizer, NEUTRAL, _render_next_turn(tokenizer, _stripped(query)) + answer_prefix)
+    query = _stripped(query)
+    if not allow_special:
+        query, answer_prefix = mask(tokenizer, query), mask(tokenizer, answer_prefix)
+    ids = encode_after(tokenizer, NEUTRAL, _render_next_turn(tokenizer, query) + answer_prefix)
     if len(ids) > 1 and ids[0] == last_id:
         return ids[1:]
     # Some templates put a space before the end token.
@@ -155,6 +182,8 @@ def render_query(tokenizer: Any, query: str) -> str:
 
 def encode_after(tokenizer: Any, before: str, text: str) -> list[int]:
     """Return the ids of `text` as they follow `before`, if the boundary is one between tokens.
+
+    Control tokens written in `text` take effect, as in `encode`.
 
     A SentencePiece tokenizer puts a space in front of a text that is encoded alone, so that is the last resort.
     """

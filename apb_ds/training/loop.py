@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 NEVER = 1_000_000_000  # steps between lines that DeepSpeed prints by itself
 STEP_KEY = "step"
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own; stronger than what a caller of torch.load says
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Trainer:
     def resume(self) -> int:
         """Take over the newest checkpoint, if there is one; return the number of steps that are done."""
         if (self._directory / "latest").is_file():
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), _without_foreign_objects():
                 # What is frozen is not in a checkpoint: it came with the model.
                 _, state = self._engine.load_checkpoint(str(self._directory), load_module_strict=False)
             self.step = int(state[STEP_KEY])
@@ -94,6 +98,21 @@ class Trainer:
             for folder in self._directory.glob("step-*"):
                 if folder.name != tag:
                     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _without_foreign_objects() -> Iterator[None]:
+    """Have torch read a checkpoint's pickles as tensors, plain values and the few classes that DeepSpeed saves.
+
+    DeepSpeed would read any object, and with it run any code that somebody has put into a checkpoint.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    with torch.serialization.safe_globals(classes), mock.patch.dict(os.environ, {WEIGHTS_ONLY: "1"}):
+        yield
 
 
 def _engine(module: nn.Module, optimisation: Optimisation, dtype: torch.dtype) -> Any:

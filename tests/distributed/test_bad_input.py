@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from apb_ds.report.paths import hide_paths
 from tests.heads import random_checkpoint, save_heads
 from tests.launch_in_process import Ended, run_infer
 from tests.models import build_model
@@ -214,7 +215,9 @@ def test_bad_input(pool: Pools, files: Path, tmp_path: Path, name: str, world_si
     assert [rank.errors for rank in ended] == [expected] * world_size
     if case.composes:
         assert ended[0].errors[0] in said
-        assert json.loads((tmp_path / "run" / "record.json").read_text())["error"] == ended[0].errors[0]
+        assert json.loads((tmp_path / "run" / "record.json").read_text())["error"] == hide_paths(
+            ended[0].errors[0], tmp_path / "run"
+        )
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -255,4 +258,6 @@ def test_a_sweep_over_bad_and_good_jobs(pool: Pools, files: Path, tmp_path: Path
     assert "method=strr" in told[0] and "Did you mean 'star'?" in told[0]
     assert "nope.txt" in told[1] and "there is no file" in told[1]
     for number in range(4):
-        assert json.loads((tmp_path / str(number) / "record.json").read_text())["error"] == ended[0].errors[number]
+        run_dir = tmp_path / str(number)
+        kept = json.loads((run_dir / "record.json").read_text())["error"]
+        assert kept == hide_paths(ended[0].errors[number], run_dir)

@@ -126,7 +126,7 @@ def test_nothing_else_buries_the_answer(two_ranks: Job) -> None:
 
 
 def test_one_run_directory_for_all_ranks(two_ranks: Job) -> None:
-    assert sorted(path.name for path in two_ranks.directory.iterdir()) == [".hydra", "record.json"]
+    assert sorted(path.name for path in two_ranks.directory.iterdir()) == ["record.json"]
     assert sorted(path.name for path in two_ranks.directory.parent.iterdir()) == ["run"]
 
 

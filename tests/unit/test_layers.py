@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "apb_ds"
 LAYERS = (
     "config",
+    "versions",
     "plan",
     "ops",
     "compressors",
@@ -28,6 +29,7 @@ LAYERS = (
     "generation",
     "inputs",
     "rounds",
+    "agreement",
     "engine",
     "entry",
     "tasks",
@@ -39,7 +41,7 @@ LAYERS = (
 )
 # Who may import what: everywhere else these are violations.
 ONLY_IN = {"deepspeed.comm": ("parallel",)}
-NEVER_IN = {"config": ("torch", "transformers", "deepspeed"), "plan": ("torch", "transformers", "deepspeed")}
+NEVER_IN = dict.fromkeys(("config", "versions", "plan"), ("torch", "transformers", "deepspeed"))
 HEAVY = ("torch", "transformers", "deepspeed")
 
 

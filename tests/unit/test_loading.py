@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from apb_ds.loading import ModelConfig, gguf, load_model
+from apb_ds.loading import ModelConfig, gguf, kept, load_model
 from apb_ds.loading.gguf import _name_special_tokens
 from apb_ds.loading.source import find_model, missing_files
 from tests.tiny_checkpoint import byte_tokenizer
@@ -180,9 +180,9 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("APB_DS_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert gguf.cache_root() == tmp_path / "apb_ds"
+    assert kept.cache_root() == tmp_path / "apb_ds"
     monkeypatch.setenv("APB_DS_CACHE", str(tmp_path / "own"))
-    assert gguf.cache_root() == tmp_path / "own"
+    assert kept.cache_root() == tmp_path / "own"
 
 
 def test_smollm2_second_start() -> None:

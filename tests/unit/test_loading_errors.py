@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.loading.source import package_path
 from tests import models
-from tests.tiny_checkpoint import byte_tokenizer, save_checkpoint
+from tests.tiny_checkpoint import byte_tokenizer, save_checkpoint, save_gguf
 from tests.unit.smollm2 import PATH, smollm2_directory
 
 MAX_CHARACTERS = 350  # of a message, paths not counted
@@ -133,34 +134,9 @@ def shards(good_shards: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A GGUF file of a tiny Llama with a vocabulary of bytes, and a cache of the test's own."""
-    gguf = pytest.importorskip("gguf")
-    from tokenizers import pre_tokenizers
-
+    pytest.importorskip("gguf")
     monkeypatch.setenv("APB_DS_CACHE", str(tmp_path / "cache"))
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<s>", "</s>"]
-    model = models.llama(vocab_size=len(tokens))
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
-    writer.add_vocab_size(len(tokens))
-    writer.add_context_length(model.config.max_position_embeddings)
-    writer.add_embedding_length(model.config.hidden_size)
-    writer.add_feed_forward_length(model.config.intermediate_size)
-    writer.add_block_count(model.config.num_hidden_layers)
-    writer.add_head_count(model.config.num_attention_heads)
-    writer.add_head_count_kv(model.config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(len(tokens) - 2)
-    writer.add_eos_token_id(len(tokens) - 1)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tmp_path / "tiny.gguf"
+    return save_gguf(tmp_path / "tiny.gguf")
 
 
 def left_in_cache(cache: Path) -> list[Path]:
@@ -518,22 +494,46 @@ def test_cut_gguf(tiny_gguf: Path, tmp_path: Path, keep: float) -> None:
     assert left_in_cache(tmp_path / "cache") == []
 
 
-def test_a_good_gguf_after_a_bad_one(tiny_gguf: Path, tmp_path: Path) -> None:
-    """At the same path, and with a conversion that somebody damages afterwards."""
+def test_a_good_gguf_after_a_bad_one(tiny_gguf: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At the same path, and with a conversion that somebody changes afterwards: it is made anew."""
     content = tiny_gguf.read_bytes()
     cut(tiny_gguf.name, 0.5)(tmp_path)
     refusal(tiny_gguf)
     tiny_gguf.write_bytes(content)
     assert load(tiny_gguf).tokenizer is not None
     (converted,) = left_in_cache(tmp_path / "cache")
-    cut(WEIGHTS, 0.5)(converted)
-    message = refusal(tiny_gguf)
-    assert f"its conversion in {converted} is damaged" in message and "delete this folder" in message
-    (converted / WEIGHTS).unlink()
-    message = refusal(tiny_gguf)
-    assert f"its conversion in {converted} is without {WEIGHTS}" in message and "delete this folder" in message
-    shutil.rmtree(converted)
-    assert load(tiny_gguf).tokenizer is not None, "the advice helps"
+    good = {file.name: file.read_bytes() for file in converted.iterdir()}
+    weights = bytearray(good[WEIGHTS])
+    weights[-1] ^= 1
+    damages: dict[str, Damage] = {
+        f"{WEIGHTS} is changed": write(WEIGHTS, bytes(weights)),
+        f"{TOKENIZER} is changed": cut(TOKENIZER, 0.5),
+        "config.json is missing": lambda directory: (directory / CONFIG).unlink(),
+        "modeling.py is new": write("modeling.py", "raise SystemExit"),
+        "sha256.json is missing": lambda directory: (directory / "sha256.json").unlink(),
+        "sha256.json is no mapping": write("sha256.json", "[]"),
+        "cannot be read (JSONDecodeError)": write("sha256.json", "{"),
+    }
+    for said, damage in damages.items():
+        damage(converted)
+        caplog.clear()
+        assert load(tiny_gguf).tokenizer is not None
+        assert f"not as it was: {said}" in caplog.text or said in caplog.text, caplog.text
+        assert {file.name: file.read_bytes() for file in converted.iterdir()} == good
+        assert left_in_cache(tmp_path / "cache") == [converted]
+    caplog.clear()
+    assert load(tiny_gguf).tokenizer is not None and caplog.text == "", "a good one is left alone"
+
+
+def test_others_cannot_write_what_is_kept(tiny_gguf: Path, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        load(tiny_gguf)
+    finally:
+        os.umask(before)
+    paths = [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock"]
+    assert len(paths) > 4
+    assert [path for path in [tmp_path / "cache", *paths] if path.stat().st_mode & 0o022] == []
 
 
 def test_a_gguf_keeps_its_own_vocabulary(tiny_gguf: Path) -> None:

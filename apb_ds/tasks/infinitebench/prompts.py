@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from apb_ds.tasks.base import Sample
+from apb_ds.tasks.control import mask
 from apb_ds.tasks.infinitebench.names import LETTERS
 from apb_ds.tasks.infinitebench.rows import FUNCTION_CALL, WANTED_NUMBER, Row
 from apb_ds.tasks.prompts import encode_after, encode_document, encode_query, has_template
@@ -170,7 +171,7 @@ def make_sample(tokenizer: Any, task: str, row: Row, max_new_tokens: int, max_to
     if has_template(tokenizer):
         query_ids = encode_query(tokenizer, encoded, prompt.question, prompt.cue)
     else:
-        query_ids = encode_after(tokenizer, encoded.end, prompt.query)
+        query_ids = encode_after(tokenizer, encoded.end, mask(tokenizer, prompt.query))
     num_tokens = len(encoded.ids) + len(query_ids) + max_new_tokens
     document_ids = encoded.ids
     if max_tokens is not None and num_tokens > max_tokens:

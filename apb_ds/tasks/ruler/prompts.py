@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from apb_ds.tasks.base import Sample
-from apb_ds.tasks.prompts import encode, encode_after, encode_document, encode_query, has_template
+from apb_ds.tasks.control import mask
+from apb_ds.tasks.prompts import encode_after, encode_document, encode_query, encode_text, has_template
 from apb_ds.tasks.ruler.names import QUESTION_FILES
 
 QUESTION_INSTRUCTION = "Answer the question based on the given documents."
@@ -52,7 +53,7 @@ def make_sample(tokenizer: Any, task: str, made: dict[str, Any], delimiter: str,
     if has_template(tokenizer):
         query_ids = encode_query(tokenizer, encoded, query, prefix)
     else:
-        query_ids = encode_after(tokenizer, encoded.end, query + delimiter + prefix)
+        query_ids = encode_after(tokenizer, encoded.end, mask(tokenizer, query + delimiter + prefix))
     answers = tuple(made["outputs"])
     return Sample(
         document_ids=torch.tensor([encoded.ids]),
@@ -111,13 +112,13 @@ class PromptCounter:
         """Count a text that is no prompt of its own."""
         from transformers import BatchEncoding
 
-        return BatchEncoding({"input_ids": range(len(encode(self._tokenizer, text)))})
+        return BatchEncoding({"input_ids": range(len(encode_text(self._tokenizer, text)))})
 
     def _count(self, text: str) -> int:
-        num_tokens = len(encode(self._tokenizer, text)) + self._reserve
+        num_tokens = len(encode_text(self._tokenizer, text)) + self._reserve
         if self._task.startswith("niah"):
             # The prefix repeats the question, in words that are no longer.
-            num_tokens += len(encode(self._tokenizer, text[text.rindex("\n") + 1 :]))
+            num_tokens += len(encode_text(self._tokenizer, text[text.rindex("\n") + 1 :]))
         elif self._task in QUESTION_FILES:
             num_tokens += SLACK
         self._num_too_long = self._num_too_long + 1 if num_tokens > self._limit else 0
