@@ -162,7 +162,7 @@ def test_they_learn_and_serve_an_engine(pool: Pools, model_path: Path, texts: Pa
     curve = record["curve"]
     assert [line["step"] for line in curve] == [0, 50, 100]
     assert curve[2]["loss"] < curve[1]["loss"] < curve[0]["loss"] and curve[2]["loss"] < 0.6 * curve[0]["loss"], curve
-    assert curve[2]["overlap"] > curve[0]["overlap"] + 0.05, curve
+    assert curve[2]["overlap"] > curve[0]["overlap"] + 0.02, curve
     assert curve[2]["mass_random"] == curve[0]["mass_random"] < curve[2]["mass"] < curve[2]["mass_best"]
     card = (output / "heads" / "README.md").read_text()
     assert f"base_model: {model_path}" in card and "100 steps" in card and f"| 100 | {curve[2]['loss']:.4f} |" in card

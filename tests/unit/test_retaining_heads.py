@@ -267,6 +267,11 @@ def test_random_heads_are_written_and_read_again(tmp_path: Path) -> None:
     assert heads.products_per_token == 8 * 128 + 2 * 8
 
 
+def test_a_published_checkpoint_has_as_many_parameters() -> None:
+    one_layer = RetainingHeads.random(HeadSizes(1, 32, 8, 128, "silu"), 1024)
+    assert 32 * one_layer.products_per_token == 201_588_736  # Llama-3.1-8B
+
+
 # --- engines --------------------------------------------------------------------------------------------------------
 
 
