@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import os
 import sys
 import time
 import traceback
@@ -21,7 +22,7 @@ from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.loading.heads import heads_for
-from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, launched_rank, launched_world_size, world_group
+from apb_ds.parallel.groups import SequenceGroup, launched_rank, world_group
 from apb_ds.report.compare import compare_records
 from apb_ds.report.memory import peak_memory_kind
 from apb_ds.report.paths import hide_paths
@@ -124,6 +125,8 @@ class Session:
     def _agreed_settings(self, job: Job) -> Settings:
         """Return the job's settings, which all ranks must have found good, and the same.
 
+        Before the ranks have met, each ends by itself where it finds them bad.
+
         Raises
         ------
         JobError
@@ -136,7 +139,9 @@ class Session:
             if job.debug and self.is_first:
                 traceback.print_exc()
             failure = error
-        if failure is not None and self.group is None and launched_world_size() == 1:
+        if failure is not None and self.group is None:  # mostly every rank has the same: nobody waits for the others
+            if launched_rank() > 0 and os.environ.get("LOCAL_RANK") == "0":  # another node, another command line
+                print(f"Error: rank {launched_rank()}: {failure}", file=sys.stderr, flush=True)
             raise JobError(str(failure)) from failure
 
         def check() -> Settings:
@@ -145,24 +150,26 @@ class Session:
             assert settings is not None
             return settings
 
-        group = self._joined_group(DEFAULT_TIMEOUT_S if settings is None else settings.timeout_s)
+        if settings is not None:
+            self._join(settings.timeout_s)
+        assert self.group is not None
         try:
-            return agree(group, "a job", check, lambda _: {**_shared_values(job), **describe_software()})[0]
+            return agree(self.group, "a job", check, lambda _: {**_shared_values(job), **describe_software()})[0]
         except ValueError as error:
             raise JobError(str(error)) from error
 
-    def _joined_group(self, timeout_s: float) -> SequenceGroup:
-        if self.group is None:
-            try:
-                with contextlib.redirect_stdout(io.StringIO()):  # deepspeed tells here what it has compiled
-                    self.group = world_group(timeout_s)
-            except RuntimeError as error:  # each rank finds this by itself: they have not met
-                why = (str(error).strip() or repr(error)).splitlines()[0]
-                raise JobError(
-                    f"the ranks could not join their group: {why} Is the port in use? Give the launcher another "
-                    "--master_port."
-                ) from error
-        return self.group
+    def _join(self, timeout_s: float) -> None:
+        if self.group is not None:
+            return
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # deepspeed tells here what it has compiled
+                self.group = world_group(timeout_s)
+        except RuntimeError as error:  # each rank finds this by itself: they have not met
+            why = (str(error).strip() or repr(error)).splitlines()[0]
+            raise JobError(
+                f"the ranks could not join their group: {why} Is the port in use? Give the launcher another "
+                "--master_port."
+            ) from error
 
     def _serve(self, job: Job, settings: Settings) -> dict[str, Any]:
         assert self.group is not None
