@@ -25,7 +25,7 @@ def init_inference(
     mpu: Any = None,
     group: SequenceGroup | None = None,
     retaining_heads: str | None = None,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    timeout_s: float | None = None,
 ) -> APBEngine:
     """Make an engine for a model, alone or over the ranks that ``deepspeed`` or ``torchrun`` started.
 
@@ -43,7 +43,8 @@ def init_inference(
     retaining_heads : str
         Path or hub id of trained heads for ``compressor="retaining_heads"``.
     timeout_s : float, seconds
-        How long a collective may take, where the process group is made here.
+        How long a collective may take. By default 300 where the process group is made here; one that exists keeps its
+        own.
 
     Raises
     ------
@@ -64,7 +65,9 @@ def init_inference(
     check_supported(model)
     APBAttention(config)  # refuses unknown names before the ranks meet
     if group is None:
-        group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s)
+        group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s or DEFAULT_TIMEOUT_S)
+    if timeout_s is not None:
+        group.set_timeout(timeout_s)
     return APBEngine(model, config, group)
 
 
