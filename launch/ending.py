@@ -130,8 +130,9 @@ class Watch:
         while not self._ended.wait(POLL_S):
             with contextlib.suppress(Exception):  # the store's own errors: the main thread will see them too
                 board = Board.of_world()
-                if board is not None and board.answer():
+                if board is not None and board.has_reports():
                     self._expect_end("another rank has failed.")
+                    board.answer()
                     return
 
     def _expect_end(self, why: str) -> None:

@@ -5,6 +5,7 @@ What goes wrong is in the environment variable `VARIABLE`, as JSON; see `Fault`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -14,7 +15,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,17 +28,22 @@ class Fault:
 
     Attributes
     ----------
-    kind : "kill" (SIGKILL), "hang", "memory" (runs out), "raise" (in the compressor), "link" (goes down; needs root)
+    kind : "kill" (SIGKILL), "hang", "memory" (runs out), "raise" (in the compressor), "link" (goes down; needs root),
+        "fill" (the disk of a folder)
     rank : where
-    phase, layer : at the entry of which attention; a "raise" is always in a prefill's
+    phase, layer : at the entry of which attention, the first time; a "raise" is always in a prefill's
+    compressor : only with this one
     moment : a file whose content says when it happened, seconds since the epoch
+    folder : for "fill"
     """
 
     kind: str
     rank: int
     phase: str = "prefill"
     layer: int = 1
+    compressor: str = ""
     moment: str = ""
+    folder: str = ""
 
     def as_variable(self) -> dict[str, str]:
         return {VARIABLE: json.dumps(asdict(self))}
@@ -60,11 +66,14 @@ def install(fault: Fault) -> None:
     from apb_ds.attention import APBAttention
 
     forward = APBAttention.forward
+    happened: list[bool] = []
 
     def faulty_forward(self: Any, *arguments: Any, **options: Any) -> Any:
         from apb_ds.parallel import place
 
-        if options["phase"].value == fault.phase and options["layer_idx"] == fault.layer:
+        is_here = options["phase"].value == fault.phase and options["layer_idx"] == fault.layer
+        if is_here and fault.compressor in ("", self.config.compressor) and not happened:
+            happened.append(True)
             state = options.get("state")
             rounds = (None, None) if state is None else (state.round_index, len(state.plan.rounds))
             place.enter(place.Place(fault.phase, *rounds, fault.layer))
@@ -74,7 +83,7 @@ def install(fault: Fault) -> None:
     mock.patch.object(APBAttention, "forward", faulty_forward).start()
 
 
-def _happen(fault: Fault) -> NoReturn | None:
+def _happen(fault: Fault) -> None:
     if fault.moment:
         Path(fault.moment).write_text(str(time.time()))
     if fault.kind == "kill":
@@ -89,7 +98,10 @@ def _happen(fault: Fault) -> NoReturn | None:
         raise ZeroDivisionError("a compressor that divides by zero")
     elif fault.kind == "link":
         subprocess.run(["ip", "link", "set", "eth0", "down"], check=False)
-    return None
+    elif fault.kind == "fill":
+        with contextlib.suppress(OSError), open(Path(fault.folder) / "filler", "wb", buffering=0) as filler:
+            while True:
+                filler.write(b"-" * 4096)
 
 
 def run_script(name: str, arguments: list[str]) -> None:

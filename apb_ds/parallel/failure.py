@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -101,16 +101,19 @@ class Board:
             self._store.set(key, json.dumps(asdict(mine)))
             self._store.set("any", "1")
 
-    def answer(self) -> bool:
-        """Return whether any rank has written something down; then this one writes that it is alive, and remembers.
+    def has_reports(self) -> bool:
+        """Whether any rank has written something down."""
+        return bool(self._store.check(["any"]))
 
-        The first rank may end, and the board with it, before this rank's collective fails.
+    def answer(self) -> None:
+        """Write down that this rank is alive, and remember what the others have written.
+
+        The first rank may end, and the board with it, before this rank's own collective fails.
         """
-        if not self._store.check(["any"]):
-            return False
         self.post(Kind.BUSY)
-        _remembered.update(self.read())
-        return True
+        _memory.reports = self.read()
+        _memory.reports = self.read_all(GRACE_S)
+        _memory.is_settled = True
 
     def read(self) -> dict[int, Report]:
         """Return what is there, by rank."""
@@ -140,8 +143,15 @@ class Board:
         return reports
 
 
-# What `Board.answer` has read.
-_remembered: dict[int, Report] = {}
+@dataclass
+class _Memory:
+    """What `Board.answer` has read; settled once the others had the time to write."""
+
+    reports: dict[int, Report] = field(default_factory=dict)
+    is_settled: bool = False
+
+
+_memory = _Memory()
 
 
 def tell_and_diagnose(kind: Kind, why: str, *, grace_s: float | None = None) -> str:
@@ -163,7 +173,9 @@ def tell_and_diagnose(kind: Kind, why: str, *, grace_s: float | None = None) -> 
 
     # A store on the other side of a broken link does not answer, and its client has no timeout.
     reports = _within(grace_s + SERVER_STAYS_S + 1, tell)
-    return diagnose(board.rank, board.world_size, reports, kind, why, remembered=_remembered)
+    if reports is None and _memory.is_settled:
+        reports = _memory.reports
+    return diagnose(board.rank, board.world_size, reports, kind, why, remembered=_memory.reports)
 
 
 def diagnose(
@@ -193,8 +205,9 @@ def diagnose(
     cause = cause or _late_ranks(others, kind)
     if not cause and reports is None and rank > 0:
         cause = (
-            f"Rank 0 (on {os.environ.get('MASTER_ADDR', 'its node')}) failed first or cannot be reached: it was killed, "
-            f"or its node or the link to it is down. Its own message, if there is one, says more. {_what_to_do()}"
+            f"Rank 0 (on {os.environ.get('MASTER_ADDR', 'its node')}) failed first or cannot be reached: it was killed "
+            "(memory that ran out? dmesg on that node tells), or its node or the link to it is down. Its own message, if "
+            f"there is one, says more. {_what_to_do()}"
         )
     if kind is Kind.STOPPED:
         return " ".join(part for part in (f"rank {rank} was stopped in {where}: {why}", cause) if part)
@@ -217,8 +230,8 @@ def _silent_ranks(silent: list[int]) -> str:
         return ""
     ranks, they, were = ("Rank", "it", "was") if len(silent) == 1 else ("Ranks", "they", "were")
     return (
-        f"{ranks} {', '.join(map(str, silent))} failed first, without a word: {they} {were} killed (memory that ran out? "
-        f"dmesg on that node tells), or hung, or the node or the link to it is down. {_what_to_do()}"
+        f"{ranks} {', '.join(map(str, silent))} failed first, without a word: {they} {were} killed (memory that ran "
+        f"out? dmesg on that node tells), or hung, or the node or the link to it is down. {_what_to_do()}"
     )
 
 
