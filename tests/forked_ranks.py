@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests import faulty
 from tests.faulty import Fault
@@ -63,10 +64,11 @@ class ForkedRanks:
         world_size: int,
         fault: Fault | None = None,
         network: Network | None = None,
+        journal: str = "",
     ) -> None:
         self.directory = directory
         self.fault = fault
-        self._arguments = (script, list(arguments), world_size, fault, network or Network(), _free_port())
+        self._arguments = (script, list(arguments), world_size, fault, network or Network(), journal, _free_port())
         self._world_size = world_size
         self.processes: list[Any] = []
         self.began = 0.0
@@ -130,6 +132,7 @@ def _serve(
     world_size: int,
     fault: Fault | None,
     network: Network,
+    journal: str,
     port: int,
 ) -> None:
     for number, kind in ((1, "out"), (2, "err")):
@@ -147,12 +150,28 @@ def _serve(
         _enter_namespace(network.namespaces[rank])
     if fault is not None:
         os.environ.update(fault.as_variable())
+    if journal:
+        _keep_journal(Path(journal))
     try:
         faulty.run_script(script, arguments)
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+
+
+def _keep_journal(path: Path) -> None:
+    """Have each result that is on the disk leave a line with its id behind."""
+    from apb_ds.report.answers import AnswerFile
+
+    append = AnswerFile.append
+
+    def append_and_note(self: Any, index: int, result: dict[str, Any]) -> None:
+        append(self, index, result)
+        with path.open("a") as stream:
+            stream.write(f"{index}\n")
+
+    mock.patch.object(AnswerFile, "append", append_and_note).start()
 
 
 def _enter_namespace(name: str) -> None:

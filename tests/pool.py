@@ -23,10 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOADED = [
-    *("torch", "transformers", "deepspeed", "deepspeed.comm", "hydra"),
-    *("transformers.models.llama.modeling_llama", "apb_ds.session", "apb_ds.entry"),
-]
+PRELOADED = ["tests.preloaded"]
 START_TIMEOUT_S = 120
 # Where one rank failed, the others are likely to hang in a collective: this long is given to those that also report.
 GRACE_S = 3.0

@@ -206,8 +206,8 @@ def diagnose(
     if not cause and reports is None and rank > 0:
         cause = (
             f"Rank 0 (on {os.environ.get('MASTER_ADDR', 'its node')}) failed first or cannot be reached: it was killed "
-            "(memory that ran out? dmesg on that node tells), or its node or the link to it is down. Its own message, if "
-            f"there is one, says more. {_what_to_do()}"
+            "(memory that ran out? dmesg on that node tells), or its node or the link to it is down. Its own message, "
+            f"if there is one, says more. {_what_to_do()}"
         )
     if kind is Kind.STOPPED:
         return " ".join(part for part in (f"rank {rank} was stopped in {where}: {why}", cause) if part)

@@ -202,6 +202,8 @@ class Session:
         return self._engine
 
     def _drop_model(self) -> None:
+        if self._loaded is None:
+            return
         self._engine = self._loaded = None
         gc.collect()
         if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -10,7 +10,8 @@ import pytest
 
 from tests.faults.conftest import FaultTimes
 from tests.faulty import Fault
-from tests.forked_ranks import Ended, ForkedRanks
+from tests.forked_ranks import Ended, ForkedRanks, Network
+from tests.namespaces import run_as_root, two_nodes
 
 pytestmark = pytest.mark.faults
 
@@ -22,9 +23,17 @@ LOST, CRASHED, FAILED, STOPPED = 3, 1, 2, 143
 PLACES = {"prefill": "prefill, round 1 of 1, layer 2", "query": "query, layer 2", "decode": "decode, layer 2"}
 
 
-def die(directory: Path, arguments: list[str], fault: Fault, timeout_s: int = TIMEOUT_S) -> list[Ended]:
-    options = [f"parallel.timeout_s={timeout_s}", f"hydra.run.dir={directory / 'run'}"]
-    with ForkedRanks(directory, "infer.py", [*arguments, *options], WORLD_SIZE, fault) as ranks:
+def die(
+    directory: Path,
+    arguments: list[str],
+    fault: Fault,
+    timeout_s: int = TIMEOUT_S,
+    network: Network | None = None,
+) -> list[Ended]:
+    options = [f"parallel.timeout_s={timeout_s}"]
+    if not any(argument.startswith("hydra.run.dir=") for argument in arguments):
+        options.append(f"hydra.run.dir={directory / 'run'}")
+    with ForkedRanks(directory, "infer.py", [*arguments, *options], WORLD_SIZE, fault, network) as ranks:
         ended = ranks.wait(60 + timeout_s + SLACK_S)
     late = [rank for rank, end in enumerate(ended) if end.seconds > timeout_s + SLACK_S]
     assert not late, f"ranks {late} ended after {[end.seconds for end in ended]} s"
@@ -102,6 +111,32 @@ def test_a_rank_that_hangs(tmp_path: Path, ask: list[str], fault_times: FaultTim
     )
 
 
+@pytest.mark.parametrize("method", ["apb", "ring"])
+def test_a_link_that_goes_down(tmp_path: Path, ask: list[str], fault_times: FaultTimes, method: str) -> None:
+    """Two ranks on each of two nodes; the second node's link goes down at its first rank's second layer."""
+    method_arguments = [argument for argument in ask if not argument.startswith("method.")] + ["method=ring"]
+    with two_nodes() as nodes:
+        first, second = nodes.names
+        network = Network(nodes.addresses[0], (first, first, second, second))
+        fault = Fault("link", 2, "prefill", moment=str(tmp_path / "moment"))
+        ended = die(tmp_path, ask if method == "apb" else method_arguments, fault, SHORT_TIMEOUT_S, network)
+    assert [end.code for end in ended] == [LOST] * WORLD_SIZE
+    place = PLACES["prefill"] if method == "apb" else "prefill, round 1 of 1, layer "
+    for rank, end in enumerate(ended):
+        said = last_error(end)
+        assert f"rank {rank} cannot go on in {place}" in said, said
+        silent = "Ranks 2, 3 failed first" if rank < 2 else f"Rank 0 (on {nodes.addresses[0]}) failed first or cannot"
+        assert silent in said and "link to it is down" in said, said
+        assert "terminate called" not in end.stderr and "Traceback" not in end.stderr
+    fault_times.add(
+        f"the link between 2 nodes x 2 ranks goes down at prefill (method={method})",
+        [end.seconds for end in ended],
+        timeout_s=SHORT_TIMEOUT_S,
+        says=last_error(ended[0]),
+        codes=[end.code for end in ended],
+    )
+
+
 def test_a_sweep_that_loses_a_rank_closes_with_its_table(tmp_path: Path, ask: list[str]) -> None:
     """The jobs that went well are in it, and the one that did not."""
     sweep = ["-m", "method.compressor=window,query", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
@@ -117,8 +152,6 @@ def test_a_sweep_that_loses_a_rank_closes_with_its_table(tmp_path: Path, ask: li
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for Hydra's own files, and for no record."""
-    from tests.namespaces import run_as_root
-
     folder = tmp_path / "full"
     folder.mkdir()
     run_as_root("mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder))
