@@ -87,7 +87,8 @@ class Watch:
                 os.set_blocking(end, False)
             self._before = signal.signal(signal.SIGTERM, self._handle), signal.set_wakeup_fd(self._pipe[1])
             self._ancestors = _ancestors()
-            threading.Thread(target=self._look_after, daemon=True, name="apb_ds watch").start()
+            self._thread = threading.Thread(target=self._look_after, daemon=True, name="apb_ds watch")
+            self._thread.start()
             threading.Thread(target=self._listen, daemon=True, name="apb_ds board").start()
         return self
 
@@ -95,9 +96,14 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        if self._before is not None:
-            signal.set_wakeup_fd(self._before[1])
-            signal.signal(signal.SIGTERM, self._before[0])
+        if self._before is None or self._pipe is None:
+            return
+        signal.set_wakeup_fd(self._before[1])
+        signal.signal(signal.SIGTERM, self._before[0])
+        os.write(self._pipe[1], b"\0")  # wakes the thread
+        self._thread.join()
+        for end in self._pipe:
+            os.close(end)
 
     def close(self) -> None:
         """Look after nothing from now on: the main thread is ending the process already."""
@@ -159,10 +165,9 @@ class GivingUp:
 
     def on(self, error: BaseException) -> NoReturn:
         """Tell the other ranks and people why, keep what can be kept, and end the process."""
-        from apb_ds.ops.memory import is_out_of_memory
+        self._watch.close()
         from apb_ds.parallel.failure import Kind, LostRankError, tell_and_diagnose
 
-        self._watch.close()
         if isinstance(error, Stopped):
             message, code = tell_and_diagnose(Kind.STOPPED, str(error)), STOPPED_EXIT
         elif isinstance(error, LostRankError):
@@ -171,7 +176,7 @@ class GivingUp:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (or the last flush fails again)
             message = tell_and_diagnose(Kind.RAISED, "who read its output has ended (a closed pipe).")
             code = PIPE_EXIT
-        elif is_out_of_memory(error):
+        elif _is_out_of_memory(error):
             message, code = tell_and_diagnose(Kind.RAISED, str(error)), FAILED_EXIT
         else:
             print(f"[rank {rank()}] {traceback.format_exc()}", file=sys.stderr, flush=True)
@@ -182,6 +187,12 @@ class GivingUp:
             with contextlib.suppress(Exception):  # a full disk, a closed pipe: the reason is told already
                 self._abandon(message)
         leave(code)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    from apb_ds.ops.memory import is_out_of_memory  # brings torch along
+
+    return is_out_of_memory(error)
 
 
 def _ancestors() -> list[tuple[str, Any]]:
