@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from apb_ds.session import Job
 
 FIRST_RANK_GRACE_S = 10
+SCRATCH_PREFIX = "apb_ds-"  # then the process, as others can then tell whether it lives
 QUOTING_HINT = (
     "A text with commas, colons, equals signs, quotes or brackets wants quotes of its own inside the shell's: "
     "'task.query=\"Who, and when?\"'; or put it into a file: task.query=@question.txt."
@@ -210,8 +212,16 @@ def _is_local_rank(argument: str) -> bool:
 
 
 def _private_directory() -> Path:
-    directory = Path(tempfile.mkdtemp(prefix="apb_ds-"))
+    """Return a directory of this process, which removes it; first remove those of processes that were killed."""
+    for old in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*-*"):
+        process = old.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            is_ours = old.stat().st_uid == os.getuid()
+            if is_ours and process.isdigit() and not Path(f"/proc/{process}").exists():
+                shutil.rmtree(old, ignore_errors=True)
+    directory = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    ending.at_leaving.append(functools.partial(shutil.rmtree, directory, ignore_errors=True))
     return directory
 
 

@@ -35,6 +35,8 @@ LAUNCHERS = ("deepspeed", "ds", "runner.py")
 
 Abandon = Callable[[str], None]
 
+at_leaving: list[Callable[[], object]] = []  # `os._exit` runs nothing that atexit knows
+
 
 class Stopped(BaseException):
     """This process was asked to end. Not an Exception: nobody mistakes it for a job's failure."""
@@ -60,6 +62,8 @@ def leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    for cleanup in at_leaving:
+        cleanup()
     os._exit(code)
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 END_S = 30
 RANK = {"RANK": "1", "WORLD_SIZE": "2", "PYTHONPATH": f"{ROOT}:{ROOT / 'launch'}"}
-# The C function, a lock that is taken twice, holds the main thread where Python handles no signal, as a collective does.
+# The C function, a lock taken twice, holds the main thread where Python handles no signal, as a collective does.
 WAITS = {
     "in Python": "import time\nwhile True: time.sleep(0.01)",
     "in C": (
@@ -114,3 +114,22 @@ def test_signals_are_as_before_afterwards() -> None:
         [sys.executable, "-c", code], env=os.environ | RANK, capture_output=True, text=True, timeout=END_S, check=False
     )
     assert done.stdout == "ready False True\n", done.stderr
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    code = (
+        "import ending\n"
+        "print('ready', flush=True)\n"
+        "with ending.Watch() as watch:\n"
+        "    try:\n"
+        "        while True: print('words', flush=True)\n"
+        "    except BrokenPipeError as error:\n"
+        "        ending.GivingUp(watch, None).on(error)\n"
+    )
+    for world_size in ("1", "2"):
+        process = start([sys.executable, "-c", code], WORLD_SIZE=world_size)
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(END_S) == 141
+        assert said == "Error: who read its output has ended (a closed pipe).\n"
