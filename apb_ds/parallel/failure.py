@@ -27,6 +27,8 @@ GRACE_S = 2.0
 SERVER_STAYS_S = 1.5
 POLL_S = 0.05
 PREFIX = "apb_ds/failures"
+# Gloo's errors are plain RuntimeErrors. Most start with the place in its source.
+GLOO_SAYS = ("/gloo/", "Application timeout caused pair closure", "Connection closed by peer", "Timed out waiting")
 SHOWN_CHARACTERS = 600
 
 Answer = TypeVar("Answer")
@@ -283,8 +285,8 @@ def is_lost(error: RuntimeError) -> bool:
     """Whether an error of a collective means that another rank does not answer, rather than a wrong argument."""
     import torch
 
-    # Gloo's errors are plain RuntimeErrors that start with the place in its source.
-    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error) or "[gloo" in str(error).lower()
+    said = str(error)
+    return isinstance(error, torch.distributed.DistError) or any(part in said for part in GLOO_SAYS)
 
 
 def _within(seconds: float, work: Callable[[], Answer]) -> Answer | None:

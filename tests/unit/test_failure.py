@@ -94,7 +94,12 @@ def test_a_board_keeps_the_first_word_of_each_rank(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError(GLOO), torch.distributed.DistBackendError("NCCL: remote process exited")]
+    "error",
+    [
+        RuntimeError(GLOO),
+        RuntimeError("Application timeout caused pair closure"),
+        torch.distributed.DistBackendError("NCCL: remote process exited"),
+    ],
 )
 def test_a_failed_collective_names_ranks(error: RuntimeError) -> None:
     with pytest.raises(LostRankError), lost_ranks_named():
