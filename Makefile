@@ -5,6 +5,7 @@ RANKS ?= 2
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+FAULT_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation
@@ -15,11 +16,11 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test test-faults lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 venv: $(VENV)/.installed ## make the virtual environment with the tested versions and the demo model
 
@@ -28,6 +29,9 @@ demo: $(VENV)/.installed ## find a pass key in a 7690-token document: 8 hosts on
 
 test: $(VENV)/.installed-test ## run the whole test suite (TEST_ARGS="-k cache" for a part)
 	$(IN_VENV) python -m pytest $(TEST_ARGS)
+
+test-faults: $(VENV)/.installed-test ## kill ranks, launchers and links (FAULT_ARGS="--fault-times FILE" keeps the times)
+	$(IN_VENV) python -m pytest -m faults tests/faults $(FAULT_ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff (lint and format) and mypy
 	$(IN_VENV) ruff check .

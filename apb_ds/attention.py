@@ -15,6 +15,7 @@ from apb_ds.methods import apb, dense, ring, ulysses
 from apb_ds.methods.decode import attend_shards
 from apb_ds.methods.state import PrefillState, Tools
 from apb_ds.ops.kernels import KernelChoice, check_kernel_name, choose_kernels
+from apb_ds.parallel import place
 from apb_ds.parallel.groups import SequenceGroup
 
 PREFILLS = {
@@ -132,7 +133,9 @@ class APBAttention(nn.Module):
             if state is None:
                 raise ValueError("phase=PREFILL needs state=PrefillState(plan, cache, rank).")
             _check_tokens(state, query, key)
+            place.enter(place.Place(phase.value, state.round_index, len(state.plan.rounds), layer_idx))
             return self._prefill(tools, state, layer_idx, query, key, value, scale)
+        place.enter(place.Place(phase.value, layer_idx=layer_idx))
         kernel = kernels.decode if phase is Phase.DECODE else kernels.prefill
         return attend_shards(tools, kernel, query, key, value, scale)
 

@@ -42,6 +42,7 @@ from apb_ds.linears import onednn_linears
 from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.methods.state import PrefillState
 from apb_ds.ops.memory import explain_out_of_memory
+from apb_ds.parallel import place
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan, check_ranks, plan_request
 from apb_ds.rounds import run_round
@@ -232,6 +233,7 @@ class APBEngine(InferenceEngine):
         ):
             for state.round_index in range(len(plan.rounds)):
                 run_round(self.module, self.attention, state, document_ids, query_ids)
+        place.enter(place.BETWEEN)
         cache.set_length(num_tokens)
         prefill_s = self._now() - began
         self.stats = RequestStats(prefill_s=prefill_s)
@@ -384,6 +386,7 @@ class APBEngine(InferenceEngine):
                 )
         finally:
             context.cache.crop_to(cached)
+        place.enter(place.BETWEEN)
         return self.group.broadcast(output.logits[:, -num_query:].float().contiguous())
 
     def detach(self) -> InferenceEngine | nn.Module:
@@ -428,6 +431,7 @@ class APBEngine(InferenceEngine):
         finally:
             if not kept:
                 context.cache.crop_to(before)
+        place.enter(place.BETWEEN)
         self.stats = decoder.stats
         if append:
             context.token_ids = everything

@@ -29,7 +29,7 @@ def init_inference(
     mpu: Any = None,
     group: SequenceGroup | None = None,
     retaining_heads: HeadsSource | None = None,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    timeout_s: float | None = None,
 ) -> APBEngine:
     """Make an engine for a model, alone or over the ranks that ``deepspeed`` or ``torchrun`` started.
 
@@ -48,7 +48,8 @@ def init_inference(
         Trained heads for ``compressor="retaining_heads"``: the path of a ``.pt`` or ``.safetensors`` file, a directory,
         ``package://<package>/<path>``, a hub id, or heads that are loaded already.
     timeout_s : float, seconds
-        How long a collective may take, where the process group is made here.
+        How long a collective may take. By default 300 where the process group is made here; one that exists keeps its
+        own.
 
     Raises
     ------
@@ -64,7 +65,9 @@ def init_inference(
     if group is None and mpu is None and not torch.distributed.is_initialized():
         _check_served(model, config, launched_world_size())  # before the ranks meet
     if group is None:
-        group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s)
+        group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s or DEFAULT_TIMEOUT_S)
+    if timeout_s is not None:
+        group.set_timeout(timeout_s)
     world_size = group.world_size
 
     def check() -> RetainingHeads | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -23,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 sys.path.insert(0, str(ROOT))
 
+import ending  # noqa: E402
 import hydra  # noqa: E402
+from ending import FAILED_EXIT, INTERRUPTED_EXIT, rank  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.core.plugins import Plugins  # noqa: E402
 from hydra.errors import HydraException, MissingConfigException  # noqa: E402
@@ -36,10 +39,8 @@ from hydra_plugins import apb_ds_sweep  # noqa: E402
 if TYPE_CHECKING:
     from apb_ds.session import Job
 
-FAILED_EXIT = 2  # bad input, or a job of a sweep that failed
-CRASH_EXIT = 1
-INTERRUPTED_EXIT = 130  # as shells have it for SIGINT
 FIRST_RANK_GRACE_S = 10
+SCRATCH_PREFIX = "apb_ds-"  # then the process, as others can then tell whether it lives
 QUOTING_HINT = (
     "A text with commas, colons, equals signs, quotes or brackets wants quotes of its own inside the shell's: "
     "'task.query=\"Who, and when?\"'; or put it into a file: task.query=@question.txt."
@@ -50,12 +51,13 @@ Task = Callable[[DictConfig], None]
 BadJob = Callable[["Job", str], None]
 
 
-def rank() -> int:
-    """Return the global rank that the launcher gave this process, 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def run_hydra(config_name: str, task: Task, finish: Callable[[], bool], bad_job: BadJob | None = None) -> int:
+def run_hydra(
+    config_name: str,
+    task: Task,
+    finish: Callable[[], bool],
+    bad_job: BadJob | None = None,
+    abandon: ending.Abandon | None = None,
+) -> int:
     """Run `task` once for each job that the command line asks for, and return the exit code.
 
     Parameters
@@ -69,7 +71,17 @@ def run_hydra(config_name: str, task: Task, finish: Callable[[], bool], bad_job:
     bad_job : callable, optional
         Called as ``bad_job(job, why)`` for a job of a sweep whose config cannot be composed. Without it such a job
         ends the sweep.
+    abandon : callable, optional
+        Called as ``abandon(why)`` when this rank ends before its jobs do, to keep what can be kept. It must send
+        nothing: another rank may be gone.
     """
+    with ending.Watch() as watch:
+        return _run_hydra(config_name, task, finish, bad_job, ending.GivingUp(watch, abandon))
+
+
+def _run_hydra(
+    config_name: str, task: Task, finish: Callable[[], bool], bad_job: BadJob | None, giving_up: ending.GivingUp
+) -> int:
     arguments = _in_order([argument for argument in sys.argv[1:] if not _is_local_rank(argument)])
     debug = os.environ.get("HYDRA_FULL_ERROR") == "1" or "debug=true" in (item.lower() for item in arguments)
     if rank() > 0:
@@ -101,13 +113,8 @@ def run_hydra(config_name: str, task: Task, finish: Callable[[], bool], bad_job:
                 raise SystemExit(_say_once(describe(error))) from None
             tell(runtime.job.num, runtime.overrides.task, Path(runtime.runtime.output_dir), error)
         except Exception as error:
-            from apb_ds.ops.memory import is_out_of_memory
-
-            if is_out_of_memory(error):
-                raise SystemExit(_say(f"rank {rank()}: {error}")) from None
             # Hydra would go on with the next job of a sweep, without the ranks that did not fail.
-            print(f"[rank {rank()}] {traceback.format_exc()}", file=sys.stderr, flush=True)
-            raise SystemExit(CRASH_EXIT) from None
+            giving_up.on(error)
 
     Plugins.instance()  # runs the modules of plugins anew, once; what is set in them before that is lost
     apb_ds_sweep.on_failure(tell)
@@ -117,11 +124,17 @@ def run_hydra(config_name: str, task: Task, finish: Callable[[], bool], bad_job:
         if debug and rank() == 0:
             traceback.print_exc()
         return _say_once(describe(error))
+    except ending.Stopped as error:
+        giving_up.on(error)
     except KeyboardInterrupt:
         if rank() == 0:
             print("Interrupted.", file=sys.stderr, flush=True)
-        return INTERRUPTED_EXIT
-    return 0 if finish() else _wait_for_first_rank()
+        ending.leave(INTERRUPTED_EXIT)
+    try:
+        went_well = finish()
+    except (Exception, ending.Stopped) as error:
+        giving_up.on(error)
+    return 0 if went_well else _wait_for_first_rank()
 
 
 def job_of(config: DictConfig) -> Job:
@@ -221,8 +234,16 @@ def _is_local_rank(argument: str) -> bool:
 
 
 def _private_directory() -> Path:
-    directory = Path(tempfile.mkdtemp(prefix="apb_ds-"))
+    """Return a directory of this process, which removes it; first remove those of processes that were killed."""
+    for old in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*-*"):
+        process = old.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            is_ours = old.stat().st_uid == os.getuid()
+            if is_ours and process.isdigit() and not Path(f"/proc/{process}").exists():
+                shutil.rmtree(old, ignore_errors=True)
+    directory = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    ending.at_leaving.append(functools.partial(shutil.rmtree, directory, ignore_errors=True))
     return directory
 
 
@@ -272,12 +293,6 @@ def _telling(bad_job: BadJob, debug: bool) -> apb_ds_sweep.Failure:
         bad_job(Job({}, run_dir, overrides_of(arguments), in_sweep=True), describe(error))
 
     return tell
-
-
-def _say(message: str) -> int:
-    """Print an error that this rank alone has, and return the exit code."""
-    print(f"Error: {message}", file=sys.stderr, flush=True)
-    return FAILED_EXIT
 
 
 def _say_once(message: str) -> int:

@@ -12,4 +12,4 @@ import infer
 
 if __name__ == "__main__":
     evaluation = infer.Inference()
-    sys.exit(common.run_hydra("eval", evaluation.run, evaluation.finish, evaluation.bad_job))
+    sys.exit(common.run_hydra("eval", evaluation.run, evaluation.finish, evaluation.bad_job, evaluation.abandon))

@@ -29,6 +29,11 @@ class Inference:
         """Count a job of a sweep that cannot be run."""
         self._started().fail(job, why)
 
+    def abandon(self, why: str) -> None:
+        """Keep what this rank has, where it cannot go on; sends nothing."""
+        if self.session is not None:
+            self.session.abandon(why)
+
     def finish(self) -> bool:
         """Close the session; return whether all jobs went well."""
         if self.session is None:
@@ -46,4 +51,4 @@ class Inference:
 
 if __name__ == "__main__":
     inference = Inference()
-    sys.exit(common.run_hydra("infer", inference.run, inference.finish, inference.bad_job))
+    sys.exit(common.run_hydra("infer", inference.run, inference.finish, inference.bad_job, inference.abandon))

@@ -21,6 +21,7 @@ from tests.pool import Pools
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fresh-cache", action="store_true", help="convert models into a cache of this session's own")
+    parser.addoption("--fault-times", metavar="FILE", help="write what the fault tests measure, as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -59,6 +59,7 @@ def run_infer(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_as_rank(rank, world_size))
         stack.enter_context(mock.patch.object(common, "FIRST_RANK_GRACE_S", 0))
+        stack.enter_context(mock.patch.object(common.ending, "leave", _leave))
         stack.enter_context(mock.patch.object(sys, "argv", ["infer.py", *arguments]))
         stack.enter_context(mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()))))
         for name in patches:
@@ -108,6 +109,11 @@ def _as_rank(rank: int, world_size: int) -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
             logging.getLogger().setLevel(level)
             logging.getLogger().handlers[:] = handlers
+
+
+def _leave(code: int) -> None:
+    """End the run, not the process, which belongs to the pool."""
+    raise SystemExit(code)
 
 
 def _no_memory(*_: Any, **__: Any) -> None:

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch", "transformers", "deepspeed", "deepspeed.comm"]
+PRELOADED = ["tests.preloaded"]
 START_TIMEOUT_S = 120
 # Where one rank failed, the others are likely to hang in a collective: this long is given to those that also report.
 GRACE_S = 3.0
@@ -38,9 +38,10 @@ class RankTimeout(AssertionError):
 
 
 @contextlib.contextmanager
-def _cpu_environment() -> Any:
+def cpu_environment() -> Any:
     """Set what the server of the workers must start with, and restore it: the session itself may use a GPU."""
     values = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    values["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the launch scripts have it
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.get(name) for name in (*values, *launcher)}
     for name in launcher:
@@ -62,9 +63,6 @@ def _join_group(rank: int, world_size: int, directory: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size
     )
-    # Deepspeed would compile its shared-memory collectives, which takes a compiler and a minute.
-    ops: Any = importlib.import_module("deepspeed.ops")
-    ops.__compatible_ops__ = {**ops.__compatible_ops__, "deepspeed_shm_comm": False}
     importlib.import_module("apb_ds.parallel.groups").deepspeed_comm_ready()
 
 
@@ -138,7 +136,7 @@ class Pool:
         self._directory = tempfile.mkdtemp(prefix="apb_pool_")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        with _cpu_environment():
+        with cpu_environment():
             for rank in range(self.world_size):
                 here, there = context.Pipe()
                 process = context.Process(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from apb_ds.methods.state import PrefillState, Tools
+from apb_ds.parallel.failure import lost_ranks_named
 
 
 def prefill(
@@ -56,7 +57,8 @@ def prefill(
     else:
         layer = importlib.import_module("deepspeed.sequence.layer")
         exchange = layer.DistributedAttention(attend, group.process_group, scatter_idx=2, gather_idx=1)
-        output = exchange(*(states.contiguous() for states in tokens_first), 0)
+        with lost_ranks_named():
+            output = exchange(*(states.contiguous() for states in tokens_first), 0)
         sent = sum(states.numel() * states.element_size() for states in (query, key, value, query))
         group.count_bytes(sent * (group.world_size - 1) // group.world_size)
     state.finish_layer(layer_idx)

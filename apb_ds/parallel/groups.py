@@ -1,19 +1,26 @@
 """The sequence-parallel group: who is in it, and the few collectives that APB needs.
 
+A collective whose peers are gone raises `apb_ds.parallel.failure.LostRankError`, which says which rank failed first.
+
 This folder is the only place that imports ``deepspeed.comm``. A group of one rank imports nothing and sends nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from apb_ds.parallel.failure import lost_ranks_named
+from apb_ds.parallel.network import choose_gloo_interface
 
 DEFAULT_TIMEOUT_S = 300
 LOOPBACK = "127.0.0.1"
@@ -33,7 +40,8 @@ class PendingGather:
 
     def wait(self) -> Tensor:
         if self.work is not None:
-            self.work.wait()
+            with lost_ranks_named():
+                self.work.wait()
             self.work = self.sent = None
         return self.gathered
 
@@ -47,8 +55,9 @@ class PendingShift:
     sent: Tensor | None = None  # kept alive until it has left
 
     def wait(self) -> Tensor:
-        for work in self.works:
-            work.wait()
+        with lost_ranks_named():
+            for work in self.works:
+                work.wait()
         self.works, self.sent = [], None
         return self.received
 
@@ -103,7 +112,8 @@ class SequenceGroup:
         tensor = tensor.contiguous()
         # Gloo wants the ranks' parts along the first dimension; a view splits them apart again.
         joined = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:]))
-        work = _comm().all_gather_into_tensor(joined, tensor, group=self.process_group, async_op=True)
+        with lost_ranks_named():
+            work = _comm().all_gather_into_tensor(joined, tensor, group=self.process_group, async_op=True)
         self._count(tensor)
         return PendingGather(joined.view(self.world_size, *tensor.shape), work, tensor)
 
@@ -121,7 +131,8 @@ class SequenceGroup:
             torch.distributed.P2POp(torch.distributed.isend, tensor, peers[0], self.process_group),
             torch.distributed.P2POp(torch.distributed.irecv, received, peers[1], self.process_group),
         ]
-        works = torch.distributed.batch_isend_irecv(operations)
+        with lost_ranks_named():
+            works = torch.distributed.batch_isend_irecv(operations)
         self.count_bytes(tensor.numel() * tensor.element_size())
         return PendingShift(received, works, tensor)
 
@@ -136,7 +147,8 @@ class SequenceGroup:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Overwrite `tensor` with the first rank's, in place, and return it."""
         if self.world_size > 1:
-            _comm().broadcast(tensor, src=self._global_rank(0), group=self.process_group)
+            with lost_ranks_named():
+                _comm().broadcast(tensor, src=self._global_rank(0), group=self.process_group)
             if self.is_first:
                 self._count(tensor)
         return tensor
@@ -146,7 +158,8 @@ class SequenceGroup:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        _comm().all_gather_object(values, value, group=self.process_group)
+        with lost_ranks_named():
+            _comm().all_gather_object(values, value, group=self.process_group)
         return values
 
     def is_same(self, digest: bytes, device: torch.device | None = None) -> bool:
@@ -167,7 +180,15 @@ class SequenceGroup:
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            _comm().barrier(group=self.process_group)
+            with lost_ranks_named():
+                _comm().barrier(group=self.process_group)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Bound each later collective of the group, whoever made it: after so many seconds it fails on this rank."""
+        if self.world_size > 1:
+            torch.distributed.distributed_c10d._set_pg_timeout(
+                datetime.timedelta(seconds=timeout_s), self.process_group
+            )
 
     def _global_rank(self, rank: int) -> int:
         return int(torch.distributed.get_global_rank(self.process_group, rank % self.world_size))
@@ -242,9 +263,32 @@ def deepspeed_comm_ready(timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
     # Whoever initialised torch.distributed has chosen this rank's device already.
     if accelerator.device_name() != "cpu" and not torch.distributed.is_initialized():
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")) % accelerator.device_count())
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name(),
-        timeout=datetime.timedelta(seconds=timeout_s),
-        dist_init_required=None,
-        verbose=False,
-    )
+    backend = accelerator.communication_backend_name()
+    if backend == "gloo" and not torch.distributed.is_initialized():
+        choose_gloo_interface()
+    with _no_shared_memory_op():
+        deepspeed.init_distributed(
+            dist_backend=backend,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            dist_init_required=None,
+            verbose=False,
+        )
+
+
+@contextlib.contextmanager
+def _no_shared_memory_op() -> Iterator[None]:
+    """Have DeepSpeed's communication start without its shared-memory op, which none of our collectives uses.
+
+    DeepSpeed compiles it at the first start on CPU, which takes a minute. A rank that is killed meanwhile leaves a lock
+    in torch's extensions directory, on which every later start waits for ever.
+    """
+    ops: Any = importlib.import_module("deepspeed.ops")
+    name = "__compatible_ops__"  # found out when first asked for; nothing in it counts as not compatible
+    before = ops.__dict__.get(name)
+    ops.__dict__[name] = {}
+    try:
+        yield
+    finally:
+        del ops.__dict__[name]
+        if before is not None:
+            ops.__dict__[name] = before

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from apb_ds.report.record import replace_file, write_json
+from apb_ds.report.record import remove_scratch, replace_file, sync_directory, write_json
 
 SHOWN_KEYS = 5
 SHOWN_CHARACTERS = 60
@@ -83,11 +83,14 @@ class AnswerFile:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_locked(self.path))
+                for path in (self.path, self.settings_path):
+                    remove_scratch(path)
                 if self._overwrite:
                     self._set_aside()
                 elif self.path.exists():
                     self._resume()
                 self._stream = stack.enter_context(self._open_stream())
+                sync_directory(self.path.parent)
             except OSError as error:
                 raise ValueError(
                     f"task.output={self.path} cannot be written ({error}); name a file in a folder that can."

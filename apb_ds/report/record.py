@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from apb_ds.versions import versions
 
 RECORD_NAME = "record.json"
 GIT_TIMEOUT_S = 10
+SCRATCH_SUFFIX = ".part"
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -63,7 +65,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def replace_file(path: Path) -> Iterator[TextIO]:
     """Yield a stream whose text becomes the file at `path` at the end, whole; after an error nothing has changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SCRATCH_SUFFIX, dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             yield stream
@@ -73,9 +75,27 @@ def replace_file(path: Path) -> Iterator[TextIO]:
         os.umask(umask)
         os.chmod(scratch, 0o666 & ~umask)
         os.replace(scratch, path)
+        sync_directory(path.parent)
     except BaseException:
-        os.unlink(scratch)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scratch)
         raise
+
+
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory on the disk too, where its file system can say so."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems refuse
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_scratch(path: Path) -> None:
+    """Remove what `replace_file` had begun for `path` in a process that was killed; nobody else may be writing it."""
+    for scratch in path.parent.glob(f".{glob.escape(path.name)}.*{SCRATCH_SUFFIX}"):
+        scratch.unlink(missing_ok=True)
 
 
 def rate(count: float, seconds: float) -> float | None:

@@ -62,12 +62,16 @@ class _Conversation:
             self._turn(context, question, turn_ids)
         metrics = plan_metrics(context, group)
         metrics |= usage_metrics(group, group.bytes_sent - sent_before, peak_memory_bytes(run.loaded.device))
-        return {
+        parts = {
             "task": {"name": self.task.name, "turns": self.turns, "query_position": position, "correct": None},
             "metrics": metrics | self._turn_metrics(),
             "exact": context.plan.exact,
             "method": asdict(method),
         }
+        failed = [turn["error"] for turn in self.turns if turn["answer"] is None]
+        if failed:
+            parts |= {"status": "failed", "error": f"{len(failed)} of {len(self.turns)} turns failed: {failed[0]}"}
+        return parts
 
     def _encode(self) -> tuple[tuple[str, list[int]] | None, int, int]:
         """Return the first question with its ids if there is one, the document's length, and the query position."""

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TextIO
 
 import torch
@@ -72,6 +72,8 @@ class Session:
         self.stdin = stdin or sys.stdin or io.StringIO()  # Python has none where it is closed
         self.records: list[dict[str, Any]] = []
         self._owns_group = group is None
+        self._job: Job | None = None  # under way
+        self._other_failed = False
         self._loaded: tuple[ModelConfig, LoadedModel] | None = None
         self._heads: tuple[str, RetainingHeads] | None = None
         self._engine: Any = None
@@ -82,8 +84,8 @@ class Session:
 
     @property
     def has_failed(self) -> bool:
-        """Whether any job did."""
-        return any(record["status"] != "ok" for record in self.records)
+        """Whether any job did; after `close`, on any rank."""
+        return self._other_failed or any(record["status"] != "ok" for record in self.records)
 
     def run(self, job: Job) -> dict[str, Any]:
         """Run one job; print its answer and table, and write its record, on the first rank.
@@ -94,6 +96,7 @@ class Session:
             The record, the same on every rank but for the times of its queries; ``status`` is ``ok`` or ``failed``,
             with ``error`` saying why.
         """
+        self._job = job
         record = _new_record(job)
         try:
             settings = self._agreed_settings(job)
@@ -101,6 +104,7 @@ class Session:
         except JobError as error:
             record["error"] = str(error)
         self._keep(job, record)
+        self._job = None
         return record
 
     def fail(self, job: Job, why: str) -> dict[str, Any]:
@@ -118,9 +122,27 @@ class Session:
                 print(line, flush=True)
         self._drop_model()
         if self._owns_group and self.group is not None and torch.distributed.is_initialized():
-            self.group.barrier()  # a launcher ends the other ranks as soon as one exits with an error
+            # Waits for all: a launcher ends the other ranks as soon as one exits with an error.
+            self._other_failed = any(self.group.gather_objects(self.has_failed))
             torch.distributed.destroy_process_group()
         self.group = None
+
+    def abandon(self, why: str) -> None:
+        """Record that the job under way failed, and print what closes a sweep, on the first rank alone.
+
+        Sends nothing: for a rank that ends before its jobs do.
+        """
+        if not self.is_first:
+            return
+        if self._job is not None:
+            record = _new_record(self._job) | {"error": why}
+            self.records.append(record)
+            if self._job.run_dir is not None:
+                write_json(self._job.run_dir / RECORD_NAME, hide_paths(record, self._job.run_dir))
+        if len(self.records) > 1:
+            self.console.print(sweep_table(self.records))
+            for line in failure_lines(self.records):
+                print(line, flush=True)
 
     def _agreed_settings(self, job: Job) -> Settings:
         """Return the job's settings, which all ranks must have found good, and the same.
@@ -173,6 +195,7 @@ class Session:
 
     def _serve(self, job: Job, settings: Settings) -> dict[str, Any]:
         assert self.group is not None
+        self.group.set_timeout(settings.timeout_s)  # of this job of a sweep
         steps = Steps(self.group, debug=job.debug)
         steps.from_first(settings.task.check_sources)
         loaded = steps.together(lambda: self._model(settings.model), local=True)
@@ -236,6 +259,8 @@ class Session:
         return self._engine
 
     def _drop_model(self) -> None:
+        if self._loaded is None:
+            return
         self._engine = self._loaded = self._heads = None
         gc.collect()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -273,9 +298,18 @@ def _new_record(job: Job) -> dict[str, Any]:
 
 
 def _report(job: Job, record: dict[str, Any], console: Console) -> None:
-    """Write the record, and print what people want to see of it."""
+    """Write the record, and print what people want to see of it. A record that cannot be written is a failure."""
     if job.run_dir is not None:
-        write_json(job.run_dir / RECORD_NAME, hide_paths(record, job.run_dir))
+        try:
+            write_json(job.run_dir / RECORD_NAME, hide_paths(record, job.run_dir))
+        except OSError as error:
+            path = job.run_dir / RECORD_NAME
+            why = (
+                f"{path} cannot be written ({error.strerror or error}); make room, or set hydra.run.dir "
+                "(hydra.sweep.dir with -m) to a folder on another disk."
+            )
+            record |= {"status": "failed", "error": why if record["error"] is None else f"{record['error']} And {why}"}
+            job = replace(job, run_dir=None)
     if "metrics" in record:
         # Plain prints: the answer must reach a pipe as it is, unwrapped and unstyled.
         for line in _answer_lines(record["task"]):

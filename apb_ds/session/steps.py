@@ -54,6 +54,8 @@ class Steps:
         failure: str | None = None
         try:
             result = work()
+        except BrokenPipeError:
+            raise  # nobody reads the output: the end of the run, not of the job
         except JOB_ERRORS as error:
             if not (local or isinstance(error, ValueError) or self.group.world_size == 1):
                 raise
@@ -80,6 +82,8 @@ class Steps:
         if self.group.is_first:
             try:
                 message = None, work()
+            except BrokenPipeError:
+                raise
             except JOB_ERRORS as error:
                 message = self._failure(error), None
         message = self.group.gather_objects(message)[0]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed
 from torch import Tensor
 
-from tests.pool import Pools, RankError
+from tests.pool import Pool, Pools, RankError
 
 SHAPES: list[tuple[int, ...]] = [(5,), (2, 3), (2, 1, 4, 3, 8), (1, 1), (3, 0, 2)]
 
@@ -150,3 +151,42 @@ def settings_that_do_not_divide(rank: int, world_size: int) -> str:
 def test_hosts_that_do_not_divide_are_refused_on_every_rank(pool: Pools) -> None:
     messages = pool(2).run(settings_that_do_not_divide)
     assert messages[0] == messages[1] and "hosts=3" in messages[0] and "use hosts=4" in messages[0]
+
+
+def start_communication(rank: int, world_size: int) -> list[Any]:
+    """Start deepspeed.comm anew, with a builder that tells whether it was asked to compile; and set a timeout."""
+    import deepspeed.comm.comm as comm
+    import deepspeed.ops as ops
+    from deepspeed.ops.op_builder.cpu import comm as builders
+
+    from apb_ds.parallel.groups import deepspeed_comm_ready, world_group
+
+    compiled: list[str] = []
+    before = ops.__dict__.get("__compatible_ops__")
+    with (
+        mock.patch.object(comm, "cdb", None),
+        mock.patch.object(builders.ShareMemCommBuilder, "load", lambda self: compiled.append(self.NAME)),
+    ):
+        deepspeed_comm_ready()
+        assert comm.cdb is not None
+    assert ops.__dict__.get("__compatible_ops__") is before, "for others everything is as before"
+    group = world_group()
+    group.set_timeout(1)
+    error = ""
+    if rank == 0:
+        try:
+            group.all_gather(torch.zeros(3))
+        except Exception as caught:
+            error = f"{type(caught).__name__}: {caught}"
+    return [compiled, error]
+
+
+def test_no_shared_memory_op_is_compiled_and_a_timeout_holds() -> None:
+    """In a pool of its own: a group whose collective has failed is of no use."""
+    fresh = Pool(2)
+    try:
+        first, second = fresh.run(start_communication, timeout=30)
+    finally:
+        fresh.close()
+    assert first[0] == second[0] == []
+    assert first[1].startswith("LostRankError: rank 0 cannot go on in ") and "Timed out waiting 1000ms" in first[1]

@@ -220,7 +220,8 @@ def test_a_turn_that_cannot_be_leaves_the_conversation(
     assert [turn["answer"] for turn in turns if turn["answer"] is not None] == conversation(library, QUESTIONS[:2])
     assert turns[1]["answer"] is None and "max_position_embeddings" in turns[1]["error"]
     assert ended[0].stderr.startswith("Error: ") and "positions" in ended[0].stderr
-    assert [rank.code for rank in ended] == [0] * world_size
+    assert "1 of 3 turns failed: " in ended[0].records[0]["error"]
+    assert [rank.code for rank in ended] == [2] * world_size
 
 
 # --- a batch ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,179 @@
+"""A rank of four dies: all others end in time, with a code of their own, and say which one it was, where, and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import FaultTimes
+from tests.faulty import Fault
+from tests.forked_ranks import Ended, ForkedRanks, Network
+from tests.namespaces import run_as_root, two_nodes
+
+pytestmark = pytest.mark.faults
+
+TIMEOUT_S = 20
+SLACK_S = 10  # after the timeout
+SHORT_TIMEOUT_S = 6
+WORLD_SIZE = 4
+LOST, CRASHED, FAILED, STOPPED = 3, 1, 2, 143
+PLACES = {"prefill": "prefill, round 1 of 1, layer 2", "query": "query, layer 2", "decode": "decode, layer 2"}
+
+
+def die(
+    directory: Path,
+    arguments: list[str],
+    fault: Fault,
+    timeout_s: int = TIMEOUT_S,
+    network: Network | None = None,
+) -> list[Ended]:
+    options = [f"parallel.timeout_s={timeout_s}"]
+    if not any(argument.startswith("hydra.run.dir=") for argument in arguments):
+        options.append(f"hydra.run.dir={directory / 'run'}")
+    with ForkedRanks(directory, "infer.py", [*arguments, *options], WORLD_SIZE, fault, network) as ranks:
+        ended = ranks.wait(60 + timeout_s + SLACK_S)
+    late = [rank for rank, end in enumerate(ended) if end.seconds > timeout_s + SLACK_S]
+    assert not late, f"ranks {late} ended after {[end.seconds for end in ended]} s"
+    return ended
+
+
+def last_error(end: Ended) -> str:
+    """Return the one message for people."""
+    errors = [line for line in end.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, end.stderr
+    return errors[0]
+
+
+@pytest.mark.parametrize("phase", list(PLACES))
+@pytest.mark.parametrize("rank", range(WORLD_SIZE))
+def test_a_killed_rank(tmp_path: Path, ask: list[str], fault_times: FaultTimes, rank: int, phase: str) -> None:
+    ended = die(tmp_path, ask, Fault("kill", rank, phase, moment=str(tmp_path / "moment")))
+    assert ended[rank].code == -9
+    others = [other for other in range(WORLD_SIZE) if other != rank]
+    assert [ended[other].code for other in others] == [LOST] * len(others)
+    for other in others:
+        said = last_error(ended[other])
+        assert f"rank {other} cannot go on in {PLACES[phase]}. Rank {rank} " in said, said
+        assert "failed first" in said and "killed" in said and "run the same command again" in said
+        assert "Traceback" not in ended[other].stderr
+    if rank != 0:
+        record = json.loads((tmp_path / "run" / "record.json").read_text())
+        assert record["status"] == "failed" and f"Rank {rank} failed first" in record["error"]
+    fault_times.add(
+        f"rank {rank} of 4 killed at {phase}",
+        [ended[other].seconds for other in others],
+        timeout_s=TIMEOUT_S,
+        says=last_error(ended[others[-1]]),
+        codes=[ended[other].code for other in others],
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("kind", ["raise", "memory"])
+def test_a_rank_that_fails_by_itself(
+    tmp_path: Path, ask: list[str], fault_times: FaultTimes, kind: str, rank: int
+) -> None:
+    ended = die(tmp_path, ask, Fault(kind, rank, moment=str(tmp_path / "moment")))
+    why = {"raise": "ZeroDivisionError: a compressor that divides by zero", "memory": "out of memory while prefilling"}
+    own = last_error(ended[rank])
+    assert ended[rank].code == (CRASHED if kind == "raise" else FAILED)
+    assert f"rank {rank} failed in prefill, round 1 of 1, layer " in own and why[kind] in own
+    assert ("Traceback" in ended[rank].stderr) == (kind == "raise"), "a bug shows where it is"
+    others = [other for other in range(WORLD_SIZE) if other != rank]
+    for other in others:
+        said = last_error(ended[other])
+        assert ended[other].code == LOST and why[kind] in said
+        assert "failed first, in prefill, round 1 of 1, layer " in said and f"Rank {rank} (on " in said, said
+    fault_times.add(
+        f"rank {rank} of 4: {'an error in the compressor' if kind == 'raise' else 'out of memory'}",
+        [ended[other].seconds for other in others],
+        timeout_s=TIMEOUT_S,
+        says=last_error(ended[others[-1]]),
+        codes=[ended[other].code for other in others],
+    )
+
+
+def test_a_rank_that_hangs(tmp_path: Path, ask: list[str], fault_times: FaultTimes) -> None:
+    ended = die(tmp_path, ask, Fault("hang", 3, "query", moment=str(tmp_path / "moment")), SHORT_TIMEOUT_S)
+    assert [end.code for end in ended] == [LOST, LOST, LOST, STOPPED]
+    for end in ended[:3]:
+        assert "Rank 3 (on " in last_error(end) and "was still in query, layer 2. It hangs" in last_error(end)
+    assert "waited for it in vain, in query, layer 2" in last_error(ended[3])
+    fault_times.add(
+        "rank 3 of 4 hangs at query",
+        [end.seconds for end in ended],
+        timeout_s=SHORT_TIMEOUT_S,
+        says=last_error(ended[0]),
+        codes=[end.code for end in ended],
+    )
+
+
+@pytest.mark.parametrize("method", ["apb", "ring"])
+def test_a_link_that_goes_down(tmp_path: Path, ask: list[str], fault_times: FaultTimes, method: str) -> None:
+    """Two ranks on each of two nodes; the second node's link goes down at its first rank's second layer."""
+    method_arguments = [argument for argument in ask if not argument.startswith("method.")] + ["method=ring"]
+    with two_nodes() as nodes:
+        first, second = nodes.names
+        network = Network(nodes.addresses[0], (first, first, second, second))
+        fault = Fault("link", 2, "prefill", moment=str(tmp_path / "moment"))
+        ended = die(tmp_path, ask if method == "apb" else method_arguments, fault, SHORT_TIMEOUT_S, network)
+    assert [end.code for end in ended] == [LOST] * WORLD_SIZE
+    place = PLACES["prefill"] if method == "apb" else "prefill, round 1 of 1, layer "
+    for rank, end in enumerate(ended):
+        said = last_error(end)
+        assert f"rank {rank} cannot go on in {place}" in said, said
+        silent = "Ranks 2, 3 failed first" if rank < 2 else f"Rank 0 (on {nodes.addresses[0]}) failed first or cannot"
+        assert silent in said and "link to it is down" in said, said
+        assert "terminate called" not in end.stderr and "Traceback" not in end.stderr
+    fault_times.add(
+        f"the link between 2 nodes x 2 ranks goes down at prefill (method={method})",
+        [end.seconds for end in ended],
+        timeout_s=SHORT_TIMEOUT_S,
+        says=last_error(ended[0]),
+        codes=[end.code for end in ended],
+    )
+
+
+def test_a_sweep_that_loses_a_rank_closes_with_its_table(tmp_path: Path, ask: list[str]) -> None:
+    """The jobs that went well are in it, and the one that did not."""
+    sweep = ["-m", "method.compressor=window,query", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    fault = Fault("memory", 1, compressor="query", moment=str(tmp_path / "moment"))
+    ended = die(tmp_path, [*ask, *sweep], fault)
+    assert [end.code for end in ended] == [LOST, FAILED, LOST, LOST]
+    table = ended[0].stdout[ended[0].stdout.index(" job ") :]
+    rows = [line.split() for line in table.splitlines() if line.split()[:1] and line.split()[0] in "01"]
+    assert [(row[1], row[-1]) for row in rows] == [("window", "ok"), ("query", "failed")], table
+    assert "Job 1 (method.compressor=query) failed:" in table and "out of memory" in table
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for Hydra's own files, and for no record."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    run_as_root("mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder))
+    try:
+        yield folder
+    finally:
+        run_as_root("umount", str(folder))
+
+
+def test_a_full_disk_at_the_record(full_disk: Path, tmp_path: Path, ask: list[str], fault_times: FaultTimes) -> None:
+    """The answer is told, the run fails on every rank, and nothing is written by half."""
+    fault = Fault("fill", 0, "decode", moment=str(tmp_path / "moment"), folder=str(full_disk))
+    ended = die(tmp_path, [*ask, f"hydra.run.dir={full_disk / 'run'}"], fault)
+    assert [end.code for end in ended] == [FAILED] * WORLD_SIZE
+    assert "Answer: " in ended[0].stdout and "Record: " not in ended[0].stdout
+    said = last_error(ended[0])
+    assert "record.json cannot be written (No space left on device); make room" in said
+    assert sorted(path.name for path in (full_disk / "run").iterdir()) == [".hydra"]
+    fault_times.add(
+        "the disk is full at the record",
+        [end.seconds for end in ended],
+        timeout_s=TIMEOUT_S,
+        says=said,
+        codes=[end.code for end in ended],
+    )

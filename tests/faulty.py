@@ -1,0 +1,121 @@
+"""A launch script in which something goes wrong at a place of choice: ``deepspeed tests/faulty.py infer.py ...``.
+
+What goes wrong is in the environment variable `VARIABLE`, as JSON; see `Fault`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIABLE = "APB_TEST_FAULT"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong.
+
+    Attributes
+    ----------
+    kind : "kill" (SIGKILL), "hang", "memory" (runs out), "raise" (in the compressor), "link" (goes down; needs root),
+        "fill" (the disk of a folder)
+    rank : where
+    phase, layer : at the entry of which attention, the first time; a "raise" is always in a prefill's
+    compressor : only with this one
+    moment : a file whose content says when it happened, seconds since the epoch
+    folder : for "fill"
+    """
+
+    kind: str
+    rank: int
+    phase: str = "prefill"
+    layer: int = 1
+    compressor: str = ""
+    moment: str = ""
+    folder: str = ""
+
+    def as_variable(self) -> dict[str, str]:
+        return {VARIABLE: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_environment(cls) -> Fault | None:
+        text = os.environ.get(VARIABLE)
+        return cls(**json.loads(text)) if text else None
+
+
+def install(fault: Fault) -> None:
+    """Have it go wrong in this process, if it is the one."""
+    if int(os.environ.get("RANK", "0")) != fault.rank:
+        return
+    if fault.kind == "raise":
+        from apb_ds.compressors import base
+
+        mock.patch.object(base.Compressor, "compress", lambda *_: _happen(fault)).start()
+        return
+    from apb_ds.attention import APBAttention
+
+    forward = APBAttention.forward
+    happened: list[bool] = []
+
+    def faulty_forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        from apb_ds.parallel import place
+
+        is_here = options["phase"].value == fault.phase and options["layer_idx"] == fault.layer
+        if is_here and fault.compressor in ("", self.config.compressor) and not happened:
+            happened.append(True)
+            state = options.get("state")
+            rounds = (None, None) if state is None else (state.round_index, len(state.plan.rounds))
+            place.enter(place.Place(fault.phase, *rounds, fault.layer))
+            _happen(fault)
+        return forward(self, *arguments, **options)
+
+    mock.patch.object(APBAttention, "forward", faulty_forward).start()
+
+
+def _happen(fault: Fault) -> None:
+    if fault.moment:
+        Path(fault.moment).write_text(str(time.time()))
+    if fault.kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.kind == "hang":
+        time.sleep(3600)
+    elif fault.kind == "memory":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    elif fault.kind == "raise":
+        raise ZeroDivisionError("a compressor that divides by zero")
+    elif fault.kind == "link":
+        subprocess.run(["ip", "link", "set", "eth0", "down"], check=False)
+    elif fault.kind == "fill":
+        with contextlib.suppress(OSError), open(Path(fault.folder) / "filler", "wb", buffering=0) as filler:
+            while True:
+                filler.write(b"-" * 4096)
+
+
+def run_script(name: str, arguments: list[str]) -> None:
+    """Run launch/<name> with the arguments, as the main module."""
+    fault = Fault.from_environment()
+    sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
+    sys.argv = [name, *arguments]
+    if fault is not None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        install(fault)
+    runpy.run_path(str(ROOT / "launch" / name), run_name="__main__")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    given = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    run_script(given[0], given[1:])

@@ -1,0 +1,135 @@
+"""How a rank of a launcher ends: on a signal that its main thread cannot handle, and when the launcher is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+END_S = 30
+RANK = {"RANK": "1", "WORLD_SIZE": "2", "PYTHONPATH": f"{ROOT}:{ROOT / 'launch'}"}
+# The C function, a lock taken twice, holds the main thread where Python handles no signal, as a collective does.
+WAITS = {
+    "in Python": "import time\nwhile True: time.sleep(0.01)",
+    "in C": (
+        "import ctypes\nlibrary, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)\n"
+        "for _ in range(2): library.pthread_mutex_lock(mutex)"
+    ),
+}
+SCRIPT = """
+import ending
+ending.MAIN_THREAD_S = 1.0
+watch = ending.Watch()
+kept = []
+with watch:
+    print("ready", flush=True)
+    try:
+        {wait}
+    except ending.Stopped as error:
+        ending.GivingUp(watch, lambda why: print("kept", why, flush=True)).on(error)
+"""
+
+
+def script(wait: str) -> list[str]:
+    return [sys.executable, "-c", SCRIPT.format(wait=WAITS[wait].replace("\n", "\n        "))]
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        command, env=os.environ | RANK | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("wait", list(WAITS))
+def test_sigterm(wait: str) -> None:
+    process = start(script(wait))
+    process.terminate()
+    stdout, stderr = process.communicate(timeout=END_S)
+    assert process.returncode == 143
+    assert stderr.count("Error: ") == 1 and "it got SIGTERM" in stderr and "Traceback" not in stderr
+    if wait == "in Python":
+        assert stdout.startswith("kept it got SIGTERM"), "the main thread ends by itself"
+
+
+@pytest.mark.parametrize("wait", list(WAITS))
+def test_a_launcher_that_was_killed(wait: str, tmp_path: Path) -> None:
+    """Its children are nobody's then; each notices."""
+    said = tmp_path / "said"
+    launcher = (
+        "import subprocess, sys, time\n"
+        f"said = open({str(said)!r}, 'w')\n"
+        f"rank = subprocess.Popen({script(wait)!r}, stdout=subprocess.PIPE, stderr=said, text=True)\n"
+        "rank.stdout.readline()\n"
+        "print('ready', flush=True)\n"
+        "print(rank.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    process = start([sys.executable, "-c", launcher])
+    assert process.stdout is not None
+    rank = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + END_S
+    while Path(f"/proc/{rank}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if Path(f"/proc/{rank}").exists():
+        os.kill(rank, signal.SIGKILL)
+        pytest.fail("the rank lives on")
+    assert f"its launcher (process {process.pid}) has ended" in said.read_text()
+
+
+def test_without_a_launcher_nothing_is_watched() -> None:
+    code = (
+        "import signal, threading, ending\n"
+        "with ending.Watch():\n"
+        "    print('ready', threading.active_count(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | RANK | {"WORLD_SIZE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=END_S,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "ready 1 True\n"), done.stderr
+
+
+def test_signals_are_as_before_afterwards() -> None:
+    code = (
+        "import signal, ending\n"
+        "with ending.Watch():\n"
+        "    inside = signal.getsignal(signal.SIGTERM)\n"
+        "print('ready', inside == signal.SIG_DFL, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | RANK, capture_output=True, text=True, timeout=END_S, check=False
+    )
+    assert done.stdout == "ready False True\n", done.stderr
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    code = (
+        "import ending\n"
+        "print('ready', flush=True)\n"
+        "with ending.Watch() as watch:\n"
+        "    try:\n"
+        "        while True: print('words', flush=True)\n"
+        "    except BrokenPipeError as error:\n"
+        "        ending.GivingUp(watch, None).on(error)\n"
+    )
+    for world_size in ("1", "2"):
+        process = start([sys.executable, "-c", code], WORLD_SIZE=world_size)
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(END_S) == 141
+        assert said == "Error: who read its output has ended (a closed pipe).\n"
