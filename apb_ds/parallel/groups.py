@@ -175,7 +175,8 @@ class SequenceGroup:
             return len(set(self.gather_objects(digest))) == 1
         mine = torch.tensor(list(digest), dtype=torch.uint8).to(device)
         everyone = mine.new_empty(self.world_size * len(digest))
-        _comm().all_gather_into_tensor(everyone, mine, group=self.process_group)
+        with lost_ranks_named():
+            _comm().all_gather_into_tensor(everyone, mine, group=self.process_group)
         return bool((everyone.view(self.world_size, -1) == mine).all())
 
     def barrier(self) -> None:
