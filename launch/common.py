@@ -220,7 +220,7 @@ def quiet_imports() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for handler in logging.getLogger("DeepSpeed").handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
+            handler.stream = sys.stderr  # not setStream, which flushes the one before: that may be closed
 
 
 def _in_order(arguments: list[str]) -> list[str]:

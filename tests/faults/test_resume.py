@@ -17,7 +17,8 @@ from tests.forked_ranks import ForkedRanks
 pytestmark = pytest.mark.faults
 
 NUM_KILLS = 20
-NUM_QUESTIONS = 60
+NUM_QUESTIONS = 60  # more than can be answered between the kills
+NUM_SAMPLES = 180  # these are quicker
 WORLD_SIZE = 2
 END_S = 120
 START_S = 4.0  # about what the ranks take until the first answer, and a bit
@@ -38,6 +39,7 @@ class Work:
     arguments: list[str]
     outputs: list[Path]
     journal: Path
+    num_questions: int
 
 
 def batch_work(directory: Path, checkpoint: Path) -> Work:
@@ -50,20 +52,21 @@ def batch_work(directory: Path, checkpoint: Path) -> Work:
     (directory / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = [f"task.input={directory / 'questions.jsonl'}", "task=batch", "task.max_new_tokens=6"]
     outputs = [directory / "questions.answers.jsonl", directory / "questions.answers.jsonl.settings.json"]
-    return Work("infer.py", arguments, outputs, directory / "journal")
+    return Work("infer.py", arguments, outputs, directory / "journal", NUM_QUESTIONS)
 
 
 def evaluation_work(directory: Path, checkpoint: Path) -> Work:
     directory.mkdir(parents=True)
     arguments = [
         *("task=passkey_grid", "task.num_tokens=[800,1200]", "task.depth=[0.1,0.5,0.9]", "task.max_new_tokens=6"),
-        *(f"task.num_samples={NUM_QUESTIONS // 6}", f"eval.output={directory / 'results'}"),
+        *(f"task.num_samples={NUM_SAMPLES // 6}", f"eval.output={directory / 'results'}"),
     ]
     return Work(
         "eval.py",
         arguments,
         [directory / "results" / "samples.jsonl", directory / "results" / "summary.json"],
         directory / "journal",
+        NUM_SAMPLES,
     )
 
 
@@ -124,7 +127,7 @@ def test_killed_twenty_times(tmp_path: Path, checkpoint: Path, fault_times: Faul
         now = _answered(work)
         assert now >= seen, "an answer was lost"
         seen = now
-    assert kills == NUM_KILLS, f"{NUM_QUESTIONS} questions were answered after {kills} kills"
+    assert kills == NUM_KILLS, f"{work.num_questions} questions were answered after {kills} kills"
     with start(work, checkpoint, tmp_path / "ranks") as ranks:
         ended = ranks.wait(END_S)
     assert [end.code for end in ended] == [0] * WORLD_SIZE, ended[0].stderr
@@ -134,7 +137,9 @@ def test_killed_twenty_times(tmp_path: Path, checkpoint: Path, fault_times: Faul
         ]
     journal = work.journal.read_text().splitlines()
     assert len(journal) == len(set(journal)), "a question was answered twice"
-    assert len(journal) >= NUM_QUESTIONS - kills, "the journal is written after the answer: a kill may come between"
+    assert len(journal) >= work.num_questions - kills, (
+        "the journal is written after the answer: a kill may come between"
+    )
     left = [path.name for path in work.outputs[0].parent.iterdir() if path.name.startswith(".")]
     assert left == [], "files that a killed run had begun"
     fault_times.add(
