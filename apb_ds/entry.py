@@ -64,6 +64,7 @@ def init_inference(
         raise ValueError("model is an inference engine already; use apb_ds.attach(engine, config).")
     if group is None and mpu is None and not torch.distributed.is_initialized():
         _check_served(model, config, launched_world_size())  # before the ranks meet
+        retaining_heads = heads_for(model, config, retaining_heads)
     if group is None:
         group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s or DEFAULT_TIMEOUT_S)
     if timeout_s is not None:

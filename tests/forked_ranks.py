@@ -21,6 +21,7 @@ from tests.faulty import Fault
 from tests.pool import PRELOADED, cpu_environment
 
 CLONE_NEWNET = 0x40000000
+AFTER_RESULT_S = 0.4
 LAUNCHER = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "TORCHELASTIC_RUN_ID", faulty.VARIABLE)
 
 
@@ -161,7 +162,7 @@ def _serve(
 
 
 def _keep_journal(path: Path) -> None:
-    """Have each result that is on the disk leave a line with its id behind."""
+    """Have each result that is on the disk leave a line with its id behind, and some time for kills."""
     from apb_ds.report.answers import AnswerFile
 
     append = AnswerFile.append
@@ -170,6 +171,7 @@ def _keep_journal(path: Path) -> None:
         append(self, index, result)
         with path.open("a") as stream:
             stream.write(f"{index}\n")
+        time.sleep(AFTER_RESULT_S)  # on a fast machine too, a run that is killed has a few results and not all of them
 
     mock.patch.object(AnswerFile, "append", append_and_note).start()
 

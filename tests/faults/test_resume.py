@@ -18,10 +18,10 @@ pytestmark = pytest.mark.faults
 
 NUM_KILLS = 20
 NUM_QUESTIONS = 60  # more than can be answered between the kills
-NUM_SAMPLES = 180  # these are quicker
+NUM_SAMPLES = 60
 WORLD_SIZE = 2
 END_S = 120
-START_S = 4.0  # about what the ranks take until the first answer, and a bit
+START_S = 2.5  # about what the ranks take until the first answer, and a bit
 TIMINGS = ("query_s", "decode_s", "prefill_s", "seconds")
 
 

@@ -13,17 +13,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 END_S = 30
+ARRIVES_S = 0.5  # from saying so until it waits
 RANK = {"RANK": "1", "WORLD_SIZE": "2", "PYTHONPATH": f"{ROOT}:{ROOT / 'launch'}"}
 # The C function, a lock taken twice, holds the main thread where Python handles no signal, as a collective does.
 WAITS = {
     "in Python": "import time\nwhile True: time.sleep(0.01)",
-    "in C": (
-        "import ctypes\nlibrary, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)\n"
-        "for _ in range(2): library.pthread_mutex_lock(mutex)"
-    ),
+    "in C": ("for _ in range(2): library.pthread_mutex_lock(mutex)"),
 }
 SCRIPT = """
+import ctypes
 import ending
+library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
 ending.MAIN_THREAD_S = 1.0
 watch = ending.Watch()
 kept = []
@@ -51,9 +51,10 @@ def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("wait", list(WAITS))
 def test_sigterm(wait: str) -> None:
     process = start(script(wait))
+    time.sleep(ARRIVES_S)
     process.terminate()
     stdout, stderr = process.communicate(timeout=END_S)
-    assert process.returncode == 143
+    assert process.returncode == 143, stderr
     assert stderr.count("Error: ") == 1 and "it got SIGTERM" in stderr and "Traceback" not in stderr
     if wait == "in Python":
         assert stdout.startswith("kept it got SIGTERM"), "the main thread ends by itself"
