@@ -96,12 +96,17 @@ def _as_rank(rank: int, world_size: int) -> Iterator[None]:
     """Set what a launcher sets; put streams, logging and signals that the script changes back."""
     import logging
     import signal
+    import weakref
 
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     values = {name: str(value) for name, value in place.items()} if world_size > 1 else {}
     level, handlers = logging.getLogger().level, list(logging.getLogger().handlers)
     stdout, stderr, handler = sys.stdout, sys.stderr, signal.getsignal(signal.SIGTERM)
-    with mock.patch.dict(os.environ, {**values, "HF_HUB_OFFLINE": "1"}):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, {**values, "HF_HUB_OFFLINE": "1"}))
+        # Hydra closes all handlers that there are, and absl's (ROUGE brings it along) then closes its stream: pytest's.
+        stack.enter_context(mock.patch.object(logging, "_handlerList", []))
+        stack.enter_context(mock.patch.object(logging, "_handlers", weakref.WeakValueDictionary()))
         try:
             yield
         finally:

@@ -23,9 +23,8 @@ from apb_ds.hf import captured_projections, check_projections, projection_module
 from apb_ds.loading.heads import head_sizes
 from apb_ds.session import read_settings
 from tests.heads import HIDDEN, random_checkpoint, save_heads
-from tests.launch_in_process import Ended, run_infer
+from tests.launch_in_process import run_infer
 from tests.models import build_model, distinct_ids, request_ids
-from tests.pool import Pools
 from tests.reference import run_reference
 from tests.reference_scores import retaining_heads
 from tests.tiny_checkpoint import save_checkpoint
@@ -490,20 +489,17 @@ def test_settings_that_cannot_be(method: dict[str, Any], model: dict[str, Any], 
     assert part in str(caught.value)
 
 
-def test_a_sweep_with_and_without_heads(pool: Pools, tmp_path: Path) -> None:
-    def run(*arguments: str) -> Ended:
-        return pool(1).run(run_infer, [*arguments, *common], timeout=120)[0]
-
+def test_a_sweep_with_and_without_heads(tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "model")
     heads = save_heads(tmp_path / "heads.pt", random_checkpoint(_loaded(model)))
     common = [f"model.path={model}", "model.device=cpu", "task.num_tokens=300", "task.max_new_tokens=2"]
     common += ["method.hosts=4", f"hydra.sweep.dir={tmp_path}/sweep", f"hydra.run.dir={tmp_path}/run"]
     compressors = "method.compressor=retaining_heads,window,retaining_heads"
-    ended = run("-m", compressors, f"model.retaining_heads={heads}")
+    ended = run_infer(0, 1, ["-m", compressors, f"model.retaining_heads={heads}", *common])
     assert (ended.code, ended.errors) == (0, [None, None, None]), ended.stderr
-    ended = run("method.compressor=retaining_heads")
+    ended = run_infer(0, 1, ["method.compressor=retaining_heads", *common])
     assert ended.code == 2 and "needs trained heads" in ended.stderr
-    ended = run("method.compressor=retaining_heads", f"method.retaining_heads={tmp_path}/x.pt")
+    ended = run_infer(0, 1, ["method.compressor=retaining_heads", f"method.retaining_heads={tmp_path}/x.pt", *common])
     assert ended.code == 2 and "x.pt" in ended.stderr and "no such file" in ended.stderr
 
 
