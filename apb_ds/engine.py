@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,7 +14,8 @@ from deepspeed.inference.engine import InferenceEngine
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apb_ds.agreement import agree, describe_ids
+from apb_ds.agreement import agree
+from apb_ds.asked import AskedPrefill, Asking
 from apb_ds.attention import APBAttention, Phase
 from apb_ds.cache import ShardedCache
 from apb_ds.compressors.base import RETAINING_HEADS
@@ -26,26 +25,18 @@ from apb_ds.context import Context
 from apb_ds.generation import (
     LockstepDecoder,
     RequestStats,
-    check_generate_arguments,
-    count_new_tokens,
     with_stop_strings,
 )
-from apb_ds.hf import (
-    apb_attention,
-    check_positions,
-    check_reach,
-    check_supported,
-    geometry_of,
-)
-from apb_ds.inputs import check_ids, split_query
+from apb_ds.hf import apb_attention
 from apb_ds.linears import onednn_linears
 from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.methods.state import PrefillState
 from apb_ds.ops.memory import explain_out_of_memory
 from apb_ds.parallel import place
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.plan import Plan, check_ranks, plan_request
+from apb_ds.plan import Plan, check_ranks
 from apb_ds.rounds import run_round
+from apb_ds.support import check_supported, geometry_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,27 +44,6 @@ Progress = Callable[[int, int], None]
 
 # DeepSpeed counts prompt and new tokens against this; its own default of 1024 is no limit of ours.
 NO_TOKEN_LIMIT = 2**31
-SHOWN_KEY = 12  # characters of a context's key
-
-
-@dataclass(frozen=True)
-class _Prefill:
-    """A prefill whose input has been checked."""
-
-    document_ids: Tensor
-    query_ids: Tensor | None
-    plan: Plan
-    max_positions: int
-
-
-@dataclass(frozen=True)
-class _Query:
-    """A query whose input has been checked; `prefill` is of a document that has no context yet."""
-
-    ids: Tensor
-    num_new: int
-    arguments: dict[str, Any]
-    prefill: _Prefill | None = None
 
 
 class APBEngine(InferenceEngine):
@@ -147,6 +117,10 @@ class APBEngine(InferenceEngine):
         """Names of the kernels in use, for ``prefill`` and ``decode``."""
         return self.attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim).names
 
+    @property
+    def _asking(self) -> Asking:
+        return Asking(self.module, self.apb_config, self.attention, self.group)
+
     @torch.no_grad()
     def prefill(
         self,
@@ -183,35 +157,13 @@ class APBEngine(InferenceEngine):
         asked, key = agree(
             self.group,
             "prefill",
-            lambda: self._check_prefill(document_ids, query_ids, max_positions),
-            self._prefill_facts,
+            lambda: self._asking.prefill(document_ids, query_ids, max_positions),
+            self._asking.prefill_facts,
             self.device,
         )
         return self._run_prefill(asked, key, progress)
 
-    def _check_prefill(self, document_ids: Tensor, query_ids: Tensor | None, max_positions: int | None) -> _Prefill:
-        document_ids = check_ids(self.module, "document_ids", document_ids)
-        num_query = 0
-        if query_ids is not None:
-            query_ids = check_ids(self.module, "query_ids", query_ids)
-            num_query = query_ids.shape[1]
-        num_tokens = document_ids.shape[1]
-        plan = plan_request(self.apb_config, num_tokens, num_query, self.group.world_size)
-        if self.attention.needs_query and num_query == 0 and not plan.exact:
-            raise ValueError(
-                f"compressor={self.apb_config.compressor!r} needs query_ids at prefill; it scores with them."
-            )
-        max_positions = max(max_positions or 0, num_tokens + num_query)
-        check_positions(self.module, max_positions)
-        return _Prefill(document_ids, query_ids, plan, max_positions)
-
-    def _prefill_facts(self, asked: _Prefill) -> dict[str, Any]:
-        """Return what the ranks must have in common before a prefill."""
-        settings = {f"method.{name}": value for name, value in asdict(self.apb_config).items()}
-        ids = {"document_ids": describe_ids(asked.document_ids), "query_ids": describe_ids(asked.query_ids)}
-        return {**settings, **ids, "max_positions": asked.max_positions}
-
-    def _run_prefill(self, asked: _Prefill, key: str, progress: Progress | None) -> Context:
+    def _run_prefill(self, asked: AskedPrefill, key: str, progress: Progress | None) -> Context:
         document_ids, query_ids, plan = asked.document_ids, asked.query_ids, asked.plan
         num_tokens, max_positions = document_ids.shape[1], asked.max_positions
         self._say_if_exact(plan.exact, num_tokens)
@@ -296,12 +248,12 @@ class APBEngine(InferenceEngine):
         asked, key = agree(
             self.group,
             "generate",
-            lambda: self._check_generate(
+            lambda: self._asking.generate(
                 {**given, "input_ids": input_ids, "query_length": query_length, "append": append},
                 max_new_tokens,
                 generate_arguments,
             ),
-            lambda checked: {**self._query_facts(checked, context), "append": append},
+            lambda checked: {**self._asking.query_facts(checked, context), "append": append},
             self.device,
         )
         if asked.prefill is not None:
@@ -311,44 +263,6 @@ class APBEngine(InferenceEngine):
         tokens = self._decode(context, asked.ids, asked.num_new, append, asked.arguments)
         self.stats.prefill_s = prefill_s
         return tokens if input_ids is None else torch.cat([input_ids.to(tokens.device), tokens], dim=-1)
-
-    def _check_generate(
-        self, given: dict[str, Any], max_new_tokens: int | None, generate_arguments: dict[str, Any]
-    ) -> _Query:
-        """Return what `generate` is asked; `given` are its arguments that say which document and query."""
-        document_ids, query_ids, context = given["document_ids"], given["query_ids"], given["context"]
-        if given["input_ids"] is not None:
-            if document_ids is not None or query_ids is not None or context is not None:
-                raise ValueError("input_ids holds document and query; give it alone, with query_length.")
-            document_ids, query_ids = split_query(self.module, given["input_ids"], given["query_length"])
-        elif given["query_length"] is not None:
-            raise ValueError("query_length belongs to input_ids, which is missing.")
-        if query_ids is None:
-            raise ValueError("query_ids is missing: the tokens after the document, at least one.")
-        if (context is None) == (document_ids is None):
-            raise ValueError("give document_ids, or context=engine.prefill(document_ids), and not both.")
-        if given["append"] and context is None:
-            raise ValueError("append=True keeps the turn in a context; pass context=engine.prefill(...).")
-        arguments = check_generate_arguments(self.module, generate_arguments)
-        query_ids = check_ids(self.module, "query_ids", query_ids)
-        if context is None:
-            known = check_ids(self.module, "document_ids", document_ids).shape[1] + query_ids.shape[1]
-            num_new = count_new_tokens(self.module, max_new_tokens, arguments, known)
-            prefill = self._check_prefill(document_ids, query_ids, known + num_new)
-            return _Query(query_ids, num_new, arguments, prefill)
-        self._check_context(context)
-        known = context.num_tokens + query_ids.shape[1]
-        num_new = count_new_tokens(self.module, max_new_tokens, arguments, known)
-        check_reach(self.module, context.max_positions, known + num_new)
-        return _Query(query_ids, num_new, arguments)
-
-    def _query_facts(self, asked: _Query, context: Context | None) -> dict[str, Any]:
-        """Return what the ranks must have in common before a query. How tokens are drawn is the first rank's affair."""
-        if asked.prefill is not None:
-            return {**self._prefill_facts(asked.prefill), "max_new_tokens": asked.num_new}
-        assert context is not None
-        of_context = {"prefill": context.key[:SHOWN_KEY], "tokens": context.num_tokens}
-        return {"query_ids": describe_ids(asked.ids), "max_new_tokens": asked.num_new, "context": of_context}
 
     @torch.no_grad()
     def query_logits(self, query_ids: Tensor, *, context: Context) -> Tensor:
@@ -363,14 +277,14 @@ class APBEngine(InferenceEngine):
         (1, q, vocab), float32, the same on every rank
         """
 
-        def check() -> _Query:
-            ids = check_ids(self.module, "query_ids", query_ids)
-            self._check_context(context)
-            check_reach(self.module, context.max_positions, context.num_tokens + ids.shape[1])
-            return _Query(ids, 0, {})
-
-        facts = functools.partial(self._query_facts, context=context)
-        query_ids = agree(self.group, "query_logits", check, facts, self.device)[0].ids
+        asked, _ = agree(
+            self.group,
+            "query_logits",
+            lambda: self._asking.logits(query_ids, context),
+            lambda checked: self._asking.query_facts(checked, context),
+            self.device,
+        )
+        query_ids = asked.ids
         num_query = query_ids.shape[1]
         cached = context.num_cached
         fed = torch.cat([context.token_ids[:, cached:], query_ids], dim=-1)
@@ -436,10 +350,6 @@ class APBEngine(InferenceEngine):
         if append:
             context.token_ids = everything
         return everything[:, prompt.shape[1] :]
-
-    def _check_context(self, context: Context) -> None:
-        if context.model is not self.module or context.group != self.group:
-            raise ValueError("context belongs to another engine: its keys and values are another model's or group's.")
 
     def _say_if_exact(self, exact: bool, num_tokens: int) -> None:
         if exact and not self.apb_config.is_exact_method and not self._said_exact and self.group.is_first:

@@ -7,8 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apb_ds.attention import APBAttention, Phase
-from apb_ds.hf import PrefillComplete, geometry_of
+from apb_ds.hf import PrefillComplete
 from apb_ds.methods.state import PrefillState
+from apb_ds.support import geometry_of
 
 
 def run_round(

@@ -1,0 +1,104 @@
+"""Rotary frequencies that stay the same for a whole request, where a model picks them by the positions of a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from apb_ds.support import check_positions
+
+# Rotary embeddings that pick their frequencies from the largest position of each forward.
+POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@contextmanager
+def fixed_rotary_frequencies(model: PreTrainedModel, max_positions: int) -> Iterator[None]:
+    """Make rotary modules choose their frequencies for position ``max_positions - 1``, whatever a forward holds.
+
+    Only for scalings that depend on the positions of a forward; on leaving, the modules are as they were.
+    """
+    rotary = [module for module in model.modules() if is_position_dependent_rope(module)]
+    with ExitStack() as stack:
+        for module in rotary:
+            stack.callback(_restore_rotary, module, _rotary_state(module))
+            _reset_rotary(module)
+            stack.callback(module.register_forward_pre_hook(_appender(max_positions - 1), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(_drop_last_position).remove)
+        yield
+
+
+def is_position_dependent_rope(module: nn.Module) -> bool:
+    """Whether the module is a rotary embedding whose frequencies depend on the positions of a forward."""
+    return hasattr(module, "inv_freq") and getattr(module, "rope_type", None) in POSITION_DEPENDENT_ROPE
+
+
+def _rotary_state(module: Any) -> tuple[Tensor, dict[str, Any]]:
+    kept = {
+        name: getattr(module, name) for name in ("max_seq_len_cached", "attention_scaling") if hasattr(module, name)
+    }
+    return module.inv_freq.clone(), kept
+
+
+def _restore_rotary(module: Any, before: tuple[Tensor, dict[str, Any]]) -> None:
+    inv_freq, kept = before
+    module.inv_freq = inv_freq
+    for name, value in kept.items():
+        setattr(module, name, value)
+
+
+def _reset_rotary(module: Any) -> None:
+    """Forget a growth that an earlier, longer forward left behind."""
+    if hasattr(module, "original_inv_freq") and hasattr(module, "original_max_seq_len"):
+        module.inv_freq = module.original_inv_freq.clone()
+        module.max_seq_len_cached = module.original_max_seq_len
+
+
+def _appender(position: int) -> Any:
+    def append(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden, *rest = args
+        position_ids = kwargs.pop("position_ids", None)
+        if position_ids is None:
+            position_ids, *rest = rest
+        extended = torch.cat([position_ids, position_ids.new_full((*position_ids.shape[:-1], 1), position)], dim=-1)
+        return (hidden, extended, *rest), kwargs
+
+    return append
+
+
+def _drop_last_position(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    cos, sin = output
+    return cos[..., :-1, :], sin[..., :-1, :]
+
+
+def check_reach(model: PreTrainedModel, max_positions: int, num_positions: int) -> None:
+    """Refuse a turn that needs other rotary frequencies than its context was prefilled with.
+
+    Parameters
+    ----------
+    max_positions : positions that the context's frequencies were chosen for
+    num_positions : positions that the turn needs, the document's included
+    """
+    check_positions(model, num_positions)
+    rotary = [module for module in model.modules() if is_position_dependent_rope(module)]
+    rotary = [module for module in rotary if _frequencies_differ(module, max_positions, num_positions)]
+    if num_positions > max_positions and rotary:
+        raise ValueError(
+            f"this turn needs {num_positions} positions; the context was prefilled for {max_positions}, and the "
+            f"model's rotary frequencies ({rotary[0].rope_type}) depend on that. "
+            f"Use prefill(..., max_positions={num_positions}) or more."
+        )
+
+
+def _frequencies_differ(module: Any, max_positions: int, num_positions: int) -> bool:
+    """Whether a rotary module chooses other frequencies for `num_positions` than for `max_positions`."""
+    if module.rope_type == "longrope":
+        switch = module.config.rope_parameters["original_max_position_embeddings"]
+        return (max_positions > switch) != (num_positions > switch)
+    return max(max_positions, num_positions) > module.original_max_seq_len
