@@ -35,30 +35,31 @@ Load it merged into the base model's weights: `python launch/eval.py model.adapt
 """
 
 
+def facts_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what the card of any training says, from its record."""
+    train, versions, hardware = record["settings"]["train"], record["versions"], record["hardware"]
+    return {
+        "base": record["settings"]["model"]["path"],
+        "steps": record["steps"],
+        "tokens": train["tokens_per_step"],
+        "ranks": record["ranks"],
+        "shortest": train["min_length"],
+        "longest": train["max_length"],
+        "dtype": record["model"]["dtype"],
+        "rate": train["learning_rate"],
+        "warmup": train["warmup_steps"],
+        "clip": train["clip"],
+        "seed": record["settings"]["seed"],
+        "seconds": record["seconds"],
+        "done": record["steps"] - record["resumed_after"],
+        "hardware": hardware.get("gpu") or hardware["cpu"],
+        **{name: versions[name] for name in ("torch", "transformers", "deepspeed")},
+        "commit": record["git"]["commit"],
+    }
+
+
 def write_card(directory: Path, record: dict[str, Any]) -> None:
     """Write ``README.md`` into an adapter's directory, from the record of its training."""
-    train, versions, hardware = record["settings"]["train"], record["versions"], record["hardware"]
-    text = CARD.format(
-        base=record["settings"]["model"]["path"],
-        steps=record["steps"],
-        tokens=train["tokens_per_step"],
-        ranks=record["ranks"],
-        shortest=train["min_length"],
-        longest=train["max_length"],
-        dtype=record["model"]["dtype"],
-        rank=train["lora_rank"],
-        alpha=train["lora_alpha"],
-        rate=train["learning_rate"],
-        warmup=train["warmup_steps"],
-        clip=train["clip"],
-        seed=record["settings"]["seed"],
-        loss=record["last_loss"],
-        seconds=record["seconds"],
-        done=record["steps"] - record["resumed_after"],
-        hardware=hardware.get("gpu") or hardware["cpu"],
-        torch=versions["torch"],
-        transformers=versions["transformers"],
-        deepspeed=versions["deepspeed"],
-        commit=record["git"]["commit"],
-    )
-    (directory / "README.md").write_text(text, encoding="utf-8")
+    train = record["settings"]["train"]
+    own = {"rank": train["lora_rank"], "alpha": train["lora_alpha"], "loss": record["last_loss"]}
+    (directory / "README.md").write_text(CARD.format(**facts_of(record), **own), encoding="utf-8")

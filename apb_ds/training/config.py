@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 from apb_ds.config import check_bool, check_choice, check_integer
 
 
 @dataclass(frozen=True)
-class InstrumentConfig:
-    """Training of an evaluation instrument: a LoRA that teaches a small model to find things in long documents.
+class TrainingConfig:
+    """What all trainings have in common.
 
     Parameters
     ----------
     output : str
-        Directory of the adapter, its card, the log and the checkpoints. A run that was stopped goes on there.
+        Directory of what is trained, its card, the log and the checkpoints. A run that was stopped goes on there.
     overwrite : bool
         Start anew, whatever is there.
     steps : int
         Optimiser steps.
     tokens_per_step : int, tokens
-        Of each rank, padding included.
+        Of each rank, padding included; one conversation at least.
     min_length, max_length : int, tokens
         Of a conversation: document, questions and answers.
     growth : float
         Share of the steps over which the longest conversation grows to `max_length`, from 0 to 1.
     mixture : list of dict
         What documents are made of, see `apb_ds.training.mixture`.
-    lora_rank, lora_alpha : int
-        LoRA (arXiv 2106.09685) on all linear layers.
     learning_rate, warmup_steps, weight_decay : float, int, float
-        AdamW with a linear warm-up, then a cosine to zero.
+        AdamW's; the rate rises linearly and then falls to zero.
     clip : float
-        Norm that gradients are clipped to.
+        What gradients are clipped to.
     checkpoint_every, log_every : int, steps
     workers : int or None
-        Processes of each rank that make documents. Default: as many as there are cores to spare, at most 8.
+        Processes of each rank that make conversations. Default: as many as there are cores to spare, at most 8.
 
     Raises
     ------
@@ -53,8 +52,6 @@ class InstrumentConfig:
     max_length: int = 7900
     growth: float = 0.5
     mixture: list[dict[str, Any]] = field(default_factory=list)
-    lora_rank: int = 16
-    lora_alpha: int = 32
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     weight_decay: float = 0.0
@@ -67,30 +64,65 @@ class InstrumentConfig:
         if not isinstance(self.output, str) or not self.output:
             raise ValueError(f"train.output={self.output!r} must be the name of a directory.")
         check_bool("train.overwrite", self.overwrite)
-        for name in ("steps", "tokens_per_step", "lora_rank", "lora_alpha", "checkpoint_every", "log_every"):
-            check_integer(f"train.{name}", getattr(self, name), 1)
+        self._check_counts("steps", "tokens_per_step", "checkpoint_every", "log_every")
         check_integer("train.min_length", self.min_length, 256)
         check_integer("train.max_length", self.max_length, self.min_length)
         check_integer("train.warmup_steps", self.warmup_steps, 0)
-        if self.workers is not None:
-            check_integer("train.workers", self.workers, 0)
-        for name, positive in (("learning_rate", True), ("clip", True), ("weight_decay", False)):
-            value = getattr(self, name)
-            if not _is_number(value) or value < 0 or (positive and value == 0):
-                raise ValueError(f"train.{name}={value!r} must be a number {'above' if positive else 'of at least'} 0.")
-        if not _is_number(self.growth) or not 0 <= self.growth <= 1:
-            raise ValueError(f"train.growth={self.growth!r} must be a number from 0 to 1.")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"train.warmup_steps={self.warmup_steps} must be below train.steps={self.steps}.")
+        if self.workers is not None:
+            check_integer("train.workers", self.workers, 0)
+        self._check_numbers(("learning_rate", "clip"), above=True)
+        self._check_numbers(("weight_decay",), above=False)
+        self._check_shares("growth")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> InstrumentConfig:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from a mapping; null is the default, an unknown key a ValueError that names the nearest field."""
         names = [item.name for item in fields(cls)]
         for key in values:
             check_choice("train key", key, names)
         return cls(**{key: value for key, value in values.items() if value is not None})
 
+    def _check_counts(self, *names: str) -> None:
+        for name in names:
+            check_integer(f"train.{name}", getattr(self, name), 1)
 
-def _is_number(value: object) -> bool:
+    def _check_numbers(self, names: Iterable[str], *, above: bool) -> None:
+        """Refuse what is no number of at least 0, or `above` it."""
+        for name in names:
+            value = getattr(self, name)
+            if not is_number(value) or value < 0 or (above and value == 0):
+                raise ValueError(f"train.{name}={value!r} must be a number {'above' if above else 'of at least'} 0.")
+
+    def _check_shares(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"train.{name}={value!r} must be a number from 0 to 1.")
+
+
+@dataclass(frozen=True)
+class InstrumentConfig(TrainingConfig):
+    """Training of an evaluation instrument: a LoRA that teaches a small model to find things in long documents.
+
+    Gradients are clipped to a norm; the learning rate falls as a cosine.
+
+    Parameters
+    ----------
+    lora_rank, lora_alpha : int
+        LoRA (arXiv 2106.09685) on all linear layers.
+    further ones : see `TrainingConfig`
+    """
+
+    lora_rank: int = 16
+    lora_alpha: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_counts("lora_rank", "lora_alpha")
+
+
+def is_number(value: object) -> bool:
+    """Whether the value is a finite number (a bool is none)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

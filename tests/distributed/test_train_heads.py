@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 from tests.launch_in_process import ROOT, _as_rank, run_infer
 from tests.pool import Pools
 from tests.tiny_checkpoint import save_checkpoint
+from tests.train_in_process import logged, run_training
 
+TRAINING = "apb_ds.training.heads.train:train_heads"
 SIZES = pytest.mark.parametrize("world_size", [1, 2])
 HEADS = "heads/heads.safetensors"
 KINDS = [{"kind": "single", "filler": "noise"}, {"kind": "multikey_words", "filler": "prose"}]
@@ -60,51 +62,23 @@ def settings(model_path: Path, texts: Path, output: Path, **train: Any) -> dict[
     return {"model": {"path": str(model_path), "device": "cpu"}, "train": values | train, "seed": 3}
 
 
-def train(rank: int, world_size: int, values: dict[str, Any], stop_after: int | None = None) -> Any:
-    """Train; with `stop_after`, be killed after so many steps. Return the record, or the error's text."""
-    from apb_ds.session.steps import JobError
-    from apb_ds.training.heads.train import train_heads
-    from apb_ds.training.loop import Trainer
-
-    step = Trainer.train
-
-    def until(self: Trainer, *inputs: Any) -> Any:
-        if self.step == stop_after:
-            raise KeyboardInterrupt
-        return step(self, *inputs)
-
-    launched = mock.patch.dict(os.environ, {"LOCAL_RANK": str(rank)})  # as every launcher sets it
-    with launched, mock.patch.object(Trainer, "train", until):
-        try:
-            return train_heads(values)
-        except KeyboardInterrupt:
-            return "killed"
-        except (JobError, ValueError) as error:
-            return f"{type(error).__name__}: {error}"
-
-
-def lines(output: Path) -> list[dict[str, Any]]:
-    kept = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in kept]
-
-
 @SIZES
 def test_a_killed_training_goes_on_as_if_nothing_had_been(
     pool: Pools, model_path: Path, texts: Path, tmp_path: Path, world_size: int
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    records = pool(world_size).run(train, settings(model_path, texts, whole), timeout=120)
+    records = pool(world_size).run(run_training, TRAINING, settings(model_path, texts, whole), timeout=120)
     assert not isinstance(records[0], str), records
     assert records[0]["steps"] == 6 and records[0]["ranks"] == world_size
-    killed = pool(world_size).run(train, settings(model_path, texts, stopped), 5, timeout=120)
+    killed = pool(world_size).run(run_training, TRAINING, settings(model_path, texts, stopped), 5, timeout=120)
     assert killed == ["killed"] * world_size
     # A kill may come while a line is written; what of it is there is not read.
     with open(stopped / "log.jsonl", "a") as stream:
         stream.write('{"step": 5, "held')
-    (record, *_) = pool(world_size).run(train, settings(model_path, texts, stopped), timeout=120)
+    (record, *_) = pool(world_size).run(run_training, TRAINING, settings(model_path, texts, stopped), timeout=120)
     assert record["resumed_after"] == 4
-    assert lines(stopped) == lines(whole)
-    assert [line["step"] for line in lines(whole)] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    assert logged(stopped) == logged(whole)
+    assert [line["step"] for line in logged(whole)] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
     heads = [load_file(output / HEADS) for output in (whole, stopped)]
     assert heads[0].keys() == heads[1].keys() and len(heads[0]) == 6
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
@@ -116,7 +90,7 @@ def test_ranks_train_on_data_of_their_own_and_on_the_mean_gradient(
 ) -> None:
     """One step of plain AdamW over the mean of both ranks' clipped gradients is what two ranks make of it."""
     values = settings(model_path, texts, tmp_path / "out", steps=1, warmup_steps=0, weight_decay=0.0)
-    pool(2).run(train, values, timeout=120)
+    pool(2).run(run_training, TRAINING, values, timeout=120)
     found = load_file(tmp_path / "out" / HEADS)
     expected = pool(1).run(step_by_hand, values, timeout=120)[0]
     for name, weight in expected.items():
@@ -158,7 +132,7 @@ def test_they_learn_and_serve_an_engine(pool: Pools, model_path: Path, texts: Pa
     changes: dict[str, Any] = {"steps": 100, "warmup_steps": 10, "checkpoint_every": 100, "measure_every": 50}
     changes |= {"tokens_per_step": 600, "min_length": 400, "max_length": 600, "held_out": 4, "hidden_size": 32}
     values = settings(model_path, texts, output, **changes, observers="later", num_observers=24, learning_rate=2e-3)
-    (record,) = pool(1).run(train, values, timeout=180)
+    (record,) = pool(1).run(run_training, TRAINING, values, timeout=180)
     curve = record["curve"]
     assert [line["step"] for line in curve] == [0, 50, 100]
     assert curve[2]["loss"] < curve[1]["loss"] < curve[0]["loss"] and curve[2]["loss"] < 0.6 * curve[0]["loss"], curve
@@ -177,7 +151,7 @@ def test_they_learn_and_serve_an_engine(pool: Pools, model_path: Path, texts: Pa
 def test_half_precision(pool: Pools, model_path: Path, texts: Path, tmp_path: Path) -> None:
     values = settings(model_path, texts, tmp_path / "out", steps=4)
     values["model"]["dtype"] = "bfloat16"
-    records = pool(2).run(train, values, timeout=120)
+    records = pool(2).run(run_training, TRAINING, values, timeout=120)
     assert not isinstance(records[0], str), records
     heads = load_file(tmp_path / "out" / HEADS)
     assert all(weight.dtype == torch.bfloat16 and bool(weight.isfinite().all()) for weight in heads.values())
@@ -200,7 +174,7 @@ def test_bad_settings_are_told_on_every_rank(
         ({**settings(model_path, texts, output), "model": {"path": str(model_path), "dtype": "float16"}}, "bfloat16"),
     ]
     for values, message in cases:
-        for error in pool(world_size).run(train, values, timeout=120):
+        for error in pool(world_size).run(run_training, TRAINING, values, timeout=120):
             assert isinstance(error, str) and message in error, (message, error)
     assert not output.exists()
 
@@ -210,11 +184,15 @@ def test_what_is_there_is_not_mixed_with_something_else(
     pool: Pools, model_path: Path, texts: Path, tmp_path: Path, world_size: int
 ) -> None:
     output = tmp_path / "out"
-    pool(world_size).run(train, settings(model_path, texts, output, steps=2), timeout=120)
-    for error in pool(world_size).run(train, settings(model_path, texts, output, steps=2, label="weight"), timeout=120):
+    pool(world_size).run(run_training, TRAINING, settings(model_path, texts, output, steps=2), timeout=120)
+    for error in pool(world_size).run(
+        run_training, TRAINING, settings(model_path, texts, output, steps=2, label="weight"), timeout=120
+    ):
         assert error.startswith("JobError") and "other settings (train.label)" in error
     again = settings(model_path, texts, output, steps=2, measure_every=1, log_every=2)
-    assert [record["resumed_after"] for record in pool(world_size).run(train, again, timeout=120)] == [2] * world_size
+    assert [record["resumed_after"] for record in pool(world_size).run(run_training, TRAINING, again, timeout=120)] == [
+        2
+    ] * world_size
 
 
 def launch(rank: int, world_size: int, arguments: list[str]) -> tuple[Any, str, str]:

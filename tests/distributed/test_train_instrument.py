@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +12,10 @@ from safetensors.torch import load_file
 
 from tests.pool import Pools
 from tests.tiny_checkpoint import save_checkpoint
+from tests.train_in_process import logged, run_training
 
 pytest.importorskip("peft")
+TRAINING = "apb_ds.training.instrument:train_instrument"
 SIZES = pytest.mark.parametrize("world_size", [1, 2])
 
 
@@ -42,48 +42,20 @@ def settings(model_path: Path, output: Path, **train: Any) -> dict[str, Any]:
     return {"model": {"path": str(model_path), "device": "cpu"}, "train": values | train, "seed": 3}
 
 
-def train(rank: int, world_size: int, values: dict[str, Any], stop_after: int | None = None) -> Any:
-    """Train; with `stop_after`, be killed after so many steps. Return the record, or the error's text."""
-    from apb_ds.session.steps import JobError
-    from apb_ds.training.instrument import train_instrument
-    from apb_ds.training.loop import Trainer
-
-    step = Trainer.train
-
-    def until(self: Trainer, *inputs: Any) -> Any:
-        if self.step == stop_after:
-            raise KeyboardInterrupt
-        return step(self, *inputs)
-
-    launched = mock.patch.dict(os.environ, {"LOCAL_RANK": str(rank)})  # as every launcher sets it
-    with launched, mock.patch.object(Trainer, "train", until):
-        try:
-            return train_instrument(values)
-        except KeyboardInterrupt:
-            return "killed"
-        except (JobError, ValueError) as error:
-            return f"{type(error).__name__}: {error}"
-
-
-def lines(output: Path) -> list[dict[str, Any]]:
-    kept = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in kept]
-
-
 @SIZES
 def test_a_killed_training_goes_on_as_if_nothing_had_been(
     pool: Pools, model_path: Path, tmp_path: Path, world_size: int
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    records = pool(world_size).run(train, settings(model_path, whole), timeout=120)
+    records = pool(world_size).run(run_training, TRAINING, settings(model_path, whole), timeout=120)
     assert not isinstance(records[0], str), records
     assert records[0]["steps"] == 6 and records[0]["ranks"] == world_size
-    killed = pool(world_size).run(train, settings(model_path, stopped), 5, timeout=120)
+    killed = pool(world_size).run(run_training, TRAINING, settings(model_path, stopped), 5, timeout=120)
     assert killed == ["killed"] * world_size
-    assert [line["step"] for line in lines(stopped)] == [1, 2, 3, 4, 5]
-    (record, *_) = pool(world_size).run(train, settings(model_path, stopped), timeout=120)
+    assert [line["step"] for line in logged(stopped)] == [1, 2, 3, 4, 5]
+    (record, *_) = pool(world_size).run(run_training, TRAINING, settings(model_path, stopped), timeout=120)
     assert record["resumed_after"] == 4
-    assert lines(stopped) == lines(whole)
+    assert logged(stopped) == logged(whole)
     adapters = [load_file(output / "adapter" / "adapter_model.safetensors") for output in (whole, stopped)]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
@@ -95,8 +67,8 @@ def test_it_learns_and_its_adapter_loads(pool: Pools, model_path: Path, tmp_path
 
     output = tmp_path / "out"
     values = settings(model_path, output, steps=40, warmup_steps=4, checkpoint_every=100, max_length=700)
-    (record,) = pool(1).run(train, values, timeout=180)
-    losses = [line["loss"] for line in lines(output)]
+    (record,) = pool(1).run(run_training, TRAINING, values, timeout=180)
+    losses = [line["loss"] for line in logged(output)]
     assert sum(losses[-5:]) / 5 < 0.75 * sum(losses[:5]) / 5, losses
     assert record["last_loss"] == pytest.approx(sum(losses[-10:]) / 10, abs=1e-3)
     card = (output / "adapter" / "README.md").read_text()
@@ -114,18 +86,22 @@ def test_what_is_there_is_not_mixed_with_something_else(
     pool: Pools, model_path: Path, tmp_path: Path, world_size: int
 ) -> None:
     output = tmp_path / "out"
-    pool(world_size).run(train, settings(model_path, output, steps=2, checkpoint_every=2), timeout=120)
+    pool(world_size).run(run_training, TRAINING, settings(model_path, output, steps=2, checkpoint_every=2), timeout=120)
     before = (output / "log.jsonl").read_text()
     other = settings(model_path, output, steps=2, checkpoint_every=1, learning_rate=1e-3)
-    for error in pool(world_size).run(train, other, timeout=120):
+    for error in pool(world_size).run(run_training, TRAINING, other, timeout=120):
         assert error.startswith("JobError") and "other settings (train.learning_rate)" in error
     assert (output / "log.jsonl").read_text() == before
-    (record, *_) = pool(world_size).run(train, {**other, "train": {**other["train"], "overwrite": True}}, timeout=120)
+    (record, *_) = pool(world_size).run(
+        run_training, TRAINING, {**other, "train": {**other["train"], "overwrite": True}}, timeout=120
+    )
     assert record["resumed_after"] == 0
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
-    for error in pool(world_size).run(train, settings(model_path, foreign, overwrite=True), timeout=120):
+    for error in pool(world_size).run(
+        run_training, TRAINING, settings(model_path, foreign, overwrite=True), timeout=120
+    ):
         assert "holds something else than a training" in error
     assert (foreign / "thesis.txt").read_text() == "years of work"
 
@@ -143,6 +119,6 @@ def test_bad_settings_are_told_on_every_rank(pool: Pools, model_path: Path, tmp_
         ({**settings(model_path, tmp_path / "x"), "method": {}}, "config key='method'"),
     ]
     for values, message in cases:
-        for error in pool(world_size).run(train, values, timeout=120):
+        for error in pool(world_size).run(run_training, TRAINING, values, timeout=120):
             assert message in error
     assert not (tmp_path / "x").exists()

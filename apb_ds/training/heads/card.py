@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from apb_ds.training.card import facts_of
+
 CARD = """\
 ---
 library_name: apb_ds
@@ -46,12 +48,12 @@ to (Locret, arXiv 2410.01805). {parameters} parameters in `{file}`. For
 
 def write_card(directory: Path, record: dict[str, Any], file: str) -> None:
     """Write ``README.md`` beside trained heads, from the record of their training."""
-    train, versions, hardware = record["settings"]["train"], record["versions"], record["hardware"]
+    train = record["settings"]["train"]
     names = ("loss", "overlap", "mass", "mass_random", "mass_best")
     curve = [f"| {line['step']} | {' | '.join(f'{line[name]:.4f}' for name in names)} |" for line in record["curve"]]
     blocks = f"; each observes the blocks before its own, of {train['observed_hosts']}"
     text = CARD.format(
-        base=record["settings"]["model"]["path"],
+        **facts_of(record),
         hidden=train["hidden_size"],
         parameters=f"{record['parameters']:,}",
         file=file,
@@ -62,12 +64,6 @@ def write_card(directory: Path, record: dict[str, Any], file: str) -> None:
         num_observers=train["num_observers"],
         standardised=", standardised per KV head" if train["standardise"] else "",
         blocks=blocks if train["observed_hosts"] else "",
-        steps=record["steps"],
-        tokens=train["tokens_per_step"],
-        ranks=record["ranks"],
-        shortest=train["min_length"],
-        longest=train["max_length"],
-        dtype=record["model"]["dtype"],
         smoothing=train["smoothing"],
         text_share=train["text_share"],
         quote_share=train["quote_share"],
@@ -75,18 +71,7 @@ def write_card(directory: Path, record: dict[str, Any], file: str) -> None:
         num_texts=record["texts"]["number"],
         texts=", ".join(record["texts"]["places"]),
         data=f"; {train['data']} at {train['data_share']}" if train["data"] else "",
-        rate=train["learning_rate"],
         decay=train["weight_decay"],
-        warmup=train["warmup_steps"],
-        clip=train["clip"],
-        seed=record["settings"]["seed"],
-        seconds=record["seconds"],
-        done=record["steps"] - record["resumed_after"],
-        hardware=hardware.get("gpu") or hardware["cpu"],
-        torch=versions["torch"],
-        transformers=versions["transformers"],
-        deepspeed=versions["deepspeed"],
-        commit=record["git"]["commit"],
         held_out=train["held_out"],
         hosts=train["measured_hosts"],
         ratio=train["measured_ratio"],

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
 
-from apb_ds.config import check_bool, check_choice, check_integer
+from apb_ds.config import check_choice, check_integer
+from apb_ds.training.config import TrainingConfig, is_number
 from apb_ds.training.heads.examples import OBSERVERS, Observing
 from apb_ds.training.heads.labels import LabelKind
 
 
 @dataclass(frozen=True)
-class HeadsConfig:
+class HeadsConfig(TrainingConfig):
     """Training of retaining heads (Locret, arXiv 2410.01805), by default as published but for the data.
+
+    Gradients are clipped by value; the learning rate falls linearly. `mixture` is of the made-up documents.
 
     Parameters
     ----------
-    output : str
-        Directory of the heads, their card, the log and the checkpoints. A run that was stopped goes on there.
-    overwrite : bool
-        Start anew, whatever is there.
     hidden_size : int
         Of the heads.
-    steps : int
-        Optimiser steps.
-    tokens_per_step : int, tokens
-        Of each rank; one conversation at least.
-    min_length, max_length : int, tokens
-        Of a conversation: document, question and answer.
-    growth : float
-        Share of the steps over which the longest conversation grows to `max_length`, from 0 to 1.
-    mixture : list of dict
-        Made-up documents, see `apb_ds.training.mixture`.
     texts : list of str or None
         Files and folders of real text. Default: see `apb_ds.training.heads.texts`.
     text_share, quote_share, continue_share : float
@@ -51,33 +38,20 @@ class HeadsConfig:
         See `apb_ds.training.heads.labels.LabelKind`.
     smoothing : float
         Factor of the mean squared difference of neighbouring scores.
-    learning_rate, warmup_steps, weight_decay : float, int, float
-        AdamW with a linear warm-up, then linear to zero.
-    clip : float
-        The largest value of a gradient's entry, either way.
-    checkpoint_every, log_every, measure_every : int, steps
+    measure_every : int, steps
     held_out : int
         Conversations to measure on.
     measured_hosts, measured_ratio : int, float
         Measured is what a prefill with so many hosts and such a compression ratio would keep.
-    workers : int or None
-        Processes of each rank that make conversations. Default: as many as there are cores to spare, at most 8.
-
-    Raises
-    ------
-    ValueError
-        For a value out of its range, naming the field, the value and what is allowed.
+    further ones : see `TrainingConfig`
     """
 
-    output: str = ""
-    overwrite: bool = False
     hidden_size: int = 1024
     steps: int = 3000
     tokens_per_step: int = 10240
     min_length: int = 1024
     max_length: int = 10240
     growth: float = 0.0
-    mixture: list[dict[str, Any]] = field(default_factory=list)
     texts: list[str] | None = None
     text_share: float = 0.5
     quote_share: float = 0.1
@@ -96,51 +70,28 @@ class HeadsConfig:
     warmup_steps: int = 2000
     weight_decay: float = 0.01
     clip: float = 0.5
-    checkpoint_every: int = 200
-    log_every: int = 10
     measure_every: int = 200
     held_out: int = 16
     measured_hosts: int = 8
     measured_ratio: float = 8.0
-    workers: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.output, str) or not self.output:
-            raise ValueError(f"train.output={self.output!r} must be the name of a directory.")
-        check_bool("train.overwrite", self.overwrite)
-        for name in ("hidden_size", "steps", "tokens_per_step", "num_observers", "held_out", "measured_hosts"):
-            check_integer(f"train.{name}", getattr(self, name), 1)
-        for name in ("checkpoint_every", "log_every", "measure_every"):
-            check_integer(f"train.{name}", getattr(self, name), 1)
-        check_integer("train.min_length", self.min_length, 256)
-        check_integer("train.max_length", self.max_length, self.min_length)
-        check_integer("train.warmup_steps", self.warmup_steps, 0)
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"train.warmup_steps={self.warmup_steps} must be below train.steps={self.steps}.")
-        for name, least in (("workers", 0), ("observed_hosts", 2)):
-            if getattr(self, name) is not None:
-                check_integer(f"train.{name}", getattr(self, name), least)
+        super().__post_init__()
+        self._check_counts("hidden_size", "num_observers", "held_out", "measured_hosts", "measure_every")
+        if self.observed_hosts is not None:
+            check_integer("train.observed_hosts", self.observed_hosts, 2)
         check_choice("train.observers", self.observers, OBSERVERS)
         self.label_kind  # noqa: B018 (for what it raises)
-        self._check_numbers()
-        self._check_sources()
-
-    def _check_numbers(self) -> None:
-        for name, positive in (("learning_rate", True), ("clip", True), ("weight_decay", False), ("smoothing", False)):
-            value = getattr(self, name)
-            if not _is_number(value) or value < 0 or (positive and value == 0):
-                raise ValueError(f"train.{name}={value!r} must be a number {'above' if positive else 'of at least'} 0.")
-        for name in ("growth", "text_share", "quote_share", "continue_share", "data_share"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value <= 1:
-                raise ValueError(f"train.{name}={value!r} must be a number from 0 to 1.")
+        self._check_numbers(("smoothing",), above=False)
+        self._check_shares("text_share", "quote_share", "continue_share", "data_share")
         if self.quote_share + self.continue_share > 1:
             raise ValueError(
                 f"train.quote_share={self.quote_share} and train.continue_share={self.continue_share} are more than 1 "
                 "together; lower one."
             )
-        if not _is_number(self.measured_ratio) or self.measured_ratio < 1:
+        if not is_number(self.measured_ratio) or self.measured_ratio < 1:
             raise ValueError(f"train.measured_ratio={self.measured_ratio!r} must be a number of at least 1.")
+        self._check_sources()
 
     def _check_sources(self) -> None:
         texts = self.texts
@@ -158,15 +109,3 @@ class HeadsConfig:
     @property
     def observing(self) -> Observing:
         return Observing(self.observers, self.num_observers)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> HeadsConfig:
-        """Build from a mapping; null is the default, an unknown key a ValueError that names the nearest field."""
-        names = [item.name for item in fields(cls)]
-        for key in values:
-            check_choice("train key", key, names)
-        return cls(**{key: value for key, value in values.items() if value is not None})
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
