@@ -37,13 +37,18 @@ def failed(prompt: str) -> dict[str, Any]:
 def write_result(
     directory: Path, lines: Sequence[dict[str, Any]], method: str = "apb", task: str = "passkey", **settings: Any
 ) -> Path:
-    """Write a result directory; `settings` are of the method, but for ``seed``."""
+    """Write a result directory; `settings` are of the method, but for ``seed`` and ``tasks``."""
 
-    seed = settings.pop("seed", 0)
+    seed, tasks = settings.pop("seed", 0), settings.pop("tasks", None)
     config = asdict(APBConfig(method=method, **settings))
     content = {
         "task": task,
-        "settings": {"model": {"path": "/m/tiny"}, "method": config, "task": {"depth": 0.5}, "seed": seed},
+        "settings": {
+            "model": {"path": "/m/tiny"},
+            "method": config,
+            "task": {"depth": 0.5, "tasks": tasks},
+            "seed": seed,
+        },
         **summarise([{**one, "approximate": not APBConfig(method=method).is_exact_method} for one in lines]),
     }
     directory.mkdir(parents=True)

@@ -13,6 +13,7 @@ from apb_ds.config import EXACT_METHODS
 
 SAMPLES_NAME = "samples.jsonl"
 SUMMARY_NAME = "summary.json"
+FIGURE_NAME = "scores.png"
 METHOD = "method.method"
 
 Labels = dict[str, Any]

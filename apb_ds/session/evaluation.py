@@ -17,7 +17,7 @@ from apb_ds.report.figures import draw_scores
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
 from apb_ds.report.progress import BatchProgress, batch_progress
 from apb_ds.report.record import environment, write_json
-from apb_ds.report.results import SAMPLES_NAME, SUMMARY_NAME
+from apb_ds.report.results import FIGURE_NAME, SAMPLES_NAME, SUMMARY_NAME
 from apb_ds.report.summary import summarise
 from apb_ds.session.fidelity import compare_with_exact
 from apb_ds.session.request import Run, count_prefill, usage_metrics
@@ -26,7 +26,6 @@ from apb_ds.tasks import FidelityConfig, Sample
 
 logger = logging.getLogger(__name__)
 
-FIGURE_NAME = "scores.png"
 OUTPUT_ROOT = Path("outputs/results")
 DIGEST_LENGTH = 10
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ from tests.tiny_checkpoint import TEMPLATE, byte_tokenizer
 
 HEADS, KV_HEADS, TOKENS, HEAD_DIM, SCALE = 4, 2, 30, 8, 0.3
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+REDUCED: dict[str, Callable[[list[float]], float]] = {
+    "max": max,
+    "mean": lambda values: math.fsum(values) / len(values),
+    "logmeanexp": lambda values: math.log(math.fsum(map(math.exp, values)) / len(values)),
+}
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------
@@ -87,12 +93,15 @@ def slow_label(kind: LabelKind, rows: list[int], token: int, kv_head: int, num_d
             seen.append(values[kind.value])
         if not seen:
             return None
-        by_head.append(max(seen) if kind.over_observers == "max" else math.fsum(seen) / len(seen))
-    return max(by_head) if kind.over_heads == "max" else math.fsum(by_head) / len(by_head)
+        by_head.append(REDUCED[kind.over_observers](seen))
+    return REDUCED[kind.over_heads](by_head)
 
 
 @pytest.mark.parametrize("value", ["logit", "weight", "log_weight"])
-@pytest.mark.parametrize(("over_observers", "over_heads"), [("max", "max"), ("mean", "max"), ("max", "mean")])
+@pytest.mark.parametrize(
+    ("over_observers", "over_heads"),
+    [("max", "max"), ("mean", "max"), ("max", "mean"), ("logmeanexp", "logmeanexp"), ("logmeanexp", "max")],
+)
 @pytest.mark.parametrize(
     ("rows", "num_document", "hosts"),
     [([24, 25, 29], 20, None), ([3, 9, 17, 23], 24, None), ([3, 9, 17, 23], 24, 3), ([5, 26], 24, 4)],

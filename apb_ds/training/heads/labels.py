@@ -15,7 +15,7 @@ from apb_ds.config import check_bool, check_choice
 from apb_ds.plan import split_evenly
 
 VALUES = ("logit", "weight", "log_weight")
-REDUCTIONS = ("max", "mean")
+REDUCTIONS = ("max", "mean", "logmeanexp")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class LabelKind:
         ``logit``: scaled, before softmax (Locret). ``weight``: after it, times the number of tokens that the observer
         sees, so that an even share is 1. ``log_weight``: the logarithm of the weight, without that factor.
     over_observers, over_heads : str
-        ``max`` (Locret) or ``mean``: over the observers, and over the query heads of a KV head.
+        ``max`` (Locret), ``mean`` or ``logmeanexp``: over the observers, and over the query heads of a KV head. The
+        last is the logarithm of the mean of exponentials, so of log weights that of the mean weight.
     standardise : bool
         Whether each KV head's labels are shifted and scaled to mean 0 and variance 1 over the document.
 
@@ -115,11 +116,8 @@ def label_tokens(kind: LabelKind, view: View, queries: Tensor, keys: Tensor, sca
     labels = []
     for logits in _observed_logits(view, queries, keys, scale):
         seen = _valued(kind.value, logits, view)
-        if kind.over_observers == "max":
-            by_head = seen.masked_fill(~view.visible, -torch.inf).amax(dim=1)
-        else:
-            by_head = seen.masked_fill(~view.visible, 0.0).sum(dim=1) / view.visible.sum(dim=0)
-        labels.append(by_head.amax(dim=0) if kind.over_heads == "max" else by_head.mean(dim=0))
+        by_head = _reduced(kind.over_observers, seen, view.visible)
+        labels.append(_reduced(kind.over_heads, by_head.unsqueeze(0), torch.ones_like(by_head, dtype=torch.bool))[0])
     stacked = torch.stack(labels, dim=1)
     if kind.standardise:
         spread = stacked.std(dim=0, keepdim=True, correction=0)
@@ -149,6 +147,15 @@ def _observed_logits(view: View, queries: Tensor, keys: Tensor, scale: float) ->
     for of_group, of_head in zip(observing, keys[0], strict=True):
         logits = (of_group.float() * scale) @ of_head.float().transpose(0, 1)
         yield logits.masked_fill_(hidden, -torch.inf)
+
+
+def _reduced(reduction: str, values: Tensor, counts: Tensor) -> Tensor:
+    """Return values, (heads, observers, tokens), over the observers that count, (observers, tokens)."""
+    if reduction == "max":
+        return values.masked_fill(~counts, -torch.inf).amax(dim=1)
+    if reduction == "mean":
+        return values.masked_fill(~counts, 0.0).sum(dim=1) / counts.sum(dim=0)
+    return values.masked_fill(~counts, -torch.inf).logsumexp(dim=1) - counts.sum(dim=0).log()
 
 
 def _valued(value: str, logits: Tensor, view: View) -> Tensor:
