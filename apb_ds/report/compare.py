@@ -18,6 +18,7 @@ from apb_ds.report.compare_table import comparison_tables, curve_table
 from apb_ds.report.curves import gather_curves
 from apb_ds.report.figures import draw_comparison, draw_curves
 from apb_ds.report.pairing import compare_results
+from apb_ds.report.paths import hide_paths
 from apb_ds.report.record import write_json
 from apb_ds.report.results import Result, name_results, read_results
 from apb_ds.report.table import make_console
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for table in tables:
             console.print(table)
         if asked.out is not None:
-            write_json(asked.out, content)
+            write_json(asked.out, hide_paths(content))
         if asked.figure is not None:
             asked.figure.parent.mkdir(parents=True, exist_ok=True)
             draw(asked.figure, content)

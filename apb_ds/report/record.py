@@ -41,12 +41,13 @@ def hardware(device: Any) -> dict[str, Any]:
 def git_state(repository: Path = _REPOSITORY) -> dict[str, Any]:
     """Return the commit of the source tree and whether it has changes.
 
-    Outside of a repository (a copy of the tree on another machine) the commit is what ``APB_DS_COMMIT`` says, if set.
+    For a copy of the tree on another machine, ``APB_DS_COMMIT`` says which commit it is of.
     """
+    told = os.environ.get("APB_DS_COMMIT")
     top = _git(repository, "rev-parse", "--show-toplevel")
     # An installed package may lie inside somebody else's repository.
-    if top is None or Path(top).resolve() != repository:
-        return {"commit": os.environ.get("APB_DS_COMMIT"), "dirty": None}
+    if told or top is None or Path(top).resolve() != repository:
+        return {"commit": told or None, "dirty": None}
     status = _git(repository, "status", "--porcelain")
     return {
         "commit": _git(repository, "rev-parse", "--verify", "HEAD"),

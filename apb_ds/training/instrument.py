@@ -139,7 +139,8 @@ class _Run:
         directory = self.directory / ADAPTER_NAME
         self.adapted.save_pretrained(str(directory))
         write_card(directory, record)
-        write_json(self.directory / RECORD_NAME, record)
+        for folder in (self.directory, directory):  # with the adapter too, for its card points there
+            write_json(folder / RECORD_NAME, record)
 
 
 def _make_batches(config: InstrumentConfig, mixture: Mixture, loaded: LoadedModel, seed: int, rank: int) -> Batches:

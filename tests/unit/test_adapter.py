@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from apb_ds.loading import ModelConfig, load_model
+from apb_ds.loading.adapter import merge_adapter
+from apb_ds.loading.source import package_path
 from tests import tiny_checkpoint
 
 peft = pytest.importorskip("peft")
@@ -63,6 +66,36 @@ def test_an_adapter_in_a_package_is_found(
     loaded = load(checkpoint, "package://weights_of_mine/lora")
     expected = load(checkpoint, adapter)
     assert torch.equal(loaded.model(IDS).logits, expected.model(IDS).logits)
+
+
+@torch.no_grad()
+def test_the_instrument_that_comes_with_the_package() -> None:
+    """A LoRA on every linear layer of SmolLM2: merged, each is the plain one plus what the card's scale makes of it."""
+    directory = package_path("package://apb_ds/tasks/assets/smollm2_ruler", "model.adapter")
+    assert sum(file.stat().st_size for file in directory.iterdir()) < 10e6
+    for file in directory.iterdir():
+        assert file.stat().st_mode & 0o444 == 0o444, "readable by whoever uses the installed package"
+    record = json.loads((directory / "training.json").read_text())
+    trained = record["settings"]["train"]
+    geometry = ModelConfig.from_dict(record["settings"]["model"]).geometry
+    torch.manual_seed(0)
+    plain, model = (build(geometry) for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    merged = merge_adapter(model, "package://apb_ds/tasks/assets/smollm2_ruler")
+    tensors = load_file(directory / "adapter_model.safetensors")
+    linear = [name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear.remove("lm_head")
+    assert len(tensors) == 2 * len(linear)
+    for name in linear:
+        low, high = (tensors[f"base_model.model.{name}.lora_{part}.weight"].float() for part in "AB")
+        expected = plain.get_submodule(name).weight + trained["lora_alpha"] / trained["lora_rank"] * high @ low
+        torch.testing.assert_close(merged.get_submodule(name).weight, expected, atol=1e-5, rtol=1e-4)
+
+
+def build(geometry: dict[str, Any]) -> Any:
+    values = dict(geometry)
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def _without_a_tensor(directory: Path) -> None:

@@ -194,6 +194,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*map(str, directories), "--out", str(out), "--figure", str(figure)]) == 0
     written = json.loads(out.read_text())
     assert pair_of(written, "apb")["difference"] == -0.25
+    assert [job["directory"] for job in written["jobs"]] == [".../dense", ".../apb"], "no paths of this machine"
     assert figure.read_bytes().startswith(b"\x89PNG")
     said = " ".join(capsys.readouterr().out.split())
     assert "all 100.0 75.0" in said and "prefill TFLOP 4 4" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from apb_ds.session import Job, Session
 from tests.unit.test_loading import GEOMETRY
 
 CPU = torch.device("cpu")
+SIZE = 64 << 20
 
 
 def values(**method: Any) -> dict[str, Any]:
@@ -57,11 +59,17 @@ def test_environment() -> None:
     assert git_state(Path("/")) == {"commit": None, "dirty": None}
 
 
+def test_a_copy_of_the_tree_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APB_DS_COMMIT", "abc")
+    assert git_state() == git_state(Path("/")) == {"commit": "abc", "dirty": None}
+
+
 def test_peak_memory_is_of_this_job() -> None:
     reset_peak_memory(CPU)
     before = peak_memory_bytes(CPU)
-    held = torch.ones(16 << 20)  # 64 MiB, written to
-    assert peak_memory_bytes(CPU) - before > held.nbytes // 2
+    with mmap.mmap(-1, SIZE) as held:  # of its own: torch may be given what other tests have left
+        held.write(b"x" * SIZE)
+    assert peak_memory_bytes(CPU) - before > SIZE // 2
 
 
 def test_format_bytes() -> None:

@@ -129,7 +129,21 @@ ASSIGNMENTS = (
     Assignment("Put {source} into {name}.", "Copy {name} from {source}."),
     Assignment("{name} is given the value {source}.", "{name} is given the value of {source}."),
     Assignment("The name {name} stands for {source}.", "The name {name} stands for the same as {source}."),
-    Assignment("REG {name} := {source} ", "REG {name} := REG {source} "),
+    # A word in front of names, in capitals as names are, must not be taken for one.
+    *(
+        Assignment(f"{word} {{name}} {sign} {{source}}{end}", f"{word} {{name}} {sign} {word} {{source}}{end}")
+        for word, sign, end in (
+            ("REG", ":=", " "),
+            ("LET", "=", " "),
+            ("VAL", "=", "\n"),
+            ("NUM", "=", ";"),
+            ("SET", ":=", " "),
+            ("KEY", "=", " "),
+            ("CELL", "=", "\n"),
+            ("FIELD", "==", " "),
+            ("SLOT", "=", ""),
+        )
+    ),
 )
 VARIABLE_QUESTIONS = (
     Asking(

@@ -144,7 +144,11 @@ class _Run:
         record = self._record(first, time.perf_counter() - began, overrides)
         if self.group.is_first:
             write_card(self.directory / HEADS_FOLDER, record, HEADS_NAME)
-            write_json(self.directory / RECORD_NAME, record)
+            for folder in (
+                self.directory,
+                self.directory / HEADS_FOLDER,
+            ):  # their card points there
+                write_json(folder / RECORD_NAME, record)
         self.group.barrier()
         return record
 
