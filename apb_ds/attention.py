@@ -103,6 +103,7 @@ class APBAttention(nn.Module):
         layer_idx: int,
         state: PrefillState | None = None,
         scale: float | None = None,
+        num_keys: Tensor | None = None,
     ) -> Tensor:
         """Attend for this rank's tokens.
 
@@ -118,6 +119,8 @@ class APBAttention(nn.Module):
             The request's state; needed in PREFILL.
         scale : float
             Factor on the logits; by default ``head_dim ** -0.5``.
+        num_keys : (1,), int32, on the device
+            In DECODE on one rank: only so many of the first keys count. For a step that is recorded as a CUDA graph.
 
         Returns
         -------
@@ -136,6 +139,9 @@ class APBAttention(nn.Module):
             place.enter(place.Place(phase.value, state.round_index, len(state.plan.rounds), layer_idx))
             return self._prefill(tools, state, layer_idx, query, key, value, scale)
         place.enter(place.Place(phase.value, layer_idx=layer_idx))
+        if num_keys is not None:
+            assert self.group.world_size == 1 and kernels.recorded is not None
+            return kernels.recorded.attend_first(query, key, value, num_keys, scale)[0]
         kernel = kernels.decode if phase is Phase.DECODE else kernels.prefill
         return attend_shards(tools, kernel, query, key, value, scale)
 

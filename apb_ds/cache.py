@@ -7,12 +7,16 @@ them sees all of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 GROWTH_TOKENS = 256
+# Buffers that grow are a multiple of this long, so that those of documents of about a length are alike.
+STEP_TOKENS = 512
 
 
 class ShardedCacheLayer(CacheLayerMixin):
@@ -34,6 +38,7 @@ class ShardedCacheLayer(CacheLayerMixin):
         self.global_length = 0
         self.local_length = 0
         self.capacity = 0
+        self.slot: Tensor | None = None
 
     def reserve(self, num_tokens: int) -> None:
         """Ask for room for `num_tokens` local tokens when the buffers are first made."""
@@ -54,14 +59,25 @@ class ShardedCacheLayer(CacheLayerMixin):
 
         Returns
         -------
-        keys, values : (1, kv_heads, local_tokens, head_dim), local; views of the buffers, possibly of no tokens
+        keys, values : (1, kv_heads, local_tokens, head_dim), local; views of the buffers, possibly of no tokens. With a
+            `slot`, the whole buffers instead: the token is written there, and counted by `advance`.
         """
+        if self.slot is not None:
+            assert self.keys is not None and self.values is not None
+            self.keys.index_copy_(2, self.slot, key_states)
+            self.values.index_copy_(2, self.slot, value_states)
+            return self.keys, self.values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.stores_new:
             self._append(key_states, value_states)
         self.global_length += key_states.shape[-2]
         return self.shard()
+
+    def advance(self) -> None:
+        """Count one new token that was written to the `slot` behind the last one."""
+        self.local_length += 1
+        self.global_length += 1
 
     def shard(self) -> tuple[Tensor, Tensor]:
         """Return the stored keys and values, (1, kv_heads, local_tokens, head_dim)."""
@@ -108,25 +124,34 @@ class ShardedCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         stop = self.local_length + keys.shape[-2]
-        if stop > self.capacity:
-            # An eighth more than needed keeps the copies rare without doubling a long shard.
-            self.capacity = stop + max(GROWTH_TOKENS, stop // 8)
-            self.keys = self._grown(self.keys, keys)
-            self.values = self._grown(self.values, values)
+        self.make_room(stop)
         assert self.keys is not None and self.values is not None
         self.keys[:, :, self.local_length : stop] = keys
         self.values[:, :, self.local_length : stop] = values
         self.local_length = stop
 
+    def make_room(self, num_tokens: int) -> None:
+        """Make the buffers longer if they do not hold `num_tokens` tokens."""
+        if num_tokens <= self.capacity:
+            return
+        assert self.keys is not None and self.values is not None
+        # An eighth more than needed keeps the copies rare without doubling a long shard.
+        self.capacity = _stepped(num_tokens + max(GROWTH_TOKENS, num_tokens // 8))
+        self.keys = self._grown(self.keys)
+        self.values = self._grown(self.values)
+
     def _buffer_like(self, states: Tensor) -> Tensor:
         batch, kv_heads, _, head_dim = states.shape
         return states.new_empty((batch, kv_heads, self.capacity, head_dim))
 
-    def _grown(self, buffer: Tensor | None, states: Tensor) -> Tensor:
-        grown = self._buffer_like(states)
-        if buffer is not None:
-            grown[:, :, : self.local_length] = buffer[:, :, : self.local_length]
+    def _grown(self, buffer: Tensor) -> Tensor:
+        grown = self._buffer_like(buffer)
+        grown[:, :, : self.local_length] = buffer[:, :, : self.local_length]
         return grown
+
+
+def _stepped(num_tokens: int) -> int:
+    return -(-num_tokens // STEP_TOKENS) * STEP_TOKENS
 
 
 class ShardedCache(Cache):
@@ -146,7 +171,7 @@ class ShardedCache(Cache):
     def __init__(self, num_layers: int, stores_new: bool, shard_tokens: int, new_tokens: int = 0) -> None:
         layers = [ShardedCacheLayer(stores_new) for _ in range(num_layers)]
         for layer in layers:
-            layer.reserve(shard_tokens + (max(GROWTH_TOKENS, new_tokens) if stores_new else 0))
+            layer.reserve(_stepped(shard_tokens + max(GROWTH_TOKENS, new_tokens)) if stores_new else shard_tokens)
         super().__init__(layers=layers)  # type: ignore[arg-type]
 
     def layer(self, layer_idx: int) -> ShardedCacheLayer:
@@ -158,6 +183,33 @@ class ShardedCache(Cache):
         """Set the global length once all blocks are stored."""
         for layer_idx in range(len(self.layers)):
             self.layer(layer_idx).global_length = num_tokens
+
+    @contextmanager
+    def writing_to(self, slot: Tensor) -> Iterator[None]:
+        """Have new tokens written at a place that is read on the device, (1,) int64, and whole buffers given out."""
+        layers = [self.layer(layer_idx) for layer_idx in range(len(self.layers))]
+        try:
+            for layer in layers:
+                layer.slot = slot
+            yield
+        finally:
+            for layer in layers:
+                layer.slot = None
+
+    def advance(self) -> None:
+        """Count one new token that was written to the slot behind the last one, in all layers."""
+        for layer_idx in range(len(self.layers)):
+            self.layer(layer_idx).advance()
+
+    def buffers(self, num_tokens: int) -> list[Tensor]:
+        """Return all layers' buffers of keys and values, (1, kv_heads, capacity, head_dim), with room for so many."""
+        found: list[Tensor] = []
+        for layer_idx in range(len(self.layers)):
+            layer = self.layer(layer_idx)
+            layer.make_room(num_tokens)
+            assert layer.keys is not None and layer.values is not None
+            found += (layer.keys, layer.values)
+        return found
 
     def crop_to(self, num_tokens: int) -> None:
         """Forget what came after the first `num_tokens` tokens, layer by layer (a failed forward fills only some)."""

@@ -15,6 +15,8 @@ DEFAULT_COMPRESSOR = "window"
 DEFAULT_COMPRESSION_RATIO = 8
 MAX_DEFAULT_ANCHOR_LENGTH = 8192
 ANCHOR_IS_BLOCK = "block"
+# What every method has: how things are computed, not what.
+EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": False}
 
 
 def suggest(value: object, allowed: Iterable[str]) -> str:
@@ -52,7 +54,7 @@ class APBConfig:
         ``apb``, or ``star`` (arXiv 2411.17116): APB with nothing passed, an anchor as long as a block and no query
         in the anchor. A preset: any of the three can still be set. Or an exact one to compare with: ``dense`` (one
         rank), ``ring`` (arXiv 2310.01889, zigzag-balanced) or ``ulysses`` (arXiv 2309.14509, DeepSpeed's own). These
-        have a `kernel` and no other setting: the rest must stay ``None``.
+        have `kernel` and `cuda_graph` and no other setting: the rest must stay ``None``.
     hosts : int
         Number of context blocks, a multiple of the number of ranks. Default 8.
     anchor_length : int or "block", tokens
@@ -76,6 +78,8 @@ class APBConfig:
         Seed of the ``random`` compressor. Default 0.
     kernel : str
         Attention kernel by name, or ``auto`` (default): the best one installed for device and dtype.
+    cuda_graph : bool
+        Whether decode steps are recorded and replayed where that is possible: on CUDA, on one rank. Default false.
 
     Raises
     ------
@@ -95,6 +99,7 @@ class APBConfig:
     shard_anchor: bool | None = None
     seed: int | None = None
     kernel: str | None = None
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
         if self.method is not None:
@@ -112,6 +117,7 @@ class APBConfig:
         self._check_lengths()
         self._check_name("compressor")
         self._check_name("kernel")
+        check_bool("cuda_graph", self.cuda_graph)
 
     @property
     def is_exact_method(self) -> bool:
@@ -119,15 +125,17 @@ class APBConfig:
         return self.method in EXACT_METHODS
 
     def _check_exact_method(self) -> None:
-        if self.kernel is None:
-            object.__setattr__(self, "kernel", "auto")
+        for name, value in EXECUTION_DEFAULTS.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         self._check_name("kernel")
+        check_bool("cuda_graph", self.cuda_graph)
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("method", "kernel") and value is not None:
+            if field.name not in ("method", *EXECUTION_DEFAULTS) and value is not None:
                 raise ValueError(
                     f"{field.name}={value!r} is a setting of apb and star; method={self.method} is exact and has "
-                    "none but kernel. Leave it out."
+                    f"none but {' and '.join(EXECUTION_DEFAULTS)}. Leave it out."
                 )
 
     def _check_name(self, field: str) -> None:
@@ -145,7 +153,7 @@ class APBConfig:
             "schedule": "zigzag",
             "shard_anchor": True,
             "seed": 0,
-            "kernel": "auto",
+            **EXECUTION_DEFAULTS,
         }
         if star and self.anchor_length is None:
             defaults["anchor_length"] = ANCHOR_IS_BLOCK

@@ -22,6 +22,7 @@ from apb_ds.compressors.base import RETAINING_HEADS
 from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.context import Context
+from apb_ds.decode_step import RecordedSteps, can_record
 from apb_ds.generation import (
     LockstepDecoder,
     RequestStats,
@@ -101,9 +102,11 @@ class APBEngine(InferenceEngine):
             heads = heads.placed(self.device, self.module.dtype)
             attention = APBAttention(config, self.group, heads)
         attention.check_heads(self.geometry.heads, self.geometry.kv_heads)
-        attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
+        kernels = attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
         self.apb_config = config
         self.attention = attention
+        recorded = config.cuda_graph and can_record(self.module, kernels, self.group.world_size)
+        self._recorded = RecordedSteps(self.module) if recorded else None
         if heads is not None:
             self._heads = [heads]
         self._said_exact = False
@@ -114,8 +117,10 @@ class APBEngine(InferenceEngine):
 
     @property
     def kernel_names(self) -> dict[str, str]:
-        """Names of the kernels in use, for ``prefill`` and ``decode``."""
-        return self.attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim).names
+        """Names of the kernels in use, for ``prefill``, ``decode`` and, where steps are recorded, ``recorded``."""
+        kernels = self.attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
+        recorded = {} if self._recorded is None or kernels.recorded is None else {"recorded": kernels.recorded.name}
+        return kernels.names | recorded
 
     @property
     def _asking(self) -> Asking:
@@ -332,7 +337,7 @@ class APBEngine(InferenceEngine):
                 ),
                 apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions) as call,
             ):
-                decoder = LockstepDecoder(self.group, call, streamer, self._synchronize)
+                decoder = LockstepDecoder(self.group, call, streamer, self._synchronize, self._recorded)
                 everything = self.module.generate(
                     input_ids=prompt,
                     attention_mask=torch.ones_like(prompt),

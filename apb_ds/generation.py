@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from apb_ds.attention import Phase
 from apb_ds.config import suggest
+from apb_ds.decode_step import RecordedSteps
 from apb_ds.hf import ActiveCall
 from apb_ds.parallel.groups import SequenceGroup
 
@@ -150,11 +151,21 @@ class LockstepDecoder:
         Fed on the group's first rank only, as transformers does: first the prompt, then token by token.
     synchronize : callable
         Waits for the device, so that times mean something.
+    recorded : RecordedSteps or None
+        Where a forward of one token may be replayed.
     """
 
-    def __init__(self, group: SequenceGroup, call: ActiveCall, streamer: Any, synchronize: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        group: SequenceGroup,
+        call: ActiveCall,
+        streamer: Any,
+        synchronize: Callable[[], None],
+        recorded: RecordedSteps | None = None,
+    ) -> None:
         self.group = group
         self.call = call
+        self.recorded = recorded
         self.streamer = streamer if group.is_first else None
         self.synchronize = synchronize
         self.stats = RequestStats()
@@ -184,6 +195,10 @@ class LockstepDecoder:
 
     def _forward(self, model: PreTrainedModel, input_ids: Tensor, fed: int, cache: Any) -> Tensor:
         """Run the tokens that the cache does not hold yet; return the last one's logits, (1, vocab), float32."""
+        if self.recorded is not None:
+            logits = self.recorded.run(cache, self.call, input_ids[:, -1:], self.stats.new_tokens)
+            if logits is not None:
+                return logits
         positions = torch.arange(fed, input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         output = model(
             input_ids=input_ids[:, fed:],

@@ -42,6 +42,7 @@ class ActiveCall:
     phase: Phase
     state: PrefillState | None
     projections: list[Tensor] = field(default_factory=list)
+    num_keys: Tensor | None = None  # (1,) int32, see `APBAttention.forward`
 
     def keep_projection(self, layer_idx: int, output: Tensor) -> None:
         """Keep what a layer has projected until its attention is called, if tokens are scored there."""
@@ -80,7 +81,16 @@ def attention_forward(
         # Handed over, not shared: what is captured lives until the layer's scores are made.
         call.state.projections = call.projections or None
         call.projections = []
-    output = call.attention(query, key, value, phase=call.phase, layer_idx=layer_idx, state=call.state, scale=scaling)
+    output = call.attention(
+        query,
+        key,
+        value,
+        phase=call.phase,
+        layer_idx=layer_idx,
+        state=call.state,
+        scale=scaling,
+        num_keys=call.num_keys,
+    )
     if call.phase is Phase.PREFILL and call.state is not None and call.state.is_last_layer(layer_idx):
         raise PrefillComplete
     return output.transpose(1, 2), None

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 import apb_ds
+from apb_ds.decode_step import DecodeStep
 from apb_ds.ops.kernels import KERNELS
 from tests.engine_cases import Case
 from tests.heads import engine_with_heads
@@ -115,7 +117,7 @@ def test_bfloat16_generates_and_keeps_its_context() -> None:
 def test_kernels_in_use_are_reported(dtype: torch.dtype) -> None:
     engine = new_engine("llama", dtype)
     names = engine.kernel_names
-    assert set(names) == {"prefill", "decode"}
+    assert set(names) - {"recorded"} == {"prefill", "decode"}
     assert all(KERNELS[name].device_type == "cuda" for name in names.values())
     if dtype == torch.float32:
         assert names == {"prefill": "torch_efficient", "decode": "torch_efficient"}
@@ -132,7 +134,8 @@ def test_a_kernel_asked_for_by_name_serves_a_request(name: str) -> None:
     given: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5, "compressor": "recent"}
     document, query = request_ids(203, 7)
     engine = new_engine("llama", torch.bfloat16, kernel=name, **given)
-    assert engine.kernel_names == {"prefill": name, "decode": name}
+    recorded = {"recorded": name} if kernel.can_be_recorded else {}
+    assert engine.kernel_names == {"prefill": name, "decode": name} | recorded
     expected = run_reference(build_model("llama"), document, query, **given).logits
     assert relative_error(answer(engine, document, query), expected) < BFLOAT16_TOLERANCE
     assert engine.generate(document, query, max_new_tokens=4, do_sample=False).shape == (1, 4)
@@ -141,3 +144,44 @@ def test_a_kernel_asked_for_by_name_serves_a_request(name: str) -> None:
 def test_a_cpu_kernel_does_not_fit() -> None:
     with pytest.raises(ValueError, match="runs on cpu, not on cuda"):
         new_engine("llama", torch.float32, kernel="cpu_flash")
+
+
+class Scores(LogitsProcessor):
+    """Keeps the logits of every token, and has always the same tokens chosen."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.seen.append(scores.cpu())
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, 3 + 7 * len(self.seen)] = 0.0
+        return forced
+
+
+@pytest.mark.parametrize("name", ["torch_flash", "flash_attn3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_recorded_decode_steps(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not KERNELS[name].is_installed() or KERNELS[name].why_not(torch.device("cuda", 0), torch.bfloat16, 16):
+        pytest.skip(f"{name} does not serve this here")
+    document, query = request_ids(203, 7)
+    records = 0
+    record = DecodeStep.record
+
+    def counted(*arguments: Any) -> None:
+        nonlocal records
+        records += 1
+        record(*arguments)
+
+    monkeypatch.setattr(DecodeStep, "record", counted)
+    logits = []
+    for cuda_graph in (False, True, True):
+        if len(logits) < 2:
+            engine = new_engine(family, torch.bfloat16, hosts=4, kernel=name, cuda_graph=cuda_graph)
+        scores = Scores()
+        engine.generate(document, query, max_new_tokens=12, do_sample=False, logits_processor=[scores])
+        logits.append(torch.cat(scores.seen).float())
+    assert records == 1, "the second request has its buffers where the first one had them"
+    assert relative_error(logits[1], logits[0]) < BFLOAT16_TOLERANCE / 5
+    assert relative_error(logits[2], logits[1]) < BFLOAT16_TOLERANCE / 5
+    assert relative_error(logits[0].roll(1, dims=0), logits[0]) > BFLOAT16_TOLERANCE, "a token late would be noticed"

@@ -8,7 +8,7 @@ import torch
 from apb_ds.ops.kernels import DECODE_ORDER, KERNELS, PREFILL_ORDER, choose_kernels
 from apb_ds.ops.kernels.base import Kernel
 from apb_ds.ops.kernels.reference import ReferenceKernel
-from tests.kernel_cases import LONG_SHAPES, SHAPES, Shape, check_kernel
+from tests.kernel_cases import LONG_SHAPES, LSE_TOLERANCE, OUTPUT_TOLERANCE, SHAPES, Shape, check_kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -55,6 +55,25 @@ def test_strided_and_sliced_inputs(kernel: type[Kernel], dtype: torch.dtype, cau
     states = (projected.transpose(1, 2)[:, :, 7:140], key, value)
     assert not any(tensor.is_contiguous() for tensor in states)
     check_kernel(require(kernel, dtype, 64), states, causal, 0.125)
+
+
+@pytest.mark.parametrize("num_keys", [1, 130, 1000, 2048])
+@pytest.mark.parametrize("kernel, dtype", [case for case in CASES if case.values[0].can_be_recorded])
+def test_the_first_keys_of_buffers_in_a_graph(kernel: type[Kernel], dtype: torch.dtype, num_keys: int) -> None:
+    """Recorded with one number of keys and replayed with another: what counts is read on the device."""
+    buffers = Shape("buffers", 32, 8, 1, 2048, False, 128)
+    query, key, value = buffers.draw(dtype, "cuda")
+    attend = require(kernel, dtype, 128)
+    count = torch.full((1,), 7, dtype=torch.int32, device="cuda")
+    attend.attend_first(query, key, value, count, 0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, lse = attend.attend_first(query, key, value, count, 0.1)
+    count.fill_(num_keys)
+    graph.replay()
+    expected, expected_lse = ReferenceKernel()(query, key[:, :, :num_keys], value[:, :, :num_keys], False, 0.1)
+    torch.testing.assert_close(output, expected, rtol=0, atol=OUTPUT_TOLERANCE[dtype])
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=LSE_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from apb_ds.cache import GROWTH_TOKENS, ShardedCache, ShardedCacheLayer
+from apb_ds.cache import GROWTH_TOKENS, STEP_TOKENS, ShardedCache, ShardedCacheLayer
 
 KV_HEADS, HEAD_DIM = 2, 4
 
@@ -88,7 +88,32 @@ def test_the_room_asked_for_is_made_at_once() -> None:
     assert layer.keys is not None and layer.keys.shape[2] == 70
     assert layer.num_bytes == 2 * KV_HEADS * 70 * HEAD_DIM * 4
     owner = filled(True, [(0, 30)], 30)
-    assert owner.num_bytes == 2 * 2 * KV_HEADS * (30 + GROWTH_TOKENS) * HEAD_DIM * 4
+    assert 30 + GROWTH_TOKENS <= STEP_TOKENS
+    assert owner.num_bytes == 2 * 2 * KV_HEADS * STEP_TOKENS * HEAD_DIM * 4, "whole steps, where tokens are added"
+
+
+def test_a_token_written_to_a_slot_is_counted_by_advance() -> None:
+    usual, fixed = (filled(True, [(0, 20)], 20) for _ in range(2))
+    for layer_idx in range(2):
+        usual.update(*states(20, 21), layer_idx)
+    with fixed.writing_to(torch.tensor([20])):
+        for layer_idx in range(2):
+            keys, values = fixed.update(*states(20, 21), layer_idx)
+            assert keys is fixed.layer(layer_idx).keys and values is fixed.layer(layer_idx).values
+        assert fixed.get_seq_length() == fixed.local_length == 20
+    fixed.advance()
+    assert fixed.get_seq_length() == fixed.local_length == 21
+    for layer_idx in range(2):
+        for ours, others in zip(fixed.layer(layer_idx).shard(), usual.layer(layer_idx).shard(), strict=True):
+            assert torch.equal(ours, others)
+
+
+def test_buffers_with_room_for_more() -> None:
+    cache = filled(True, [(0, 20)], 20)
+    before = [buffer.data_ptr() for buffer in cache.buffers(21)]
+    assert len(before) == 4 and [buffer.data_ptr() for buffer in cache.buffers(STEP_TOKENS)] == before
+    assert all(buffer.shape[2] > STEP_TOKENS for buffer in cache.buffers(STEP_TOKENS + 1))
+    assert tokens_in(cache.layer(0)) == list(range(20))
 
 
 def test_more_blocks_than_announced() -> None:

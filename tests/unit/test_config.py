@@ -24,6 +24,7 @@ DEFAULTS = {
     "shard_anchor": True,
     "seed": 0,
     "kernel": "auto",
+    "cuda_graph": False,
 }
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
@@ -52,6 +53,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"passing_length": 0, "compression_ratio": 8}, ["passing_length=0", "compression_ratio=8", "one of them"]),
     ({"compressor": 3}, ["compressor", "3", "name"]),
     ({"kernel": 3}, ["kernel", "3", "name"]),
+    ({"cuda_graph": 1}, ["cuda_graph", "1", "true or false"]),
+    ({"method": "dense", "cuda_graph": "no"}, ["cuda_graph", "no", "true or false"]),
     ({"query_in_anchor": 1}, ["query_in_anchor", "1", "true or false"]),
     ({"query_in_anchor": "yes"}, ["query_in_anchor", "'yes'", "true or false"]),
     ({"shard_anchor": 0}, ["shard_anchor", "0", "true or false"]),

@@ -18,7 +18,7 @@ from apb_ds.ops.kernels.base import Kernel
 from apb_ds.ops.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
 from apb_ds.ops.kernels.reference import ReferenceKernel
 from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel
-from tests.kernel_cases import OUTPUT_TOLERANCE, SHAPES, Shape, call_reference, check_kernel
+from tests.kernel_cases import LSE_TOLERANCE, OUTPUT_TOLERANCE, SHAPES, Shape, call_reference, check_kernel
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -48,6 +48,16 @@ def test_strided_and_sliced_inputs(kernel: type[Kernel], causal: bool) -> None:
     key, value = torch.randn(2, 1, 2, 90, 64, generator=generator)[:, :, :, 20:53]
     assert not (query.is_contiguous() or key.is_contiguous() or value.is_contiguous())
     check_kernel(kernel(), (query, key, value), causal, 0.125)
+
+
+@pytest.mark.parametrize("kernel", ON_CPU)
+@pytest.mark.parametrize("num_keys", [1, 5, 40])
+def test_the_first_keys_of_buffers(kernel: type[Kernel], num_keys: int) -> None:
+    query, key, value = Shape("", 4, 2, 1, 40, False).draw(torch.float32)
+    count = torch.tensor([num_keys], dtype=torch.int32)
+    got = kernel().attend_first(query, key, value, count, 0.3)
+    expected = kernel()(query, key[:, :, :num_keys], value[:, :, :num_keys], False, 0.3)
+    assert all(torch.equal(ours, others) for ours, others in zip(got, expected, strict=True))
 
 
 def test_the_reference_is_attention_written_out() -> None:
@@ -223,6 +233,19 @@ def flash_attn_3_when_asked(
     return (output, lse) if return_attn_probs else output
 
 
+def flash_attn_3_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+    cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None,
+    max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None,
+    causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True,
+    scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False,
+):  # fmt: skip
+    assert cache_seqlens.dtype == torch.int32 and cache_seqlens.shape == q.shape[:1]
+    stop = int(cache_seqlens)
+    output, lse = by_the_package_s_layout(q, k_cache[:, :stop], v_cache[:, :stop], causal, softmax_scale)
+    return (output, lse, None, None) if return_softmax_lse else output
+
+
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Any], None]]:
     """Put a stand-in module where an import finds it."""
@@ -269,6 +292,21 @@ def test_flash_attn_3_prefers_the_package_over_the_wheel(install: Callable[[str,
     install("fa3_fwd_interface", None)
     install("flash_attn_interface", flash_attn_3_always)
     check_kernel(FlashAttn3Kernel(), SHAPES[1].draw(torch.bfloat16), True, 0.2)
+
+
+def test_flash_attn_3_with_the_first_keys_of_buffers(
+    install: Callable[[str, Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("fa3_fwd_interface", flash_attn_3_when_asked)
+    monkeypatch.setattr(
+        sys.modules["fa3_fwd_interface"], "flash_attn_with_kvcache", flash_attn_3_with_kvcache, raising=False
+    )
+    query, key, value = Shape("", 4, 2, 1, 40, False).draw(torch.bfloat16)
+    count = torch.tensor([23], dtype=torch.int32)
+    output, lse = FlashAttn3Kernel().attend_first(query, key, value, count, 0.2)
+    expected, expected_lse = call_reference(query, key[:, :, :23], value[:, :, :23], False, 0.2)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=OUTPUT_TOLERANCE[torch.bfloat16])
+    torch.testing.assert_close(lse, expected_lse.float(), rtol=0, atol=LSE_TOLERANCE[torch.bfloat16])
 
 
 def test_flash_attn_3_missing_at_the_call() -> None:

@@ -28,6 +28,7 @@ LAYERS = (
     "linears",
     "loading",
     "context",
+    "decode_step",
     "generation",
     "inputs",
     "rounds",

@@ -35,10 +35,14 @@ KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in PREFILL_OR
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The kernels of an engine: `prefill` for blocks and queries, `decode` for one token at a time."""
+    """The kernels of an engine: `prefill` for blocks and queries, `decode` for one token at a time.
+
+    `recorded` is for one token at a time in a CUDA graph; None where no kernel can be recorded.
+    """
 
     prefill: Kernel
     decode: Kernel
+    recorded: Kernel | None = None
 
     @property
     def names(self) -> dict[str, str]:
@@ -70,16 +74,18 @@ def choose_kernels(name: str, device: torch.device, dtype: torch.dtype, head_dim
     """
     check_kernel_name(name)
     if name == "auto":
-        return KernelChoice(
-            *(_first_fitting(order, device, dtype, head_dim) for order in (PREFILL_ORDER, DECODE_ORDER))
-        )
+        prefill, decode = (_fitting(order, device, dtype, head_dim)[0] for order in (PREFILL_ORDER, DECODE_ORDER))
+        return KernelChoice(prefill, decode, _recordable(_fitting(PREFILL_ORDER, device, dtype, head_dim)))
     reason = KERNELS[name].why_not(device, dtype, head_dim)
     if reason is not None:
         raise ValueError(f"kernel={name!r} does not fit: {reason}. Use kernel=auto or another kernel.")
     kernel = KERNELS[name]()
-    return KernelChoice(kernel, kernel)
+    return KernelChoice(kernel, kernel, _recordable([kernel]))
 
 
-def _first_fitting(order: tuple[type[Kernel], ...], device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
-    fitting = (kernel for kernel in order if kernel.is_installed() and kernel.why_not(device, dtype, head_dim) is None)
-    return next(fitting)()
+def _fitting(order: tuple[type[Kernel], ...], device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Kernel]:
+    return [kernel() for kernel in order if kernel.is_installed() and kernel.why_not(device, dtype, head_dim) is None]
+
+
+def _recordable(kernels: list[Kernel]) -> Kernel | None:
+    return next((kernel for kernel in kernels if kernel.can_be_recorded), None)

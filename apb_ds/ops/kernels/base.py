@@ -23,6 +23,7 @@ class Kernel:
     min_capability: ClassVar[int] = 0  # CUDA compute capability, major
     package: ClassVar[str | None] = None  # module that must be installed
     extra: ClassVar[str | None] = None  # what to install to get it
+    can_be_recorded: ClassVar[bool] = False  # whether `attend_first` may be part of a CUDA graph
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         """Compute attention.
@@ -40,6 +41,24 @@ class Kernel:
         lse : (1, heads, queries), float32, natural log
         """
         raise NotImplementedError
+
+    def attend_first(
+        self, query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attend without a mask to the first keys of buffers.
+
+        Parameters
+        ----------
+        query : (1, heads, 1, head_dim)
+        key, value : (1, kv_heads, capacity, head_dim)
+        num_keys : (1,), int32, on the device: how many keys count, at least 1
+
+        Returns
+        -------
+        As `__call__`.
+        """
+        stop = int(num_keys)  # waits for the device: kernels that can be recorded have another way
+        return self(query, key[:, :, :stop], value[:, :, :stop], False, scale)
 
     @classmethod
     def is_installed(cls) -> bool:

@@ -44,11 +44,22 @@ class FlashAttn3Kernel(Kernel):
     max_head_dim = 256
     package = FLASH_ATTN_3_MODULES[0]
     extra = "pip install fa3-fwd"
+    can_be_recorded = True
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         function, options = _flash_attn_3()
         q, k, v = (states.transpose(1, 2) for states in (query, key, value))
         output, lse, *_ = function(q, k, v, softmax_scale=scale, causal=causal, **options)
+        return output.transpose(1, 2), lse.float()
+
+    def attend_first(
+        self, query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        name = _flash_attn_3_module()
+        assert name is not None
+        function = importlib.import_module(name).flash_attn_with_kvcache  # this one splits the keys
+        q, k, v = (states.transpose(1, 2) for states in (query, key, value))
+        output, lse, *_ = function(q, k, v, cache_seqlens=num_keys, softmax_scale=scale, return_softmax_lse=True)
         return output.transpose(1, 2), lse.float()
 
     @classmethod

@@ -48,12 +48,24 @@ class TorchFlashKernel(Kernel):
     dtypes = HALF
     max_head_dim = 256
     min_capability = 8
+    can_be_recorded = True
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, causal, False, scale=scale
         )
         return output, lse[..., : query.shape[2]].float()
+
+    def attend_first(
+        self, query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        # As sequences of different lengths, of which there is one: (tokens, heads, head_dim), and where each begins.
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        begins = torch.arange(2, dtype=torch.int32, device=query.device)
+        output, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, begins, begins * len(k), 1, len(k), 0.0, False, False, scale=scale, seqused_k=num_keys
+        )
+        return output.transpose(0, 1).unsqueeze(0), lse.reshape(query.shape[:3]).float()
 
 
 class TorchEfficientKernel(Kernel):

@@ -1,0 +1,160 @@
+"""One decode step over buffers that stay where they are: recorded once as a CUDA graph, replayed for every token.
+
+A small model's step is mostly the launching of its kernels; replayed, they are launched as one. A recording holds the
+addresses of a cache's buffers, so it serves caches whose buffers are exactly there: the same context again, or one of
+about the same length whose memory torch gave to it after the last one was freed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apb_ds.attention import Phase
+from apb_ds.cache import ShardedCache
+from apb_ds.hf import ActiveCall
+from apb_ds.ops.kernels import KernelChoice
+from apb_ds.rotary import is_position_dependent_rope
+
+# Recording costs about as much as a few steps: short answers are not worth it.
+RECORD_AFTER = 3
+
+logger = logging.getLogger(__name__)
+
+
+class DecodeStep:
+    """A forward of one token whose inputs are read from the device: token, position, and how long the shard is.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._token = torch.zeros((1, 1), dtype=torch.int64, device=device)
+        self._position = torch.zeros((1, 1), dtype=torch.int64, device=device)
+        self._slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self._num_keys = torch.ones(1, dtype=torch.int32, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+        self._addresses: list[tuple[int, torch.Size]] = []
+        self._weights: list[int] = []
+
+    def fits(self, cache: ShardedCache) -> bool:
+        """Whether what was recorded reads and writes this cache."""
+        return self._graph is not None and self._addresses == _addresses(cache)
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the model's weights are where they were."""
+        return self._weights == _weights(model)
+
+    def record(self, model: nn.Module, cache: ShardedCache, call: ActiveCall) -> None:
+        """Record the step over the buffers of `cache`, with room for one more token."""
+        self._addresses, self._weights = _addresses(cache), _weights(model)
+        self._set(self._token, cache.get_seq_length(), cache.local_length)
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # what is set up at first use must not be recorded
+            self.forward(model, cache, call)
+        torch.cuda.current_stream().wait_stream(beside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._logits = self.forward(model, cache, call)
+
+    def run(self, model: nn.Module, cache: ShardedCache, call: ActiveCall, token: Tensor) -> Tensor:
+        """Feed one token, (1, 1) int64; return its logits, (1, vocab), float32, to be read before the next step."""
+        self._set(token, cache.get_seq_length(), cache.local_length)
+        if self._graph is None:
+            self._logits = self.forward(model, cache, call)
+        else:
+            self._graph.replay()
+        cache.advance()
+        assert self._logits is not None
+        return self._logits
+
+    def forward(self, model: nn.Module, cache: ShardedCache, call: ActiveCall) -> Tensor:
+        """Run the model on what the inputs hold; the cache does not count the token."""
+        call.num_keys = self._num_keys
+        try:
+            with cache.writing_to(self._slot):
+                output = model(
+                    input_ids=self._token,
+                    position_ids=self._position,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    return_dict=True,
+                )
+        finally:
+            call.num_keys = None
+        return output.logits[:, -1].float()
+
+    def _set(self, token: Tensor, position: int, slot: int) -> None:
+        self._token.copy_(token)
+        self._position.fill_(position)
+        self._slot.fill_(slot)
+        self._num_keys.fill_(slot + 1)
+
+
+class RecordedSteps:
+    """An engine's recorded decode step, the last one that it made.
+
+    Parameters
+    ----------
+    model : nn.Module
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = (model,)  # no part of a module tree
+        self._step: DecodeStep | None = None
+        self._has_failed = False
+
+    def run(self, cache: ShardedCache, call: ActiveCall, token: Tensor, num_done: int) -> Tensor | None:
+        """Feed one token to a recorded step; return its logits, or None if there is none to be used.
+
+        Parameters
+        ----------
+        token : (1, 1), int64
+        num_done : tokens of this answer that there are, this one included
+        """
+        if self._has_failed or call.phase is not Phase.DECODE:
+            return None
+        if self._step is not None and num_done == 1 and not self._step.is_of(self._model[0]):
+            self._step = None
+        if self._step is None or not self._step.fits(cache):
+            if num_done < RECORD_AFTER:
+                return None
+            self._step = None  # the old one's memory first
+            self._step = self._recorded(cache, call, token.device)
+        return None if self._step is None else self._step.run(self._model[0], cache, call, token)
+
+    def _recorded(self, cache: ShardedCache, call: ActiveCall, device: torch.device) -> DecodeStep | None:
+        step = DecodeStep(device)
+        try:
+            step.record(self._model[0], cache, call)
+        except RuntimeError as error:  # something in the model waits for the device, or memory ran out
+            self._has_failed = True
+            logger.warning("Decoding without a CUDA graph, since the step cannot be recorded: %s", _first_line(error))
+            return None
+        return step
+
+
+def can_record(model: nn.Module, kernels: KernelChoice, num_ranks: int) -> bool:
+    """Whether decode steps may be recorded: on one rank, with a kernel and a rotary embedding that allow it."""
+    waits = any(is_position_dependent_rope(module) for module in model.modules())
+    return num_ranks == 1 and kernels.recorded is not None and not waits
+
+
+def _addresses(cache: ShardedCache) -> list[tuple[int, torch.Size]]:
+    return [(buffer.data_ptr(), buffer.shape) for buffer in cache.buffers(cache.local_length + 1)]
+
+
+def _weights(model: nn.Module) -> list[int]:
+    return [parameter.data_ptr() for parameter in model.parameters()]
+
+
+def _first_line(error: Any) -> str:
+    return str(error).strip().partition("\n")[0]

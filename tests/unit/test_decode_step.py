@@ -1,0 +1,147 @@
+"""Decode steps over fixed buffers, run as they would be recorded: the tokens, and when a recording is made anew."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import apb_ds
+from apb_ds import cache, decode_step
+from apb_ds.decode_step import DecodeStep, RecordedSteps, can_record
+from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel
+from tests.models import build_model, phi3, request_ids
+
+GIVEN: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5}
+NEW = 9
+CPU = torch.device("cpu")
+
+
+class Counts:
+    """How many steps were recorded and run."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.run = 0
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
+    """Have steps recorded on the CPU, where a recording is the step itself."""
+    counts = Counts()
+    run = DecodeStep.run
+
+    def record(self: Any, model: nn.Module, cache: Any, call: Any) -> None:
+        self._addresses, self._weights = decode_step._addresses(cache), decode_step._weights(model)
+        counts.recorded += 1
+
+    def run_as_it_is(self: Any, *arguments: Any) -> Any:
+        counts.run += 1
+        return run(self, *arguments)
+
+    def fits(self: Any, cache: Any) -> bool:
+        return bool(self._addresses == decode_step._addresses(cache))
+
+    monkeypatch.setattr(CPUFlashKernel, "can_be_recorded", True)
+    monkeypatch.setattr(DecodeStep, "record", record)
+    monkeypatch.setattr(DecodeStep, "fits", fits)
+    monkeypatch.setattr(DecodeStep, "run", run_as_it_is)
+    return counts
+
+
+def new_engine(family: str = "llama", **given: Any) -> Any:
+    return apb_ds.init_inference(build_model(family), apb_ds.APBConfig(**{**GIVEN, "cuda_graph": True, **given}))
+
+
+def answer(engine: Any, context: Any, num_new: int = NEW, **given: Any) -> list[int]:
+    _, query = request_ids(101, 5)
+    tokens = engine.generate(query_ids=query, context=context, max_new_tokens=num_new, do_sample=False, **given)
+    return tokens[0].tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_the_tokens_are_the_same(family: str, counts: Counts) -> None:
+    document, query = request_ids(101, 5)
+    usual, recording = new_engine(family, cuda_graph=False), new_engine(family)
+    expected = answer(usual, usual.prefill(document, query))
+    assert counts.run == 0 and "recorded" not in usual.kernel_names
+    context = recording.prefill(document, query)
+    before = recording.query_logits(query, context=context)
+    assert answer(recording, context) == expected
+    # The first token comes with the query, and the next ones before it is worth recording.
+    assert (counts.recorded, counts.run) == (1, NEW - decode_step.RECORD_AFTER)
+    assert torch.equal(recording.query_logits(query, context=context), before), "the context is as it was"
+    assert answer(recording, context) == expected
+    assert (counts.recorded, counts.run) == (1, 2 * NEW - decode_step.RECORD_AFTER - 1), "at once, the second time"
+    assert recording.kernel_names["recorded"] == "cpu_flash"
+
+
+def test_a_short_answer_records_nothing(counts: Counts) -> None:
+    document, query = request_ids(101, 5)
+    engine = new_engine()
+    answer(engine, engine.prefill(document, query), decode_step.RECORD_AFTER)
+    assert (counts.recorded, counts.run) == (0, 0)
+
+
+def test_buffers_that_grow_are_recorded_anew(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "GROWTH_TOKENS", 1)
+    monkeypatch.setattr(cache, "STEP_TOKENS", 4)
+    document, query = request_ids(101, 5)
+    usual, recording = new_engine(cuda_graph=False), new_engine()
+    turns = []
+    for engine in (usual, recording):
+        context = engine.prefill(document, query)
+        turns.append([answer(engine, context, append=True) for _ in range(3)])
+    assert turns[0] == turns[1]
+    assert counts.recorded > 1
+
+
+def test_weights_that_moved_are_recorded_anew(counts: Counts) -> None:
+    document, query = request_ids(101, 5)
+    engine = new_engine()
+    context = engine.prefill(document, query)
+    expected = answer(engine, context)
+    weight = engine.module.lm_head.weight
+    weight.data = weight.data.clone()
+    assert answer(engine, context) == expected
+    assert counts.recorded == 2
+
+
+def test_what_cannot_be_recorded_is_said_once(
+    counts: Counts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(DecodeStep, "record", fail)
+    document, query = request_ids(101, 5)
+    usual, engine = new_engine(cuda_graph=False), new_engine()
+    with caplog.at_level(logging.WARNING, logger="apb_ds"):
+        contexts = [each.prefill(document, query) for each in (usual, engine)]
+        tokens = [
+            answer(each, context)
+            for each, context in zip((usual, engine, engine), (*contexts, contexts[1]), strict=True)
+        ]
+    assert tokens[0] == tokens[1] == tokens[2] and counts.run == 0
+    said = [record.getMessage() for record in caplog.records if "CUDA graph" in record.getMessage()]
+    assert len(said) == 1 and said[0].endswith("operation not permitted when stream is capturing")
+
+
+def test_when_steps_can_be_recorded(counts: Counts) -> None:
+    engine = new_engine()
+    kernels = engine.attention.kernels_for(CPU, torch.float32, engine.geometry.head_dim)
+    assert can_record(engine.module, kernels, 1)
+    assert not can_record(engine.module, kernels, 2)
+    longrope = phi3()
+    assert not can_record(longrope, kernels, 1), "its rotary embedding reads positions"
+
+
+def test_no_kernel_on_cpu_can_be_recorded() -> None:
+    engine = new_engine()
+    assert (
+        engine.apb_config.cuda_graph and engine._recorded is None and set(engine.kernel_names) == {"prefill", "decode"}
+    )
+    assert RecordedSteps(engine.module)._step is None
