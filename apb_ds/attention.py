@@ -14,7 +14,9 @@ from apb_ds.config import APBConfig
 from apb_ds.methods import apb, dense, ring, ulysses
 from apb_ds.methods.decode import attend_shards
 from apb_ds.methods.state import PrefillState, Tools
+from apb_ds.ops.compiled import compiled
 from apb_ds.ops.kernels import KernelChoice, check_kernel_name, choose_kernels
+from apb_ds.ops.merge import merge_two
 from apb_ds.parallel import place
 from apb_ds.parallel.groups import SequenceGroup
 
@@ -131,7 +133,8 @@ class APBAttention(nn.Module):
         head_dim = query.shape[-1]
         scale = head_dim**-0.5 if scale is None else scale
         kernels = self.kernels_for(query.device, query.dtype, head_dim)
-        tools = Tools(self.group, kernels, self.compressor)
+        merge = compiled(merge_two) if self.config.fused and query.is_cuda else merge_two
+        tools = Tools(self.group, kernels, self.compressor, merge)
         if phase is Phase.PREFILL:
             if state is None:
                 raise ValueError("phase=PREFILL needs state=PrefillState(plan, cache, rank).")

@@ -16,7 +16,7 @@ DEFAULT_COMPRESSION_RATIO = 8
 MAX_DEFAULT_ANCHOR_LENGTH = 8192
 ANCHOR_IS_BLOCK = "block"
 # What every method has: how things are computed, not what.
-EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": False}
+EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": False, "fused": False}
 
 
 def suggest(value: object, allowed: Iterable[str]) -> str:
@@ -54,7 +54,8 @@ class APBConfig:
         ``apb``, or ``star`` (arXiv 2411.17116): APB with nothing passed, an anchor as long as a block and no query
         in the anchor. A preset: any of the three can still be set. Or an exact one to compare with: ``dense`` (one
         rank), ``ring`` (arXiv 2310.01889, zigzag-balanced) or ``ulysses`` (arXiv 2309.14509, DeepSpeed's own). These
-        have `kernel` and `cuda_graph` and no other setting: the rest must stay ``None``.
+        have `kernel`, `cuda_graph` and `fused` and no other setting: the rest must
+        stay ``None``.
     hosts : int
         Number of context blocks, a multiple of the number of ranks. Default 8.
     anchor_length : int or "block", tokens
@@ -80,6 +81,9 @@ class APBConfig:
         Attention kernel by name, or ``auto`` (default): the best one installed for device and dtype.
     cuda_graph : bool
         Whether decode steps are recorded and replayed where that is possible: on CUDA, on one rank. Default false.
+    fused : bool
+        Whether the model's norms, gated activations and rotations, and the merging of partial attention, are compiled
+        (``torch.compile``) where they run on CUDA. Default false.
 
     Raises
     ------
@@ -100,6 +104,7 @@ class APBConfig:
     seed: int | None = None
     kernel: str | None = None
     cuda_graph: bool | None = None
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         if self.method is not None:
@@ -118,6 +123,7 @@ class APBConfig:
         self._check_name("compressor")
         self._check_name("kernel")
         check_bool("cuda_graph", self.cuda_graph)
+        check_bool("fused", self.fused)
 
     @property
     def is_exact_method(self) -> bool:
@@ -130,12 +136,13 @@ class APBConfig:
                 object.__setattr__(self, name, value)
         self._check_name("kernel")
         check_bool("cuda_graph", self.cuda_graph)
+        check_bool("fused", self.fused)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in ("method", *EXECUTION_DEFAULTS) and value is not None:
                 raise ValueError(
                     f"{field.name}={value!r} is a setting of apb and star; method={self.method} is exact and has "
-                    f"none but {' and '.join(EXECUTION_DEFAULTS)}. Leave it out."
+                    f"none but {', '.join(EXECUTION_DEFAULTS)}. Leave it out."
                 )
 
     def _check_name(self, field: str) -> None:

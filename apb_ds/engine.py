@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.context import Context
 from apb_ds.decode_step import RecordedSteps, can_record
+from apb_ds.fused import fused_layers
 from apb_ds.generation import (
     LockstepDecoder,
     RequestStats,
@@ -107,6 +109,7 @@ class APBEngine(InferenceEngine):
         self.attention = attention
         recorded = config.cuda_graph and can_record(self.module, kernels, self.group.world_size)
         self._recorded = RecordedSteps(self.module) if recorded else None
+        self._fused = fused_layers(self.module, bool(config.fused), self.device)
         if heads is not None:
             self._heads = [heads]
         self._said_exact = False
@@ -186,6 +189,7 @@ class APBEngine(InferenceEngine):
         with (
             explain_out_of_memory(f"prefilling {num_tokens} tokens in blocks of {block_length}", self._levers(plan)),
             onednn_linears(self.module.base_model, block_length),
+            self._layers_in_force(),
             apb_attention(self.module, self.attention, Phase.PREFILL, max_positions, state),
         ):
             for state.round_index in range(len(plan.rounds)):
@@ -295,7 +299,10 @@ class APBEngine(InferenceEngine):
         fed = torch.cat([context.token_ids[:, cached:], query_ids], dim=-1)
         positions = torch.arange(cached, cached + fed.shape[1], device=self.device).unsqueeze(0)
         try:
-            with apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions):
+            with (
+                self._layers_in_force(),
+                apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions),
+            ):
                 output = self.module(
                     input_ids=fed,
                     position_ids=positions,
@@ -335,6 +342,7 @@ class APBEngine(InferenceEngine):
                     f"answering {query_ids.shape[1]} query tokens after {context.num_tokens}",
                     self._levers(context.plan),
                 ),
+                self._layers_in_force(),
                 apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions) as call,
             ):
                 decoder = LockstepDecoder(self.group, call, streamer, self._synchronize, self._recorded)
@@ -355,6 +363,10 @@ class APBEngine(InferenceEngine):
         if append:
             context.token_ids = everything
         return everything[:, prompt.shape[1] :]
+
+    def _layers_in_force(self) -> AbstractContextManager[None]:
+        """Return what has the model compute with fused layers, where there are any."""
+        return nullcontext() if self._fused is None else self._fused.in_force()
 
     def _say_if_exact(self, exact: bool, num_tokens: int) -> None:
         if exact and not self.apb_config.is_exact_method and not self._said_exact and self.group.is_first:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from apb_ds.compressors.base import BlockStates
 from apb_ds.methods.state import PassedStates, PrefillState, Tools
-from apb_ds.ops.merge import merge_two
 from apb_ds.plan import Plan, split_evenly
 
 Arrival = Callable[[], None]  # waits for what was sent and puts it where the attention finds it
@@ -82,7 +81,7 @@ def _merge_with(
     keys, values = others
     if keys.shape[2] == 0:
         return local[0]
-    return merge_two(*local, *tools.kernels.prefill(query, keys, values, False, scale))
+    return tools.merge_two(*local, *tools.kernels.prefill(query, keys, values, False, scale))
 
 
 def _send_anchor(tools: Tools, state: PrefillState, passed: PassedStates, anchor: list[Tensor]) -> Arrival:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from apb_ds.methods.state import PrefillState, Tools
-from apb_ds.ops.merge import merge_two
 from apb_ds.plan import Plan
 
 
@@ -75,7 +74,7 @@ class _Running:
             return
         output, lse = tools.kernels.prefill(query, keys, values, causal, scale)
         before = self.output[:, :, first_row:], self.lse[:, :, first_row:]
-        self.output[:, :, first_row:] = merge_two(*before, output.float(), lse)
+        self.output[:, :, first_row:] = tools.merge_two(*before, output.float(), lse)
         self.lse[:, :, first_row:] = torch.logaddexp(before[1], lse)
 
 

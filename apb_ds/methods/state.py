@@ -11,17 +11,19 @@ from torch import Tensor
 from apb_ds.cache import ShardedCache
 from apb_ds.compressors.base import Compressor
 from apb_ds.ops.kernels import KernelChoice
+from apb_ds.ops.merge import merge_two
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a method works with: the group to talk to, the kernels, and the compressor if it has one."""
+    """What a method works with: the group to talk to, the kernels, the compressor if it has one, and how to merge."""
 
     group: SequenceGroup
     kernels: KernelChoice
     compressor: Compressor | None
+    merge_two: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = merge_two
 
 
 class PassedStates:

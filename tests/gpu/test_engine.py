@@ -146,6 +146,16 @@ def test_a_cpu_kernel_does_not_fit() -> None:
         new_engine("llama", torch.float32, kernel="cpu_flash")
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_fused_layers(family: str) -> None:
+    document, query = request_ids(203, 7)
+    plain, fused = (new_engine(family, torch.bfloat16, hosts=4, compressor="recent", fused=on) for on in (False, True))
+    expected = answer(plain, document, query)
+    assert relative_error(answer(fused, document, query), expected) < BFLOAT16_TOLERANCE / 5
+    assert fused.generate(document, query, max_new_tokens=4, do_sample=False).shape == (1, 4)
+    assert torch.equal(answer(plain, document, query), expected)
+
+
 class Scores(LogitsProcessor):
     """Keeps the logits of every token, and has always the same tokens chosen."""
 

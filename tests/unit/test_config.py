@@ -25,6 +25,7 @@ DEFAULTS = {
     "seed": 0,
     "kernel": "auto",
     "cuda_graph": False,
+    "fused": False,
 }
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
@@ -54,6 +55,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"compressor": 3}, ["compressor", "3", "name"]),
     ({"kernel": 3}, ["kernel", "3", "name"]),
     ({"cuda_graph": 1}, ["cuda_graph", "1", "true or false"]),
+    ({"fused": "yes"}, ["fused", "yes", "true or false"]),
     ({"method": "dense", "cuda_graph": "no"}, ["cuda_graph", "no", "true or false"]),
     ({"query_in_anchor": 1}, ["query_in_anchor", "1", "true or false"]),
     ({"query_in_anchor": "yes"}, ["query_in_anchor", "'yes'", "true or false"]),

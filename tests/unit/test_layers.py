@@ -25,6 +25,7 @@ LAYERS = (
     "support",
     "rotary",
     "hf",
+    "fused",
     "linears",
     "loading",
     "context",

@@ -1,0 +1,134 @@
+"""A decoder's norms, gated activations and rotations with one kernel each instead of five or ten; reversible.
+
+Model code is never copied: what a module computes is known by what it has (`weight` and an epsilon; a gate, an up and a
+down projection), and only those whose own forward gives the same numbers are replaced.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apb_ds.ops.compiled import compiled, rms_norm
+from apb_ds.support import attention_modules
+
+EPSILONS = ("variance_epsilon", "eps")
+ROTATION = "apply_rotary_pos_emb"
+ACTIVATIONS = ("act_fn", "activation_fn")
+# Rows of the input that tells whether a module computes what its parts suggest.
+TRIED_TOKENS = 3
+# Relative, of all numbers together: roundings of half precision in another order, and nothing like another formula.
+TOLERANCE = 2e-2
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class FusedLayers:
+    """What of a model is replaced, found once.
+
+    Parameters
+    ----------
+    model : transformers decoder, on its device
+
+    Attributes
+    ----------
+    counts : how many norms, MLPs and rotations are replaced
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._forwards: list[tuple[nn.Module, Forward]] = []
+        self.counts = {"norms": 0, "mlps": 0, "rotations": 0}
+        verdicts: dict[tuple[Any, ...], bool] = {}
+        for module in model.modules():
+            for name, make in (("norms", _norm_forward), ("mlps", _mlp_forward)):
+                forward = make(module)
+                if forward is not None and _is_same(module, forward, verdicts):
+                    self._forwards.append((module, forward))
+                    self.counts[name] += 1
+        names = {type(module).__module__ for module in attention_modules(model).values()}  # type: ignore[arg-type]
+        self._namespaces = [vars(sys.modules[name]) for name in sorted(names) if ROTATION in vars(sys.modules[name])]
+        self.counts["rotations"] = len(self._namespaces)
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Have the model compute with what is fused; on leaving, it is as it was."""
+        replaced = [(module, forward) for module, forward in self._forwards if "forward" not in module.__dict__]
+        rotations = [(space, space[ROTATION]) for space in self._namespaces]
+        try:
+            for module, forward in replaced:
+                module.forward = forward
+            for space, function in rotations:
+                space[ROTATION] = compiled(function)
+            yield
+        finally:
+            for module, _ in replaced:
+                module.__dict__.pop("forward", None)
+            for space, function in rotations:
+                space[ROTATION] = function
+
+
+def _norm_forward(module: nn.Module) -> Forward | None:
+    """Return an RMS norm's forward, if the module looks like one."""
+    weight = getattr(module, "weight", None)
+    eps = next((getattr(module, name) for name in EPSILONS if isinstance(getattr(module, name, None), float)), None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or eps is None or list(module.children()):
+        return None
+    return lambda hidden: compiled(rms_norm)(hidden, module.weight, eps)
+
+
+def _mlp_forward(module: nn.Module) -> Forward | None:
+    """Return a gated MLP's forward, if the module looks like one."""
+    activation = next((getattr(module, name) for name in ACTIVATIONS if callable(getattr(module, name, None))), None)
+    down = getattr(module, "down_proj", None)
+    has_state = isinstance(activation, nn.Module) and bool(activation.state_dict())
+    if activation is None or has_state or not isinstance(down, nn.Module):
+        return None
+    gated = compiled(_gate_of(activation))
+    gate, up, both = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "gate_up_proj"))
+    if isinstance(gate, nn.Module) and isinstance(up, nn.Module):
+        return lambda hidden: down(gated(gate(hidden), up(hidden)))
+    if isinstance(both, nn.Module):
+        return lambda hidden: down(gated(*both(hidden).chunk(2, dim=-1)))
+    return None
+
+
+_GATES: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {}
+
+
+def _gate_of(activation: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return ``activation(gate) * up``, one function for all layers that have the same kind of activation."""
+    kind = type(activation) if isinstance(activation, nn.Module) else activation
+    return _GATES.setdefault(kind, lambda gate, up: activation(gate) * up)
+
+
+@torch.no_grad()
+def _is_same(module: nn.Module, forward: Forward, verdicts: dict[tuple[Any, ...], bool]) -> bool:
+    """Whether the module's own forward gives what `forward` does; tried once for modules of a class and shape."""
+    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
+    key = (type(module), shapes)
+    if key not in verdicts:
+        verdicts[key] = _gives_the_same(module, forward)
+    return verdicts[key]
+
+
+def _gives_the_same(module: nn.Module, forward: Forward) -> bool:
+    first = next(module.parameters())
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, TRIED_TOKENS, first.shape[-1], generator=generator).to(first.device, first.dtype)
+    try:
+        expected, ours = type(module).forward(module, hidden), forward(hidden)
+    except (RuntimeError, TypeError):  # it takes something else than hidden states
+        return False
+    if not isinstance(expected, Tensor) or expected.shape != ours.shape:
+        return False
+    return bool((ours - expected).float().norm() <= TOLERANCE * expected.float().norm())
+
+
+def fused_layers(model: nn.Module, enabled: bool, device: torch.device) -> FusedLayers | None:
+    """Return what is fused of a model, or None where nothing is: switched off, or not on CUDA."""
+    return FusedLayers(model) if enabled and device.type == "cuda" else None

@@ -1,0 +1,149 @@
+"""Fused norms, MLPs and rotations: the plain model's numbers, and nothing left behind."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import apb_ds
+from apb_ds import fused
+from apb_ds.fused import ROTATION, FusedLayers, fused_layers
+from apb_ds.ops import compiled as compiling
+from apb_ds.support import attention_modules
+from tests.models import build_model, request_ids
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Run what would be compiled as it is; return what that was."""
+    functions: list[Any] = []
+
+    def keep(function: Any) -> Any:
+        functions.append(function)
+        return function
+
+    monkeypatch.setattr(fused, "compiled", keep)
+    return functions
+
+
+def leftovers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if "forward" in module.__dict__]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plain_models_logits(family: str, uncompiled: list[Any]) -> None:
+    model = build_model(family)
+    ids = request_ids(60, 5)[0]
+    expected = model(ids).logits
+    layers = FusedLayers(model)
+    num_layers = model.config.num_hidden_layers
+    norms_of_a_layer = 4 if family == "qwen3" else 2
+    assert layers.counts == {"norms": norms_of_a_layer * num_layers + 1, "mlps": num_layers, "rotations": 1}
+    assert not leftovers(model)
+    space = vars(sys.modules[type(attention_modules(model)[0]).__module__])
+    before = space[ROTATION]
+    uncompiled.clear()
+    with layers.in_force():
+        assert len(leftovers(model)) == layers.counts["norms"] + num_layers
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert before in uncompiled and compiling.rms_norm in uncompiled
+    assert not leftovers(model) and space[ROTATION] is before
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_compiled_for_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as on CUDA, with torch's own operations in place of generated kernels."""
+    real = torch.compile
+    monkeypatch.setattr(compiling.torch, "compile", lambda function, **given: real(function, backend="eager", **given))
+    compiling.compiled.cache_clear()
+    model = build_model("llama")
+    layers = FusedLayers(model)
+    with torch.no_grad():
+        for tokens in (60, 41, 1):
+            ids = request_ids(tokens, 5)[0]
+            expected = model(ids).logits
+            with layers.in_force():
+                torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert compiling.compiled(compiling.rms_norm) is compiling.compiled(compiling.rms_norm)
+    compiling.compiled.cache_clear()
+
+
+class ShiftedNorm(nn.Module):
+    """As Gemma's: it looks like an RMS norm, and its weights are off by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return compiling.rms_norm(hidden, 1 + self.weight, self.variance_epsilon)
+
+
+class ClampedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)).clamp(max=0.1) * self.up_proj(hidden))
+
+
+class TwoInputs(ClampedMLP):
+    def forward(self, hidden: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        return hidden + other
+
+
+def test_what_computes_something_else_is_left_alone(uncompiled: list[Any]) -> None:
+    model = build_model("llama")
+    counts = FusedLayers(model).counts
+    layer = model.model.layers[0]
+    layer.odd = nn.ModuleList([ShiftedNorm(), ClampedMLP(), TwoInputs(), nn.LayerNorm(8)])
+    layers = FusedLayers(model)
+    assert layers.counts == counts
+    with layers.in_force():
+        assert not leftovers(layer.odd)
+
+
+def test_everything_is_put_back_after_an_error(uncompiled: list[Any]) -> None:
+    model = build_model("llama")
+    with pytest.raises(ZeroDivisionError), FusedLayers(model).in_force():
+        raise ZeroDivisionError
+    assert not leftovers(model)
+
+
+@pytest.mark.parametrize("method", ["apb", "dense"])
+def test_the_engines_tokens(method: str, uncompiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    document, query = request_ids(101, 5)
+    given: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5} if method == "apb" else {}
+    plain = apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(method=method, **given))
+    expected = plain.generate(document, query, max_new_tokens=6, do_sample=False)
+    on_cpu = apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(method=method, fused=True, **given))
+    assert on_cpu._fused is None
+    monkeypatch.setattr("apb_ds.engine.fused_layers", lambda model, enabled, device: FusedLayers(model))
+    engine = apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(method=method, fused=True, **given))
+    uncompiled.clear()
+    assert torch.equal(engine.generate(document, query, max_new_tokens=6, do_sample=False), expected)
+    context = engine.prefill(document, query)
+    torch.testing.assert_close(
+        engine.query_logits(query, context=context),
+        plain.query_logits(query, context=plain.prefill(document, query)),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    assert compiling.rms_norm in uncompiled
+    assert not leftovers(engine.module)
+
+
+def test_where_nothing_is_fused() -> None:
+    model = build_model("llama")
+    assert fused_layers(model, True, torch.device("cpu")) is None
+    assert fused_layers(model, False, torch.device("cuda")) is None
