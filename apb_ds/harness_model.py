@@ -162,7 +162,7 @@ def respond(engine: APBEngine, tokenizer: Any, request: Request, progress: Progr
     reach = max(map(len, request.continuations), default=request.max_new_tokens)
     context: Context | None = None
     if request.document_ids.shape[1]:
-        document, query = request.document_ids, request.query_ids
+        document, query = request.document_ids, request.anchor_query_ids
         context = engine.prefill(document, query, max_positions=known + reach, progress=progress)
     new_tokens = 0
     answers: list[Any] = []

@@ -25,7 +25,7 @@ from apb_ds.support import check_positions
 from apb_ds.tasks.batch import BatchConfig
 from apb_ds.tasks.lines import Line, group_lines, read_document, read_lines
 from apb_ds.tasks.prompt import needs_tokenizer
-from apb_ds.tasks.prompts import encode_document, encode_query
+from apb_ds.tasks.prompts import encode_document, encode_embedded, encode_query
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class _Query:
     index: int
     id: str
     ids: list[int]
+    embedded: list[int]
     max_new_tokens: int
 
 
@@ -195,6 +196,7 @@ class _Batch:
             new_tokens = line.max_new_tokens or task.max_new_tokens
             try:
                 ids = encode_query(run.tokenizer, document, line.query)
+                embedded = encode_embedded(run.tokenizer, document, line.query)
                 positions = len(document.ids) + len(ids) + new_tokens
                 check_positions(run.loaded.model, positions)
             except ValueError as error:
@@ -202,7 +204,7 @@ class _Batch:
                 continue
             longest = max(longest, positions)
             if index not in self.answers.kept:
-                queries.append(_Query(index, str(line.id), ids, new_tokens))
+                queries.append(_Query(index, str(line.id), ids, embedded, new_tokens))
         if not queries:
             return None
         self._ids = torch.tensor([document.ids])
@@ -252,7 +254,7 @@ class _Batch:
 
     def _prefill(self, group: _Group, document_ids: Tensor) -> Context:
         run = self.run
-        query_ids = self._tensor(group.queries[0].ids) if group.embeds_query else None
+        query_ids = self._tensor(group.queries[0].embedded) if group.embeds_query else None
         run.set_up(group.query_position, group.num_tokens, 0 if query_ids is None else query_ids.shape[1])
         report, num_bytes = None, 0
         if self.progress is not None:

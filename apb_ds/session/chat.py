@@ -21,7 +21,7 @@ from apb_ds.session.request import Answer, Run, plan_metrics, usage_metrics
 from apb_ds.session.steps import JobError, Steps
 from apb_ds.tasks.chat import ChatConfig
 from apb_ds.tasks.prompt import needs_tokenizer
-from apb_ds.tasks.prompts import EncodedDocument, encode_document, encode_next_turn, encode_query
+from apb_ds.tasks.prompts import EncodedDocument, encode_document, encode_embedded, encode_next_turn, encode_query
 from apb_ds.tasks.text import read_text
 
 PROMPT = "> "
@@ -46,11 +46,9 @@ class _Conversation:
 
     def hold(self) -> dict[str, Any]:
         run, group = self.run, self.run.group
-        first, num_document, position = run.steps.from_first(self._encode)
-        num_query = len(first[1]) if first else 0
-        ids = None
-        if self.document is not None:
-            ids = torch.tensor([[*self.document.ids, *(first[1] if first else [])]])
+        first, embedded, num_document, position = run.steps.from_first(self._encode)
+        num_query = len(embedded)
+        ids = None if self.document is None else torch.tensor([[*self.document.ids, *embedded]])
         ids = run.steps.ids_from_first(ids, num_document + num_query, run.loaded.device)
         document_ids, query_ids = ids[:, :num_document], ids[:, num_document:] if num_query else None
         method = run.steps.together(lambda: run.set_up(position, num_document, num_query))
@@ -73,16 +71,18 @@ class _Conversation:
             parts |= {"status": "failed", "error": f"{len(failed)} of {len(self.turns)} turns failed: {failed[0]}"}
         return parts
 
-    def _encode(self) -> tuple[tuple[str, list[int]] | None, int, int]:
-        """Return the first question with its ids if there is one, the document's length, and the query position."""
+    def _encode(self) -> tuple[tuple[str, list[int]] | None, list[int], int, int]:
+        """Return the first question with its ids if there is one, what of it the anchor embeds, and of the document
+        its length and the query position."""
         tokenizer = needs_tokenizer(self.run.tokenizer, self.task.name)
         text = read_text("task.document", self.task.document)
         self.document = encode_document(tokenizer, text, allow_special=self.task.allow_special_tokens)
-        first = None
+        first, embedded = None, []
         if self.task.query is not None:
             question = read_text("task.query", self.task.query).strip()
             first = question, encode_query(tokenizer, self.document, question)
-        return first, len(self.document.ids), self.document.query_position
+            embedded = encode_embedded(tokenizer, self.document, question)
+        return first, embedded, len(self.document.ids), self.document.query_position
 
     def _prefill(self, document_ids: Tensor, query_ids: Tensor | None) -> Context:
         run = self.run

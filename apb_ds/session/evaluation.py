@@ -179,11 +179,13 @@ class Evaluation:
     def _ask(self, sample: Sample, index: int) -> dict[str, Any]:
         run = self.run
         num_document, num_query = sample.document_ids.shape[1], sample.query_ids.shape[1]
-        run.set_up(sample.query_position, num_document, num_query)
+        run.set_up(sample.query_position, num_document, sample.anchor_query_ids.shape[1])
         run.seed_everything(f"{self.task.name}-{index}")
         report = None if self.progress is None else self.progress.prefill(num_document)
         positions = num_document + num_query + sample.max_new_tokens
-        context = run.engine.prefill(sample.document_ids, sample.query_ids, max_positions=positions, progress=report)
+        context = run.engine.prefill(
+            sample.document_ids, sample.anchor_query_ids, max_positions=positions, progress=report
+        )
         if self.progress is not None:
             self.progress.prefilled(num_document, num_document)
         answer = run.answer(context, sample.query_ids, sample.max_new_tokens, sample.generate)
@@ -200,7 +202,7 @@ class Evaluation:
 def _prompt_digest(sample: Sample) -> str:
     """Return a hash of what is asked: ids, their boundary, and how the answer is generated."""
     digest = hashlib.sha256()
-    for ids in (sample.document_ids, sample.query_ids):
+    for ids in (sample.document_ids, sample.query_ids, sample.anchor_query_ids):
         digest.update(ids.numpy().tobytes())
         digest.update(b"|")
     digest.update(json.dumps([sample.max_new_tokens, sample.generate], sort_keys=True, default=str).encode())

@@ -17,7 +17,7 @@ def serve_question(run: Run) -> dict[str, Any]:
     steps, loaded, settings = run.steps, run.loaded, run.settings
     sample = run.sample_from_first(lambda: _only_sample(run))
     num_document, num_query = sample.document_ids.shape[1], sample.query_ids.shape[1]
-    method = steps.together(lambda: run.set_up(sample.query_position, num_document, num_query))
+    method = steps.together(lambda: run.set_up(sample.query_position, num_document, sample.anchor_query_ids.shape[1]))
     reset_peak_memory(loaded.device)
     sent_before = run.group.bytes_sent
     streams = bool(getattr(settings.task, "stream", False))
@@ -60,7 +60,7 @@ def _ask(run: Run, sample: Sample, streams: bool) -> tuple[Any, Answer]:
     num_positions = sample.document_ids.shape[1] + sample.query_ids.shape[1] + sample.max_new_tokens
     with prefill_progress(run.error_console, shown=run.is_first) as progress:
         context = run.engine.prefill(
-            sample.document_ids, sample.query_ids, max_positions=num_positions, progress=progress
+            sample.document_ids, sample.anchor_query_ids, max_positions=num_positions, progress=progress
         )
     options = {}
     if streams:

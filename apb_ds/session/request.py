@@ -83,20 +83,25 @@ class Run:
         """Return the sample that the first rank makes: text is read and tokenised there alone, ids are sent."""
         made: Sample | None = None
 
-        def header() -> tuple[Sample, int, int]:
+        def header() -> tuple[Sample, dict[str, int]]:
             nonlocal made
             made = make()
-            nothing = torch.empty((1, 0), dtype=torch.int64)
-            lengths = made.document_ids.shape[1], made.query_ids.shape[1]
-            return replace(made, document_ids=nothing, query_ids=nothing), *lengths
+            lengths = {name: ids.shape[1] for name, ids in _ids_of(made).items()}
+            nothing: Any = torch.empty((1, 0), dtype=torch.int64)
+            return replace(made, **dict.fromkeys(lengths, nothing)), lengths
 
-        sample, num_document, num_query = self.steps.from_first(header)
-        ids = None if made is None else torch.cat([made.document_ids, made.query_ids], dim=1)
-        ids = self.steps.ids_from_first(ids, num_document + num_query, self.loaded.device)
-        return replace(sample, document_ids=ids[:, :num_document], query_ids=ids[:, num_document:])
+        sample, lengths = self.steps.from_first(header)
+        ids = None if made is None else torch.cat(list(_ids_of(made).values()), dim=1)
+        ids = self.steps.ids_from_first(ids, sum(lengths.values()), self.loaded.device)
+        parts: Any = dict(zip(lengths, ids.split(list(lengths.values()), dim=1), strict=True))
+        return replace(sample, **parts)
 
     def set_up(self, query_position: int, num_document: int, num_query: int) -> APBConfig:
         """Have the engine ready for a document of this length; return the settings in force.
+
+        Parameters
+        ----------
+        num_query : tokens that the anchor embeds
 
         Raises
         ------
@@ -163,6 +168,12 @@ class Run:
         if not self.is_first or self.tokenizer is None:
             return None
         return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _ids_of(sample: Sample) -> dict[str, Tensor]:
+    """Return the ids of a sample, by field."""
+    ids = {"document_ids": sample.document_ids, "query_ids": sample.query_ids, "embedded_ids": sample.embedded_ids}
+    return {name: tensor for name, tensor in ids.items() if tensor is not None}
 
 
 def count_prefill(engine: Any, context: Context, num_query: int, *, num_logits: int = 1) -> dict[str, Any] | None:

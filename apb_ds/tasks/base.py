@@ -28,6 +28,7 @@ class Sample:
     answers : all that is wanted of an answer, where that is more than one string or not `ground_truth` word for word
     labels : what scores are grouped by, such as the kind of question and the depth of a needle
     notes : what is written beside the answer, such as where the sample comes from
+    embedded_ids : (1, e), int64, global: what the anchor embeds in place of the query; None for the query itself
     """
 
     document_ids: Tensor
@@ -40,6 +41,12 @@ class Sample:
     answers: tuple[str, ...] = ()
     labels: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    embedded_ids: Tensor | None = None
+
+    @property
+    def anchor_query_ids(self) -> Tensor:
+        """What a prefill is given as its query."""
+        return self.query_ids if self.embedded_ids is None else self.embedded_ids
 
 
 class TaskConfig:

@@ -12,7 +12,7 @@ import torch
 
 from apb_ds.config import check_integer
 from apb_ds.tasks.base import Sample, TaskConfig, random_sample, register_task
-from apb_ds.tasks.prompts import EncodedDocument, encode_document, encode_query
+from apb_ds.tasks.prompts import EncodedDocument, encode_document, encode_embedded, encode_query
 
 TASK = "There is a pass key hidden in the context. Find it and remember it. I will quiz you about it later. "
 FILLER = "The sky is blue. The tree is green. The flower is red. The sun is yellow. "
@@ -119,6 +119,7 @@ class PasskeyConfig(TaskConfig):
         return Sample(
             document_ids=torch.tensor([document.ids]),
             query_ids=torch.tensor([encode_query(tokenizer, document, QUERY, ANSWER_PREFIX)]),
+            embedded_ids=torch.tensor([encode_embedded(tokenizer, document, QUERY)]),
             query_position=document.query_position,
             max_new_tokens=self.max_new_tokens,
             ground_truth=digits,

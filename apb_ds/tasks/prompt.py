@@ -11,7 +11,7 @@ import torch
 from apb_ds.config import check_bool
 from apb_ds.tasks.answering import AnsweringConfig
 from apb_ds.tasks.base import Sample, register_task
-from apb_ds.tasks.prompts import encode_document, encode_query
+from apb_ds.tasks.prompts import encode_document, encode_embedded, encode_query
 from apb_ds.tasks.text import STANDARD_INPUT, check_text, check_text_source, read_text
 
 
@@ -60,6 +60,7 @@ class PromptConfig(AnsweringConfig):
         yield Sample(
             document_ids=torch.tensor([document.ids]),
             query_ids=torch.tensor([encode_query(tokenizer, document, query)]),
+            embedded_ids=torch.tensor([encode_embedded(tokenizer, document, query)]),
             query_position=document.query_position,
             max_new_tokens=self.max_new_tokens,
             generate=self.generate_arguments(),

@@ -122,6 +122,24 @@ def encode_query(tokenizer: Any, document: EncodedDocument, query: str, answer_p
     return encode_after(tokenizer, document.end, render_query(tokenizer, query) + answer_prefix)
 
 
+def encode_embedded(tokenizer: Any, document: EncodedDocument, query: str) -> list[int]:
+    """Return the ids of a query as the anchor embeds it: its text alone, ahead of the document's in the user's turn.
+
+    What closes the turn and opens the answer is left out: a block that sees it before its own tokens takes these for a
+    part of the answer.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing in the query.
+    """
+    query = _stripped(query)
+    if not document.allow_special:
+        query = mask(tokenizer, query)
+    before = header(tokenizer) if has_template(tokenizer) else NEUTRAL
+    return encode_after(tokenizer, before, query + ONE_TURN_SEPARATOR)
+
+
 def encode_next_turn(
     tokenizer: Any, query: str, last_id: int, answer_prefix: str = "", *, allow_special: bool = False
 ) -> list[int]:

@@ -47,12 +47,17 @@ class Library:
     def query(self, text: str) -> torch.Tensor:
         return self.ids(f"<|user|>{text}</s><|assistant|>")
 
+    def embedded(self, text: str) -> torch.Tensor:
+        """What of a query the anchor embeds: not what closes the turn and opens the answer."""
+        return self.ids(f"{text}\n\n")
+
     def text(self, tokens: torch.Tensor) -> str:
         return self.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
 
     def ask(self, document: str, question: str, **arguments: Any) -> str:
         arguments = {"do_sample": False, "max_new_tokens": NEW_TOKENS, **arguments}
-        return self.text(self.engine.generate(self.document(document), self.query(question), **arguments))
+        context = self.engine.prefill(self.document(document), self.embedded(question))
+        return self.text(self.engine.generate(query_ids=self.query(question), context=context, **arguments))
 
     def ask_all(self, document: str, questions: tuple[str, ...]) -> list[str]:
         context = self.engine.prefill(self.document(document))
@@ -198,7 +203,7 @@ def test_a_first_question_is_embedded_in_the_anchor(
     overrides = (*overrides[:3], f"task.query={QUESTIONS[0]}", "task.stream=false")
     ended = infer(pool, world_size, model_path, *overrides, stdin=QUESTIONS[1])
     answers = [turn["answer"] for turn in ended[0].records[0]["task"]["turns"]]
-    assert answers == conversation(library, QUESTIONS[:2], library.query(QUESTIONS[0]))
+    assert answers == conversation(library, QUESTIONS[:2], library.embedded(QUESTIONS[0]))
     assert answers[0] == library.ask(DOCUMENT, QUESTIONS[0])
 
 

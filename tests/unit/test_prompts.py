@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from apb_ds.tasks.prompts import encode, encode_document, encode_next_turn, encode_query, split_prompt
+from apb_ds.tasks.prompts import encode, encode_document, encode_embedded, encode_next_turn, encode_query, split_prompt
 from tests.tiny_checkpoint import byte_tokenizer
 from tests.unit.smollm2 import smollm2_tokenizer
 from tests.unit.test_passkey import ByteTokenizer
@@ -192,6 +192,26 @@ def test_document_does_not_depend_on_the_query(shape: Shape) -> None:
         assert split_prompt(tokenizer, DOCUMENT, query).document_ids == document.ids
         ids = encode_query(tokenizer, document, query)
         assert document.ids + ids == rendered_ids(tokenizer, shape.asked(query=query))
+
+
+def test_an_embedded_query_is_text_ahead_of_the_document(shape: Shape) -> None:
+    """Put where the anchor puts it, it is what somebody would have written who asks first."""
+    tokenizer = shape.tokenizer()
+    document = encode_document(tokenizer, DOCUMENT)
+    embedded = encode_embedded(tokenizer, document, f" {QUERY}\n")
+    position = document.query_position
+    asked_first = encode_document(tokenizer, f"{QUERY}\n\n{DOCUMENT}")
+    assert document.ids[:position] + embedded + document.ids[position:] == asked_first.ids
+    assert not set(embedded) & set(tokenizer.all_special_ids)
+
+
+def test_an_embedded_query_has_no_control_tokens_unless_asked_for(shape: Shape) -> None:
+    tokenizer = shape.tokenizer()
+    end = tokenizer.eos_token
+    for allowed in (False, True):
+        document = encode_document(tokenizer, DOCUMENT, allow_special=allowed)
+        embedded = encode_embedded(tokenizer, document, f"Which {end} colour?")
+        assert (tokenizer.eos_token_id in embedded) is allowed
 
 
 def test_blanks_around_a_query_do_not_count(shape: Shape) -> None:

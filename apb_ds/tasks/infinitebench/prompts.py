@@ -23,7 +23,7 @@ from apb_ds.tasks.base import Sample
 from apb_ds.tasks.control import mask
 from apb_ds.tasks.infinitebench.names import LETTERS
 from apb_ds.tasks.infinitebench.rows import FUNCTION_CALL, WANTED_NUMBER, Row
-from apb_ds.tasks.prompts import encode_after, encode_document, encode_query, has_template
+from apb_ds.tasks.prompts import encode_after, encode_document, encode_embedded, encode_query, has_template
 
 OPTIONS = "\n".join(f"{letter}. {{{letter}}}" for letter in LETTERS)
 # Where a question ends in the cue itself.
@@ -179,6 +179,7 @@ def make_sample(tokenizer: Any, task: str, row: Row, max_new_tokens: int, max_to
     return Sample(
         document_ids=torch.tensor([document_ids]),
         query_ids=torch.tensor([query_ids]),
+        embedded_ids=torch.tensor([encode_embedded(tokenizer, encoded, prompt.question)]),
         query_position=encoded.query_position,
         max_new_tokens=max_new_tokens,
         ground_truth=row.answers[0],

@@ -20,7 +20,7 @@ import torch
 
 from apb_ds.tasks.base import Sample
 from apb_ds.tasks.control import mask
-from apb_ds.tasks.prompts import encode_after, encode_document, encode_query, encode_text, has_template
+from apb_ds.tasks.prompts import encode_after, encode_document, encode_embedded, encode_query, encode_text, has_template
 from apb_ds.tasks.ruler.names import QUESTION_FILES
 
 QUESTION_INSTRUCTION = "Answer the question based on the given documents."
@@ -58,6 +58,7 @@ def make_sample(tokenizer: Any, task: str, made: dict[str, Any], delimiter: str,
     return Sample(
         document_ids=torch.tensor([encoded.ids]),
         query_ids=torch.tensor([query_ids]),
+        embedded_ids=torch.tensor([encode_embedded(tokenizer, encoded, query)]),
         query_position=encoded.query_position,
         max_new_tokens=max_new_tokens,
         ground_truth=", ".join(answers),

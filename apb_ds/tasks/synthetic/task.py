@@ -10,7 +10,7 @@ import torch
 
 from apb_ds.config import check_integer
 from apb_ds.tasks.base import Sample, TaskConfig, random_sample, register_task
-from apb_ds.tasks.prompts import EncodedDocument, encode_document, encode_query
+from apb_ds.tasks.prompts import EncodedDocument, encode_document, encode_embedded, encode_query
 from apb_ds.tasks.synthetic.generate import generate
 from apb_ds.tasks.synthetic.recipe import Recipe
 from apb_ds.tasks.synthetic.scoring import score
@@ -67,6 +67,7 @@ class SyntheticConfig(Recipe, TaskConfig):
                 yield Sample(
                     document_ids=document_ids,
                     query_ids=torch.tensor([query_ids]),
+                    embedded_ids=torch.tensor([encode_embedded(tokenizer, encoded, question.query)]),
                     query_position=encoded.query_position,
                     max_new_tokens=max_new_tokens,
                     ground_truth=", ".join(question.answers),
