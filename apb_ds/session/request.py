@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from apb_ds.config import APBConfig
+from apb_ds.config import EXECUTION_DEFAULTS, APBConfig
 from apb_ds.context import Context
 from apb_ds.loading import LoadedModel
 from apb_ds.parallel.groups import SequenceGroup
@@ -23,7 +23,7 @@ from apb_ds.session.steps import Steps, gather_numbers
 from apb_ds.tasks import Sample
 
 # What a run can change without changing what is answered.
-IRRELEVANT_METHOD_KEYS = ("schedule", "shard_anchor", "kernel")
+IRRELEVANT_METHOD_KEYS = ("schedule", "shard_anchor", *EXECUTION_DEFAULTS)
 IRRELEVANT_TASK_KEYS = ("input", "output", "overwrite")
 RELEVANT_MODEL_KEYS = ("path", "tokenizer", "adapter", "load_format", "num_layers", "overrides")
 
