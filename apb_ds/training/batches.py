@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from apb_ds.tasks.prompts import encode_document
+from apb_ds.tasks.prompts import ONE_TURN_SEPARATOR, encode_document
 from apb_ds.tasks.synthetic.draws import Draws
 from apb_ds.tasks.synthetic.generate import generate
 from apb_ds.tasks.synthetic.recipe import Recipe
@@ -80,6 +80,8 @@ class Batches(Dataset[Batch]):
     num_tokens : of a batch at most, padding included
     seed : integer; with step and rank it determines a batch
     rank : of this process
+    asked_first : share of the conversations in which the first question also stands ahead of the document, as in APB's
+        anchor, so that a model knows prompts of both kinds
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Batches(Dataset[Batch]):
         *,
         seed: int,
         rank: int = 0,
+        asked_first: float = 0.0,
     ) -> None:
         self._mixture = mixture
         self._lengths = lengths
@@ -100,6 +103,7 @@ class Batches(Dataset[Batch]):
         self._num_tokens = num_tokens
         self._seed = seed
         self._rank = rank
+        self._asked_first = asked_first
 
     def __len__(self) -> int:
         return self._num_steps
@@ -125,15 +129,16 @@ class Batches(Dataset[Batch]):
             raise ValueError(str(error)) from error
 
     def _conversation(self, draws: Draws, seed: str, length: int) -> tuple[str, Conversation]:
+        asked_first = self._asked_first > 0 and draws.fraction() < self._asked_first
         for attempt in range(MAX_DRAWS):
             recipe = self._mixture.draw(draws)
-            made = self._made(recipe, f"{seed}.{attempt}", length)
+            made = self._made(recipe, f"{seed}.{attempt}", length, asked_first=asked_first)
             if made is not None:
                 return recipe.kind, made
         # By now the other ranks are waiting for this one, so this is no matter of bad input: it ends all of them.
         raise RuntimeError(f"train.mixture has no recipe for {length} tokens; raise train.min_length.")
 
-    def _made(self, recipe: Recipe, seed: str, length: int) -> Conversation | None:
+    def _made(self, recipe: Recipe, seed: str, length: int, *, asked_first: bool) -> Conversation | None:
         """Return a conversation of at most `length` tokens, with all its questions if that can be had."""
         reserved = TURN_TOKENS * recipe.num_questions
         made: Conversation | None = None
@@ -144,6 +149,9 @@ class Batches(Dataset[Batch]):
                 document = generate(recipe, seed, length - reserved, self._length)
             except ValueError:  # this recipe makes no document as short as this
                 break
+            if asked_first:
+                text = f"{document.questions[0].query}{ONE_TURN_SEPARATOR}{document.text}"
+                document = replace(document, text=text)
             whole = make_conversation(self._tokenizer, document)
             if whole is not None and len(whole.ids) <= length:
                 return whole

@@ -24,7 +24,8 @@ Load it merged into the base model's weights: `python launch/eval.py model.adapt
 
 - Documents and questions: the generator of `task=synthetic`, split `train`, which shares no word, sentence or choice
   with the split that evaluates. Dense attention; the loss is that of the answers alone.
-- {steps} steps of {tokens} tokens on each of {ranks} rank(s), conversations of {shortest} to {longest} tokens, {dtype}.
+- {steps} steps of {tokens} tokens on each of {ranks} rank(s), conversations of {shortest} to {longest} tokens, {dtype};
+  in a share of {asked_first:g} of them the first question also stands ahead of the document.
 - LoRA of rank {rank} (alpha {alpha}) on all linear layers; AdamW, learning rate {rate}, warm-up of {warmup} steps,
   then a cosine to zero; gradients clipped to a norm of {clip}; seed {seed}.
 - Last loss: {loss}. It took {seconds} s for {done} steps on {hardware}.
@@ -62,4 +63,5 @@ def write_card(directory: Path, record: dict[str, Any]) -> None:
     """Write ``README.md`` into an adapter's directory, from the record of its training."""
     train = record["settings"]["train"]
     own = {"rank": train["lora_rank"], "alpha": train["lora_alpha"], "loss": record["last_loss"]}
+    own["asked_first"] = train.get("asked_first", 0.0)
     (directory / "README.md").write_text(CARD.format(**facts_of(record), **own), encoding="utf-8")

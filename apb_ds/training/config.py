@@ -112,15 +112,19 @@ class InstrumentConfig(TrainingConfig):
     ----------
     lora_rank, lora_alpha : int
         LoRA (arXiv 2106.09685) on all linear layers.
+    asked_first : float
+        Share of the conversations in which the first question also stands ahead of the document.
     further ones : see `TrainingConfig`
     """
 
     lora_rank: int = 16
     lora_alpha: int = 32
+    asked_first: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_counts("lora_rank", "lora_alpha")
+        self._check_shares("asked_first")
 
 
 def is_number(value: object) -> bool:

@@ -145,7 +145,16 @@ class _Run:
 
 def _make_batches(config: InstrumentConfig, mixture: Mixture, loaded: LoadedModel, seed: int, rank: int) -> Batches:
     lengths = Lengths(config.min_length, config.max_length, config.growth)
-    return Batches(mixture, lengths, loaded.tokenizer, config.steps, config.tokens_per_step, seed=seed, rank=rank)
+    return Batches(
+        mixture,
+        lengths,
+        loaded.tokenizer,
+        config.steps,
+        config.tokens_per_step,
+        seed=seed,
+        rank=rank,
+        asked_first=config.asked_first,
+    )
 
 
 def _load(model_config: ModelConfig, config: InstrumentConfig, mixture: Mixture) -> LoadedModel:

@@ -116,6 +116,29 @@ def test_batches_are_filled_and_their_answers_are_the_documents_own() -> None:
             assert answers and all(tokenizer.decode(ids).count(answer) >= 2 for answer in answers)
 
 
+def test_questions_that_are_asked_first_as_well() -> None:
+    """As in an anchor: the question's text, then the document's, in one turn."""
+    tokenizer = byte_tokenizer()
+    given: dict[str, Any] = {"num_steps": 8, "num_tokens": 4000, "seed": 1}
+    lengths = Lengths(700, 1400, 0.5)
+    plain, sometimes, always = (
+        Batches(Mixture(MIXTURE), lengths, tokenizer, **given, asked_first=share) for share in (0.0, 0.5, 1.0)
+    )
+    firsts = {0.5: 0, 1.0: 0}
+    total = 0
+    for step in range(8):
+        for share, batches in ((0.5, sometimes), (1.0, always)):
+            for ids in batches[step].input_ids:
+                text = tokenizer.decode(ids)
+                document, _, rest = text.partition("</s>")
+                question = rest.partition("<|user|>")[2].partition("</s>")[0]
+                assert question and len(ids) <= 1400
+                firsts[share] += document.partition("<|user|>")[2].startswith(f"{question}\n\n")
+            total += len(batches[step].input_ids) if share == 1.0 else 0
+    assert firsts[1.0] == total and 0 < firsts[0.5] < total
+    assert torch.equal(plain[3].input_ids, Batches(Mixture(MIXTURE), lengths, tokenizer, **given)[3].input_ids)
+
+
 def test_lengths_grow() -> None:
     lengths, draws = Lengths(512, 8192, 0.5), Draws("lengths")
     longest = [max(lengths.draw(progress, draws) for _ in range(200)) for progress in (0.0, 0.25, 0.5, 1.0)]
