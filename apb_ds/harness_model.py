@@ -144,7 +144,8 @@ class HarnessModel(HarnessPrompts):
 
 def request_parts(request: Request) -> list[Any]:
     """Return all that decides the answer to a request, as JSON has it."""
-    ids = [request.document_ids.flatten().tolist(), request.query_ids.flatten().tolist()]
+    parts = (request.document_ids, request.query_ids, request.anchor_query_ids)
+    ids = [part.flatten().tolist() for part in parts]
     how = [request.max_new_tokens, sorted(request.generate.items()), list(request.until), request.repeats]
     return [*ids, [list(one) for one in request.continuations], *how]
 

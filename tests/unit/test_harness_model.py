@@ -114,6 +114,24 @@ def test_a_split_of_ones_own() -> None:
 
 
 @TEMPLATES
+def test_what_the_anchor_embeds(chat: bool, model: Any) -> None:
+    """Of a chat the question alone, without the end of the turn; of any other text all of the query."""
+    tokenizer = tokenizer_of(chat)
+    ours = apb_ds.HarnessModel(apb_ds.init_inference(model), tokenizer)
+    prompt = "A text of some length, and more of it.\n\nWho is it? "
+    if chat:
+        prompt = ours.apply_chat_template([{"role": "user", "content": prompt}])
+    requests = [ours.generation(prompt, {"until": []})]
+    requests += ours.scorings([((prompt, " x"), ours.tok_encode(prompt), ours.tok_encode(" x"))])
+    for request in requests:
+        if chat:
+            assert tokenizer.decode(request.anchor_query_ids[0]) == "Who is it?\n\n"
+        else:
+            assert request.embedded_ids is None and request.anchor_query_ids is request.query_ids
+        assert tokenizer.decode(request.query_ids[0]).startswith("Who is it?")
+
+
+@TEMPLATES
 @pytest.mark.parametrize("begins", [True, False])
 def test_ids_are_the_harness_own(chat: bool, begins: bool, folder: Path, model: Any) -> None:
     """Document and query together are what HFLM gives to the model, and the query is the last paragraph."""
@@ -215,22 +233,25 @@ def test_apb_answers_what_the_split_gives_it(model: Any) -> None:
     prompt = lm.apply_chat_template([{"role": "user", "content": text}])
     ids = tokenizer(str(prompt), add_special_tokens=False, return_tensors="pt").input_ids
 
-    def by_hand(query_length: int, **changed: Any) -> str:
+    def by_hand(query_length: int, question: str, **changed: Any) -> str:
         # Two header tokens precede the user's text in this template.
         engine.configure(apb_ds.APBConfig(hosts=4, query_position=2, **changed))
-        tokens = engine.generate(ids[:, :-query_length], ids[:, -query_length:], max_new_tokens=6, do_sample=False)
+        embedded = tokenizer(f"{question.strip()}\n\n", add_special_tokens=False, return_tensors="pt").input_ids
+        context = engine.prefill(ids[:, :-query_length], embedded)
+        given = {"query_ids": ids[:, -query_length:], "context": context, "max_new_tokens": 6, "do_sample": False}
+        tokens = engine.generate(**given)
         engine.configure(config)
         return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
     tail = len("Where is the lamp?") + 2  # one byte a token, then </s> and <|assistant|>
     asked = [instance(prompt, {"until": [], "max_gen_toks": 6})]
     (answer,) = lm.generate_until(asked, disable_tqdm=True)
-    assert answer == by_hand(tail)
+    assert answer == by_hand(tail, "Where is the lamp?")
     assert engine.apb_config is config, "the engine's settings are as they were"
     own = apb_ds.HarnessModel(engine, tokenizer, split=lambda prompt: (prompt[:-60], prompt[-60:]))
     (other,) = own.generate_until(asked, disable_tqdm=True)
     num_special = 2 + len("</s><|assistant|>") - 2  # these two take 17 characters, and 2 tokens
-    assert other == by_hand(60 - num_special + 2)
+    assert other == by_hand(60 - num_special + 2, text[num_special - 60 :])
     assert other != answer, "the split makes a difference"
 
 

@@ -15,7 +15,7 @@ import torch
 
 from apb_ds.tasks.base import Sample
 from apb_ds.tasks.lm_eval.split import RenderedPrompt, Split, make_split, render
-from apb_ds.tasks.prompts import Prompt, header, num_equal
+from apb_ds.tasks.prompts import ONE_TURN_SEPARATOR, Prompt, encode_after, header, num_equal
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -137,6 +137,7 @@ class HarnessPrompts(TemplateLM):
         return Request(
             document_ids=torch.tensor([cut.document_ids]),
             query_ids=torch.tensor([cut.query_ids]),
+            embedded_ids=self._embedded(prompt),
             query_position=cut.query_position,
             max_new_tokens=max_new_tokens,
             generate=values,
@@ -153,6 +154,7 @@ class HarnessPrompts(TemplateLM):
                 Request(
                     document_ids=torch.tensor([cut.document_ids], dtype=torch.int64),
                     query_ids=torch.tensor([cut.query_ids]),
+                    embedded_ids=self._embedded(context),
                     query_position=cut.query_position,
                     max_new_tokens=1,
                     continuations=tuple(tuple(pair[2]) for pair in group),
@@ -166,6 +168,14 @@ class HarnessPrompts(TemplateLM):
         same = num_equal(self.tok_encode(document), ids) if document else 0
         place = min(max(same, 1), len(ids) - 1)
         return Prompt(ids[:place], ids[place:], min(self._position(prompt, ids), place))
+
+    def _embedded(self, prompt: str) -> torch.Tensor | None:
+        """Return the ids that the anchor embeds: what the user asks, less what closes the turn; None for the query."""
+        start = len(self._split(prompt)[0])
+        question = prompt[start : prompt.turn[1]].strip() if isinstance(prompt, RenderedPrompt) else ""
+        if not question:
+            return None
+        return torch.tensor([encode_after(self.tokenizer, header(self.tokenizer), question + ONE_TURN_SEPARATOR)])
 
     def _position(self, prompt: str, ids: list[int]) -> int:
         """Return how many tokens precede the first turn's text, or whether there is a begin token."""
