@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apb_ds import ranges
 from apb_ds.compressors import build_compressor
 from apb_ds.compressors.retaining_heads import RetainingHeads, RetainingHeadsCompressor
 from apb_ds.config import APBConfig
@@ -128,6 +129,8 @@ class APBAttention(nn.Module):
         head_dim = query.shape[-1]
         scale = head_dim**-0.5 if scale is None else scale
         kernels = self.kernels_for(query.device, query.dtype, head_dim)
+        if ranges.are_recorded():
+            kernels = kernels.in_ranges()
         tools = Tools(self.group, kernels, self.compressor)
         if phase is Phase.PREFILL:
             if state is None:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apb_ds import ranges
 
+
+@ranges.belongs_to(ranges.ATTENTION)
 def merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
     """Merge attention over two disjoint sets of keys.
 
@@ -29,6 +32,7 @@ def merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Ten
     return merged.to(out_a.dtype)
 
 
+@ranges.belongs_to(ranges.ATTENTION)
 def merge_many(outs: Tensor, lses: Tensor) -> Tensor:
     """Merge attention over any number of disjoint sets of keys.
 
