@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +24,16 @@ class RankRun:
     Attributes
     ----------
     round_s : seconds of each round, all of them computation
-    bytes_sent, num_collectives : what a real rank would send, and in how many collectives
+    round_collectives : how many collectives each round has
+    bytes_sent : what a real rank would send
     peak_memory_bytes : of this rank alone
     plan : how the document was split
     """
 
     rank: int
     round_s: tuple[float, ...]
+    round_collectives: tuple[int, ...]
     bytes_sent: int
-    num_collectives: int
     peak_memory_bytes: int
     plan: Plan
 
@@ -39,26 +41,31 @@ class RankRun:
     def compute_s(self) -> float:
         return sum(self.round_s)
 
+    @property
+    def num_collectives(self) -> int:
+        return sum(self.round_collectives)
+
 
 def run_rank(engine: APBEngine, document_ids: Tensor, query_ids: Tensor) -> RankRun:
     """Prefill as the rank that `engine.group` is, an `EmulatedGroup`."""
     group = engine.group
     assert isinstance(group, EmulatedGroup)
     num_layers = engine.geometry.num_layers
-    collectives_before = group.num_collectives
+    collectives = [group.num_collectives]
     reset_peak_memory(engine.device)
     watch = Stopwatch(engine.device)
 
     def progress(done: int, total: int) -> None:
         if done % num_layers == 0:
             watch.mark()
+            collectives.append(group.num_collectives)
 
     context = engine.prefill(document_ids, query_ids, progress=progress)
     return RankRun(
         rank=group.rank,
         round_s=tuple(watch.laps()),
+        round_collectives=tuple(after - before for before, after in itertools.pairwise(collectives)),
         bytes_sent=context.bytes_sent,
-        num_collectives=group.num_collectives - collectives_before,
         peak_memory_bytes=peak_memory_bytes(engine.device),
         plan=context.plan,
     )
@@ -69,19 +76,34 @@ def communication_s(bench: BenchConfig, run: RankRun) -> float:
     return run.bytes_sent / (bench.link_gb_per_s * 1e9) + run.num_collectives * bench.link_latency_us / 1e6
 
 
+def in_step_s(ranks: Sequence[RankRun]) -> float:
+    """Return the computation of one prefill whose ranks wait for each other, as collectives make them do.
+
+    A round with collectives has some in every layer, so it begins when all are there and is as slow as its slowest
+    rank. Through a round without any, each rank goes on by itself.
+    """
+    clocks = [0.0] * len(ranks)
+    for index in range(len(ranks[0].round_s)):
+        times = [run.round_s[index] for run in ranks]
+        if any(run.round_collectives[index] for run in ranks):
+            clocks = [max(clocks) + max(times)] * len(ranks)
+        else:
+            clocks = [clock + time for clock, time in zip(clocks, times, strict=True)]
+    return max(clocks)
+
+
 def summarise_ranks(bench: BenchConfig, runs: Sequence[Sequence[RankRun]]) -> dict[str, Any]:
     """Return what an emulated case says, as JSON has it.
 
-    ``prefill``: the computation of the slowest rank, in each run. ``in_step``: ranks wait for each other in every
-    layer, so a round takes as long as its slowest rank; this is the sum of the rounds. ``estimate_s``: from a prefill
-    whose communication hides behind computation to one that hides none of it.
+    ``prefill``: the computation of the slowest rank, in each run. ``in_step``: see `in_step_s`. ``estimate_s``: from a
+    prefill whose communication hides behind computation to one that hides none of it.
 
     Parameters
     ----------
     runs : by repeat, then by rank
     """
     slowest = Spread.of([max(run.compute_s for run in ranks) for ranks in runs])
-    in_step = Spread.of([sum(map(max, zip(*(run.round_s for run in ranks), strict=True))) for ranks in runs])
+    in_step = Spread.of([in_step_s(ranks) for ranks in runs])
     last = runs[-1]
     sending = [communication_s(bench, run) for run in last]
     return {

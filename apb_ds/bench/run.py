@@ -23,6 +23,7 @@ from apb_ds.loading.heads import heads_for
 from apb_ds.ops.memory import is_out_of_memory
 from apb_ds.parallel.groups import SequenceGroup, world_group
 from apb_ds.session import Settings, read_settings
+from apb_ds.support import check_positions
 from apb_ds.tasks import Sample
 from apb_ds.tasks.base import random_sample
 
@@ -55,6 +56,7 @@ def run_bench(values: dict[str, Any]) -> tuple[dict[str, Any], SequenceGroup]:
     all_runs = []
     for case in cases:
         runner.set_up(case)  # what cannot be served is refused before anything is measured
+        check_positions(loaded.model, case.length + bench.query_tokens + bench.num_new)
         all_runs.append(Runs(case, runner.kernels(case)))
     runner.forget()
     for length in lengths:

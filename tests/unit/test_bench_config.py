@@ -50,6 +50,11 @@ def test_the_config_lists_every_setting_with_its_default() -> None:
     assert BenchConfig.from_dict(bench) == BenchConfig()
 
 
+def test_settings_by_method_on_the_command_line() -> None:
+    bench = BenchConfig.from_dict(composed("+bench.settings.star.shard_anchor=false")["bench"])
+    assert bench.settings == {"star": {"shard_anchor": False}}
+
+
 def test_single_values_are_lists_of_one() -> None:
     bench = BenchConfig.from_dict({"methods": "apb", "lengths": 100, "hosts": 4, "kernels": "reference"})
     assert (bench.methods, bench.lengths, bench.hosts, bench.kernels) == (("apb",), (100,), (4,), ("reference",))

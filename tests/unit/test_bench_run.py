@@ -14,7 +14,7 @@ from rich.console import Console
 
 from apb_ds.bench import BenchConfig, plain, run_bench
 from apb_ds.bench.config import METHODS
-from apb_ds.bench.emulate import RankRun, communication_s, slowest_rank, summarise_ranks
+from apb_ds.bench.emulate import RankRun, communication_s, in_step_s, slowest_rank, summarise_ranks
 from apb_ds.bench.run import make_sample
 from apb_ds.config import APBConfig
 from apb_ds.engine import APBEngine
@@ -197,8 +197,8 @@ def test_the_slowest_rank_is_broken_down(emulated: Record) -> None:
             assert parts["parts_s"]["communication"] > 0
 
 
-def rank_run(rank: int, *round_s: float) -> RankRun:
-    return RankRun(rank, round_s, 10**9, 100, 7 + rank, plan_request(APBConfig(hosts=4), 1000, 0, 2))
+def rank_run(rank: int, *round_s: float, collectives: tuple[int, ...] = (50, 50)) -> RankRun:
+    return RankRun(rank, round_s, collectives, 10**9, 7 + rank, plan_request(APBConfig(hosts=4), 1000, 0, 2))
 
 
 def test_ranks_in_step_wait_in_every_round() -> None:
@@ -212,6 +212,18 @@ def test_ranks_in_step_wait_in_every_round() -> None:
     assert summary["peak_memory_bytes"] == 8
     assert summary["emulated_ranks"][1]["round_median_s"] == [4.0, 2.25]
     assert slowest_rank(runs) == 1
+
+
+def test_ranks_wait_only_where_there_is_something_to_wait_for() -> None:
+    times = ((1.0, 5.0, 1.0), (4.0, 1.5, 2.0))
+
+    def in_step(*collectives: int) -> float:
+        return in_step_s([rank_run(rank, *times[rank], collectives=collectives) for rank in range(2)])
+
+    assert in_step(0, 0, 0) == 7.5  # the slower of both sums
+    assert in_step(3, 0, 0) == 4 + 6
+    assert in_step(3, 0, 3) == 4 + 5 + 2
+    assert in_step(3, 3, 3) == 4 + 5 + 2
 
 
 @pytest.mark.parametrize("which", ["measured", "emulated"])
@@ -271,6 +283,7 @@ def test_a_case_that_runs_out_of_memory_is_left_out() -> None:
         ({"methods": ["apb"], "emulate_ranks": 3}, "hosts=4 must be a multiple"),
         ({"methods": ["apb"], "kernels": ["flash"]}, "kernel='flash' is not known"),
         ({"methods": ["apb"], "kernels": ["torch_flash"]}, "it runs on cuda"),
+        ({"methods": ["dense", "apb"], "lengths": [96, 9000]}, "need 9007 positions"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_first(bench: dict[str, Any], message: str) -> None:
