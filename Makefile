@@ -38,7 +38,7 @@ lint: $(VENV)/.installed-dev ## ruff (lint and format) and mypy
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
 
-bench: $(VENV)/.installed ## time APB prefill against dense attention (BENCH_ARGS for Hydra overrides)
+bench: $(VENV)/.installed ## measure APB against dense attention (BENCH_ARGS for Hydra overrides)
 	$(IN_VENV) python launch/bench.py $(BENCH_ARGS)
 
 clean: ## remove the virtual environment and caches; run directories stay

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apb_ds import ranges
 from apb_ds.compressors import build_compressor
 from apb_ds.compressors.retaining_heads import RetainingHeads, RetainingHeadsCompressor
 from apb_ds.config import APBConfig
 from apb_ds.methods import apb, dense, ring, ulysses
 from apb_ds.methods.decode import attend_shards
 from apb_ds.methods.state import PrefillState, Tools
-from apb_ds.ops.compiled import compiled
 from apb_ds.ops.kernels import KernelChoice, check_kernel_name, choose_kernels
-from apb_ds.ops.merge import merge_two
+from apb_ds.ops.merge import merge_two, merge_two_fused
 from apb_ds.parallel import place
 from apb_ds.parallel.groups import SequenceGroup
 
@@ -133,7 +133,9 @@ class APBAttention(nn.Module):
         head_dim = query.shape[-1]
         scale = head_dim**-0.5 if scale is None else scale
         kernels = self.kernels_for(query.device, query.dtype, head_dim)
-        merge = compiled(merge_two) if self.config.fused and query.is_cuda else merge_two
+        if ranges.are_recorded():
+            kernels = kernels.in_ranges()
+        merge = merge_two_fused if self.config.fused and query.is_cuda else merge_two
         tools = Tools(self.group, kernels, self.compressor, merge)
         if phase is Phase.PREFILL:
             if state is None:

@@ -45,16 +45,49 @@ def run_counted(
     n : document tokens; the query has `QUERY`
     given : `APBConfig` fields
     """
-    group = SequenceGroup() if world_size == 1 else SequenceGroup.of(torch.distributed.group.WORLD)
-    model = FAMILIES[family](num_key_value_heads=kv_heads)
-    engine = engine_with_heads(model, group=group)
-    engine.configure(apb_ds.APBConfig(**given))
-    document, query = request_ids(n, QUERY)
-    needs_query = engine.apb_config.query_in_anchor
+    engine = _engine(_group(world_size), family, given, kv_heads)
+    document, query, needs_query = _request(engine, n)
     with mock.patch("apb_ds.linears._is_enabled", lambda: False):  # torch does not count oneDNN's products
         context, prefilled = _measure(engine, lambda: engine.prefill(document, query if needs_query else None))
         _, asked = _measure(engine, lambda: engine.query_logits(query, context=context))
     return prefilled, asked, count_prefill(engine, context, QUERY, num_logits=QUERY)
+
+
+def run_prefill_counted(
+    rank: int,
+    world_size: int,
+    family: str,
+    n: int,
+    given: dict[str, Any],
+    kv_heads: int = 2,
+    group: SequenceGroup | None = None,
+) -> tuple[int, int]:
+    """Return the operations that one rank computed for a prefill, and the bytes that it sent.
+
+    Parameters
+    ----------
+    group : of an emulated rank; by default the pool's
+    """
+    engine = _engine(group or _group(world_size), family, given, kv_heads)
+    document, query, needs_query = _request(engine, n)
+    with mock.patch("apb_ds.linears._is_enabled", lambda: False):
+        context, flops = _measure(engine, lambda: engine.prefill(document, query if needs_query else None))
+    return flops, context.bytes_sent
+
+
+def _group(world_size: int) -> SequenceGroup:
+    return SequenceGroup() if world_size == 1 else SequenceGroup.of(torch.distributed.group.WORLD)
+
+
+def _engine(group: SequenceGroup, family: str, given: dict[str, Any], kv_heads: int) -> Any:
+    engine = engine_with_heads(FAMILIES[family](num_key_value_heads=kv_heads), group=group)
+    engine.configure(apb_ds.APBConfig(**given))
+    return engine
+
+
+def _request(engine: Any, n: int) -> tuple[Tensor, Tensor, bool]:
+    """Return document, query, and whether the anchor embeds the query."""
+    return *request_ids(n, QUERY), bool(engine.apb_config.query_in_anchor)
 
 
 def _measure(engine: Any, work: Any) -> tuple[Any, int]:

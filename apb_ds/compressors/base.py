@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from apb_ds import ranges
 from apb_ds.config import APBConfig, check_choice
 from apb_ds.ops.selection import gather_tokens, select_top
 
@@ -79,6 +80,7 @@ class Compressor:
         """
         return 0
 
+    @ranges.belongs_to(ranges.COMPRESSOR)
     def compress(self, block: BlockStates, count: int, num_eligible: int) -> tuple[Tensor, Tensor]:
         """Keep the `count` best of the block's last `num_eligible` tokens, in document order.
 

@@ -6,14 +6,12 @@ back. It wants as many tokens on every rank: the document's tail is padded, whic
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from apb_ds.methods.state import PrefillState, Tools
-from apb_ds.parallel.failure import lost_ranks_named
 
 
 def prefill(
@@ -52,15 +50,7 @@ def prefill(
         return output.transpose(1, 2).contiguous()
 
     tokens_first = [states.transpose(1, 2) for states in (query, key, value)]
-    if group.world_size == 1:
-        output = attend(*tokens_first)
-    else:
-        layer = importlib.import_module("deepspeed.sequence.layer")
-        exchange = layer.DistributedAttention(attend, group.process_group, scatter_idx=2, gather_idx=1)
-        with lost_ranks_named():
-            output = exchange(*(states.contiguous() for states in tokens_first), 0)
-        sent = sum(states.numel() * states.element_size() for states in (query, key, value, query))
-        group.count_bytes(sent * (group.world_size - 1) // group.world_size)
+    output = group.share_heads(attend)(*tokens_first)
     state.finish_layer(layer_idx)
     return output.transpose(1, 2)
 

@@ -10,7 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apb_ds import ranges
+from apb_ds.ops.compiled import compiled
 
+
+@ranges.belongs_to(ranges.ATTENTION)
 def merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
     """Merge attention over two disjoint sets of keys.
 
@@ -23,12 +27,16 @@ def merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Ten
     -------
     (batch, heads, tokens, head_dim) in ``out_a.dtype``
     """
-    # With one softmax over both sets, set a has the share exp(lse_a) / (exp(lse_a) + exp(lse_b)).
-    share_a = torch.sigmoid(torch.nan_to_num(lse_a - lse_b, nan=0.0, posinf=torch.inf, neginf=-torch.inf))
-    merged = torch.lerp(out_b.float(), out_a.float(), share_a.unsqueeze(-1))
-    return merged.to(out_a.dtype)
+    return _merge_two(out_a, lse_a, out_b, lse_b)
 
 
+@ranges.belongs_to(ranges.ATTENTION)
+def merge_two_fused(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+    """As `merge_two`, in one kernel."""
+    return compiled(_merge_two)(out_a, lse_a, out_b, lse_b)
+
+
+@ranges.belongs_to(ranges.ATTENTION)
 def merge_many(outs: Tensor, lses: Tensor) -> Tensor:
     """Merge attention over any number of disjoint sets of keys.
 
@@ -48,3 +56,10 @@ def merge_many(outs: Tensor, lses: Tensor) -> Tensor:
     # Shares first: a sum of whole outputs could be beyond what float32 holds, an average is not.
     shares = weights / torch.where(total > 0, total, torch.ones_like(total))
     return (shares.unsqueeze(-1) * outs.float()).sum(dim=0)
+
+
+def _merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+    # With one softmax over both sets, set a has the share exp(lse_a) / (exp(lse_a) + exp(lse_b)).
+    share_a = torch.sigmoid(torch.nan_to_num(lse_a - lse_b, nan=0.0, posinf=torch.inf, neginf=-torch.inf))
+    merged = torch.lerp(out_b.float(), out_a.float(), share_a.unsqueeze(-1))
+    return merged.to(out_a.dtype)

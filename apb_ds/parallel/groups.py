@@ -12,15 +12,17 @@ import datetime
 import importlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apb_ds import ranges
 from apb_ds.parallel.failure import lost_ranks_named
 from apb_ds.parallel.network import choose_gloo_interface
+from apb_ds.parallel.pending import PendingGather, PendingShift
 
 DEFAULT_TIMEOUT_S = 300
 LOOPBACK = "127.0.0.1"
@@ -28,38 +30,6 @@ LOOPBACK = "127.0.0.1"
 
 def _comm() -> Any:
     return importlib.import_module("deepspeed.comm")
-
-
-@dataclass
-class PendingGather:
-    """An all-gather under way. `wait` returns ``(world_size, *shape)``, the ranks' tensors in rank order."""
-
-    gathered: Tensor
-    work: Any = None
-    sent: Tensor | None = None  # kept alive until it has left
-
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            with lost_ranks_named():
-                self.work.wait()
-            self.work = self.sent = None
-        return self.gathered
-
-
-@dataclass
-class PendingShift:
-    """A shift under way. `wait` returns the tensor of the rank before."""
-
-    received: Tensor
-    works: list[Any] = field(default_factory=list)
-    sent: Tensor | None = None  # kept alive until it has left
-
-    def wait(self) -> Tensor:
-        with lost_ranks_named():
-            for work in self.works:
-                work.wait()
-        self.works, self.sent = [], None
-        return self.received
 
 
 @dataclass
@@ -105,6 +75,7 @@ class SequenceGroup:
     def is_last(self) -> bool:
         return self.rank == self.world_size - 1
 
+    @ranges.belongs_to(ranges.COMMUNICATION)
     def start_all_gather(self, tensor: Tensor) -> PendingGather:
         """Start gathering `tensor` (same shape and dtype on every rank); the caller keeps it unchanged until `wait`."""
         if self.world_size == 1:
@@ -117,6 +88,7 @@ class SequenceGroup:
         self._count(tensor)
         return PendingGather(joined.view(self.world_size, *tensor.shape), work, tensor)
 
+    @ranges.belongs_to(ranges.COMMUNICATION)
     def start_shift(self, tensor: Tensor) -> PendingShift:
         """Start sending `tensor` to the next rank and receiving one like it from the rank before, around the ring.
 
@@ -135,6 +107,34 @@ class SequenceGroup:
             works = torch.distributed.batch_isend_irecv(operations)
         self.count_bytes(tensor.numel() * tensor.element_size())
         return PendingShift(received, works, tensor)
+
+    def share_heads(self, attend: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Return `attend` with DeepSpeed's all-to-all around it, from shares of the tokens to shares of the heads.
+
+        Parameters
+        ----------
+        attend : callable
+            Takes queries, keys and values, (1, tokens, heads / world_size, head_dim) each, with all ranks' tokens, and
+            what else DeepSpeed hands over; returns the output, shaped as the queries.
+
+        Returns
+        -------
+        callable that takes this rank's tokens, (1, tokens, heads, head_dim), as many on every rank, and returns their
+        output
+        """
+        if self.world_size == 1:
+            return attend
+        layer = importlib.import_module("deepspeed.sequence.layer")
+        distributed = layer.DistributedAttention(attend, self.process_group, scatter_idx=2, gather_idx=1)
+
+        @ranges.belongs_to(ranges.COMMUNICATION)
+        def exchange(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with lost_ranks_named():
+                output: Tensor = distributed(query.contiguous(), key.contiguous(), value.contiguous(), 0)
+            self._count_shared(query, key, value)
+            return output
+
+        return exchange
 
     def count_bytes(self, number: int) -> None:
         """Count payload bytes that this rank has sent by other means than this group's methods."""
@@ -193,6 +193,11 @@ class SequenceGroup:
 
     def _global_rank(self, rank: int) -> int:
         return int(torch.distributed.get_global_rank(self.process_group, rank % self.world_size))
+
+    def _count_shared(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Count four all-to-alls: of queries, keys, values and an output like the queries."""
+        sent = sum(states.numel() * states.element_size() for states in (query, key, value, query))
+        self.count_bytes(sent * (self.world_size - 1) // self.world_size)
 
     def _count(self, tensor: Tensor) -> None:
         self.bytes_sent += tensor.numel() * tensor.element_size() * (self.world_size - 1)

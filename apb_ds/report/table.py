@@ -57,11 +57,11 @@ def _score_table(metrics: Record) -> Table:
 def _score_cells(numbers: Record) -> list[str]:
     interval, flops = numbers["interval"], numbers["prefill_flops"]
     return [
-        _count(numbers["samples"]),
+        format_count(numbers["samples"]),
         format_percent(numbers["score"]),
         ABSENT if interval is None else f"{format_percent(interval[0])} to {format_percent(interval[1])}",
-        _count(numbers["failed"]),
-        _count(numbers["exact"]),
+        format_count(numbers["failed"]),
+        format_count(numbers["exact"]),
         format_tflop(flops and flops["total"]),
     ]
 
@@ -69,10 +69,10 @@ def _score_cells(numbers: Record) -> list[str]:
 def _measure_cells(numbers: Record, measures: Sequence[str]) -> list[str]:
     means = [numbers["measures"].get(name, {"mean": None})["mean"] for name in measures]
     return [
-        _count(numbers["samples"]),
+        format_count(numbers["samples"]),
         *(ABSENT if mean is None else f"{mean:.4f}" for mean in means),
-        _count(numbers["failed"]),
-        _count(numbers["exact"]),
+        format_count(numbers["failed"]),
+        format_count(numbers["exact"]),
     ]
 
 
@@ -98,17 +98,17 @@ def title(record: Record) -> str:
 def _rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
     if "lines" in metrics:
         return _batch_rows(record, metrics)
-    lengths = f"{_count(metrics['document_tokens'])} / {_count(metrics['query_tokens'])}"
-    cut = f"{_count(metrics['anchor_length'])} / {_count(metrics['passing_length'])}"
+    lengths = f"{format_count(metrics['document_tokens'])} / {format_count(metrics['query_tokens'])}"
+    cut = f"{format_count(metrics['anchor_length'])} / {format_count(metrics['passing_length'])}"
     sent = metrics["bytes_sent"]
     return [
         ("document / query tokens", lengths),
         ("hosts / ranks / rounds", f"{metrics['hosts']} / {metrics['ranks']} / {metrics['rounds']}"),
         ("anchor / passing length", cut if not metrics["exact"] else "exact: every earlier token is passed"),
-        *([("turns", _count(metrics["turns"]))] if "turns" in metrics else []),
+        *([("turns", format_count(metrics["turns"]))] if "turns" in metrics else []),
         ("prefill", f"{_seconds(metrics['prefill_s'])}, {_rate(metrics['prefill_tokens_per_s'])}"),
         *_flops_rows(metrics),
-        ("decode", f"{_count(metrics['new_tokens'])} tokens, {_rate(metrics['decode_tokens_per_s'])}"),
+        ("decode", f"{format_count(metrics['new_tokens'])} tokens, {_rate(metrics['decode_tokens_per_s'])}"),
         ("sent per rank", " / ".join(format_bytes(number) for number in sorted(set(sent), reverse=True))),
         ("peak memory per rank", format_bytes(metrics["peak_memory_bytes"])),
         ("kernels", ", ".join(dict.fromkeys(record["kernels"].values()))),
@@ -126,18 +126,21 @@ def _flops_rows(metrics: Record) -> list[tuple[str, str]]:
 
 
 def _batch_rows(record: Record, metrics: Record) -> list[tuple[str, str]]:
-    done = [f"{_count(metrics['answered'])} of {_count(metrics['lines'])}"]
+    done = [f"{format_count(metrics['answered'])} of {format_count(metrics['lines'])}"]
     if metrics["resumed"]:
-        done.append(f"{_count(metrics['resumed'])} before")
+        done.append(f"{format_count(metrics['resumed'])} before")
     if metrics["failed"]:
-        done.append(f"{_count(metrics['failed'])} failed")
-    exact = f", {_count(metrics['exact_prefills'])} of them exact" if metrics["exact_prefills"] else ""
+        done.append(f"{format_count(metrics['failed'])} failed")
+    exact = f", {format_count(metrics['exact_prefills'])} of them exact" if metrics["exact_prefills"] else ""
     return [
         ("answered", ", ".join(done)),
-        ("documents prefilled", f"{_count(metrics['prefills'])}, {_count(metrics['document_tokens'])} tokens{exact}"),
+        (
+            "documents prefilled",
+            f"{format_count(metrics['prefills'])}, {format_count(metrics['document_tokens'])} tokens{exact}",
+        ),
         ("hosts / ranks", f"{metrics['hosts'] or ABSENT} / {metrics['ranks']}"),
         ("prefill", f"{_seconds(metrics['prefill_s'])}, {_rate(metrics['prefill_tokens_per_s'])}"),
-        ("decode", f"{_count(metrics['new_tokens'])} tokens, {_rate(metrics['decode_tokens_per_s'])}"),
+        ("decode", f"{format_count(metrics['new_tokens'])} tokens, {_rate(metrics['decode_tokens_per_s'])}"),
         ("all together", _seconds(metrics["seconds"])),
         ("peak memory per rank", format_bytes(metrics["peak_memory_bytes"])),
         ("kernels", ", ".join(dict.fromkeys(record["kernels"].values())) or ABSENT),
@@ -183,19 +186,6 @@ def sweep_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def bench_table(record: Record) -> Table:
-    """Return the table of a benchmark: prefill of each method on the same document."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"prefill of {_count(record['document_tokens'])} tokens")
-    for name in ("method", "median s", "min s", "max s", "tokens/s", "peak"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for method, numbers in record["methods"].items():
-        times = [f"{numbers[name]:.2f}" for name in ("median_s", "min_s", "max_s")]
-        table.add_row(method, *times, _number(numbers["tokens_per_s"]), format_bytes(numbers["peak_memory_bytes"]))
-    if record["speedup"]:
-        table.caption = ", ".join(f"{method} over apb: {ratio:.2f}x" for method, ratio in record["speedup"].items())
-    return table
-
-
 def swept_names(records: Sequence[Record]) -> list[str]:
     """Return the overrides that differ between the jobs, in the order of the command line; all of them for one job."""
     names = list(dict.fromkeys(name for record in records for name in record["overrides"]))
@@ -225,15 +215,19 @@ def _sweep_cells(record: Record) -> list[str]:
     correct = record["task"]["correct"]
     answer = ABSENT if correct is None else ("right" if correct else "wrong")
     if "lines" in metrics:
-        answer = f"{_count(metrics['answered'] + metrics['resumed'])}/{_count(metrics['lines'])}"
+        answer = f"{format_count(metrics['answered'] + metrics['resumed'])}/{format_count(metrics['lines'])}"
     shape = [ABSENT] * 3  # differs from document to document
     if "rounds" in metrics:
-        shape = [_count(metrics["anchor_length"]), _count(metrics["passing_length"]), str(metrics["rounds"])]
+        shape = [
+            format_count(metrics["anchor_length"]),
+            format_count(metrics["passing_length"]),
+            str(metrics["rounds"]),
+        ]
     return [
         *shape,
         f"{metrics['prefill_s']:.2f}",
-        _number(metrics["prefill_tokens_per_s"]),
-        _number(metrics["decode_tokens_per_s"]),
+        format_number(metrics["prefill_tokens_per_s"]),
+        format_number(metrics["decode_tokens_per_s"]),
         format_bytes(max(metrics["bytes_sent"])),
         format_bytes(metrics["peak_memory_bytes"]),
         answer,
@@ -259,7 +253,8 @@ def format_tflop(number: float | None) -> str:
     return f"{tera:,.0f}".replace(",", " ") if tera >= 1000 else f"{tera:.3g}"
 
 
-def _count(number: int) -> str:
+def format_count(number: int) -> str:
+    """Return an integer with its thousands apart."""
     return f"{number:,}".replace(",", " ")
 
 
@@ -267,11 +262,12 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2f} s"
 
 
-def _number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
+    """Return a number to about three digits."""
     if value is None:
         return ABSENT
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}".replace(",", " ")
 
 
 def _rate(value: float | None) -> str:
-    return ABSENT if value is None else f"{_number(value)} tokens/s"
+    return ABSENT if value is None else f"{format_number(value)} tokens/s"

@@ -13,6 +13,7 @@ import apb_ds
 from apb_ds import fused
 from apb_ds.fused import ROTATION, FusedLayers, fused_layers
 from apb_ds.ops import compiled as compiling
+from apb_ds.ops.merge import merge_two, merge_two_fused
 from apb_ds.support import attention_modules
 from tests.models import build_model, request_ids
 
@@ -71,6 +72,8 @@ def test_compiled_for_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
             expected = model(ids).logits
             with layers.in_force():
                 torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    merged = [torch.randn(1, 2, 7, 4), torch.randn(1, 2, 7), torch.randn(1, 2, 7, 4), torch.randn(1, 2, 7)]
+    torch.testing.assert_close(merge_two_fused(*merged), merge_two(*merged))
     assert compiling.compiled(compiling.rms_norm) is compiling.compiled(compiling.rms_norm)
     compiling.compiled.cache_clear()
 

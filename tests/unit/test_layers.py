@@ -16,6 +16,7 @@ LAYERS = (
     "config",
     "versions",
     "plan",
+    "ranges",
     "ops",
     "compressors",
     "parallel",

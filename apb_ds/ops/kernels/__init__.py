@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from apb_ds import ranges
 from apb_ds.config import check_choice
 from apb_ds.ops.kernels.base import Kernel
 from apb_ds.ops.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
@@ -47,6 +49,21 @@ class KernelChoice:
     @property
     def names(self) -> dict[str, str]:
         return {"prefill": self.prefill.name, "decode": self.decode.name}
+
+    def in_ranges(self) -> KernelChoice:
+        """Return the same kernels, whose work a profiler sees as attention."""
+        return KernelChoice(_RangedKernel(self.prefill), _RangedKernel(self.decode), self.recorded)
+
+
+class _RangedKernel(Kernel):
+    """A kernel within the range of attention."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        with ranges.part(ranges.ATTENTION):
+            return self.kernel(query, key, value, causal, scale)
 
 
 def check_kernel_name(name: str) -> None:

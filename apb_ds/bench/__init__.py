@@ -1,0 +1,6 @@
+"""Benchmarks: prefill, first token, decoding, memory and traffic of methods over lengths, hosts and kernels."""
+
+from apb_ds.bench.config import BenchConfig
+from apb_ds.bench.run import run_bench
+
+__all__ = ["BenchConfig", "run_bench"]

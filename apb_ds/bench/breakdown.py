@@ -1,0 +1,139 @@
+"""Where the time of a prefill goes: projections, compressor, communication, attention, FFN, by the profiler's ranges.
+
+On CUDA a part's time is that of the kernels that were launched within its range; on CPU it is the range's own time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from apb_ds import ranges
+from apb_ds.hf import own_attention, projection_modules
+from apb_ds.support import attention_modules
+
+O_NAMES = ("o_proj", "out_proj", "dense")
+FFN_NAMES = ("mlp", "feed_forward")
+PROFILED_SDPA = "apb_ds_profiled_sdpa"
+
+
+def measure_parts(model: PreTrainedModel, work: Callable[[], Any], *, is_plain: bool = False) -> dict[str, Any]:
+    """Run `work` under a profiler and return the time of its parts, as JSON has it.
+
+    Parameters
+    ----------
+    model : whose forwards `work` runs, on its device
+    is_plain : whether its attention is transformers' own sdpa and not the engine's
+
+    Returns
+    -------
+    dict
+        ``parts_s``: seconds by the names of `apb_ds.ranges.PARTS`; ``clock``: whose time that is;
+        ``unattributed_s``: that part of ``other`` whose kernels the profiler links to no operation.
+    """
+    device = next(model.parameters()).device
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with ExitStack() as stack:
+        stack.enter_context(ranges.recorded())
+        stack.enter_context(submodule_ranges(model))
+        if is_plain:
+            stack.enter_context(own_attention(model, PROFILED_SDPA, _sdpa_in_range))
+        with profile(activities=activities) as profiler:
+            with ranges.part(ranges.OTHER):
+                work()
+            if on_cuda:
+                torch.cuda.synchronize(device)
+    return attribute(profiler.events(), on_cuda=on_cuda)
+
+
+@contextmanager
+def submodule_ranges(model: PreTrainedModel) -> Iterator[None]:
+    """Have the projections and MLPs of a model be parts; on leaving, no hook is left."""
+    with ExitStack() as stack:
+        for module, name in named_submodules(model):
+            for handle in _put_in_range(module, name):
+                stack.callback(handle.remove)
+        yield
+
+
+def named_submodules(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
+    """Return the model's submodules that are a part by themselves, with its name."""
+    attentions = set(attention_modules(model).values())
+    found = []
+    for layer in model.modules():
+        for attention in attentions.intersection(layer.children()):
+            found += [(projection, ranges.QKV) for projection in projection_modules(attention)]
+            for owner, names, part in ((attention, O_NAMES, ranges.O_PROJECTION), (layer, FFN_NAMES, ranges.FFN)):
+                modules = (getattr(owner, name, None) for name in names)
+                found += [(module, part) for module in modules if isinstance(module, nn.Module)][:1]
+    return found
+
+
+def attribute(events: Iterable[Any], *, on_cuda: bool) -> dict[str, Any]:
+    """Give the time of a profiler's events to the innermost range around each.
+
+    Parameters
+    ----------
+    events : of torch.profiler (``FunctionEvent``), with their parents
+    on_cuda : whether kernels' time counts, and not the host's
+    """
+    microseconds = dict.fromkeys(ranges.PARTS, 0.0)
+    all_kernels = 0.0
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            # The profiler shows ranges on the device's time line, too: these are no kernels.
+            is_range = event.name.startswith(ranges.PREFIX) or getattr(event, "is_user_annotation", False)
+            all_kernels += 0.0 if is_range else event.time_range.elapsed_us()
+            continue
+        part = None if event.is_async else _part_of(event)
+        if on_cuda:
+            launched = sum(kernel.duration for kernel in event.kernels if not kernel.name.startswith(ranges.PREFIX))
+            microseconds[part or ranges.OTHER] += launched
+        elif part is not None:
+            microseconds[part] += event.self_cpu_time_total
+    unattributed = max(0.0, all_kernels - sum(microseconds.values())) if on_cuda else 0.0
+    microseconds[ranges.OTHER] += unattributed
+    return {
+        "clock": "cuda kernels" if on_cuda else "cpu",
+        "parts_s": {name: amount / 1e6 for name, amount in microseconds.items()},
+        "unattributed_s": unattributed / 1e6,
+    }
+
+
+def _part_of(event: Any) -> str | None:
+    """Return the part of the innermost range around an event, or of the event itself; None outside of all."""
+    while event is not None:
+        if event.name.startswith(ranges.PREFIX):
+            name = event.name.removeprefix(ranges.PREFIX)
+            return name if name in ranges.PARTS else ranges.OTHER
+        event = event.cpu_parent
+    return None
+
+
+def _put_in_range(module: nn.Module, name: str) -> list[Any]:
+    """Hook a range around each forward of a module; return the hooks' handles."""
+    entered: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        entered.append(ranges.part(name))
+        entered[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    # Also after an error, which may be how a prefill ends.
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+
+
+def _sdpa_in_range(*args: Any, **kwargs: Any) -> Any:
+    with ranges.part(ranges.ATTENTION):
+        return sdpa_attention_forward(*args, **kwargs)

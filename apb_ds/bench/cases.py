@@ -1,0 +1,120 @@
+"""The grid of a benchmark: one case for each method, length, number of hosts and kernel."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
+
+from apb_ds.attention import APBAttention
+from apb_ds.bench.config import (
+    ENGINE_METHODS,
+    METHODS_WITH_HOSTS,
+    ONE_RANK_METHODS,
+    PLAIN_METHODS,
+    BenchConfig,
+)
+from apb_ds.config import APBConfig
+from apb_ds.plan import plan_request
+
+# What other methods take over from the settings of the one under ``method``: how work is shared, not how much there is.
+SHARED_SETTINGS = ("hosts", "schedule", "shard_anchor", "query_position", "kernel")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure.
+
+    Attributes
+    ----------
+    method : a name of `bench.methods`
+    length : tokens of the document
+    config : the engine's settings, None for the plain model
+    ranks : that share the document
+    emulated : whether these are run in turn by one process
+    """
+
+    method: str
+    length: int
+    config: APBConfig | None
+    ranks: int
+    emulated: bool = False
+
+    @property
+    def hosts(self) -> int | None:
+        return None if self.config is None else self.config.hosts
+
+    @property
+    def name(self) -> str:
+        """What is measured, in a few words."""
+        parts = [self.method]
+        if self.hosts is not None:
+            parts.append(f"{self.hosts} hosts")
+        if self.config is not None and self.config.kernel != "auto":
+            parts.append(str(self.config.kernel))
+        if self.emulated:
+            parts.append(f"{self.ranks} emulated ranks")
+        return ", ".join(parts)
+
+
+def make_cases(bench: BenchConfig, method: APBConfig, lengths: tuple[int, ...], world_size: int) -> list[Case]:
+    """Return the grid, by length, method, hosts and kernel.
+
+    Parameters
+    ----------
+    method : the settings under ``method``
+    world_size : ranks that there are; an emulation needs a single one
+
+    Raises
+    ------
+    ValueError
+        For what cannot be measured on so many ranks, or cannot be emulated, or settings that do not fit a length.
+    """
+    if bench.emulate_ranks is not None and world_size > 1:
+        raise ValueError(
+            f"bench.emulate_ranks={bench.emulate_ranks} runs all ranks in one process, and there are {world_size}; "
+            "start it without a launcher, or leave it out."
+        )
+    for name in ONE_RANK_METHODS:
+        if name in bench.methods and world_size > 1:
+            raise ValueError(
+                f"bench.methods: {name} runs on one rank, and there are {world_size}; measure it without a launcher, "
+                "or use apb, star, ring or ulysses."
+            )
+    cases = []
+    for length, name in itertools.product(lengths, bench.methods):
+        emulated = bench.emulate_ranks is not None and name not in ONE_RANK_METHODS
+        ranks = bench.emulate_ranks if emulated and bench.emulate_ranks else world_size
+        for config in _configs(bench, name, method):
+            if config is not None:
+                _check(config, bench, name, length, ranks)
+            cases.append(Case(name, length, config, ranks, emulated))
+    return cases
+
+
+def _configs(bench: BenchConfig, name: str, method: APBConfig) -> list[APBConfig | None]:
+    if name in PLAIN_METHODS:
+        return [None]
+    config = _settings(name, method, bench.settings.get(name, {}))
+    hosts = bench.hosts if name in METHODS_WITH_HOSTS and bench.hosts else (config.hosts,)
+    kernels = bench.kernels or (config.kernel,)
+    return [replace(config, hosts=count, kernel=kernel) for count, kernel in itertools.product(hosts, kernels)]
+
+
+def _settings(name: str, method: APBConfig, changes: dict[str, Any]) -> APBConfig:
+    """Return a method's settings: those under ``method`` where it is that one, else what the two have in common."""
+    wanted = ENGINE_METHODS[name]
+    if method.method == wanted:
+        return replace(method, **changes)
+    shared = ("kernel",) if name not in METHODS_WITH_HOSTS or method.is_exact_method else SHARED_SETTINGS
+    return APBConfig.from_dict(
+        {"method": wanted, **{key: getattr(method, key) for key in shared}, **changes}, f"bench.settings.{name}"
+    )
+
+
+def _check(config: APBConfig, bench: BenchConfig, name: str, length: int, ranks: int) -> None:
+    try:
+        APBAttention(config)  # refuses kernels that are not installed
+        plan_request(config, length, bench.query_tokens, ranks)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"bench: {name}, {length} tokens, ranks: {ranks}: {error}") from error

@@ -1,0 +1,149 @@
+"""One rank of a group that is not there: what the others would send is made up, so that one process can be timed.
+
+Every collective returns at once: this rank's own part is real, the others' are random numbers of the shape and dtype
+that they would have. Bytes are counted as in a real group. Only a prefill can run in it, whose work depends on no
+value; whatever ends in a broadcast (queries, decoding) is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apb_ds import ranges
+from apb_ds.config import check_integer
+from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.parallel.pending import PendingGather, PendingShift
+
+PEER_SEED = 0
+
+
+class Peers:
+    """What other ranks send: one random buffer for each kind of message, drawn once, so that drawing is not timed."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+
+    def buffer(self, like: Tensor, shape: tuple[int, ...], kind: str = "") -> Tensor:
+        """Return a tensor of `shape` with dtype and device of `like`, standard normal; the same one each time."""
+        key = (kind, shape, like.dtype, like.device)
+        if key not in self._buffers:
+            generator = torch.Generator(like.device).manual_seed(PEER_SEED)
+            self._buffers[key] = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+        return self._buffers[key]
+
+
+@dataclass
+class EmulatedGather(PendingGather):
+    """An all-gather in which only this rank's own part is real. Use what `wait` returns before the next one."""
+
+    rank: int = 0
+
+    @ranges.belongs_to(ranges.COMMUNICATION)
+    def wait(self) -> Tensor:
+        if self.sent is not None:
+            self.gathered[self.rank] = self.sent
+            self.sent = None
+        return self.gathered
+
+
+@dataclass
+class EmulatedGroup(SequenceGroup):
+    """Rank `rank` of `world_size`, alone in its process.
+
+    Attributes
+    ----------
+    peers : what the other ranks send; may be shared by the ranks of one emulation
+    num_collectives : collectives of the prefills so far
+    """
+
+    peers: Peers = field(default_factory=Peers, compare=False, repr=False)
+    num_collectives: int = field(default=0, compare=False)
+
+    def __post_init__(self) -> None:
+        check_integer("world_size", self.world_size, 1)
+        check_integer("rank", self.rank, 0)
+        if self.rank >= self.world_size:
+            raise ValueError(f"rank={self.rank} must be below world_size={self.world_size}.")
+
+    @ranges.belongs_to(ranges.COMMUNICATION)
+    def start_all_gather(self, tensor: Tensor) -> PendingGather:
+        if self.world_size == 1:
+            return super().start_all_gather(tensor)
+        tensor = tensor.contiguous()
+        self._count(tensor)
+        self.num_collectives += 1
+        gathered = self.peers.buffer(tensor, (self.world_size, *tensor.shape))
+        return EmulatedGather(gathered, sent=tensor, rank=self.rank)
+
+    @ranges.belongs_to(ranges.COMMUNICATION)
+    def start_shift(self, tensor: Tensor) -> PendingShift:
+        if self.world_size == 1:
+            return super().start_shift(tensor)
+        tensor = tensor.contiguous()
+        self.count_bytes(tensor.numel() * tensor.element_size())
+        self.num_collectives += 1
+        return PendingShift(self.peers.buffer(tensor, tuple(tensor.shape)), sent=tensor)
+
+    def share_heads(self, attend: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        if self.world_size == 1:
+            return attend
+
+        @ranges.belongs_to(ranges.COMMUNICATION)
+        def exchange(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            given = {"query": query, "key": key, "value": value}
+            everyone = [self._with_all_tokens(states, kind) for kind, states in given.items()]
+            of_some_heads = attend(*everyone)
+            output = self.peers.buffer(query, tuple(query.shape), "output")
+            tokens, heads = self._own(query.shape[1]), self._own(of_some_heads.shape[2])
+            output[:, :, heads] = of_some_heads[:, tokens]
+            self._count_shared(query, key, value)
+            self.num_collectives += 4
+            return output
+
+        return exchange
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Refuse, unless this rank is alone.
+
+        Raises
+        ------
+        RuntimeError
+            Queries and decoding depend on what other ranks hold, and these are not there.
+        """
+        if self.world_size == 1:
+            return tensor
+        raise RuntimeError("an emulated group runs prefills alone: the other ranks' keys and values are made up.")
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value] * self.world_size
+
+    def is_same(self, digest: bytes, device: torch.device | None = None) -> bool:
+        return True
+
+    def barrier(self) -> None:
+        """Wait for nobody."""
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Nothing to bound: no collective waits."""
+
+    def _with_all_tokens(self, states: Tensor, kind: str) -> Tensor:
+        """Return (1, tokens W, heads / W, head_dim), this rank's own tokens and heads real."""
+        _, tokens, heads, head_dim = states.shape
+        shape = (1, tokens * self.world_size, heads // self.world_size, head_dim)
+        everyone = self.peers.buffer(states, shape, kind)
+        everyone[:, self._own(tokens)] = states[:, :, self._own(heads // self.world_size)]
+        return everyone
+
+    def _own(self, share: int) -> slice:
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+
+def emulated_groups(world_size: int) -> list[EmulatedGroup]:
+    """Return a group for each rank of an emulation; they share what other ranks send."""
+    peers = Peers()
+    return [EmulatedGroup(rank=rank, world_size=world_size, peers=peers) for rank in range(world_size)]

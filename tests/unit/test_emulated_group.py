@@ -1,0 +1,84 @@
+"""The group of an emulated rank: own parts in their place, bytes as in a real group, prefill alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import apb_ds
+from apb_ds.engine import APBEngine
+from apb_ds.parallel.emulated import EmulatedGroup, emulated_groups
+from apb_ds.parallel.groups import SequenceGroup
+from tests.models import build_model, request_ids
+
+
+def test_a_gather_holds_the_ranks_own_part_and_something_else_for_the_others() -> None:
+    for group in emulated_groups(3):
+        mine = torch.full((2, 5), float(group.rank))
+        gathered = group.all_gather(mine)
+        assert gathered.shape == (3, 2, 5) and gathered.dtype == mine.dtype
+        others = [rank for rank in range(3) if rank != group.rank]
+        assert torch.equal(gathered[group.rank], mine)
+        assert not any(torch.equal(gathered[rank], mine) for rank in others)
+        assert (group.bytes_sent, group.num_collectives) == (2 * 5 * 4 * 2, 1)
+
+
+def test_gathers_under_way_together_each_have_their_own_part() -> None:
+    group = EmulatedGroup(rank=1, world_size=2)
+    first, second = torch.zeros(4), torch.ones(4)
+    pending = [group.start_all_gather(first), group.start_all_gather(second)]
+    assert torch.equal(pending[0].wait()[1], first)
+    assert torch.equal(pending[1].wait()[1], second)
+
+
+def test_a_shift_brings_something_of_the_same_shape() -> None:
+    group = EmulatedGroup(rank=0, world_size=4)
+    sent = torch.zeros(3, 2, dtype=torch.bfloat16)
+    received = group.start_shift(sent).wait()
+    assert (received.shape, received.dtype) == (sent.shape, sent.dtype) and received.abs().sum() > 0
+    assert group.bytes_sent == 3 * 2 * 2
+
+
+def test_shared_heads_have_all_tokens_and_give_back_the_ranks_own() -> None:
+    group = EmulatedGroup(rank=1, world_size=2)
+    query, key, value = torch.ones(1, 3, 4, 8), 2 * torch.ones(1, 3, 2, 8), 3 * torch.ones(1, 3, 2, 8)
+    seen = []
+
+    def attend(*states: torch.Tensor) -> torch.Tensor:
+        seen.extend(states)
+        return 10 * states[0]
+
+    output = group.share_heads(attend)(query, key, value)
+    assert [tuple(states.shape) for states in seen] == [(1, 6, 2, 8), (1, 6, 1, 8), (1, 6, 1, 8)]
+    for number, states in enumerate(seen, start=1):
+        assert bool((states[:, 3:] == number).all()) and not bool((states[:, :3] == number).any())
+    assert output.shape == query.shape and bool((output[:, :, 2:] == 10).all())
+    assert group.bytes_sent == (2 * query.numel() + key.numel() + value.numel()) * 4 // 2
+
+
+def test_queries_are_refused() -> None:
+    engine = APBEngine(build_model("llama"), apb_ds.APBConfig(hosts=4), EmulatedGroup(rank=0, world_size=2))
+    document, query = request_ids(101, 5)
+    context = engine.prefill(document, query)
+    with pytest.raises(RuntimeError, match="runs prefills alone"):
+        engine.query_logits(query, context=context)
+
+
+def test_a_rank_beyond_the_group() -> None:
+    with pytest.raises(ValueError, match="rank=2 must be below world_size=2"):
+        EmulatedGroup(rank=2, world_size=2)
+    with pytest.raises(ValueError, match="world_size=0"):
+        EmulatedGroup(rank=0, world_size=0)
+
+
+def test_own_keys_do_not_depend_on_the_others() -> None:
+    """What a rank caches in the first layer is what one process alone caches for the same hosts."""
+    document, query = request_ids(101, 5)
+    config = apb_ds.APBConfig(hosts=4)
+    alone = APBEngine(build_model("llama"), config, SequenceGroup())
+    keys = alone.prefill(document, query).cache.layers[0].keys
+    for group in emulated_groups(2):
+        context = APBEngine(build_model("llama"), config, group).prefill(document, query)
+        wanted = [slice(*context.plan.blocks[host]) for host in context.plan.hosts_of(group.rank)]
+        expected = torch.cat([keys[:, :, span] for span in wanted], dim=2)
+        torch.testing.assert_close(context.cache.layers[0].keys[:, :, : expected.shape[2]], expected)

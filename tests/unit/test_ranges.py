@@ -1,0 +1,44 @@
+"""Named parts: nothing while they are off, ranges of the profiler while they are recorded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from apb_ds import ranges
+
+
+@ranges.belongs_to(ranges.FFN)
+def double(tensor: torch.Tensor) -> torch.Tensor:
+    """Twice as much."""
+    return 2 * tensor
+
+
+def names(events: object) -> list[str]:
+    return [event.name for event in events if event.name.startswith(ranges.PREFIX)]  # type: ignore[attr-defined]
+
+
+def test_off_by_default() -> None:
+    with torch.profiler.profile() as profiler, ranges.part(ranges.QKV):
+        double(torch.ones(3))
+    assert names(profiler.events()) == []
+    assert not ranges.are_recorded()
+
+
+def test_recorded_ranges_nest() -> None:
+    with torch.profiler.profile() as profiler, ranges.recorded(), ranges.part(ranges.QKV):
+        assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))
+    by_name = {event.name: event for event in profiler.events()}
+    inner = by_name[ranges.PREFIX + ranges.FFN]
+    assert inner.cpu_parent.name == ranges.PREFIX + ranges.QKV
+    assert by_name["aten::mul"].cpu_parent is inner
+
+
+def test_off_again_after_an_error() -> None:
+    with pytest.raises(ValueError), ranges.recorded():
+        raise ValueError
+    assert not ranges.are_recorded()
+
+
+def test_a_decorated_function_stays_what_it_was() -> None:
+    assert (double.__name__, double.__doc__) == ("double", "Twice as much.")
