@@ -130,6 +130,23 @@ def test_standardised_labels_have_the_same_order() -> None:
     assert torch.equal(plain.argsort(dim=0), standard.argsort(dim=0))
 
 
+@pytest.mark.parametrize("value", ["weight", "log_weight"])
+@pytest.mark.parametrize("reduction", ["max", "mean", "logmeanexp"])
+def test_weights_times_the_norms_of_values(value: str, reduction: str) -> None:
+    view = make_view(torch.tensor([25, 29]), 20)
+    values = torch.randn(1, KV_HEADS, TOKENS, HEAD_DIM, generator=torch.Generator().manual_seed(1))
+    plain, weighted = (
+        label_tokens(LabelKind(value, reduction, "max", value_norms=on), view, *states(), SCALE, values)
+        for on in (False, True)
+    )
+    for token in range(20):
+        for head in range(KV_HEADS):
+            norm = math.sqrt(sum(float(number) ** 2 for number in values[0, head, token]))
+            label = float(plain[token, head])
+            expected = label * norm if value == "weight" else label + math.log(norm)
+            assert float(weighted[token, head]) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
 def test_attention_received_is_the_models_own() -> None:
     queries, keys = states()
     rows = [22, 28]
@@ -146,7 +163,10 @@ def test_nobody_observes() -> None:
         make_view(torch.tensor([2, 3]), 20, hosts=4)
 
 
-@pytest.mark.parametrize("values", [{"value": "logits"}, {"over_heads": "sum"}, {"standardise": 1}])
+@pytest.mark.parametrize(
+    "values",
+    [{"value": "logits"}, {"over_heads": "sum"}, {"standardise": 1}, {"value_norms": 1}, {"value_norms": True}],
+)
 def test_unknown_labels(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"train\."):
         LabelKind(**values)

@@ -62,7 +62,8 @@ def write_card(directory: Path, record: dict[str, Any], file: str) -> None:
         over_heads=train["over_heads"],
         observers={"answer": "the answer's tokens", "later": "any later tokens"}[train["observers"]],
         num_observers=train["num_observers"],
-        standardised=", standardised per KV head" if train["standardise"] else "",
+        standardised=(", times the norm of the token's value" if train.get("value_norms") else "")
+        + (", standardised per KV head" if train["standardise"] else ""),
         blocks=blocks if train["observed_hosts"] else "",
         smoothing=train["smoothing"],
         text_share=train["text_share"],

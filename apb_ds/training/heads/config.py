@@ -34,7 +34,7 @@ class HeadsConfig(TrainingConfig):
         The most that there are in a conversation; of more, as many are drawn.
     observed_hosts : int or None
         Tokens observe only the blocks before their own, of so many. Default: all tokens before them.
-    label, over_observers, over_heads, standardise
+    label, over_observers, over_heads, standardise, value_norms
         See `apb_ds.training.heads.labels.LabelKind`.
     smoothing : float
         Factor of the mean squared difference of neighbouring scores.
@@ -65,6 +65,7 @@ class HeadsConfig(TrainingConfig):
     over_observers: str = "max"
     over_heads: str = "max"
     standardise: bool = False
+    value_norms: bool = False
     smoothing: float = 0.0025
     learning_rate: float = 5e-4
     warmup_steps: int = 2000
@@ -104,7 +105,7 @@ class HeadsConfig(TrainingConfig):
 
     @property
     def label_kind(self) -> LabelKind:
-        return LabelKind(self.label, self.over_observers, self.over_heads, self.standardise)
+        return LabelKind(self.label, self.over_observers, self.over_heads, self.standardise, self.value_norms)
 
     @property
     def observing(self) -> Observing:

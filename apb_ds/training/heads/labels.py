@@ -16,6 +16,7 @@ from apb_ds.plan import split_evenly
 
 VALUES = ("logit", "weight", "log_weight")
 REDUCTIONS = ("max", "mean", "logmeanexp")
+MIN_NORM = 1e-6
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,29 @@ class LabelKind:
         last is the logarithm of the mean of exponentials, so of log weights that of the mean weight.
     standardise : bool
         Whether each KV head's labels are shifted and scaled to mean 0 and variance 1 over the document.
+    value_norms : bool
+        Whether a weight counts times the norm of the token's value: what attention adds to its output for the token.
 
     Raises
     ------
     ValueError
-        For an unknown name.
+        For an unknown name, or norms where there are no weights.
     """
 
     value: str = "logit"
     over_observers: str = "max"
     over_heads: str = "max"
     standardise: bool = False
+    value_norms: bool = False
 
     def __post_init__(self) -> None:
         check_choice("train.label", self.value, VALUES)
         check_choice("train.over_observers", self.over_observers, REDUCTIONS)
         check_choice("train.over_heads", self.over_heads, REDUCTIONS)
         check_bool("train.standardise", self.standardise)
+        check_bool("train.value_norms", self.value_norms)
+        if self.value_norms and self.value == "logit":
+            raise ValueError("train.value_norms=true needs weights: set train.label to weight or log_weight.")
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,9 @@ def make_view(rows: Tensor, num_document: int, hosts: int | None = None) -> View
     return View(rows, num_document, visible[:, :num_scored])
 
 
-def label_tokens(kind: LabelKind, view: View, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+def label_tokens(
+    kind: LabelKind, view: View, queries: Tensor, keys: Tensor, scale: float, values: Tensor | None = None
+) -> Tensor:
     """Return the labels of one layer.
 
     Parameters
@@ -108,6 +117,7 @@ def label_tokens(kind: LabelKind, view: View, queries: Tensor, keys: Tensor, sca
     queries : (1, heads, tokens, head_dim), rotated
     keys : (1, kv_heads, tokens, head_dim), rotated
     scale : factor on the logits
+    values : (1, kv_heads, tokens, head_dim), where their norms count
 
     Returns
     -------
@@ -119,6 +129,11 @@ def label_tokens(kind: LabelKind, view: View, queries: Tensor, keys: Tensor, sca
         by_head = _reduced(kind.over_observers, seen, view.visible)
         labels.append(_reduced(kind.over_heads, by_head.unsqueeze(0), torch.ones_like(by_head, dtype=torch.bool))[0])
     stacked = torch.stack(labels, dim=1)
+    if kind.value_norms:
+        assert values is not None
+        norms = values[0, :, : view.num_scored].float().norm(dim=-1).T
+        # The same for all observers and heads of the group, so it may be counted after them.
+        stacked = stacked + norms.clamp_min(MIN_NORM).log() if kind.value == "log_weight" else stacked * norms
     if kind.standardise:
         spread = stacked.std(dim=0, keepdim=True, correction=0)
         stacked = (stacked - stacked.mean(dim=0, keepdim=True)) / spread.clamp_min(1e-6)

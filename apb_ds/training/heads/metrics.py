@@ -43,8 +43,10 @@ def measure(loss: HeadsLoss, example: HeadExample, hosts: int, ratio: float, dev
     sums: dict[str, list[float]] = defaultdict(list)
     losses = []
 
-    def observe(layer_idx: int, projections: Tensor, queries: Tensor, keys: Tensor, scale: float) -> None:
-        labels = label_tokens(loss.kind, view, queries, keys, scale)
+    def observe(
+        layer_idx: int, projections: Tensor, queries: Tensor, keys: Tensor, scale: float, values: Tensor
+    ) -> None:
+        labels = label_tokens(loss.kind, view, queries, keys, scale, values)
         scores = loss.heads(layer_idx, projections[: view.num_document]).float()
         losses.append(layer_loss(scores[: view.num_scored], labels, loss.smoothing, len(loss.heads.layers)))
         sums["overlap"].append(_overlap(scores[: view.num_scored].T, labels.T))

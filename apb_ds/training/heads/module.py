@@ -66,8 +66,10 @@ class HeadsLoss(nn.Module):
         view = self.view(is_observer, num_document)
         losses = []
 
-        def observe(layer_idx: int, projections: Tensor, queries: Tensor, keys: Tensor, scale: float) -> None:
-            labels = label_tokens(self.kind, view, queries, keys, scale)
+        def observe(
+            layer_idx: int, projections: Tensor, queries: Tensor, keys: Tensor, scale: float, values: Tensor
+        ) -> None:
+            labels = label_tokens(self.kind, view, queries, keys, scale, values)
             with torch.enable_grad():
                 scores = self.heads(layer_idx, projections[: view.num_scored]).float()
                 losses.append(layer_loss(scores, labels, self.smoothing, len(self.heads.layers)))

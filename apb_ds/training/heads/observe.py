@@ -14,9 +14,9 @@ from apb_ds.hf import captured_projections, own_attention
 
 NAME = "apb_heads_training"
 
-# Called as observe(layer_idx, projections, queries, keys, scale): the head's input, (tokens, channels); queries and
-# keys rotated, (1, heads, tokens, head_dim).
-Observe = Callable[[int, Tensor, Tensor, Tensor, float], None]
+# Called as observe(layer_idx, projections, queries, keys, scale, values): the head's input, (tokens, channels); queries
+# and keys rotated, (1, heads, tokens, head_dim).
+Observe = Callable[[int, Tensor, Tensor, Tensor, float, Tensor], None]
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def observe_layers(model: PreTrainedModel, input_ids: Tensor, observe: Observe) 
         projected.clear()
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
-        observe(layer_idx, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), query, key, scale)
+        observe(layer_idx, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), query, key, scale, value)
         output, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scale, is_causal=True)
         return output, None
 
