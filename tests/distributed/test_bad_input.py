@@ -69,7 +69,8 @@ CASES: dict[str, Case] = {
     ),
     "no hosts": Case((*PROMPT, "method.hosts=0"), ("hosts=0", "at least 1")),
     "an anchor too short for the query": Case(
-        (*PROMPT, "method.anchor_length=4"), ("anchor_length=4", "cannot hold the query", "query_position=2", "16")
+        (*PROMPT, "method.anchor_length=4"),
+        ("anchor_length=4", "cannot hold the query", "query_position=2", "13", "15"),
     ),
     "a negative anchor": Case((*PROMPT, "method.anchor_length=-1"), ("anchor_length=-1", "at least 0")),
     "a fractional anchor": Case((*PROMPT, "method.anchor_length=1.5"), ("anchor_length=1.5", "integer")),
