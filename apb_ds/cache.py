@@ -7,7 +7,7 @@ them sees all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,7 @@ class ShardedCacheLayer(CacheLayerMixin):
         self.local_length = 0
         self.capacity = 0
         self.slot: Tensor | None = None
+        self.given: tuple[Tensor, Tensor] | None = None  # buffers to use, if they are as those that would be made
 
     def reserve(self, num_tokens: int) -> None:
         """Ask for room for `num_tokens` local tokens when the buffers are first made."""
@@ -46,8 +47,11 @@ class ShardedCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self._buffer_like(key_states)
-        self.values = self._buffer_like(value_states)
+        made_of = (key_states, value_states)
+        given, self.given = self.given, None
+        if given is None or not all(map(self._is_like, given, made_of)):
+            given = self._buffer_like(key_states), self._buffer_like(value_states)
+        self.keys, self.values = given
         self.is_initialized = True
 
     def store_block(self, keys: Tensor, values: Tensor) -> None:
@@ -141,8 +145,15 @@ class ShardedCacheLayer(CacheLayerMixin):
         self.values = self._grown(self.values)
 
     def _buffer_like(self, states: Tensor) -> Tensor:
+        return states.new_empty(self._buffer_shape(states))
+
+    def _buffer_shape(self, states: Tensor) -> tuple[int, ...]:
         batch, kv_heads, _, head_dim = states.shape
-        return states.new_empty((batch, kv_heads, self.capacity, head_dim))
+        return batch, kv_heads, self.capacity, head_dim
+
+    def _is_like(self, buffer: Tensor, states: Tensor) -> bool:
+        same = buffer.dtype == states.dtype and buffer.device == states.device
+        return same and tuple(buffer.shape) == self._buffer_shape(states)
 
     def _grown(self, buffer: Tensor) -> Tensor:
         grown = self._buffer_like(buffer)
@@ -200,6 +211,17 @@ class ShardedCache(Cache):
         """Count one new token that was written to the slot behind the last one, in all layers."""
         for layer_idx in range(len(self.layers)):
             self.layer(layer_idx).advance()
+
+    def take_over(self, buffers: Sequence[Tensor]) -> bool:
+        """Use another cache's buffers, as `buffers` gave them, in place of new ones; return whether they fit.
+
+        The other cache must not be used any more.
+        """
+        if len(buffers) != 2 * len(self.layers) or buffers[0].shape[2] != self.layer(0).capacity:
+            return False
+        for layer_idx in range(len(self.layers)):
+            self.layer(layer_idx).given = (buffers[2 * layer_idx], buffers[2 * layer_idx + 1])
+        return True
 
     def buffers(self, num_tokens: int) -> list[Tensor]:
         """Return all layers' buffers of keys and values, (1, kv_heads, capacity, head_dim), with room for so many."""

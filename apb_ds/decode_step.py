@@ -1,13 +1,15 @@
 """One decode step over buffers that stay where they are: recorded once as a CUDA graph, replayed for every token.
 
 A small model's step is mostly the launching of its kernels; replayed, they are launched as one. A recording holds the
-addresses of a cache's buffers, so it serves caches whose buffers are exactly there: the same context again, or one of
-about the same length whose memory torch gave to it after the last one was freed.
+buffers of a cache. When nobody uses that cache any more, the next one of about the same length takes its buffers over,
+and the recording serves it at once.
 """
 
 from __future__ import annotations
 
 import logging
+import operator
+import weakref
 from typing import Any
 
 import torch
@@ -40,20 +42,25 @@ class DecodeStep:
         self._num_keys = torch.ones(1, dtype=torch.int32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
-        self._addresses: list[tuple[int, torch.Size]] = []
+        self.buffers: list[Tensor] = []
         self._weights: list[int] = []
 
     def fits(self, cache: ShardedCache) -> bool:
-        """Whether what was recorded reads and writes this cache."""
-        return self._graph is not None and self._addresses == _addresses(cache)
+        """Whether what was recorded reads and writes this cache, which has room for one more token."""
+        buffers = _buffers(cache)
+        return len(buffers) == len(self.buffers) and all(map(operator.is_, buffers, self.buffers))
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether the model's weights are where they were."""
         return self._weights == _weights(model)
 
+    def prepare(self, model: nn.Module, cache: ShardedCache) -> None:
+        """Say what the step is for: the buffers of a cache, and the model's weights where they are."""
+        self.buffers, self._weights = _buffers(cache), _weights(model)
+
     def record(self, model: nn.Module, cache: ShardedCache, call: ActiveCall) -> None:
         """Record the step over the buffers of `cache`, with room for one more token."""
-        self._addresses, self._weights = _addresses(cache), _weights(model)
+        self.prepare(model, cache)
         self._set(self._token, cache.get_seq_length(), cache.local_length)
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
@@ -100,7 +107,7 @@ class DecodeStep:
 
 
 class RecordedSteps:
-    """An engine's recorded decode step, the last one that it made.
+    """An engine's recorded decode step, the last one that it made; with it, the memory of one cache stays.
 
     Parameters
     ----------
@@ -111,6 +118,16 @@ class RecordedSteps:
         self._model = (model,)  # no part of a module tree
         self._step: DecodeStep | None = None
         self._has_failed = False
+        self._user: weakref.ref[ShardedCache] | None = None
+
+    def lend_buffers(self, cache: ShardedCache) -> None:
+        """Give a new cache the recorded step's buffers, if the cache that they were made for is gone."""
+        if self._step is None or (self._user is not None and self._user() is not None):
+            return
+        if cache.take_over(self._step.buffers):
+            self._user = weakref.ref(cache)
+        else:
+            self._step = None  # the new cache needs the memory
 
     def run(self, cache: ShardedCache, call: ActiveCall, token: Tensor, num_done: int) -> Tensor | None:
         """Feed one token to a recorded step; return its logits, or None if there is none to be used.
@@ -129,6 +146,7 @@ class RecordedSteps:
                 return None
             self._step = None  # the old one's memory first
             self._step = self._recorded(cache, call, token.device)
+            self._user = weakref.ref(cache)
         return None if self._step is None else self._step.run(self._model[0], cache, call, token)
 
     def _recorded(self, cache: ShardedCache, call: ActiveCall, device: torch.device) -> DecodeStep | None:
@@ -148,8 +166,8 @@ def can_record(model: nn.Module, kernels: KernelChoice, num_ranks: int) -> bool:
     return num_ranks == 1 and kernels.recorded is not None and not waits
 
 
-def _addresses(cache: ShardedCache) -> list[tuple[int, torch.Size]]:
-    return [(buffer.data_ptr(), buffer.shape) for buffer in cache.buffers(cache.local_length + 1)]
+def _buffers(cache: ShardedCache) -> list[Tensor]:
+    return cache.buffers(cache.local_length + 1)
 
 
 def _weights(model: nn.Module) -> list[int]:

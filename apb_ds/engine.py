@@ -182,6 +182,8 @@ class APBEngine(InferenceEngine):
             plan.shard_length(self.group.rank),
             new_tokens=max_positions - num_tokens,
         )
+        if self._recorded is not None:
+            self._recorded.lend_buffers(cache)
         state = PrefillState(plan, cache, self.group.rank, progress=progress)
         sent_before = self.group.bytes_sent
         began = self._now()

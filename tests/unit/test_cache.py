@@ -108,6 +108,24 @@ def test_a_token_written_to_a_slot_is_counted_by_advance() -> None:
             assert torch.equal(ours, others)
 
 
+def test_buffers_that_another_cache_has_left() -> None:
+    before = filled(True, [(0, 20)], 20)
+    buffers = before.buffers(20)
+    after = ShardedCache(2, True, 20)
+    assert after.take_over(buffers)
+    for layer_idx in range(2):
+        after.layer(layer_idx).store_block(*states(40, 55))
+    assert all(one is other for one, other in zip(after.buffers(15), buffers, strict=True))
+    assert tokens_in(after.layer(1)) == list(range(40, 55))
+    assert not ShardedCache(2, True, STEP_TOKENS).take_over(buffers), "longer ones are needed"
+    assert not ShardedCache(3, True, 20).take_over(buffers)
+    other = ShardedCache(2, True, 20)
+    assert other.take_over([buffer.double() for buffer in buffers])
+    other.layer(0).store_block(*states(0, 5))
+    keys = other.layer(0).keys
+    assert keys is not None and keys.dtype == torch.float32, "of another dtype: made anew"
+
+
 def test_buffers_with_room_for_more() -> None:
     cache = filled(True, [(0, 20)], 20)
     before = [buffer.data_ptr() for buffer in cache.buffers(21)]

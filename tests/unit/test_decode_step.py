@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -35,19 +36,15 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
     run = DecodeStep.run
 
     def record(self: Any, model: nn.Module, cache: Any, call: Any) -> None:
-        self._addresses, self._weights = decode_step._addresses(cache), decode_step._weights(model)
+        self.prepare(model, cache)
         counts.recorded += 1
 
     def run_as_it_is(self: Any, *arguments: Any) -> Any:
         counts.run += 1
         return run(self, *arguments)
 
-    def fits(self: Any, cache: Any) -> bool:
-        return bool(self._addresses == decode_step._addresses(cache))
-
     monkeypatch.setattr(CPUFlashKernel, "can_be_recorded", True)
     monkeypatch.setattr(DecodeStep, "record", record)
-    monkeypatch.setattr(DecodeStep, "fits", fits)
     monkeypatch.setattr(DecodeStep, "run", run_as_it_is)
     return counts
 
@@ -77,6 +74,44 @@ def test_the_tokens_are_the_same(family: str, counts: Counts) -> None:
     assert answer(recording, context) == expected
     assert (counts.recorded, counts.run) == (1, 2 * NEW - decode_step.RECORD_AFTER - 1), "at once, the second time"
     assert recording.kernel_names["recorded"] == "cpu_flash"
+
+
+def test_the_next_document_takes_the_buffers_over(counts: Counts) -> None:
+    usual, recording = new_engine(cuda_graph=False), new_engine()
+    buffers = []
+    for length in (101, 97, 108):
+        document, query = request_ids(length, 5)
+        context = recording.prefill(document, query)
+        assert answer(recording, context) == answer(usual, usual.prefill(document, query))
+        buffers.append(context.cache.buffers(1))
+        del context
+    assert counts.recorded == 1
+    assert all(one is other for one, other in zip(buffers[0], buffers[2], strict=True))
+
+
+def test_buffers_of_a_context_that_is_still_there_stay_its_own(counts: Counts) -> None:
+    document, query = request_ids(101, 5)
+    other = request_ids(103, 5, seed=1)[0]
+    engine = new_engine()
+    first = engine.prefill(document, query)
+    expected = answer(engine, first)
+    second = engine.prefill(other, query)
+    assert not any(one is two for one, two in zip(first.cache.buffers(1), second.cache.buffers(1), strict=True))
+    answer(engine, second)
+    assert counts.recorded == 2
+    assert answer(engine, first) == expected and counts.recorded == 3
+
+
+def test_a_cache_of_another_size_frees_the_memory(counts: Counts) -> None:
+    document, query = request_ids(101, 5)
+    engine = new_engine()
+    context = engine.prefill(document, query)
+    answer(engine, context)
+    buffer = weakref.ref(context.cache.buffers(1)[0])
+    del context
+    assert buffer() is not None, "kept for the next one"
+    engine.prefill(request_ids(600, 5)[0], query)
+    assert buffer() is None
 
 
 def test_a_short_answer_records_nothing(counts: Counts) -> None:
