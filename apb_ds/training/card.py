@@ -31,8 +31,8 @@ Load it merged into the base model's weights: `python launch/eval.py model.adapt
 - Last loss: {loss}. It took {seconds} s for {done} steps on {hardware}.
 - torch {torch}, transformers {transformers}, deepspeed {deepspeed}; commit {commit}.
 
-`training.json` beside this file has all settings, the mixture of documents included. The same command makes it again:
-`deepspeed launch/train_instrument.py +exp=smollm2_ruler`.
+`training.json` beside this file has all settings, the mixture of documents included. The same command, at that
+commit, makes it again: `deepspeed launch/train_instrument.py +exp=smollm2_ruler`.
 """
 
 

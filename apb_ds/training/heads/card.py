@@ -41,7 +41,7 @@ to (Locret, arXiv 2410.01805). {parameters} parameters in `{file}`. For
 | --- | --- | --- | --- | --- | --- |
 {curve}
 
-`training.json` beside this file has all settings. The same command makes them again:
+`training.json` beside this file has all settings. The same command, at that commit, makes them again:
 `deepspeed launch/train_heads.py {overrides}`.
 """
 
