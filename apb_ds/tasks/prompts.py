@@ -116,9 +116,7 @@ def encode_query(tokenizer: Any, document: EncodedDocument, query: str, answer_p
     ValueError
         If there is nothing in the query.
     """
-    query = _stripped(query)
-    if not document.allow_special:
-        query, answer_prefix = mask(tokenizer, query), mask(tokenizer, answer_prefix)
+    query, answer_prefix = _as_text(tokenizer, query, answer_prefix, document.allow_special)
     return encode_after(tokenizer, document.end, render_query(tokenizer, query) + answer_prefix)
 
 
@@ -133,9 +131,7 @@ def encode_embedded(tokenizer: Any, document: EncodedDocument, query: str) -> li
     ValueError
         If there is nothing in the query.
     """
-    query = _stripped(query)
-    if not document.allow_special:
-        query = mask(tokenizer, query)
+    query, _ = _as_text(tokenizer, query, "", document.allow_special)
     before = header(tokenizer) if has_template(tokenizer) else NEUTRAL
     return encode_after(tokenizer, before, query + ONE_TURN_SEPARATOR)
 
@@ -157,9 +153,7 @@ def encode_next_turn(
     ValueError
         If there is nothing in the query.
     """
-    query = _stripped(query)
-    if not allow_special:
-        query, answer_prefix = mask(tokenizer, query), mask(tokenizer, answer_prefix)
+    query, answer_prefix = _as_text(tokenizer, query, answer_prefix, allow_special)
     ids = encode_after(tokenizer, NEUTRAL, _render_next_turn(tokenizer, query) + answer_prefix)
     if len(ids) > 1 and ids[0] == last_id:
         return ids[1:]
@@ -234,11 +228,12 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def _stripped(query: str) -> str:
+def _as_text(tokenizer: Any, query: str, answer_prefix: str, allow_special: bool) -> tuple[str, str]:
+    """Return both without blanks around the query, and without control tokens unless they are allowed."""
     query = query.strip()
     if not query:
         raise ValueError("the query is empty; ask something.")
-    return query
+    return (query, answer_prefix) if allow_special else (mask(tokenizer, query), mask(tokenizer, answer_prefix))
 
 
 def num_equal(first: list[int], second: list[int]) -> int:
