@@ -22,8 +22,8 @@ ROTATION = "apply_rotary_pos_emb"
 ACTIVATIONS = ("act_fn", "activation_fn")
 # Rows of the input that tells whether a module computes what its parts suggest.
 TRIED_TOKENS = 3
-# Relative, of all numbers together: roundings of half precision in another order, and nothing like another formula.
-TOLERANCE = 2e-2
+# Relative, of all numbers together: some roundings in another order, and nothing like another formula.
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -101,8 +101,11 @@ _GATES: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {}
 
 
 def _gate_of(activation: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return ``activation(gate) * up``, one function for all layers that have the same kind of activation."""
-    kind = type(activation) if isinstance(activation, nn.Module) else activation
+    """Return ``activation(gate) * up``, one function for all layers whose activations are alike, settings included."""
+    kind = activation
+    if isinstance(activation, nn.Module):
+        settings = sorted((name, repr(value)) for name, value in vars(activation).items() if not name.startswith("_"))
+        kind = (type(activation), tuple(settings))
     return _GATES.setdefault(kind, lambda gate, up: activation(gate) * up)
 
 
@@ -126,7 +129,8 @@ def _gives_the_same(module: nn.Module, forward: Forward) -> bool:
         return False
     if not isinstance(expected, Tensor) or expected.shape != ours.shape:
         return False
-    return bool((ours - expected).float().norm() <= TOLERANCE * expected.float().norm())
+    tolerance = TOLERANCES.get(first.dtype, 0.0)
+    return bool((ours - expected).float().norm() <= tolerance * expected.float().norm())
 
 
 def fused_layers(model: nn.Module, enabled: bool, device: torch.device) -> FusedLayers | None:

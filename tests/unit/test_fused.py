@@ -100,6 +100,30 @@ class ClampedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden)).clamp(max=0.1) * self.up_proj(hidden))
 
 
+class GatedMLP(nn.Module):
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.act_fn = activation
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+@torch.no_grad()
+def test_activations_of_one_class_with_other_settings(uncompiled: list[Any]) -> None:
+    """GELU and its approximation differ by less than half precision tells apart."""
+    model = build_model("llama")
+    model.odd = nn.ModuleList([GatedMLP(nn.GELU()), GatedMLP(nn.GELU(approximate="tanh")), GatedMLP(nn.GELU())])
+    hidden = 3 * torch.randn(1, 50, 8, generator=torch.Generator().manual_seed(0))
+    expected = [mlp(hidden) for mlp in model.odd]
+    layers = FusedLayers(model)
+    assert layers.counts["mlps"] == model.config.num_hidden_layers + 3
+    with layers.in_force():
+        for mlp, numbers in zip(model.odd, expected, strict=True):
+            assert torch.equal(mlp(hidden), numbers)
+
+
 class TwoInputs(ClampedMLP):
     def forward(self, hidden: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
         return hidden + other
