@@ -80,6 +80,7 @@ class APBEngine(InferenceEngine):
         self._training = [(module, module.training) for module in model.modules()]
         # No attribute of the module tree: `module` stays what transformers made.
         self._heads: list[RetainingHeads] = []
+        self._execution: tuple[Any, ...] = ()
         self.configure(config, retaining_heads)
         self.module.eval()
 
@@ -107,9 +108,13 @@ class APBEngine(InferenceEngine):
         kernels = attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
         self.apb_config = config
         self.attention = attention
-        recorded = config.cuda_graph and can_record(self.module, kernels, self.group.world_size)
-        self._recorded = RecordedSteps(self.module) if recorded else None
-        self._fused = fused_layers(self.module, bool(config.fused), self.device)
+        # An evaluation changes settings with every sample: what was recorded stays while steps are computed alike.
+        execution = config.cuda_graph, config.fused, kernels.recorded and kernels.recorded.name, self.group.world_size
+        if execution != self._execution:
+            recorded = config.cuda_graph and can_record(self.module, kernels, self.group.world_size)
+            self._recorded = RecordedSteps(self.module) if recorded else None
+            self._fused = fused_layers(self.module, bool(config.fused), self.device)
+            self._execution = execution
         if heads is not None:
             self._heads = [heads]
         self._said_exact = False

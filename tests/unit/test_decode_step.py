@@ -114,6 +114,21 @@ def test_a_cache_of_another_size_frees_the_memory(counts: Counts) -> None:
     assert buffer() is None
 
 
+def test_a_recording_outlives_settings_of_the_prefill(counts: Counts) -> None:
+    """As an evaluation changes them with every sample."""
+    document, query = request_ids(101, 5)
+    engine = new_engine()
+    answer(engine, engine.prefill(document, query))
+    for changed in ({"query_position": 2}, {"compressor": "recent"}):
+        engine.configure(apb_ds.APBConfig(**{**GIVEN, "cuda_graph": True, **changed}))
+        usual = new_engine(cuda_graph=False, **changed)
+        assert answer(engine, engine.prefill(document, query)) == answer(usual, usual.prefill(document, query))
+    assert counts.recorded == 1
+    engine.configure(apb_ds.APBConfig(**GIVEN, cuda_graph=True, fused=True))
+    answer(engine, engine.prefill(document, query))
+    assert counts.recorded == 2, "computed in another way"
+
+
 def test_a_short_answer_records_nothing(counts: Counts) -> None:
     document, query = request_ids(101, 5)
     engine = new_engine()
