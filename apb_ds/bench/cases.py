@@ -14,11 +14,11 @@ from apb_ds.bench.config import (
     PLAIN_METHODS,
     BenchConfig,
 )
-from apb_ds.config import APBConfig
+from apb_ds.config import EXECUTION_DEFAULTS, APBConfig
 from apb_ds.plan import plan_request
 
 # What other methods take over from the settings of the one under ``method``: how work is shared, not how much there is.
-SHARED_SETTINGS = ("hosts", "schedule", "shard_anchor", "query_position", "kernel")
+SHARED_SETTINGS = ("hosts", "schedule", "shard_anchor", "query_position", *EXECUTION_DEFAULTS)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _settings(name: str, method: APBConfig, changes: dict[str, Any]) -> APBConfi
     wanted = ENGINE_METHODS[name]
     if method.method == wanted:
         return replace(method, **changes)
-    shared = ("kernel",) if name not in METHODS_WITH_HOSTS or method.is_exact_method else SHARED_SETTINGS
+    shared = tuple(EXECUTION_DEFAULTS) if name not in METHODS_WITH_HOSTS or method.is_exact_method else SHARED_SETTINGS
     return APBConfig.from_dict(
         {"method": wanted, **{key: getattr(method, key) for key in shared}, **changes}, f"bench.settings.{name}"
     )

@@ -130,6 +130,16 @@ def test_other_methods_share_how_work_is_shared() -> None:
     assert ring == APBConfig(method="ring")
 
 
+def test_other_methods_compute_alike() -> None:
+    """Fused layers or recorded steps on one side alone would make a comparison unfair."""
+    grid = cases(
+        APBConfig(fused=True, cuda_graph=True, kernel="reference"), methods=["apb", "star", "dense_engine", "ring"]
+    )
+    configs = [case.config for case in grid if case.config is not None]
+    assert len(configs) == len(grid)
+    assert {(config.fused, config.cuda_graph, config.kernel) for config in configs} == {(True, True, "reference")}
+
+
 def test_settings_by_method() -> None:
     changes = {"star": {"shard_anchor": False}, "apb": {"compressor": "recent"}}
     apb, star = (case.config for case in cases(methods=["apb", "star"], settings=changes))
