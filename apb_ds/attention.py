@@ -15,6 +15,7 @@ from apb_ds.config import APBConfig
 from apb_ds.methods import apb, dense, ring, ulysses
 from apb_ds.methods.decode import attend_shards
 from apb_ds.methods.state import PrefillState, Tools
+from apb_ds.ops.compiled import can_compile
 from apb_ds.ops.kernels import KernelChoice, check_kernel_name, choose_kernels
 from apb_ds.ops.merge import merge_two, merge_two_fused
 from apb_ds.parallel import place
@@ -135,7 +136,7 @@ class APBAttention(nn.Module):
         kernels = self.kernels_for(query.device, query.dtype, head_dim)
         if ranges.are_recorded():
             kernels = kernels.in_ranges()
-        merge = merge_two_fused if self.config.fused and query.is_cuda else merge_two
+        merge = merge_two_fused if self._is_fused(query.device) else merge_two
         tools = Tools(self.group, kernels, self.compressor, merge)
         if phase is Phase.PREFILL:
             if state is None:
@@ -149,6 +150,9 @@ class APBAttention(nn.Module):
             return kernels.recorded.attend_first(query, key, value, num_keys, scale)[0]
         kernel = kernels.decode if phase is Phase.DECODE else kernels.prefill
         return attend_shards(tools, kernel, query, key, value, scale)
+
+    def _is_fused(self, device: torch.device) -> bool:
+        return bool(self.config.fused) and device.type == "cuda" and can_compile(device)
 
     def extra_repr(self) -> str:
         return f"method={self.config.method}, hosts={self.config.hosts}, ranks={self.group.world_size}"

@@ -83,6 +83,12 @@ class ShardedCacheLayer(CacheLayerMixin):
         self.local_length += 1
         self.global_length += 1
 
+    def clear_unused(self) -> None:
+        """Zero what the buffers hold behind the stored tokens."""
+        assert self.keys is not None and self.values is not None
+        for buffer in (self.keys, self.values):
+            buffer[:, :, self.local_length :] = 0
+
     def shard(self) -> tuple[Tensor, Tensor]:
         """Return the stored keys and values, (1, kv_heads, local_tokens, head_dim)."""
         assert self.keys is not None and self.values is not None
@@ -211,6 +217,15 @@ class ShardedCache(Cache):
         """Count one new token that was written to the slot behind the last one, in all layers."""
         for layer_idx in range(len(self.layers)):
             self.layer(layer_idx).advance()
+
+    def clear_unused(self) -> None:
+        """Zero what the buffers hold behind the stored tokens, in all layers.
+
+        New buffers hold anything. A kernel that reads whole tiles of them gives what is behind no weight, and nothing
+        times not-a-number is not a number.
+        """
+        for layer_idx in range(len(self.layers)):
+            self.layer(layer_idx).clear_unused()
 
     def take_over(self, buffers: Sequence[Tensor]) -> bool:
         """Use another cache's buffers, as `buffers` gave them, in place of new ones; return whether they fit.

@@ -16,7 +16,7 @@ DEFAULT_COMPRESSION_RATIO = 8
 MAX_DEFAULT_ANCHOR_LENGTH = 8192
 ANCHOR_IS_BLOCK = "block"
 # What every method has: how things are computed, not what.
-EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": False, "fused": False}
+EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": True, "fused": True}
 
 
 def suggest(value: object, allowed: Iterable[str]) -> str:
@@ -54,8 +54,7 @@ class APBConfig:
         ``apb``, or ``star`` (arXiv 2411.17116): APB with nothing passed, an anchor as long as a block and no query
         in the anchor. A preset: any of the three can still be set. Or an exact one to compare with: ``dense`` (one
         rank), ``ring`` (arXiv 2310.01889, zigzag-balanced) or ``ulysses`` (arXiv 2309.14509, DeepSpeed's own). These
-        have `kernel`, `cuda_graph` and `fused` and no other setting: the rest must
-        stay ``None``.
+        have `kernel`, `cuda_graph` and `fused` and no other setting: the rest must stay ``None``.
     hosts : int
         Number of context blocks, a multiple of the number of ranks. Default 8.
     anchor_length : int or "block", tokens
@@ -80,10 +79,10 @@ class APBConfig:
     kernel : str
         Attention kernel by name, or ``auto`` (default): the best one installed for device and dtype.
     cuda_graph : bool
-        Whether decode steps are recorded and replayed where that is possible: on CUDA, on one rank. Default false.
+        Whether decode steps are recorded and replayed where that is possible: on CUDA, on one rank. Default true.
     fused : bool
         Whether the model's norms, gated activations and rotations, and the merging of partial attention, are compiled
-        (``torch.compile``) where they run on CUDA. Default false.
+        (``torch.compile``) where they run on CUDA and can be. Default true.
 
     Raises
     ------

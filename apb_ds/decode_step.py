@@ -57,6 +57,7 @@ class DecodeStep:
     def prepare(self, model: nn.Module, cache: ShardedCache) -> None:
         """Say what the step is for: the buffers of a cache, and the model's weights where they are."""
         self.buffers, self._weights = _buffers(cache), _weights(model)
+        cache.clear_unused()  # a later cache that takes the buffers over finds numbers in them
 
     def record(self, model: nn.Module, cache: ShardedCache, call: ActiveCall) -> None:
         """Record the step over the buffers of `cache`, with room for one more token."""

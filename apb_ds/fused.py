@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apb_ds.ops.compiled import compiled, rms_norm
+from apb_ds.ops.compiled import can_compile, compiled, rms_norm
 from apb_ds.support import attention_modules
 
 EPSILONS = ("variance_epsilon", "eps")
@@ -134,5 +134,5 @@ def _gives_the_same(module: nn.Module, forward: Forward) -> bool:
 
 
 def fused_layers(model: nn.Module, enabled: bool, device: torch.device) -> FusedLayers | None:
-    """Return what is fused of a model, or None where nothing is: switched off, or not on CUDA."""
-    return FusedLayers(model) if enabled and device.type == "cuda" else None
+    """Return what is fused of a model, or None where nothing is: switched off, not on CUDA, or not to be compiled."""
+    return FusedLayers(model) if enabled and device.type == "cuda" and can_compile(device) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +11,25 @@ import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Whether functions can be compiled for a device; tried once, and where they cannot, a warning says why."""
+    numbers = torch.ones(8, device=device)
+    try:
+        compiled(_probe)(numbers)
+    except (RuntimeError, ImportError, OSError) as error:  # no Triton, or no C compiler
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        logger.warning("Nothing is fused, since nothing can be compiled for %s: %s", device, reason)
+        return False
+    return True
+
+
+def _probe(numbers: Tensor) -> Tensor:
+    return torch.sigmoid(numbers) * numbers + 1.0
 
 
 @functools.cache

@@ -133,11 +133,11 @@ def test_other_methods_share_how_work_is_shared() -> None:
 def test_other_methods_compute_alike() -> None:
     """Fused layers or recorded steps on one side alone would make a comparison unfair."""
     grid = cases(
-        APBConfig(fused=True, cuda_graph=True, kernel="reference"), methods=["apb", "star", "dense_engine", "ring"]
+        APBConfig(fused=False, cuda_graph=False, kernel="reference"), methods=["apb", "star", "dense_engine", "ring"]
     )
     configs = [case.config for case in grid if case.config is not None]
     assert len(configs) == len(grid)
-    assert {(config.fused, config.cuda_graph, config.kernel) for config in configs} == {(True, True, "reference")}
+    assert {(config.fused, config.cuda_graph, config.kernel) for config in configs} == {(False, False, "reference")}
 
 
 def test_settings_by_method() -> None:

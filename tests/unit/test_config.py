@@ -24,8 +24,8 @@ DEFAULTS = {
     "shard_anchor": True,
     "seed": 0,
     "kernel": "auto",
-    "cuda_graph": False,
-    "fused": False,
+    "cuda_graph": True,
+    "fused": True,
 }
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [

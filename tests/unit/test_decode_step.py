@@ -12,7 +12,9 @@ from torch import nn
 
 import apb_ds
 from apb_ds import cache, decode_step
+from apb_ds.cache import ShardedCacheLayer
 from apb_ds.decode_step import DecodeStep, RecordedSteps, can_record
+from apb_ds.ops.kernels.base import expand_kv_heads
 from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel
 from tests.models import build_model, phi3, request_ids
 
@@ -57,6 +59,30 @@ def answer(engine: Any, context: Any, num_new: int = NEW, **given: Any) -> list[
     _, query = request_ids(101, 5)
     tokens = engine.generate(query_ids=query, context=context, max_new_tokens=num_new, do_sample=False, **given)
     return tokens[0].tolist()
+
+
+def test_what_new_buffers_hold_changes_nothing(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel weighs whole tiles of a buffer, and what is behind the last key, which may be anything, with nothing."""
+
+    def poisoned(self: Any, states: torch.Tensor) -> torch.Tensor:
+        return states.new_full(self._buffer_shape(states), torch.nan)
+
+    def weigh_whole_buffers(
+        self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_keys: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (expand_kv_heads(states, query.shape[1]) for states in (key, value))
+        behind = torch.arange(key.shape[2]) >= num_keys
+        logits = (query @ keys.transpose(-1, -2) * scale).masked_fill(behind, -torch.inf)
+        return logits.softmax(dim=-1) @ values, logits.logsumexp(dim=-1)
+
+    document, query = request_ids(101, 5)
+    usual = new_engine(cuda_graph=False)
+    expected = answer(usual, usual.prefill(document, query))
+    monkeypatch.setattr(ShardedCacheLayer, "_buffer_like", poisoned)
+    monkeypatch.setattr(CPUFlashKernel, "attend_first", weigh_whole_buffers)
+    recording = new_engine()
+    assert answer(recording, recording.prefill(document, query)) == expected
+    assert counts.run > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
@@ -124,7 +150,7 @@ def test_a_recording_outlives_settings_of_the_prefill(counts: Counts) -> None:
         usual = new_engine(cuda_graph=False, **changed)
         assert answer(engine, engine.prefill(document, query)) == answer(usual, usual.prefill(document, query))
     assert counts.recorded == 1
-    engine.configure(apb_ds.APBConfig(**GIVEN, cuda_graph=True, fused=True))
+    engine.configure(apb_ds.APBConfig(**GIVEN, cuda_graph=True, fused=False))
     answer(engine, engine.prefill(document, query))
     assert counts.recorded == 2, "computed in another way"
 

@@ -170,6 +170,25 @@ def test_the_engines_tokens(method: str, uncompiled: list[Any], monkeypatch: pyt
     assert not leftovers(engine.module)
 
 
+def test_where_nothing_can_be_compiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(function: Any, **given: Any) -> Any:
+        raise RuntimeError("Failed to find a C compiler.\nAnd a long trace.")
+
+    compiling.compiled.cache_clear()
+    compiling.can_compile.cache_clear()
+    monkeypatch.setattr(torch, "compile", fail)
+    try:
+        assert not compiling.can_compile(torch.device("cpu"))
+        assert not compiling.can_compile(torch.device("cpu"))
+        assert len(caplog.records) == 1 and "Failed to find a C compiler." in caplog.text
+        assert "long trace" not in caplog.text
+        monkeypatch.setattr(fused, "can_compile", lambda device: False)
+        assert fused_layers(build_model("llama"), True, torch.device("cuda")) is None
+    finally:
+        compiling.compiled.cache_clear()
+        compiling.can_compile.cache_clear()
+
+
 def test_where_nothing_is_fused() -> None:
     model = build_model("llama")
     assert fused_layers(model, True, torch.device("cpu")) is None

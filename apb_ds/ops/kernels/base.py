@@ -50,7 +50,7 @@ class Kernel:
         Parameters
         ----------
         query : (1, heads, 1, head_dim)
-        key, value : (1, kv_heads, capacity, head_dim)
+        key, value : (1, kv_heads, capacity, head_dim); what is behind the keys that count must be finite
         num_keys : (1,), int32, on the device: how many keys count, at least 1
 
         Returns
