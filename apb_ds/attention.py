@@ -136,8 +136,8 @@ class APBAttention(nn.Module):
         kernels = self.kernels_for(query.device, query.dtype, head_dim)
         if ranges.are_recorded():
             kernels = kernels.in_ranges()
-        merge = merge_two_fused if self._is_fused(query.device) else merge_two
-        tools = Tools(self.group, kernels, self.compressor, merge)
+        fused = self._is_fused(query.device)
+        tools = Tools(self.group, kernels, self.compressor, merge_two_fused if fused else merge_two, fused)
         if phase is Phase.PREFILL:
             if state is None:
                 raise ValueError("phase=PREFILL needs state=PrefillState(plan, cache, rank).")

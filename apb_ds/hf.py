@@ -1,7 +1,8 @@
-"""Transformers models run APB: attention and mask interfaces and fixed rotary frequencies, all of it reversible.
+"""Transformers models run APB: the attention interface and fixed rotary frequencies, all of it reversible.
 
 Nothing is patched outside of `apb_attention`, a context manager that puts everything back when it ends. Model code is
-never copied.
+never copied. Transformers makes no mask for an attention that its mask interface does not know, and looks at no
+positions to make one, for which it would have to wait for the device.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from apb_ds.attention import APBAttention, Phase
 from apb_ds.methods.state import PrefillState
@@ -96,10 +97,6 @@ def attention_forward(
     return output.transpose(1, 2), None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
 @contextmanager
 def _registered() -> Iterator[None]:
     """Have transformers know the implementation by name, for as long as anybody uses it."""
@@ -107,7 +104,6 @@ def _registered() -> Iterator[None]:
     with _registration_lock:
         _registrations += 1
         AttentionInterface.register(IMPLEMENTATION, attention_forward)
-        AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
     try:
         yield
     finally:
@@ -115,7 +111,6 @@ def _registered() -> Iterator[None]:
             _registrations -= 1
             if _registrations == 0:
                 AttentionInterface._global_mapping.pop(IMPLEMENTATION, None)
-                AttentionMaskInterface._global_mapping.pop(IMPLEMENTATION, None)
 
 
 @contextmanager
@@ -159,13 +154,11 @@ def own_attention(model: PreTrainedModel, name: str, function: Callable[..., Any
     function : as transformers' attention functions
     """
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, _no_mask)
     try:
         with _implementation(model, name):
             yield
     finally:
         AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ class BlockStates:
         None where the compressor does not ask for them
     projections : (1, block_tokens, (heads + 2 kv_heads) head_dim), queries, keys and values one behind the other as the
         layer's linear projections gave them, or None where the compressor does not ask for them
+    fused : whether what is elementwise is compiled
     """
 
     queries: Tensor
@@ -40,6 +41,7 @@ class BlockStates:
     scale: float
     anchor_queries: Tensor | None = None
     projections: Tensor | None = None
+    fused: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -94,7 +96,7 @@ class Compressor:
             return keys, values
         # A score that is not a number is never better than one that is.
         scores = torch.nan_to_num(self.score(block)[:, first:], nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        indices = select_top(scores, count)
+        indices = select_top(scores, count, block.fused)
         return gather_tokens(keys, indices), gather_tokens(values, indices)
 
 
@@ -116,14 +118,22 @@ def attention_mass(queries: Tensor, keys: Tensor, scale: float, num_hidden: Tens
     -------
     (kv_heads, heads per KV head, queries, tokens), float32
     """
-    kv_heads, tokens = keys.shape[1:3]
-    grouped = queries[0].unflatten(0, (kv_heads, -1)).float() * scale
+    logits = attention_logits(queries, keys, scale)
+    return softmax_of_visible(logits, num_hidden)
+
+
+def attention_logits(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Return the scaled products of queries and keys, see `attention_mass`, in its shape."""
+    grouped = queries[0].unflatten(0, (keys.shape[1], -1)).float() * scale
     # One matrix product per KV head for all queries of its group, so that keys are not copied per head.
-    logits = (grouped.flatten(1, 2) @ keys[0].float().transpose(-1, -2)).unflatten(1, grouped.shape[1:3])
+    return (grouped.flatten(1, 2) @ keys[0].float().transpose(-1, -2)).unflatten(1, grouped.shape[1:3])
+
+
+def softmax_of_visible(logits: Tensor, num_hidden: Tensor | None) -> Tensor:
+    """Softmax over the last dimension; each query, of the last but one, does not see its last `num_hidden` keys."""
     if num_hidden is not None:
-        visible = tokens - num_hidden
-        positions = torch.arange(tokens, device=keys.device)
-        logits = logits.masked_fill(positions >= visible.unsqueeze(-1), -torch.inf)
+        positions = torch.arange(logits.shape[-1], device=logits.device)
+        logits = logits.masked_fill(positions >= logits.shape[-1] - num_hidden.unsqueeze(-1), -torch.inf)
     return logits.softmax(dim=-1)
 
 

@@ -150,6 +150,7 @@ def _send_kept(
             scale=scale,
             anchor_queries=passed.anchor_queries,
             projections=state.take_projections(),
+            fused=tools.fused,
         )
         kept = tools.compressor.compress(states, plan.kept_lengths[state.host], plan.num_eligible(state.host))
         del states  # with what was projected: attention needs the memory

@@ -24,6 +24,7 @@ class Tools:
     kernels: KernelChoice
     compressor: Compressor | None
     merge_two: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = merge_two
+    fused: bool = False  # whether what is elementwise is compiled
 
 
 class PassedStates:

@@ -28,6 +28,11 @@ def can_compile(device: torch.device) -> bool:
     return True
 
 
+def compiled_if(function: Function, is_fused: bool) -> Function:
+    """Return the function compiled, or as it is."""
+    return compiled(function) if is_fused else function
+
+
 def _probe(numbers: Tensor) -> Tensor:
     return torch.sigmoid(numbers) * numbers + 1.0
 

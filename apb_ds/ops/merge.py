@@ -32,8 +32,8 @@ def merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Ten
 
 @ranges.belongs_to(ranges.ATTENTION)
 def merge_two_fused(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
-    """As `merge_two`, in one kernel."""
-    return compiled(_merge_two)(out_a, lse_a, out_b, lse_b)
+    """As `merge_two`, in one kernel, whose output lies as kernels and models have it: tokens first, then heads."""
+    return compiled(_merge_two_tokens_first)(out_a, lse_a, out_b, lse_b).transpose(1, 2)
 
 
 @ranges.belongs_to(ranges.ATTENTION)
@@ -56,6 +56,10 @@ def merge_many(outs: Tensor, lses: Tensor) -> Tensor:
     # Shares first: a sum of whole outputs could be beyond what float32 holds, an average is not.
     shares = weights / torch.where(total > 0, total, torch.ones_like(total))
     return (shares.unsqueeze(-1) * outs.float()).sum(dim=0)
+
+
+def _merge_two_tokens_first(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+    return _merge_two(out_a, lse_a, out_b, lse_b).transpose(1, 2).contiguous()
 
 
 def _merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
