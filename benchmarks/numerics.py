@@ -82,11 +82,12 @@ def make_model(arguments: argparse.Namespace, dtype: torch.dtype) -> LlamaForCau
         max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )
-    model = LlamaForCausalLM(config)
+    with torch.device(arguments.device):
+        model = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
         factor = arguments.sharpen if "q_proj" in name else 1.0
         parameter.data = (parameter.data * factor).to(torch.bfloat16).to(dtype)
-    return model.to(arguments.device)
+    return model
 
 
 def run(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from apb_ds.compressors.base import BlockStates
 from apb_ds.methods.state import PassedStates, PrefillState, Tools
+from apb_ds.ops.merge import empty_tokens_first
 from apb_ds.plan import Plan, split_evenly
 
 Arrival = Callable[[], None]  # waits for what was sent and puts it where the attention finds it
@@ -51,14 +52,16 @@ def prefill(
     kept_arrives = _send_kept(tools, state, passed, layer_idx, block, scale)
     block_local = _attend_causally(tools, block, scale)
     anchor_local = _attend_causally(tools, anchor, scale)
+    output = empty_tokens_first(query)
+    anchor_output, block_output = output.split([stop - start, query.shape[2] - (stop - start)], dim=2)
     anchor_arrives()
-    anchor_out = _merge_with(tools, anchor[0], anchor_local, passed.first(start), scale)
+    _merge_with(tools, anchor[0], anchor_local, passed.first(start), scale, anchor_output)
     kept_arrives()
     host = state.host
     seen = state.plan.anchor_length + state.plan.kept_offsets[host] if host > 0 else 0
-    block_out = _merge_with(tools, block[0], block_local, passed.first(seen), scale)
+    _merge_with(tools, block[0], block_local, passed.first(seen), scale, block_output)
     state.finish_layer(layer_idx)
-    return torch.cat([anchor_out, block_out], dim=2) if stop > start else block_out
+    return output
 
 
 def _attend_causally(tools: Tools, states: list[Tensor], scale: float) -> tuple[Tensor, Tensor] | None:
@@ -74,14 +77,16 @@ def _merge_with(
     local: tuple[Tensor, Tensor] | None,
     others: tuple[Tensor, Tensor],
     scale: float,
-) -> Tensor:
-    """Merge the local causal part with unmasked attention to the keys and values of others."""
+    output: Tensor,
+) -> None:
+    """Merge the local causal part with unmasked attention to the keys and values of others, into `output`."""
     if local is None:
-        return query
+        return
     keys, values = others
     if keys.shape[2] == 0:
-        return local[0]
-    return tools.merge_two(*local, *tools.kernels.prefill(query, keys, values, False, scale))
+        output.copy_(local[0])
+    else:
+        tools.merge_two(*local, *tools.kernels.prefill(query, keys, values, False, scale), output)
 
 
 def _send_anchor(tools: Tools, state: PrefillState, passed: PassedStates, anchor: list[Tensor]) -> Arrival:

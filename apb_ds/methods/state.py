@@ -23,7 +23,7 @@ class Tools:
     group: SequenceGroup
     kernels: KernelChoice
     compressor: Compressor | None
-    merge_two: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = merge_two
+    merge_two: Callable[..., Tensor] = merge_two
     fused: bool = False  # whether what is elementwise is compiled
 
 

@@ -39,8 +39,12 @@ def _probe(numbers: Tensor) -> Tensor:
 
 @functools.cache
 def compiled(function: Function) -> Function:
-    """Return the function compiled for any lengths; the same for the same function."""
-    return torch.compile(function, dynamic=True)  # type: ignore[return-value]
+    """Return the function compiled; the same for the same function.
+
+    The second length that it meets has it compiled once more, for any length. What never changes, such as heads and
+    their dimension, stays a constant then, which spares the kernels divisions by numbers that they would not know.
+    """
+    return torch.compile(function)  # type: ignore[return-value]
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -15,25 +15,39 @@ from apb_ds.ops.compiled import compiled
 
 
 @ranges.belongs_to(ranges.ATTENTION)
-def merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+def merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, into: Tensor | None = None) -> Tensor:
     """Merge attention over two disjoint sets of keys.
 
     Parameters
     ----------
     out_a, out_b : (batch, heads, tokens, head_dim), softmax-weighted values over each set
     lse_a, lse_b : (batch, heads, tokens), float32, natural log
+    into : where the result goes, of its shape and dtype; by default a new tensor
 
     Returns
     -------
     (batch, heads, tokens, head_dim) in ``out_a.dtype``
     """
-    return _merge_two(out_a, lse_a, out_b, lse_b)
+    merged = _merge_two(out_a, lse_a, out_b, lse_b)
+    return merged if into is None else into.copy_(merged)
 
 
 @ranges.belongs_to(ranges.ATTENTION)
-def merge_two_fused(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
-    """As `merge_two`, in one kernel, whose output lies as kernels and models have it: tokens first, then heads."""
-    return compiled(_merge_two_tokens_first)(out_a, lse_a, out_b, lse_b).transpose(1, 2)
+def merge_two_fused(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, into: Tensor | None = None) -> Tensor:
+    """As `merge_two`, in one kernel."""
+    if into is None:
+        into = empty_tokens_first(out_a)
+    compiled(_merge_two_into)(into, out_a, lse_a, out_b, lse_b)
+    return into
+
+
+def empty_tokens_first(like: Tensor) -> Tensor:
+    """Return an empty tensor like one of (batch, heads, tokens, head_dim) that lies in memory as models have it.
+
+    These project (batch, tokens, heads, head_dim) and want attention's output so, too.
+    """
+    batch, heads, tokens, head_dim = like.shape
+    return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
 
 
 @ranges.belongs_to(ranges.ATTENTION)
@@ -58,8 +72,8 @@ def merge_many(outs: Tensor, lses: Tensor) -> Tensor:
     return (shares.unsqueeze(-1) * outs.float()).sum(dim=0)
 
 
-def _merge_two_tokens_first(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
-    return _merge_two(out_a, lse_a, out_b, lse_b).transpose(1, 2).contiguous()
+def _merge_two_into(into: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    into.copy_(_merge_two(out_a, lse_a, out_b, lse_b))
 
 
 def _merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:

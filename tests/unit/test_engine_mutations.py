@@ -101,8 +101,9 @@ def query_turned_in_the_anchor(patch: Patch) -> None:
     _change_round_inputs(patch, change)
 
 
-def _average(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
-    return (out_a + out_b) / 2
+def _average(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, into: Tensor | None = None) -> Tensor:
+    merged = (out_a + out_b) / 2
+    return merged if into is None else into.copy_(merged)
 
 
 def prefill_merges_without_lse(patch: Patch) -> None:

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 import apb_ds
 from apb_ds import fused
+from apb_ds.compressors.base import BlockStates
+from apb_ds.compressors.window import WindowCompressor
 from apb_ds.fused import ROTATION, FusedLayers, fused_layers
 from apb_ds.ops import compiled as compiling
 from apb_ds.ops.merge import merge_two, merge_two_fused
+from apb_ds.ops.selection import select_by_sorting, select_top
 from apb_ds.support import attention_modules
 from tests.models import build_model, request_ids
 
@@ -72,8 +75,24 @@ def test_compiled_for_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
             expected = model(ids).logits
             with layers.in_force():
                 torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
-    merged = [torch.randn(1, 2, 7, 4), torch.randn(1, 2, 7), torch.randn(1, 2, 7, 4), torch.randn(1, 2, 7)]
-    torch.testing.assert_close(merge_two_fused(*merged), merge_two(*merged))
+    for tokens in (7, 12, 9):
+        merged = [torch.randn(*shape) for shape in 2 * ((1, 2, tokens, 4), (1, 2, tokens))]
+        expected = merge_two(*merged)
+        torch.testing.assert_close(merge_two_fused(*merged), expected)
+        output = torch.zeros(1, tokens + 3, 2, 4).transpose(1, 2)  # as models have it, with more tokens in front
+        merge_two_fused(*merged, into=output[:, :, 3:])
+        torch.testing.assert_close(output[:, :, 3:], expected)
+        assert not output[:, :, :3].any()
+        assert torch.equal(merge_two(*merged, into=output[:, :, 3:]), expected)
+    for tokens, count in ((40, 5), (61, 8), (61, 1)):
+        scores = torch.randn(2, tokens).round()
+        assert torch.equal(select_top(scores, count, fused=True), select_by_sorting(scores, count))
+        states = torch.randn(3, 1, 2, tokens, 4)
+        scores, fused_scores = (
+            WindowCompressor().score(BlockStates(*states, start=0, layer_idx=0, scale=0.5, fused=on))
+            for on in (False, True)
+        )
+        torch.testing.assert_close(fused_scores, scores)
     assert compiling.compiled(compiling.rms_norm) is compiling.compiled(compiling.rms_norm)
     compiling.compiled.cache_clear()
 
