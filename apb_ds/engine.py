@@ -38,6 +38,7 @@ from apb_ds.ops.memory import explain_out_of_memory
 from apb_ds.parallel import place
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan, check_ranks
+from apb_ds.rotary import buffers_keep_their_dtype, warn_of_rough_frequencies
 from apb_ds.rounds import run_round
 from apb_ds.support import check_supported, geometry_of
 
@@ -70,7 +71,9 @@ class APBEngine(InferenceEngine):
         retaining_heads: RetainingHeads | None = None,
     ) -> None:
         check_supported(model)
-        super().__init__(model, DeepSpeedInferenceConfig(dtype=model.dtype, max_out_tokens=NO_TOKEN_LIMIT))
+        warn_of_rough_frequencies(model)
+        with buffers_keep_their_dtype(model):
+            super().__init__(model, DeepSpeedInferenceConfig(dtype=model.dtype, max_out_tokens=NO_TOKEN_LIMIT))
         # The base class sets an instance attribute, which would hide the method below.
         self.__dict__.pop("generate", None)
         self.group = group

@@ -1,7 +1,8 @@
-"""Rotary frequencies that stay the same for a whole request, where a model picks them by the positions of a forward."""
+"""Rotary frequencies: kept in float32, and the same for a whole request where a model picks them by its positions."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,8 +13,45 @@ from transformers import PreTrainedModel
 
 from apb_ds.support import check_positions
 
+logger = logging.getLogger(__name__)
+
 # Rotary embeddings that pick their frequencies from the largest position of each forward.
 POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@contextmanager
+def buffers_keep_their_dtype(module: nn.Module) -> Iterator[None]:
+    """On leaving, floating-point buffers are what they were, though whoever ran meanwhile converted the whole module.
+
+    DeepSpeed's inference engine does, with ``module.bfloat16()``. Models keep their rotary frequencies in float32, as
+    buffers: with 8 bits each, angles at position 10,000 are off by up to three turns.
+    """
+    before = [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+        if buffer.is_floating_point()
+    ]
+    yield
+    for owner, name, buffer in before:
+        now = owner._buffers[name]
+        if now is not None and now.dtype != buffer.dtype:
+            owner._buffers[name] = buffer.to(now.device)
+
+
+def warn_of_rough_frequencies(model: nn.Module) -> None:
+    """Say if rotary frequencies came in half precision: the model is used as it is, and is bad at long documents."""
+    rough = [getattr(module, "inv_freq", None) for module in model.modules()]
+    dtypes = {
+        str(freq.dtype).removeprefix("torch.") for freq in rough if isinstance(freq, Tensor) and freq.itemsize < 4
+    }
+    if dtypes:
+        logger.warning(
+            "This model's rotary frequencies are %s, in which far positions blur, with any method: somebody converted "
+            "the whole model (model.bfloat16(), or deepspeed.init_inference). Load it with dtype=... instead, and make "
+            "the engine with apb_ds.init_inference, which keeps them in float32.",
+            ", ".join(sorted(dtypes)),
+        )
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class Compressor:
             return keys, values
         # A score that is not a number is never better than one that is.
         scores = torch.nan_to_num(self.score(block)[:, first:], nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        indices = select_top(scores, count, block.fused)
+        indices = select_top(scores, count)
         return gather_tokens(keys, indices), gather_tokens(values, indices)
 
 

@@ -20,17 +20,21 @@ def can_compile(device: torch.device) -> bool:
     """Whether functions can be compiled for a device; tried once, and where they cannot, a warning says why."""
     numbers = torch.ones(8, device=device)
     try:
-        compiled(_probe)(numbers)
+        torch.compile(_probe)(numbers)
     except (RuntimeError, ImportError, OSError) as error:  # no Triton, or no C compiler
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        logger.warning("Nothing is fused, since nothing can be compiled for %s: %s", device, reason)
+        logger.warning("Nothing is fused, since nothing can be compiled for %s: %s", device, _first_line(error))
         return False
     return True
 
 
-def compiled_if(function: Function, is_fused: bool) -> Function:
-    """Return the function compiled, or as it is."""
-    return compiled(function) if is_fused else function
+def _is_the_compilers(error: RuntimeError) -> bool:
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 def _probe(numbers: Tensor) -> Tensor:
@@ -44,7 +48,28 @@ def compiled(function: Function) -> Function:
     The second length that it meets has it compiled once more, for any length. What never changes, such as heads and
     their dimension, stays a constant then, which spares the kernels divisions by numbers that they would not know.
     """
-    return torch.compile(function)  # type: ignore[return-value]
+    faster = torch.compile(function)
+    has_failed = False
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal has_failed
+        if not has_failed:
+            try:
+                return faster(*arguments, **keywords)
+            except RuntimeError as error:
+                if not _is_the_compilers(error):
+                    raise
+                has_failed = True  # it has no code for this case, and has run nothing yet
+                logger.warning("%s runs uncompiled from now on: %s", function.__qualname__, _first_line(error))
+        return function(*arguments, **keywords)
+
+    return run  # type: ignore[return-value]
+
+
+def compiled_if(function: Function, is_fused: bool) -> Function:
+    """Return the function compiled, or as it is."""
+    return compiled(function) if is_fused else function
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:

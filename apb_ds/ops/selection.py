@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apb_ds.ops.compiled import compiled_if
-
 
 def select_by_sorting(scores: Tensor, count: int) -> Tensor:
     """The obvious version of `select_top`: a stable descending sort, whose first `count` are put in document order."""
@@ -14,7 +12,7 @@ def select_by_sorting(scores: Tensor, count: int) -> Tensor:
     return order[..., :count].sort(dim=-1).values
 
 
-def select_top(scores: Tensor, count: int, fused: bool = False) -> Tensor:
+def select_top(scores: Tensor, count: int) -> Tensor:
     """Return the indices of the `count` best scores, earlier tokens first among equals, in ascending order.
 
     ``torch.topk`` leaves open which of several equal scores it returns, so only its threshold is used: everything
@@ -24,7 +22,6 @@ def select_top(scores: Tensor, count: int, fused: bool = False) -> Tensor:
     ----------
     scores : (kv_heads, tokens), float32, not NaN
     count : 0 <= count <= tokens
-    fused : whether what is elementwise is compiled
 
     Returns
     -------
@@ -36,19 +33,15 @@ def select_top(scores: Tensor, count: int, fused: bool = False) -> Tensor:
     if count == 0:
         return scores.new_empty((heads, 0), dtype=torch.int64)
     threshold = scores.topk(count, dim=-1, sorted=True).values[:, -1:]
-    slots = compiled_if(_slots, fused)(scores, threshold, count)
-    positions = torch.arange(tokens, device=scores.device).expand(heads, tokens)
-    chosen = positions.new_empty((heads, count + 1))
-    return chosen.scatter_(1, slots, positions)[:, :count]
-
-
-def _slots(scores: Tensor, threshold: Tensor, count: int) -> Tensor:
-    """Return where each token goes, (kv_heads, tokens): the i-th kept one to i, all others past the end, to `count`."""
     above = scores > threshold
     tied = scores == threshold
     room = count - above.sum(dim=-1, keepdim=True)
     kept = above | (tied & (tied.cumsum(dim=-1) <= room))
-    return torch.where(kept, kept.cumsum(dim=-1) - 1, count)
+    # The i-th kept token goes to slot i; the others all go to one slot past the end, which is cut off.
+    slots = torch.where(kept, kept.cumsum(dim=-1) - 1, count)
+    positions = torch.arange(tokens, device=scores.device).expand(heads, tokens)
+    chosen = positions.new_empty((heads, count + 1))
+    return chosen.scatter_(1, slots, positions)[:, :count]
 
 
 def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:

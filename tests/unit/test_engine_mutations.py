@@ -39,11 +39,11 @@ def first_anchor_token_unseen(patch: Patch) -> None:
 
 
 def worst_scores_kept(patch: Patch) -> None:
-    patch.setattr("apb_ds.compressors.base.select_top", lambda scores, count, fused: select_top(-scores, count))
+    patch.setattr("apb_ds.compressors.base.select_top", lambda scores, count: select_top(-scores, count))
 
 
 def heads_share_a_selection(patch: Patch) -> None:
-    def of_first_head(scores: Tensor, count: int, fused: bool) -> Tensor:
+    def of_first_head(scores: Tensor, count: int) -> Tensor:
         return select_top(scores[:1].expand_as(scores).contiguous(), count)
 
     patch.setattr("apb_ds.compressors.base.select_top", of_first_head)
