@@ -83,6 +83,21 @@ class Compressor:
         return 0
 
     @ranges.belongs_to(ranges.COMPRESSOR)
+    def choose(self, block: BlockStates, count: int, num_eligible: int) -> Tensor:
+        """Return where in the block the `count` best of its last `num_eligible` tokens are, in document order.
+
+        Returns
+        -------
+        (kv_heads, count), int64
+        """
+        first = block.num_tokens - num_eligible
+        if count == num_eligible:
+            places = torch.arange(first, block.num_tokens, device=block.keys.device)
+            return places.expand(block.kv_heads, count)
+        # A score that is not a number is never better than one that is.
+        scores = torch.nan_to_num(self.score(block)[:, first:], nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        return select_top(scores, count) + first
+
     def compress(self, block: BlockStates, count: int, num_eligible: int) -> tuple[Tensor, Tensor]:
         """Keep the `count` best of the block's last `num_eligible` tokens, in document order.
 
@@ -90,14 +105,15 @@ class Compressor:
         -------
         keys, values : (1, kv_heads, count, head_dim)
         """
-        first = block.num_tokens - num_eligible
-        keys, values = block.keys[:, :, first:], block.values[:, :, first:]
         if count == num_eligible:
-            return keys, values
-        # A score that is not a number is never better than one that is.
-        scores = torch.nan_to_num(self.score(block)[:, first:], nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        indices = select_top(scores, count)
-        return gather_tokens(keys, indices), gather_tokens(values, indices)
+            first = block.num_tokens - num_eligible
+            return block.keys[:, :, first:], block.values[:, :, first:]
+        places = self.choose(block, count, num_eligible)
+        return self._gather(block, places)
+
+    @ranges.belongs_to(ranges.COMPRESSOR)
+    def _gather(self, block: BlockStates, places: Tensor) -> tuple[Tensor, Tensor]:
+        return gather_tokens(block.keys, places), gather_tokens(block.values, places)
 
 
 def max_pool(scores: Tensor, width: int = 5) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apb_ds.compressors.base import BlockStates
-from apb_ds.methods.state import PassedStates, PrefillState, Tools
+from apb_ds.methods.state import OwnStates, PassedStates, PrefillState, SentStates, Tools
 from apb_ds.ops.merge import empty_tokens_first
 from apb_ds.plan import Plan, split_evenly
 
@@ -98,18 +98,18 @@ def _send_anchor(tools: Tools, state: PrefillState, passed: PassedStates, anchor
     query, key, value = anchor
     if tools.compressor.needs_anchor_queries:
         passed.anchor_queries = _gather_anchor_queries(tools, state, query)
-    if group.world_size == 1 or not plan.shard_anchor:
+    if isinstance(passed, OwnStates):
+        passed.keep_anchor(key, value)
+        return lambda: None
+    assert isinstance(passed, SentStates)
+    if not plan.shard_anchor:
         passed.place_pair(0, key, value)
         return lambda: None
     shares = split_evenly(plan.anchor_length, group.world_size)
     longest = max(stop - start for start, stop in shares)
     pending = group.start_all_gather(_pack(key, value, longest))
 
-    def arrive() -> None:
-        for (start, stop), keys_values in zip(shares, pending.wait(), strict=True):
-            passed.place(start, keys_values[:, :, : stop - start])
-
-    return arrive
+    return lambda: passed.place_all(shares, pending.wait())
 
 
 def _gather_anchor_queries(tools: Tools, state: PrefillState, query: Tensor) -> Tensor:
@@ -157,19 +157,19 @@ def _send_kept(
             projections=state.take_projections(),
             fused=tools.fused,
         )
-        kept = tools.compressor.compress(states, plan.kept_lengths[state.host], plan.num_eligible(state.host))
+        count, num_eligible = plan.kept_lengths[state.host], plan.num_eligible(state.host)
+        if isinstance(passed, OwnStates):
+            passed.keep(tools.compressor.choose(states, count, num_eligible) + states.start)
+        else:
+            kept = tools.compressor.compress(states, count, num_eligible)
         del states  # with what was projected: attention needs the memory
-    if group.world_size == 1:
-        passed.place_pair(plan.anchor_length + plan.kept_offsets[state.host], *kept)
+    if isinstance(passed, OwnStates):
         return lambda: None
+    assert isinstance(passed, SentStates)
+    starts = [plan.anchor_length + plan.kept_offsets[host] for host in hosts]
+    spans = [(start, start + _sent_length(plan, host)) for start, host in zip(starts, hosts, strict=True)]
     pending = group.start_all_gather(_pack(*kept, longest))
-
-    def arrive() -> None:
-        for host, keys_values in zip(hosts, pending.wait(), strict=True):
-            length = _sent_length(plan, host)
-            passed.place(plan.anchor_length + plan.kept_offsets[host], keys_values[:, :, :length])
-
-    return arrive
+    return lambda: passed.place_all(spans, pending.wait())
 
 
 def _sent_length(plan: Plan, host: int) -> int:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from apb_ds.cache import ShardedCache
+from apb_ds import ranges
+from apb_ds.cache import ShardedCache, ShardedCacheLayer
 from apb_ds.compressors.base import Compressor
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.ops.merge import merge_two
+from apb_ds.ops.selection import gather_tokens
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan
 
@@ -30,20 +32,34 @@ class Tools:
 class PassedStates:
     """Keys and values that blocks see besides their own, in one layer: ``[anchor | C_0 | C_1 | ...]``.
 
-    One buffer in document order, so that what a host sees is one contiguous slice of tokens: the anchor and every
-    compressed block before its own.
+    In document order, so that what a host sees are the first tokens: the anchor and each compressed block before its
+    own.
+    """
+
+    def __init__(self) -> None:
+        self.anchor_queries: Tensor | None = None
+
+    def first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the first tokens, (1, kv_heads, num_tokens, head_dim) each; they may be views."""
+        return self._first(num_tokens)
+
+    def _first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class SentStates(PassedStates):
+    """What ranks send each other, in one buffer, so that what a host sees is one slice of it.
+
+    Parameters
+    ----------
+    like : keys, for their shape, dtype and device
     """
 
     def __init__(self, plan: Plan, like: Tensor) -> None:
+        super().__init__()
         _, kv_heads, _, head_dim = like.shape
         # The last host's compressed block is passed to nobody.
-        self._capacity = plan.anchor_length + plan.kept_offsets[plan.hosts - 1]
-        self._buffer = like.new_empty((2, kv_heads, self._capacity, head_dim))
-        self.anchor_queries: Tensor | None = None
-
-    def place(self, start: int, keys_values: Tensor) -> None:
-        """Put (2, kv_heads, tokens, head_dim), keys first, at token `start`."""
-        self._buffer[:, :, start : start + keys_values.shape[2]] = keys_values
+        self._buffer = like.new_empty((2, kv_heads, plan.anchor_length + plan.kept_offsets[plan.hosts - 1], head_dim))
 
     def place_pair(self, start: int, keys: Tensor, values: Tensor) -> None:
         """Put keys and values, (1, kv_heads, tokens, head_dim) each, at token `start`."""
@@ -51,9 +67,90 @@ class PassedStates:
         self._buffer[0:1, :, start:stop] = keys
         self._buffer[1:2, :, start:stop] = values
 
-    def first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the first tokens, (1, kv_heads, num_tokens, head_dim) each; views."""
+    def place_all(self, spans: Sequence[tuple[int, int]], everyone: Tensor) -> None:
+        """Put each rank's message, of (ranks, 2, kv_heads, longest, head_dim), keys first, at its span of tokens.
+
+        Messages of full length that follow each other, in the order of the ranks or against it, are put there at once:
+        every copy is a launch.
+        """
+        longest = everyone.shape[3]
+        for ranks in _runs(spans, longest):
+            start, stop = spans[ranks[0]][0], spans[ranks[-1]][1]
+            if len(ranks) == 1:
+                self._buffer[:, :, start:stop] = everyone[ranks[0], :, :, : stop - start]
+                continue
+            messages = everyone[min(ranks) : max(ranks) + 1]
+            ordered = messages if ranks[0] < ranks[-1] else messages.flip(0)
+            self._buffer[:, :, start:stop].unflatten(2, (len(ranks), longest)).copy_(ordered.permute(1, 2, 0, 3, 4))
+
+    def _first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         return self._buffer[0:1, :, :num_tokens], self._buffer[1:2, :, :num_tokens]
+
+
+def _runs(spans: Sequence[tuple[int, int]], longest: int) -> list[list[int]]:
+    """Return the ranks with anything to place, by their spans, in runs that are full and follow each other."""
+    runs: list[list[int]] = []
+    for rank in sorted(
+        (rank for rank, (start, stop) in enumerate(spans) if stop > start), key=lambda rank: spans[rank]
+    ):
+        start, stop = spans[rank]
+        run = runs[-1] if runs else []
+        is_next = bool(run) and spans[run[-1]][1] == start and stop - start == longest
+        is_next = is_next and spans[run[0]][1] - spans[run[0]][0] == longest
+        step = rank - run[-1] if run else 0
+        if is_next and abs(step) == 1 and (len(run) == 1 or step == run[-1] - run[-2]):
+            run.append(rank)
+        else:
+            runs.append([rank])
+    return runs
+
+
+class OwnStates(PassedStates):
+    """What one rank passes to itself: its cache has every block, so places are kept, and states gathered when seen.
+
+    Parameters
+    ----------
+    layer : the cache's layer; its tokens are the document's, in order
+    like : keys, for their shape, dtype and device
+    """
+
+    def __init__(self, plan: Plan, layer: ShardedCacheLayer, like: Tensor) -> None:
+        super().__init__()
+        self._layer = layer
+        self._nothing = like.new_empty((*like.shape[:2], 0, like.shape[3]))
+        self._anchor: tuple[Tensor, Tensor] | None = None
+        self._places: list[Tensor] = []
+        # Every earlier token is passed: what a host sees is the cache as it is.
+        self._is_whole = plan.anchor_length == 0 and plan.kept_lengths[:-1] == tuple(
+            plan.block_length(host) for host in range(plan.hosts - 1)
+        )
+
+    def keep_anchor(self, keys: Tensor, values: Tensor) -> None:
+        """Keep the anchor's keys and values, (1, kv_heads, tokens, head_dim) each."""
+        self._anchor = keys.clone(), values.clone()  # views would keep all that was projected with them
+
+    def keep(self, places: Tensor) -> None:
+        """Keep where a block's tokens are that are passed, (kv_heads, tokens) int64, in document order."""
+        if not self._is_whole:
+            self._places.append(places)
+
+    @ranges.belongs_to(ranges.COMPRESSOR)
+    def _first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        if num_tokens == 0:
+            return self._nothing, self._nothing
+        if self._is_whole:
+            keys, values = self._layer.shard()
+            return keys[:, :, :num_tokens], values[:, :, :num_tokens]
+        parts: list[tuple[Tensor, ...]] = []
+        if self._anchor is not None:
+            parts.append(tuple(states[:, :, :num_tokens] for states in self._anchor))
+        num_passed = num_tokens - sum(part[0].shape[2] for part in parts)
+        if num_passed:
+            places = torch.cat(self._places, dim=1)[:, :num_passed]
+            parts.append(tuple(gather_tokens(states, places) for states in self._layer.shard()))
+        if len(parts) == 1:
+            return parts[0][0], parts[0][1]
+        return torch.cat([part[0] for part in parts], dim=2), torch.cat([part[1] for part in parts], dim=2)
 
 
 @dataclass
@@ -112,13 +209,15 @@ class PrefillState:
         return of_block[0] if len(of_block) == 1 else torch.cat(of_block, dim=-1)
 
     def passed(self, layer_idx: int, like: Tensor) -> PassedStates:
-        """Return the layer's buffer, made at first use with the shape, dtype and device of keys like these."""
+        """Return what the layer passes on, made at first use for keys of such shape, dtype and device."""
         if layer_idx not in self._passed:
-            self._passed[layer_idx] = PassedStates(self.plan, like)
+            is_alone = self.plan.world_size == 1
+            own = self.cache.layer(layer_idx)
+            self._passed[layer_idx] = OwnStates(self.plan, own, like) if is_alone else SentStates(self.plan, like)
         return self._passed[layer_idx]
 
     def finish_layer(self, layer_idx: int) -> None:
-        """Free the layer's buffer after the last round, and report progress."""
+        """Free what the layer passed on after the last round, and report progress."""
         if self.is_last_round:
             self._passed.pop(layer_idx, None)
         self._layers_done += 1
