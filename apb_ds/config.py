@@ -16,7 +16,7 @@ DEFAULT_COMPRESSION_RATIO = 8
 MAX_DEFAULT_ANCHOR_LENGTH = 8192
 ANCHOR_IS_BLOCK = "block"
 # What every method has: how things are computed, not what.
-EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": True, "fused": True}
+EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": True, "fused": True, "mlp_tile": None}
 
 
 def suggest(value: object, allowed: Iterable[str]) -> str:
@@ -54,7 +54,7 @@ class APBConfig:
         ``apb``, or ``star`` (arXiv 2411.17116): APB with nothing passed, an anchor as long as a block and no query
         in the anchor. A preset: any of the three can still be set. Or an exact one to compare with: ``dense`` (one
         rank), ``ring`` (arXiv 2310.01889, zigzag-balanced) or ``ulysses`` (arXiv 2309.14509, DeepSpeed's own). These
-        have `kernel`, `cuda_graph` and `fused` and no other setting: the rest must stay ``None``.
+        have `kernel`, `cuda_graph`, `fused` and `mlp_tile` and no other setting: the rest must stay ``None``.
     hosts : int
         Number of context blocks, a multiple of the number of ranks. Default 8.
     anchor_length : int or "block", tokens
@@ -83,6 +83,9 @@ class APBConfig:
     fused : bool
         Whether the model's norms, gated activations and rotations, and the merging of partial attention, are compiled
         (``torch.compile``) where they run on CUDA and can be. Default true.
+    mlp_tile : int, tokens
+        Compute the model's MLPs so many tokens at a time, which saves memory where a block is long. Default: a block at
+        once.
 
     Raises
     ------
@@ -104,6 +107,7 @@ class APBConfig:
     kernel: str | None = None
     cuda_graph: bool | None = None
     fused: bool | None = None
+    mlp_tile: int | None = None
 
     def __post_init__(self) -> None:
         if self.method is not None:
@@ -120,9 +124,7 @@ class APBConfig:
         check_bool("shard_anchor", self.shard_anchor)
         self._check_lengths()
         self._check_name("compressor")
-        self._check_name("kernel")
-        check_bool("cuda_graph", self.cuda_graph)
-        check_bool("fused", self.fused)
+        self._check_execution()
 
     @property
     def is_exact_method(self) -> bool:
@@ -133,9 +135,7 @@ class APBConfig:
         for name, value in EXECUTION_DEFAULTS.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        self._check_name("kernel")
-        check_bool("cuda_graph", self.cuda_graph)
-        check_bool("fused", self.fused)
+        self._check_execution()
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in ("method", *EXECUTION_DEFAULTS) and value is not None:
@@ -143,6 +143,13 @@ class APBConfig:
                     f"{field.name}={value!r} is a setting of apb and star; method={self.method} is exact and has "
                     f"none but {', '.join(EXECUTION_DEFAULTS)}. Leave it out."
                 )
+
+    def _check_execution(self) -> None:
+        self._check_name("kernel")
+        check_bool("cuda_graph", self.cuda_graph)
+        check_bool("fused", self.fused)
+        if self.mlp_tile is not None:
+            check_integer("mlp_tile", self.mlp_tile, 1)
 
     def _check_name(self, field: str) -> None:
         if not isinstance(getattr(self, field), str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from apb_ds.plan import Plan, check_ranks
 from apb_ds.rotary import buffers_keep_their_dtype, warn_of_rough_frequencies
 from apb_ds.rounds import run_round
 from apb_ds.support import check_supported, geometry_of
+from apb_ds.tiles import check_tile, tiled_mlps
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class APBEngine(InferenceEngine):
             heads = heads.placed(self.device, self.module.dtype)
             attention = APBAttention(config, self.group, heads)
         attention.check_heads(self.geometry.heads, self.geometry.kv_heads)
+        check_tile(self.module, config.mlp_tile)
         kernels = attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
         self.apb_config = config
         self.attention = attention
@@ -374,9 +376,13 @@ class APBEngine(InferenceEngine):
             context.token_ids = everything
         return everything[:, prompt.shape[1] :]
 
-    def _layers_in_force(self) -> AbstractContextManager[None]:
-        """Return what has the model compute with fused layers, where there are any."""
-        return nullcontext() if self._fused is None else self._fused.in_force()
+    def _layers_in_force(self) -> AbstractContextManager[Any]:
+        """Return what has the model compute with fused layers and in tiles, as the settings say."""
+        with ExitStack() as stack:
+            if self._fused is not None:
+                stack.enter_context(self._fused.in_force())
+            stack.enter_context(tiled_mlps(self.module, self.apb_config.mlp_tile))
+            return stack.pop_all()
 
     def _say_if_exact(self, exact: bool, num_tokens: int) -> None:
         if exact and not self.apb_config.is_exact_method and not self._said_exact and self.group.is_first:
@@ -388,8 +394,8 @@ class APBEngine(InferenceEngine):
         dtype = str(self.module.dtype).removeprefix("torch.")
         return (
             f"What helps: more hosts than {plan.hosts} (a round then holds fewer tokens of the document), more ranks "
-            f"than {plan.world_size} (each holds its share of the cache), a smaller dtype than {dtype} "
-            "(model.dtype=bfloat16), or a shorter document."
+            f"than {plan.world_size} (each holds its share of the cache), MLPs in tiles (mlp_tile=2048), a smaller "
+            f"dtype than {dtype} (model.dtype=bfloat16), or a shorter document."
         )
 
     def _synchronize(self) -> None:

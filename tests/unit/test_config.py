@@ -26,6 +26,7 @@ DEFAULTS = {
     "kernel": "auto",
     "cuda_graph": True,
     "fused": True,
+    "mlp_tile": None,
 }
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
@@ -55,6 +56,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"compressor": 3}, ["compressor", "3", "name"]),
     ({"kernel": 3}, ["kernel", "3", "name"]),
     ({"cuda_graph": 1}, ["cuda_graph", "1", "true or false"]),
+    ({"mlp_tile": 0}, ["mlp_tile", "0", "at least 1"]),
+    ({"method": "ring", "mlp_tile": True}, ["mlp_tile", "True", "at least 1"]),
     ({"fused": "yes"}, ["fused", "yes", "true or false"]),
     ({"method": "dense", "cuda_graph": "no"}, ["cuda_graph", "no", "true or false"]),
     ({"query_in_anchor": 1}, ["query_in_anchor", "1", "true or false"]),

@@ -27,6 +27,7 @@ LAYERS = (
     "rotary",
     "hf",
     "fused",
+    "tiles",
     "linears",
     "loading",
     "context",
