@@ -84,8 +84,8 @@ class APBConfig:
         Whether the model's norms, gated activations and rotations, and the merging of partial attention, are compiled
         (``torch.compile``) where they run on CUDA and can be. Default true.
     mlp_tile : int, tokens
-        Compute the model's MLPs so many tokens at a time, which saves memory where a block is long. Default: a block at
-        once.
+        Compute the model's MLPs so many tokens at a time, which saves memory where a block is long. Default: 256 on
+        CPU, elsewhere a block at once.
 
     Raises
     ------

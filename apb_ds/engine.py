@@ -41,7 +41,7 @@ from apb_ds.plan import Plan, check_ranks
 from apb_ds.rotary import buffers_keep_their_dtype, warn_of_rough_frequencies
 from apb_ds.rounds import run_round
 from apb_ds.support import check_supported, geometry_of
-from apb_ds.tiles import check_tile, tiled_mlps
+from apb_ds.tiles import check_tile, default_tile, tiled_mlps
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class APBEngine(InferenceEngine):
         block_length = max(plan.num_forward_tokens(rank, 0) for rank in range(plan.world_size))
         with (
             explain_out_of_memory(f"prefilling {num_tokens} tokens in blocks of {block_length}", self._levers(plan)),
-            onednn_linears(self.module.base_model, block_length),
+            onednn_linears(self.module.base_model, min(block_length, self._mlp_tile or block_length)),
             self._layers_in_force(),
             apb_attention(self.module, self.attention, Phase.PREFILL, max_positions, state),
         ):
@@ -376,12 +376,16 @@ class APBEngine(InferenceEngine):
             context.token_ids = everything
         return everything[:, prompt.shape[1] :]
 
+    @property
+    def _mlp_tile(self) -> int | None:
+        return default_tile(self.device) if self.apb_config.mlp_tile is None else self.apb_config.mlp_tile
+
     def _layers_in_force(self) -> AbstractContextManager[Any]:
         """Return what has the model compute with fused layers and in tiles, as the settings say."""
         with ExitStack() as stack:
             if self._fused is not None:
                 stack.enter_context(self._fused.in_force())
-            stack.enter_context(tiled_mlps(self.module, self.apb_config.mlp_tile))
+            stack.enter_context(tiled_mlps(self.module, self._mlp_tile))
             return stack.pop_all()
 
     def _say_if_exact(self, exact: bool, num_tokens: int) -> None:

@@ -14,6 +14,15 @@ Forward = Callable[[Tensor], Tensor]
 GATES = (("gate_proj", "up_proj"), ("gate_up_proj",))
 
 
+# On CPU a tile's intermediate states stay in the cache between the products.
+CPU_TILE = 256
+
+
+def default_tile(device: torch.device) -> int | None:
+    """Return the tile that is fastest on a device; None for all tokens at once."""
+    return CPU_TILE if device.type == "cpu" else None
+
+
 def mlp_modules(model: nn.Module) -> list[nn.Module]:
     """Return the gated MLPs of a decoder, whose output at a token depends on that token alone."""
     return [module for module in model.modules() if _is_mlp(module)]
