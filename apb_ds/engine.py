@@ -327,6 +327,14 @@ class APBEngine(InferenceEngine):
         place.enter(place.BETWEEN)
         return self.group.broadcast(output.logits[:, -num_query:].float().contiguous())
 
+    def destroy(self) -> None:
+        """Free what the engine holds besides the model: a recorded step with its cache, and retaining heads.
+
+        DeepSpeed's own frees the workspace of kernels that are never loaded here, and fails where there is none.
+        """
+        self._recorded = None
+        self._heads.clear()
+
     def detach(self) -> InferenceEngine | nn.Module:
         """Undo `attach`: give back the engine it was called with, with its own `generate`; else the plain model."""
         for module, training in self._training:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 from typing import Any
@@ -221,3 +222,17 @@ def test_no_kernel_on_cpu_can_be_recorded() -> None:
         engine.apb_config.cuda_graph and engine._recorded is None and set(engine.kernel_names) == {"prefill", "decode"}
     )
     assert RecordedSteps(engine.module)._step is None
+
+
+def test_a_destroyed_engine_holds_no_cache(counts: Counts) -> None:
+    document, query = request_ids(101, 5)
+    engine = new_engine()
+    expected = answer(engine, engine.prefill(document, query))
+    held = [weakref.ref(buffer) for buffer in engine._recorded._step.buffers]
+    assert all(reference() is not None for reference in held)
+    engine.destroy()
+    engine.destroy()
+    gc.collect()
+    assert all(reference() is None for reference in held)
+    assert answer(engine, engine.prefill(document, query)) == expected, "it still serves, and records no more"
+    assert counts.recorded == 1
