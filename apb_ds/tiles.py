@@ -14,12 +14,12 @@ Forward = Callable[[Tensor], Tensor]
 GATES = (("gate_proj", "up_proj"), ("gate_up_proj",))
 
 
-# On CPU a tile's intermediate states stay in the cache between the products.
+# So many tokens' intermediate states fit a core's cache: meant to keep them there between the products.
 CPU_TILE = 256
 
 
 def default_tile(device: torch.device) -> int | None:
-    """Return the tile that is fastest on a device; None for all tokens at once."""
+    """Return the tile where none is asked for; None for all tokens at once."""
     return CPU_TILE if device.type == "cpu" else None
 
 
