@@ -37,6 +37,17 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     return {int(module.layer_idx): module for module in modules}  # type: ignore[arg-type]
 
 
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the modules that hold the model's attention modules, in order."""
+    attentions = {id(module): layer_idx for layer_idx, module in attention_modules(model).items()}
+    layers = {}
+    for module in model.modules():
+        for child in module.children():
+            if id(child) in attentions:
+                layers[attentions[id(child)]] = module
+    return [layers[layer_idx] for layer_idx in sorted(layers)]
+
+
 def check_supported(model: PreTrainedModel) -> None:
     """Refuse, by name, what APB cannot serve.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -70,6 +70,15 @@ def compiled(function: Function) -> Function:
 def compiled_if(function: Function, is_fused: bool) -> Function:
     """Return the function compiled, or as it is."""
     return compiled(function) if is_fused else function
+
+
+def compile_forwards(modules: Iterable[nn.Module]) -> None:
+    """Have modules of one class compute compiled, also backwards, with inputs of any length.
+
+    All of them share what the first one compiles: their weights are inputs of the compiled code.
+    """
+    for module in modules:
+        module.forward = torch.compile(module.forward, dynamic=True)
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -114,15 +114,19 @@ class InstrumentConfig(TrainingConfig):
         LoRA (arXiv 2106.09685) on all linear layers.
     asked_first : float
         Share of the conversations in which the first question also stands ahead of the document.
+    fused : bool
+        Compile the decoder layers with ``torch.compile``, on CUDA. That takes a minute or two at the start.
     further ones : see `TrainingConfig`
     """
 
     lora_rank: int = 16
     lora_alpha: int = 32
     asked_first: float = 0.0
+    fused: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_bool("train.fused", self.fused)
         self._check_counts("lora_rank", "lora_alpha")
         self._check_shares("asked_first")
 

@@ -12,10 +12,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from apb_ds.loading import LoadedModel, ModelConfig
+from apb_ds.ops.compiled import can_compile, compile_forwards
 from apb_ds.parallel.groups import SequenceGroup, training_group
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
 from apb_ds.report.record import environment, write_json
 from apb_ds.session.steps import Steps
+from apb_ds.support import decoder_layers
 from apb_ds.training.answer_loss import AnswerLoss
 from apb_ds.training.batches import Batch, Batches, Lengths
 from apb_ds.training.card import write_card
@@ -81,6 +83,8 @@ class _Run:
         self.loaded = loaded
         self.directory = Path(config.output).expanduser()
         self.adapted = _adapted(loaded.model, config, model_config, seed)
+        if config.fused and loaded.device.type == "cuda" and can_compile(loaded.device):
+            compile_forwards(decoder_layers(self.adapted.get_base_model()))
         optimisation = Optimisation(
             config.steps, config.warmup_steps, config.learning_rate, config.weight_decay, config.clip
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -88,7 +89,16 @@ class Trainer:
         return float(self._engine.get_lr()[0])
 
     def save(self, *, is_first: bool) -> None:
-        """Write a checkpoint and remove older ones, all ranks together; `is_first` on one of them."""
+        """Write a checkpoint and remove older ones, all ranks together; `is_first` on one of them.
+
+        Raises
+        ------
+        RuntimeError
+            On all ranks, if the last step's gradient is no number, and with it what was trained; nothing is written.
+        """
+        norm = self._engine.get_global_grad_norm()
+        if norm is not None and not math.isfinite(norm):
+            raise RuntimeError(f"the gradient of step {self.step} is no number; the checkpoint before it is kept.")
         tag = f"step-{self.step}"
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine.save_checkpoint(
@@ -127,7 +137,8 @@ def _engine(module: nn.Module, optimisation: Optimisation, dtype: torch.dtype) -
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0 if optimisation.clips_values else optimisation.clip,
         "zero_optimization": {"stage": 1},
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        # Looking into every gradient of many small parameters takes longer than the step; `save` looks at their norm.
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
         "fp16": {"enabled": dtype == torch.float16},
         "steps_per_print": NEVER,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections import defaultdict
@@ -26,7 +27,7 @@ LOG_NAME = "log.jsonl"
 SETTINGS_NAME = "settings.json"
 RECORD_NAME = "training.json"
 # What a run may change when it goes on.
-IRRELEVANT_KEYS = ("output", "overwrite", "checkpoint_every", "log_every", "workers")
+IRRELEVANT_KEYS = ("output", "overwrite", "checkpoint_every", "log_every", "workers", "fused")
 MAX_WORKERS = 8
 PREFETCHED = 8  # batches that a worker makes ahead
 
@@ -178,12 +179,23 @@ class TrainingLog:
         self._num_tokens += num_tokens
 
     def write(self, step: int, num_steps: int, learning_rate: float) -> None:
-        """Write a line about the batches since the last one."""
+        """Write a line about the batches since the last one.
+
+        Raises
+        ------
+        RuntimeError
+            If a loss is no number.
+        """
         by_kind = defaultdict(list)
         for kinds, losses in self._pairs:  # on the device until now: reading a loss waits for its step
             for kind, loss in zip(kinds, losses.tolist(), strict=True):
                 by_kind[kind].append(loss)
         everything = [loss for losses in by_kind.values() for loss in losses]
+        if not all(map(math.isfinite, everything)):
+            raise RuntimeError(
+                f"a loss of the steps up to {step} is no number; train anew with a lower train.learning_rate or more "
+                "train.warmup_steps."
+            )
         line = {
             "step": step,
             "loss": round(sum(everything) / len(everything), 5),

@@ -60,3 +60,28 @@ def test_checkpoints_of_training(pool: Pools, tmp_path: Path, dtype: torch.dtype
     sign = tmp_path / "code was run"
     found = pool(2).run(train_and_resume, tmp_path / "run", sign, dtype, timeout=120)
     assert found == [[0, 3, True, True, "UnpicklingError", False, False]] * 2
+
+
+def train_to_nothing(rank: int, world_size: int, directory: Path, dtype: torch.dtype) -> list[Any]:
+    """Return what saving says after a step whose gradient is no number, though its loss is one."""
+    training = importlib.import_module("apb_ds.training.loop")
+    plan = training.Optimisation(steps=9, warmup_steps=2, learning_rate=1e-2, weight_decay=0.1, clip=1.0)
+    with mock.patch.dict(os.environ, {"LOCAL_RANK": str(rank)}):
+        trainer = training.Trainer(module := Squares(dtype), plan, dtype, directory)
+        trainer.train(torch.ones(2, 4).to(dtype))
+        trainer.save(is_first=rank == 0)
+        if rank == world_size - 1:  # one rank's is enough
+            module.linear.weight.register_hook(lambda gradient: gradient * torch.inf)
+        losses = trainer.train(torch.ones(2, 4).to(dtype))
+        try:
+            trainer.save(is_first=rank == 0)
+        except RuntimeError as error:
+            return [bool(losses.isfinite().all()), str(error)]
+    return ["saved"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_is_not_saved(pool: Pools, tmp_path: Path, dtype: torch.dtype) -> None:
+    found = pool(2).run(train_to_nothing, tmp_path / "run", dtype, timeout=120)
+    assert found == [[True, "the gradient of step 2 is no number; the checkpoint before it is kept."]] * 2
+    assert [folder.name for folder in (tmp_path / "run").glob("step-*")] == ["step-1"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from apb_ds.ops import compiled as compiling
+from apb_ds.support import decoder_layers
 from apb_ds.tasks import SyntheticConfig
 from apb_ds.tasks.synthetic import Recipe, generate
 from apb_ds.tasks.synthetic.draws import Draws
@@ -16,6 +20,7 @@ from apb_ds.training.batches import Batches, Lengths
 from apb_ds.training.config import InstrumentConfig
 from apb_ds.training.conversations import make_conversation
 from apb_ds.training.mixture import Mixture
+from apb_ds.training.run import TrainingLog, read_lines
 from tests import models
 from tests.tiny_checkpoint import TEMPLATE, byte_tokenizer
 
@@ -189,9 +194,50 @@ def test_the_loss_is_that_of_the_answers_each_conversation_alike() -> None:
         ({"steps": 10, "warmup_steps": 10}, "train.warmup_steps=10 must be below"),
         ({"overwrite": "yes"}, "train.overwrite='yes'"),
         ({"workers": -1}, "train.workers=-1"),
+        ({"fused": "no"}, "train.fused='no'"),
     ],
 )
 def test_bad_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as raised:
         InstrumentConfig.from_dict({"output": "x", **values})
     assert message in str(raised.value)
+
+
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path) -> None:
+    log = TrainingLog(tmp_path / "log.jsonl", 0)
+    log.add(("single", "single"), 100, torch.tensor([1.0, 2.0]))
+    log.write(1, 9, 1e-3)
+    log.add(("single", "variables"), 100, torch.tensor([1.0, float("nan")]))
+    with pytest.raises(RuntimeError, match=r"up to 2 is no number; train anew with a lower train.learning_rate"):
+        log.write(2, 9, 1e-3)
+    assert [line["loss"] for line in read_lines(tmp_path / "log.jsonl")] == [1.5]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_compiled_layers_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        models.llama(), peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
+    loss = AnswerLoss(adapted)
+
+    def gradients(rows: int, length: int) -> list[torch.Tensor]:
+        ids = torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(rows))
+        adapted.zero_grad()
+        loss(ids, torch.ones_like(ids, dtype=torch.bool)).mean().backward()
+        return [weight.grad.clone() for weight in adapted.parameters() if weight.grad is not None]
+
+    shapes = [(3, 40), (2, 21), (5, 64)]
+    expected = [gradients(*shape) for shape in shapes]
+    layers = decoder_layers(adapted.get_base_model())
+    assert len(layers) == adapted.config.num_hidden_layers
+    # Its own compiler takes half a minute and is not what is tested.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiling.compile_forwards(layers)
+    torch._dynamo.utils.counters.clear()
+    for shape, wanted in zip(shapes, expected, strict=True):
+        for found, gradient in zip(gradients(*shape), wanted, strict=True):
+            torch.testing.assert_close(found, gradient, atol=1e-5, rtol=1e-4)
+    counters = torch._dynamo.utils.counters
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2, "all layers and lengths share what is compiled"
+    assert not counters["graph_break"]
