@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
@@ -134,15 +135,35 @@ def attention_mass(queries: Tensor, keys: Tensor, scale: float, num_hidden: Tens
     -------
     (kv_heads, heads per KV head, queries, tokens), float32
     """
-    logits = attention_logits(queries, keys, scale)
-    return softmax_of_visible(logits, num_hidden)
+    return softmax_of_visible(attention_products(queries, keys) * scale, num_hidden)
 
 
-def attention_logits(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Return the scaled products of queries and keys, see `attention_mass`, in its shape."""
-    grouped = queries[0].unflatten(0, (keys.shape[1], -1)).float() * scale
+def attention_products(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the products of queries and keys, see `attention_mass`, in its shape, not scaled yet."""
+    grouped = queries[0].unflatten(0, (keys.shape[1], -1))
     # One matrix product per KV head for all queries of its group, so that keys are not copied per head.
-    return (grouped.flatten(1, 2) @ keys[0].float().transpose(-1, -2)).unflatten(1, grouped.shape[1:3])
+    products = _products(grouped.flatten(1, 2), keys[0].transpose(-1, -2))
+    return products.unflatten(1, grouped.shape[1:3])
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Return the matrix products, (batch, rows, columns), of equal dtypes, summed in float32 and left in it.
+
+    Products of half-precision numbers are exact in float32, so tensor cores lose nothing here.
+    """
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16) and _gives_float32(left.device):
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+@functools.cache
+def _gives_float32(device: torch.device) -> bool:
+    """Whether products of half-precision numbers can be had in float32 there; torch 2.8 was the first that could."""
+    numbers = torch.ones(1, 8, 8, device=device, dtype=torch.bfloat16)
+    try:
+        return torch.bmm(numbers, numbers, out_dtype=torch.float32).dtype == torch.float32
+    except (TypeError, RuntimeError):
+        return False
 
 
 def softmax_of_visible(logits: Tensor, num_hidden: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from apb_ds.compressors.base import (
     BlockStates,
     Compressor,
-    attention_logits,
+    attention_products,
     max_pool,
     register_compressor,
     softmax_of_visible,
@@ -28,13 +28,13 @@ class WindowCompressor(Compressor):
     def score(self, block: BlockStates) -> Tensor:
         observers = min(self.window, block.num_tokens)
         num_hidden = torch.arange(observers - 1, -1, -1, device=block.keys.device)
-        logits = attention_logits(block.queries[:, :, -observers:], block.keys, block.scale)
-        return max_pool(compiled_if(_mean_mass, block.fused)(logits, num_hidden))
+        products = attention_products(block.queries[:, :, -observers:], block.keys)
+        return max_pool(compiled_if(_mean_mass, block.fused)(products, num_hidden, block.scale))
 
     def score_products(self, block_tokens: int, query_tokens: int, heads: int, head_dim: int) -> int:
         return min(self.window, block_tokens) * block_tokens * heads * head_dim
 
 
-def _mean_mass(logits: Tensor, num_hidden: Tensor) -> Tensor:
+def _mean_mass(products: Tensor, num_hidden: Tensor, scale: float) -> Tensor:
     """Return the mean over a group's heads and queries, (kv_heads, tokens), of what each key gets of them."""
-    return softmax_of_visible(logits, num_hidden).mean(dim=(1, 2))
+    return softmax_of_visible(products * scale, num_hidden).mean(dim=(1, 2))

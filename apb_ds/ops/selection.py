@@ -32,7 +32,7 @@ def select_top(scores: Tensor, count: int) -> Tensor:
         return torch.arange(tokens, device=scores.device).expand(heads, tokens)
     if count == 0:
         return scores.new_empty((heads, 0), dtype=torch.int64)
-    threshold = scores.topk(count, dim=-1, sorted=True).values[:, -1:]
+    threshold = scores.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     above = scores > threshold
     tied = scores == threshold
     room = count - above.sum(dim=-1, keepdim=True)

@@ -255,10 +255,14 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Any], No
         module.__spec__ = importlib.machinery.ModuleSpec(name, loader=None)
         module.flash_attn_func = function  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name, module)
+        forget()
+
+    def forget() -> None:
         flash_attn._flash_attn_3.cache_clear()
+        flash_attn._flash_attn_3_operator.cache_clear()
 
     yield put
-    flash_attn._flash_attn_3.cache_clear()
+    forget()
 
 
 ADAPTERS = [
@@ -286,6 +290,68 @@ def test_the_stand_ins_refuse_the_other_layout(kernel: type[Kernel], module: str
     query, key, value = Shape("", 6, 2, 5, 9, False, 8).draw(torch.bfloat16)
     with pytest.raises(RuntimeError, match="multiple"):
         function(query, key, value, softmax_scale=1.0)
+
+
+FORWARD = (
+    "fwd(Tensor q, Tensor k, Tensor v, Tensor? k_new = None, float? softmax_scale = None, bool is_causal = False, "
+    "int num_splits = 0)"
+)
+
+
+@pytest.fixture
+def register(install: Callable[[str, Any], None]) -> Iterator[Callable[[str, str], list[int]]]:
+    """Register a stand-in for a package's operator; return the list that gets each call's `num_splits`."""
+    libraries = []
+
+    def put(namespace: str, schema: str) -> list[int]:
+        calls: list[int] = []
+
+        def forward(q, k, v, k_new=None, softmax_scale=None, is_causal=False, num_splits=0, **others):  # type: ignore[no-untyped-def]
+            calls.append(num_splits)
+            assert all(states.stride(-1) == 1 for states in (q, k, v))
+            output, lse = by_the_package_s_layout(q, k, v, is_causal, softmax_scale)
+            return output, lse, q.new_empty(0), q.new_empty(0)
+
+        library = torch.library.Library(namespace, "FRAGMENT")
+        library.define(f"{schema} -> (Tensor, Tensor, Tensor, Tensor)")
+        library.impl("fwd", forward, "CPU")
+        libraries.append(library)
+        return calls
+
+    yield put
+    for library in libraries:
+        library._destroy()
+
+
+@pytest.mark.skipif(FlashAttn3Kernel.is_installed(), reason="it has registered the real operator")
+@pytest.mark.parametrize(
+    "module, namespace", [("flash_attn_interface", "flash_attn_3"), ("fa3_fwd_interface", "fa3_fwd")]
+)
+def test_flash_attn_3_calls_the_operator_below_the_function(
+    install: Callable[[str, Any], None], register: Callable[[str, str], list[int]], module: str, namespace: str
+) -> None:
+    calls = register(namespace, FORWARD)
+    install(module, None)  # its function is not called
+    for shape in SHAPES:
+        check_kernel(FlashAttn3Kernel(), shape.draw(torch.bfloat16), shape.causal, 0.11)
+    assert calls == [1] * len(calls) and len(calls) >= len(SHAPES)
+    query, key, value = SHAPES[1].draw(torch.bfloat16)
+    odd = [states.transpose(2, 3).contiguous().transpose(2, 3) for states in (query, key, value)]
+    torch.testing.assert_close(FlashAttn3Kernel()(*odd, True, 0.11), FlashAttn3Kernel()(query, key, value, True, 0.11))
+
+
+@pytest.mark.skipif(FlashAttn3Kernel.is_installed(), reason="it has registered the real operator")
+@pytest.mark.parametrize(
+    "schema",
+    ["fwd(Tensor q, Tensor k, Tensor v, float? softmax_scale = None)", FORWARD.replace("? k_new = None", " k_new")],
+)
+def test_flash_attn_3_calls_no_operator_that_it_does_not_know(
+    install: Callable[[str, Any], None], register: Callable[[str, str], list[int]], schema: str
+) -> None:
+    calls = register("fa3_fwd", schema)
+    install("fa3_fwd_interface", flash_attn_3_when_asked)
+    check_kernel(FlashAttn3Kernel(), SHAPES[1].draw(torch.bfloat16), True, 0.2)
+    assert not calls
 
 
 def test_flash_attn_3_prefers_the_package_over_the_wheel(install: Callable[[str, Any], None]) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor
 from apb_ds.ops.kernels.base import Kernel
 
 FLASH_ATTN_3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
+# Where they register the operator that their functions call, and what it must know to be called by name.
+FLASH_ATTN_3_OPERATORS = {"flash_attn_interface": "flash_attn_3", "fa3_fwd_interface": "fa3_fwd"}
+OPERATOR_ARGUMENTS = {"q", "k", "v", "softmax_scale", "is_causal", "num_splits"}
 
 
 class FlashAttn2Kernel(Kernel):
@@ -47,9 +50,13 @@ class FlashAttn3Kernel(Kernel):
     can_be_recorded = True
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        function, options = _flash_attn_3()
         q, k, v = (states.transpose(1, 2) for states in (query, key, value))
-        output, lse, *_ = function(q, k, v, softmax_scale=scale, causal=causal, **options)
+        if (operator := _flash_attn_3_operator()) is not None:
+            q, k, v = (states if states.stride(-1) == 1 else states.contiguous() for states in (q, k, v))
+            output, lse, *_ = operator(q, k, v, softmax_scale=scale, is_causal=causal, num_splits=1)
+        else:
+            function, options = _flash_attn_3()
+            output, lse, *_ = function(q, k, v, softmax_scale=scale, causal=causal, **options)
         return output.transpose(1, 2), lse.float()
 
     def attend_first(
@@ -87,3 +94,23 @@ def _flash_attn_3() -> tuple[Any, dict[str, bool]]:
     # Older builds always return the log-sum-exp, newer ones when asked.
     asks = "return_attn_probs" in inspect.signature(function).parameters
     return function, {"return_attn_probs": True} if asks else {}
+
+
+@cache
+def _flash_attn_3_operator() -> Any:
+    """Return the operator below the package's function, or None if it is not as expected.
+
+    The function prepares a backward pass and goes through the dispatcher twice, which takes longer than a short
+    block's attention.
+    """
+    name = _flash_attn_3_module()
+    if name is None:
+        return None
+    importlib.import_module(name)  # registers it
+    try:
+        operator = getattr(torch.ops, FLASH_ATTN_3_OPERATORS[name]).fwd.default
+    except AttributeError:
+        return None
+    known = {argument.name for argument in operator._schema.arguments}
+    required = {argument.name for argument in operator._schema.arguments if not argument.has_default_value()}
+    return operator if required <= OPERATOR_ARGUMENTS <= known else None
