@@ -53,16 +53,20 @@ class Lengths:
     ----------
     shortest, longest : tokens of a conversation
     growth : share of the steps over which the longest one grows to `longest`; after that, they are drawn evenly
+    at_longest : share of the later steps in which they are as long as may be instead
     """
 
     shortest: int
     longest: int
     growth: float
+    at_longest: float = 0.0
 
     def draw(self, progress: float, draws: Draws) -> int:
         """Return a length; `progress` is the share of the steps that are done."""
         grown = min(1.0, progress / self.growth) if self.growth else 1.0
         limit = self.shortest * (self.longest / self.shortest) ** grown
+        if grown == 1.0 and self.at_longest and draws.fraction() < self.at_longest:
+            return self.longest
         if grown == 1.0:
             return self.shortest + draws.below(self.longest - self.shortest + 1)
         return int(self.shortest * math.exp(draws.fraction() * math.log(limit / self.shortest)))

@@ -27,7 +27,8 @@ class TrainingConfig:
     min_length, max_length : int, tokens
         Of a conversation: document, questions and answers.
     growth : float
-        Share of the steps over which the longest conversation grows to `max_length`, from 0 to 1.
+        Share of the steps over which the longest conversation grows to `max_length`, from 0 to 1. After that, lengths
+        are drawn evenly.
     mixture : list of dict
         What documents are made of, see `apb_ds.training.mixture`.
     learning_rate, warmup_steps, weight_decay : float, int, float
@@ -110,6 +111,9 @@ class InstrumentConfig(TrainingConfig):
 
     Parameters
     ----------
+    at_longest : float
+        Share of the steps after that in which conversations have `max_length` instead. Distances that are rare in
+        training are what fails first.
     lora_rank, lora_alpha : int
         LoRA (arXiv 2106.09685) on all linear layers.
     asked_first : float
@@ -121,6 +125,7 @@ class InstrumentConfig(TrainingConfig):
 
     lora_rank: int = 16
     lora_alpha: int = 32
+    at_longest: float = 0.0
     asked_first: float = 0.0
     fused: bool = True
 
@@ -128,7 +133,7 @@ class InstrumentConfig(TrainingConfig):
         super().__post_init__()
         check_bool("train.fused", self.fused)
         self._check_counts("lora_rank", "lora_alpha")
-        self._check_shares("asked_first")
+        self._check_shares("at_longest", "asked_first")
 
 
 def is_number(value: object) -> bool:

@@ -148,7 +148,7 @@ class _Run:
 
 
 def _make_batches(config: InstrumentConfig, mixture: Mixture, loaded: LoadedModel, seed: int, rank: int) -> Batches:
-    lengths = Lengths(config.min_length, config.max_length, config.growth)
+    lengths = Lengths(config.min_length, config.max_length, config.growth, config.at_longest)
     return Batches(
         mixture,
         lengths,

@@ -153,6 +153,14 @@ def test_lengths_grow() -> None:
     assert {Lengths(512, 512, 0.0).draw(0.0, draws) for _ in range(5)} == {512}
 
 
+def test_a_share_of_the_later_steps_has_the_longest_conversations() -> None:
+    drawn = [Lengths(300, 900, 0.5, 0.25).draw(step / 4000, Draws("lengths", step)) for step in range(4000)]
+    assert all(300 <= length <= 900 for length in drawn) and max(drawn[:1990]) < 900
+    assert 0.22 < drawn[2000:].count(900) / 2000 < 0.28
+    assert max(Counter(length for length in drawn[2000:] if length < 900).values()) < 15
+    assert Lengths(300, 900, 0.5).draw(0.9, Draws("x")) == Lengths(300, 900, 0.5, 0.0).draw(0.9, Draws("x"))
+
+
 def test_no_recipe_is_short_enough() -> None:
     made = Batches(Mixture([{"kind": "common_words"}]), Lengths(300, 300, 0.0), byte_tokenizer(), 4, 600, seed=0)
     with pytest.raises(ValueError, match=r"no recipe for 300 tokens; raise train.min_length"):
@@ -189,6 +197,7 @@ def test_the_loss_is_that_of_the_answers_each_conversation_alike() -> None:
         ({"min_length": 100}, "train.min_length=100"),
         ({"max_length": 300}, "train.max_length=300"),
         ({"growth": 1.5}, "train.growth=1.5"),
+        ({"at_longest": -0.5}, "train.at_longest=-0.5"),
         ({"learning_rate": 0}, "train.learning_rate=0"),
         ({"weight_decay": -1}, "train.weight_decay=-1"),
         ({"steps": 10, "warmup_steps": 10}, "train.warmup_steps=10 must be below"),
