@@ -1,6 +1,6 @@
 """How far APB's predictions are from the dense model's: KL(dense || APB) over long texts, for each compressor.
 
-    python benchmarks/fidelity.py --out docs/results/compressors.json [--ratio 16] [--heads heads.pt] [text files]
+    python benchmarks/fidelity.py --out kl.json [--ratio 16] [--heads heads.pt] [text files]
 
 Of each text, the first ``--num-tokens`` tokens are the document, and the ``--judged`` tokens after them are the query,
 whose next-token distributions are compared. The judged tokens are never in the anchor: the document is prefilled with

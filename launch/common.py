@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -156,6 +157,11 @@ def job_of(config: DictConfig) -> Job:
         overrides=overrides_of(runtime.overrides.task),
         in_sweep=not OmegaConf.is_missing(runtime.job, "num"),
     )
+
+
+def task_arguments() -> str:
+    """Return the job's arguments as a shell takes them."""
+    return shlex.join(HydraConfig.get().overrides.task)
 
 
 def overrides_of(arguments: Sequence[str]) -> dict[str, str]:

@@ -24,8 +24,7 @@ class Training:
         from apb_ds.training.heads.train import train_heads
 
         job = common.job_of(config)
-        overrides = " ".join(f"{name}={value}" for name, value in job.overrides.items())
-        record = common.train(lambda: train_heads(job.values, overrides))
+        record = common.train(lambda: train_heads(job.values, common.task_arguments()))
         if record is None:
             self.has_failed = True
         elif common.rank() == 0:

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,8 @@ def test_the_script(pool: Pools, model_path: Path, texts: Path, tmp_path: Path, 
     assert f"Heads: {tmp_path}/out/heads (held out: loss " in first[1]
     assert all((code, out) == (0, "") for code, out, _ in others)
     assert (tmp_path / "out" / HEADS).is_file()
-    assert "train.hidden_size=8" in (tmp_path / "out" / "heads" / "README.md").read_text()
+    command = (tmp_path / "out" / "heads" / "README.md").read_text().rpartition("`deepspeed ")[2]
+    given = command.partition("`")[0]
+    assert shlex.split(given) == ["launch/train_heads.py", *(item for item in arguments if "hydra." not in item)]
     first, *_ = pool(world_size).run(launch, [*arguments, "train.hidden_size=16"], timeout=180)
     assert first[0] == 2 and "Error: train.output=" in first[2] and "train.hidden_size" in first[2]

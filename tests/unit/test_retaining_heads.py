@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +22,7 @@ import apb_ds
 from apb_ds.compressors.retaining_heads import HeadSizes, RetainingHeads, read_heads, write_heads
 from apb_ds.compressors.retaining_heads.convert import main as convert
 from apb_ds.hf import captured_projections, check_projections, projection_modules
-from apb_ds.loading.heads import head_sizes
+from apb_ds.loading.heads import head_sizes, load_heads
 from apb_ds.session import read_settings
 from tests.heads import HIDDEN, random_checkpoint, save_heads
 from tests.launch_in_process import run_infer
@@ -497,10 +499,25 @@ def test_a_sweep_with_and_without_heads(tmp_path: Path) -> None:
     compressors = "method.compressor=retaining_heads,window,retaining_heads"
     ended = run_infer(0, 1, ["-m", compressors, f"model.retaining_heads={heads}", *common])
     assert (ended.code, ended.errors) == (0, [None, None, None]), ended.stderr
-    ended = run_infer(0, 1, ["method.compressor=retaining_heads", *common])
+    ended = run_infer(0, 1, ["method.compressor=retaining_heads", "model.retaining_heads=null", *common])
     assert ended.code == 2 and "needs trained heads" in ended.stderr
+    ended = run_infer(0, 1, ["method.compressor=retaining_heads", *common])  # those of model=smollm2
+    assert ended.code == 2 and "does not fit a model of" in ended.stderr
     ended = run_infer(0, 1, ["method.compressor=retaining_heads", f"method.retaining_heads={tmp_path}/x.pt", *common])
     assert ended.code == 2 and "x.pt" in ended.stderr and "no such file" in ended.stderr
+
+
+def test_the_heads_in_the_package_are_those_that_were_measured() -> None:
+    assets = Path(apb_ds.__file__).parent / "compressors" / "retaining_heads" / "assets"
+    (file,) = assets.glob("*.safetensors")
+    assert file.stat().st_size <= 16 * 2**20
+    heads = load_heads("package://apb_ds/compressors/retaining_heads/assets", HeadSizes(30, 9, 3, 64, "silu"))
+    training = json.loads((assets / "training.json").read_text())
+    assert heads.hidden_size == 256 and sum(weight.numel() for weight in heads.parameters()) == training["parameters"]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    results = Path(__file__).resolve().parents[2] / "docs" / "results" / "compressors"
+    records = sorted(results.glob("kl_*.json"))
+    assert len(records) == 4 and all(json.loads(record.read_text())["heads"]["sha256"] == digest for record in records)
 
 
 def _loaded(directory: Path) -> Any:

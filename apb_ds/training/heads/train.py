@@ -58,7 +58,7 @@ def train_heads(values: dict[str, Any], overrides: str = "") -> dict[str, Any]:
 
     Parameters
     ----------
-    overrides : what the command line changed, for the card
+    overrides : the command line's arguments, for the card
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py: times by kernel, and gaps between them."""
+"""benchmarks/prefill_kernels.py: times by kernel, and gaps between them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import apb_ds
 from apb_ds.parallel.emulated import emulated_groups
 from tests.models import llama, request_ids
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "prefill_kernels.py"
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Which kernels a prefill of one rank spends its time in, and where the device waits for the next one.
 
-    python benchmarks/kernels.py --out kernels.json --layers 8 --hosts 16 --ranks 8 --rank 7
+    python benchmarks/prefill_kernels.py --out kernels.json --layers 8 --hosts 16 --ranks 8 --rank 7
 
 Llama-3.1-8B's geometry, random weights, random ids, the other ranks emulated. On CPU the operations' own times take the
 kernels' place, and no gaps are measured.
