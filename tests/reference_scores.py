@@ -63,6 +63,10 @@ def keydiff(block: ScoreInput) -> Tensor:
 
 
 def window(block: ScoreInput) -> Tensor:
+    return _largest_nearby(_mass_of_last_queries(block))
+
+
+def _mass_of_last_queries(block: ScoreInput) -> Tensor:
     tokens = block.keys.shape[1]
     observers = range(tokens - min(OBSERVED_QUERIES, tokens), tokens)
     scores = torch.zeros(block.keys.shape[:2])
@@ -71,7 +75,7 @@ def window(block: ScoreInput) -> Tensor:
             for observer in observers:
                 logits = block.keys[kv_head, : observer + 1] @ block.queries[head, observer] * block.scaling
                 scores[kv_head, : observer + 1] += logits.softmax(dim=0)
-    return _largest_nearby(scores / (len(observers) * block.group))
+    return scores / (len(observers) * block.group)
 
 
 def query(block: ScoreInput) -> Tensor:
@@ -102,17 +106,40 @@ def random(block: ScoreInput) -> Tensor:
 def retaining_heads(checkpoint: dict[str, Tensor], activation: Callable[[Tensor], Tensor]) -> Scorer:
     """Return the scores of a published checkpoint: ``fc2(act(fc1([q; k; v])))``, token by token, in float64."""
 
+    return lambda block: _largest_nearby(_of_heads(checkpoint, activation, block))
+
+
+def heads_and_window(checkpoint: dict[str, Tensor], activation: Callable[[Tensor], Tensor]) -> Scorer:
+    """Return the heads' scores and the logarithm of the window's mass times the norms of values, each standardised."""
+
     def score(block: ScoreInput) -> Tensor:
+        of_heads, mass = _of_heads(checkpoint, activation, block), _mass_of_last_queries(block)
         assert block.projections is not None
-        fc1, fc2 = (checkpoint[f"model.layers.{block.layer}.self_attn.{name}.weight"] for name in ("fc1", "fc2"))
-        scores = torch.empty(block.keys.shape[:2])
-        for token, states in enumerate(block.projections.double()):
-            hidden = torch.stack([activation((row * states).sum()) for row in fc1.double()])
-            for kv_head, row in enumerate(fc2.double()):
-                scores[kv_head, token] = (row * hidden).sum()
+        kv_heads, tokens, head_dim = block.keys.shape
+        values = block.projections[:, -kv_heads * head_dim :].unflatten(1, (kv_heads, head_dim))
+        scores = torch.empty(kv_heads, tokens)
+        for kv_head in range(kv_heads):
+            worth = mass[kv_head] * values[:, kv_head].square().sum(dim=1).sqrt()
+            rows = of_heads[kv_head].double(), worth.double().clamp(min=1e-7).log()
+            parts = [row - row.mean() for row in rows]
+            spreads = [part.square().mean().sqrt() for part in parts]
+            scores[kv_head] = sum(
+                part / spread if spread > 0 else part for part, spread in zip(parts, spreads, strict=True)
+            )
         return _largest_nearby(scores)
 
     return score
+
+
+def _of_heads(checkpoint: dict[str, Tensor], activation: Callable[[Tensor], Tensor], block: ScoreInput) -> Tensor:
+    assert block.projections is not None
+    fc1, fc2 = (checkpoint[f"model.layers.{block.layer}.self_attn.{name}.weight"] for name in ("fc1", "fc2"))
+    scores = torch.empty(block.keys.shape[:2])
+    for token, states in enumerate(block.projections.double()):
+        hidden = torch.stack([activation((row * states).sum()) for row in fc1.double()])
+        for kv_head, row in enumerate(fc2.double()):
+            scores[kv_head, token] = (row * hidden).sum()
+    return scores
 
 
 SCORERS: dict[str, Scorer] = {

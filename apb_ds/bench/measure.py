@@ -14,7 +14,7 @@ from apb_ds.bench.clocks import read_clocks
 from apb_ds.bench.config import BenchConfig
 from apb_ds.bench.emulate import RankRun, run_rank
 from apb_ds.bench.timing import Stopwatch
-from apb_ds.compressors.base import RETAINING_HEADS
+from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.engine import APBEngine
 from apb_ds.parallel.emulated import EmulatedGroup, emulated_groups
@@ -97,7 +97,7 @@ class Runner:
             return
         self.engine.group = self._groups(case)[rank] if case.emulated else self.group
         heads = None
-        if case.config.compressor == RETAINING_HEADS:
+        if needs_heads(case.config.compressor):
             heads, self._heads = self._heads, None  # the engine keeps them, on its device
         self.engine.configure(case.config, heads)
 

@@ -15,7 +15,7 @@ from apb_ds.bench.config import BenchConfig
 from apb_ds.bench.emulate import slowest_rank
 from apb_ds.bench.measure import Runner, Runs
 from apb_ds.bench.record import make_record
-from apb_ds.compressors.base import RETAINING_HEADS
+from apb_ds.compressors.base import needs_heads
 from apb_ds.config import APBConfig
 from apb_ds.entry import init_inference
 from apb_ds.loading import LoadedModel, load_model
@@ -79,9 +79,9 @@ def _make_runner(
 ) -> Runner:
     configs = [case.config for case in cases if case.config is not None and not case.emulated]
     config = configs[0] if configs else APBConfig(hosts=group.world_size)
-    with_heads = [case.config for case in cases if case.config and case.config.compressor == RETAINING_HEADS]
+    with_heads = [case.config for case in cases if case.config and needs_heads(case.config.compressor)]
     heads = heads_for(loaded.model, with_heads[0], settings.retaining_heads) if with_heads else None
-    given = heads if config.compressor == RETAINING_HEADS else None
+    given = heads if needs_heads(config.compressor) else None
     return Runner(init_inference(loaded.model, config, group=group, retaining_heads=given), group, bench, heads)
 
 

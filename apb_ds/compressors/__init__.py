@@ -1,6 +1,6 @@
 """Compressors: one file, one compressor. Importing this package fills the registry."""
 
-from apb_ds.compressors import keydiff, knorm, query, random, recent, retaining_heads, window
+from apb_ds.compressors import heads_and_window, keydiff, knorm, query, random, recent, retaining_heads, window
 from apb_ds.compressors.base import (
     BlockStates,
     Compressor,
@@ -14,6 +14,7 @@ __all__ = [
     "Compressor",
     "build_compressor",
     "compressor_names",
+    "heads_and_window",
     "keydiff",
     "knorm",
     "query",

@@ -64,6 +64,7 @@ class Compressor:
     name: ClassVar[str]
     needs_anchor_queries: ClassVar[bool] = False
     needs_projections: ClassVar[bool] = False
+    needs_heads: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, config: APBConfig) -> Compressor:
@@ -197,6 +198,16 @@ def register_compressor(name: str) -> Callable[[CompressorClass], CompressorClas
 def compressor_names() -> tuple[str, ...]:
     """Names of all registered compressors, sorted."""
     return tuple(sorted(_REGISTRY))
+
+
+def needs_heads(name: str | None) -> bool:
+    """Whether the compressor of that name scores with trained heads; False for a name that there is not."""
+    return name in _REGISTRY and _REGISTRY[name].needs_heads
+
+
+def names_with_heads() -> str:
+    """Return the names of the compressors that score with trained heads, for messages."""
+    return " or ".join(repr(name) for name in compressor_names() if _REGISTRY[name].needs_heads)
 
 
 def build_compressor(config: APBConfig) -> Compressor:

@@ -26,13 +26,18 @@ class WindowCompressor(Compressor):
     window: int = 32
 
     def score(self, block: BlockStates) -> Tensor:
-        observers = min(self.window, block.num_tokens)
-        num_hidden = torch.arange(observers - 1, -1, -1, device=block.keys.device)
-        products = attention_products(block.queries[:, :, -observers:], block.keys)
-        return max_pool(compiled_if(_mean_mass, block.fused)(products, num_hidden, block.scale))
+        return max_pool(window_mass(block, self.window))
 
     def score_products(self, block_tokens: int, query_tokens: int, heads: int, head_dim: int) -> int:
         return min(self.window, block_tokens) * block_tokens * heads * head_dim
+
+
+def window_mass(block: BlockStates, window: int) -> Tensor:
+    """Return what each token gets of the attention of the last `window` queries, (kv_heads, block_tokens), float32."""
+    observers = min(window, block.num_tokens)
+    num_hidden = torch.arange(observers - 1, -1, -1, device=block.keys.device)
+    products = attention_products(block.queries[:, :, -observers:], block.keys)
+    return compiled_if(_mean_mass, block.fused)(products, num_hidden, block.scale)
 
 
 def _mean_mass(products: Tensor, num_hidden: Tensor, scale: float) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from apb_ds.compressors.base import RETAINING_HEADS
+from apb_ds.compressors.base import names_with_heads, needs_heads
 from apb_ds.compressors.retaining_heads.checkpoint import FIELD, FILE_PATTERNS, check_state, read_heads
-from apb_ds.compressors.retaining_heads.compressor import NO_HEADS
+from apb_ds.compressors.retaining_heads.compressor import no_heads
 from apb_ds.compressors.retaining_heads.module import HeadSizes, RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.hf import check_projections
@@ -32,16 +32,17 @@ def heads_for(model: PreTrainedModel, config: APBConfig, given: HeadsSource | No
     ValueError
         If heads are missing, not asked for, not found, or do not fit the model.
     """
-    if config.compressor != RETAINING_HEADS:
+    if not needs_heads(config.compressor):
         if given is not None:
             shown = type(given).__name__ if isinstance(given, RetainingHeads) else repr(str(given))
             raise ValueError(
-                f"{FIELD}={shown} goes with compressor={RETAINING_HEADS!r}, not {config.compressor!r}; set that, or "
+                f"{FIELD}={shown} goes with compressor={names_with_heads()}, not {config.compressor!r}; set that, or "
                 f"leave {FIELD} out."
             )
         return None
     if given is None:
-        raise ValueError(NO_HEADS)
+        assert config.compressor is not None
+        raise ValueError(no_heads(config.compressor))
     check_projections(model)
     sizes = head_sizes(model)
     if isinstance(given, RetainingHeads):

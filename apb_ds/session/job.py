@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apb_ds.attention import APBAttention
-from apb_ds.compressors.base import RETAINING_HEADS
+from apb_ds.compressors.base import names_with_heads, needs_heads
 from apb_ds.config import APBConfig, check_bool, check_choice, check_integer
 from apb_ds.loading import ModelConfig
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, launched_world_size
@@ -147,17 +147,17 @@ def _heads_of(method: APBConfig, given: object, model: ModelConfig) -> str | Non
     """Return where the heads are that the compressor needs, given or the model's own; None if it needs none."""
     if given is not None and (not isinstance(given, str) or not given):
         raise ValueError(f"method.{HEADS_KEY}={given!r} must be a .pt or .safetensors file, a directory or a hub id.")
-    if method.compressor != RETAINING_HEADS:
+    if not needs_heads(method.compressor):
         if given is not None:
             raise ValueError(
-                f"method.{HEADS_KEY}={given!r} goes with method.compressor={RETAINING_HEADS}, not {method.compressor}; "
-                f"set that, or leave method.{HEADS_KEY} out."
+                f"method.{HEADS_KEY}={given!r} goes with method.compressor={names_with_heads()}, not "
+                f"{method.compressor!r}; set that, or leave method.{HEADS_KEY} out."
             )
         return None
     found = given or model.retaining_heads
     if found is None:
         raise ValueError(
-            f"method.compressor={RETAINING_HEADS} needs trained heads, and this model comes with none; set "
+            f"method.compressor={method.compressor} needs trained heads, and this model comes with none; set "
             f"method.{HEADS_KEY} to a .pt or .safetensors file, a directory or a hub id, or use another compressor."
         )
     return found

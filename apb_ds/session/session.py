@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from apb_ds.agreement import agree, describe_software
-from apb_ds.compressors.base import RETAINING_HEADS
+from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
@@ -249,7 +249,7 @@ class Session:
     ) -> Any:
         from apb_ds.entry import init_inference  # brings deepspeed along
 
-        heads = heads if method.compressor == RETAINING_HEADS else None
+        heads = heads if needs_heads(method.compressor) else None
         if self._engine is None:
             self._engine = init_inference(
                 loaded.model, method, group=self.group, retaining_heads=heads, timeout_s=timeout_s

@@ -125,11 +125,15 @@ CASES: dict[str, Case] = {
     "a layer with a short window": Case((*PROMPT, "model.path={files}/sliding"), ("layer 0", "sliding_window=16")),
     # --- heads
     "a compressor without its heads": Case(
-        (*PROMPT, "method.compressor=retaining_heads"), ("needs trained heads", "method.retaining_heads", "hub id")
+        (*PROMPT, "method.compressor=retaining_heads", "model.retaining_heads=null"),
+        ("needs trained heads", "method.retaining_heads", "hub id"),
     ),
     "heads without their compressor": Case(
         (*PROMPT, "method.retaining_heads={files}/heads.pt"),
-        ("method.retaining_heads=", "goes with method.compressor=retaining_heads, not window"),
+        (
+            "method.retaining_heads=",
+            "goes with method.compressor='heads_and_window' or 'retaining_heads', not 'window'",
+        ),
     ),
     "heads that are not there": Case(
         (*PROMPT, "method.compressor=retaining_heads", "method.retaining_heads={files}/nope.pt"),

@@ -23,6 +23,7 @@ CASES = [
     Case("keydiff, four hosts", 110, 3, {"hosts": 4, "compressor": "keydiff", "passing_length": 6}),
     Case("random", 110, 3, {"hosts": 4, "compressor": "random", "anchor_length": 11, "passing_length": 6}),
     Case("heads", 110, 3, {"hosts": 4, "compressor": "retaining_heads", "passing_length": 6}),
+    Case("heads and window", 110, 3, {"hosts": 4, "compressor": "heads_and_window", "passing_length": 6}),
     Case("no anchor", 91, 5, {"anchor_length": 0, "passing_length": 4, "compressor": "knorm"}),
     Case("anchor shorter than ranks", 91, 5, {"anchor_length": 2, "query_in_anchor": False, "compressor": "recent"}),
     Case("nothing passed", 91, 2, {"method": "star"}),

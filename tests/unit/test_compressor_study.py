@@ -144,7 +144,7 @@ def test_the_record_of_the_study(record: dict[str, Any], tiny: dict[str, Path]) 
             "eligible_tokens": [BLOCK - ANCHOR, *[BLOCK] * (HOSTS - 2)],
             "kept_tokens": [BLOCK // ratio] * (HOSTS - 1),
         }
-    names = {*fidelity.UNTRAINED, "retaining_heads", "random"}
+    names = {*fidelity.UNTRAINED, *fidelity.WITH_HEADS, "random"}
     for observers in ("judged", "later_blocks"):
         for ratio in RATIOS:
             rows = part["recall"][observers][str(ratio)]
@@ -260,7 +260,7 @@ def test_fidelity_compares_heads_at_a_ratio(
     assert (default["ratio"], default["heads"]) == (8, None) and "retaining_heads" not in default["kl"]
     assert asked["ratio"] == 2
     assert asked["heads"] == {"name": "heads.pt", "sha256": hashlib.sha256(tiny["heads"].read_bytes()).hexdigest()}
-    assert set(asked["kl"]) == {*default["kl"], "retaining_heads"}
+    assert set(asked["kl"]) == {*default["kl"], *fidelity.WITH_HEADS}
     for name, of_default in default["kl"].items():
         passes_nothing = name in ("local block only", "anchor only", "star")
         assert (asked["kl"][name] == of_default) == passes_nothing, name
@@ -281,3 +281,22 @@ def test_fidelity_compares_heads_at_a_ratio(
             low, high = difference["interval_95"]
             assert min(each) - 1e-9 <= low <= high <= max(each) + 1e-9, name
     assert f"{fidelity.SEEDS} seeds of random: " in capsys.readouterr().out
+
+
+def test_fidelity_of_some_rows(
+    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "kl.json"
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", *arguments(tiny, out), "--rows", "window", "recent"])
+    fidelity.main()
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert list(record["kl"]) == ["window", "recent"]
+    assert record["minus_random"] is None and record["random_seeds"] is None
+    assert record["minus_window"]["window"] == {"mean": 0.0, "interval_95": [0.0, 0.0]}
+    difference = record["mean_kl"]["recent"] - record["mean_kl"]["window"]
+    assert record["minus_window"]["recent"]["mean"] == pytest.approx(difference, abs=1e-12) and difference != 0
+    assert "minus random" not in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", *arguments(tiny, out), "--rows", "heads_and_window"])
+    with pytest.raises(SystemExit):
+        fidelity.main()
+    assert "there is no 'heads_and_window'; there are 'local block only'" in capsys.readouterr().err

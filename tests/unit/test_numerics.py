@@ -18,7 +18,7 @@ from torch import Tensor
 import apb_ds
 from apb_ds.attention import APBAttention, Phase
 from apb_ds.cache import ShardedCache
-from apb_ds.compressors.base import RETAINING_HEADS, compressor_names
+from apb_ds.compressors.base import compressor_names, needs_heads
 from apb_ds.methods.state import PrefillState
 from apb_ds.ops.kernels import KERNELS
 from apb_ds.ops.merge import merge_many, merge_two
@@ -28,7 +28,7 @@ from tests.models import build_model, distinct_ids, request_ids
 from tests.reference import ReferenceRun, _MaskedAttention, lay_out, resolve_settings, run_reference
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
-UNTRAINED = [name for name in compressor_names() if name != RETAINING_HEADS]
+UNTRAINED = [name for name in compressor_names() if not needs_heads(name)]
 SCALE = 0.25
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of each query and key; logits are up to 16 * 8 * 8 * SCALE times the square of it.

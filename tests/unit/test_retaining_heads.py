@@ -98,6 +98,27 @@ def test_the_scores_are_those_of_the_formula(checkpoint: dict[str, Any]) -> None
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)  # float32 sums of 128 and 24 terms of size 1
 
 
+def test_the_scores_with_the_window_are_those_of_the_formula(checkpoint: dict[str, Any]) -> None:
+    from apb_ds.compressors import BlockStates
+    from apb_ds.compressors.heads_and_window import HeadsAndWindowCompressor
+    from apb_ds.compressors.retaining_heads.checkpoint import _heads_from
+    from tests.reference_scores import ScoreInput, heads_and_window
+
+    generator = torch.Generator().manual_seed(4)
+    compressor = HeadsAndWindowCompressor(_heads_from(checkpoint, SIZES))
+    slow = heads_and_window(checkpoint, torch.nn.functional.silu)
+    for tokens in (1, 3, 40, 70):
+        projections = torch.randn(1, tokens, SIZES.input_size, generator=generator)
+        keys, queries = (torch.randn(1, heads, tokens, 16, generator=generator) for heads in (2, 4))
+        values = projections[0, :, -32:].unflatten(1, (2, 16)).transpose(0, 1).unsqueeze(0)
+        block = BlockStates(queries, keys, values, 0, 1, 0.25, projections=projections)
+        given = ScoreInput(queries[0], keys[0], queries[0], torch.arange(tokens), 0.25, 1, 0, projections[0])
+        scores, expected = compressor.score(block), slow(given)
+        assert scores.dtype == torch.float32 and scores.shape == (2, tokens)
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+        assert tokens == 1 or not torch.allclose(expected, retaining_heads(checkpoint, torch.nn.functional.silu)(given))
+
+
 def test_scores_without_projections_are_refused(checkpoint: dict[str, Any]) -> None:
     from apb_ds.compressors import BlockStates
     from apb_ds.compressors.retaining_heads import RetainingHeadsCompressor
@@ -286,7 +307,11 @@ def query_logits(engine: Any) -> Tensor:
     ("compressor", "given", "parts"),
     [
         ("retaining_heads", None, ("compressor='retaining_heads' needs trained heads", ".safetensors")),
-        ("window", "heads.pt", ("retaining_heads='heads.pt' goes with compressor='retaining_heads', not 'window'",)),
+        (
+            "window",
+            "heads.pt",
+            ("retaining_heads='heads.pt' goes with compressor='heads_and_window' or 'retaining_heads', not 'window'",),
+        ),
         ("retaining_heads", "/no/such.pt", ("retaining_heads='/no/such.pt'", "no such file")),
         ("retaining_heads", "no/such", ("retaining_heads='no/such'", "Looked in", "hub cache", "HF_HUB_OFFLINE")),
     ],
@@ -479,7 +504,11 @@ def test_where_settings_take_heads_from(method: dict[str, Any], model: dict[str,
     ("method", "model", "part"),
     [
         ({"compressor": "retaining_heads"}, {}, "method.compressor=retaining_heads needs trained heads"),
-        ({"retaining_heads": "c.pt"}, {}, "method.retaining_heads='c.pt' goes with method.compressor=retaining_heads"),
+        (
+            {"retaining_heads": "c.pt"},
+            {},
+            "method.retaining_heads='c.pt' goes with method.compressor='heads_and_window' or 'retaining_heads'",
+        ),
         ({"method": "dense", "retaining_heads": "c.pt"}, {}, "method.retaining_heads='c.pt' goes with"),
         ({"compressor": "retaining_heads", "retaining_heads": 3}, {}, "method.retaining_heads=3 must be"),
         ({}, {"retaining_heads": ""}, "model.retaining_heads='' must be"),

@@ -21,12 +21,16 @@ class RetainingHeadsCompressor(Compressor):
     """
 
     needs_projections = True
+    needs_heads = True
 
     def __init__(self, heads: RetainingHeads | None = None) -> None:
         self.heads = heads
 
     def score(self, block: BlockStates) -> Tensor:
-        """Return (kv_heads, block_tokens), float32.
+        return max_pool(self.head_scores(block))
+
+    def head_scores(self, block: BlockStates) -> Tensor:
+        """Return what the heads say of each token, (kv_heads, block_tokens), float32.
 
         Raises
         ------
@@ -34,20 +38,22 @@ class RetainingHeadsCompressor(Compressor):
             Without heads, or without the block's projections.
         """
         if self.heads is None:
-            raise ValueError(NO_HEADS)
+            raise ValueError(no_heads(self.name))
         if block.projections is None:
             raise ValueError(
-                f"compressor={RETAINING_HEADS!r} scores queries, keys and values before rotation; set "
+                f"compressor={self.name!r} scores queries, keys and values before rotation; set "
                 "PrefillState.projections before each layer's attention."
             )
         scores = self.heads(block.layer_idx, block.projections[0])
-        return max_pool(scores.float().transpose(0, 1))
+        return scores.float().transpose(0, 1)
 
     def score_products(self, block_tokens: int, query_tokens: int, heads: int, head_dim: int) -> int:
         return 0 if self.heads is None else block_tokens * self.heads.products_per_token
 
 
-NO_HEADS = (
-    f"compressor={RETAINING_HEADS!r} needs trained heads: give retaining_heads= the path of a .pt or .safetensors "
-    "file, a directory or a hub id (method.retaining_heads on the command line), or use another compressor."
-)
+def no_heads(compressor: str) -> str:
+    """Return what is said where a compressor lacks heads."""
+    return (
+        f"compressor={compressor!r} needs trained heads: give retaining_heads= the path of a .pt or .safetensors file, "
+        "a directory or a hub id (method.retaining_heads on the command line), or use another compressor."
+    )

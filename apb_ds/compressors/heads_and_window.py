@@ -1,0 +1,38 @@
+"""Keep what trained heads and the block's last tokens together think will be attended to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apb_ds.compressors.base import BlockStates, max_pool, register_compressor
+from apb_ds.compressors.retaining_heads.compressor import RetainingHeadsCompressor
+from apb_ds.compressors.window import window_mass
+
+WINDOW = 32
+# Attention below this says nothing any more, and its logarithm would outweigh all others.
+SMALLEST_MASS = 1e-7
+
+
+@register_compressor("heads_and_window")
+class HeadsAndWindowCompressor(RetainingHeadsCompressor):
+    """The heads' scores, and the logarithm of what `window` measures times the values' norms: standardised, added.
+
+    A head sees one token at a time and learns what is attended to whatever comes; the block's last queries know what it
+    is about. Both are brought to mean 0 and variance 1 over the block, for each KV head, before they are added and
+    max-pooled.
+    """
+
+    def score(self, block: BlockStates) -> Tensor:
+        mass = window_mass(block, WINDOW) * block.values[0].float().norm(dim=-1)
+        return max_pool(_standardised(self.head_scores(block)) + _standardised(mass.clamp_min(SMALLEST_MASS).log()))
+
+    def score_products(self, block_tokens: int, query_tokens: int, heads: int, head_dim: int) -> int:
+        observed = min(WINDOW, block_tokens) * block_tokens * heads * head_dim
+        return observed + super().score_products(block_tokens, query_tokens, heads, head_dim)
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    """Bring each row of (kv_heads, tokens) to mean 0 and variance 1; to zeros where all are the same."""
+    deviation, mean = torch.std_mean(scores, dim=-1, correction=0, keepdim=True)
+    return (scores - mean) / deviation.clamp_min(torch.finfo(scores.dtype).tiny)
