@@ -248,8 +248,11 @@ def main() -> None:
     arguments = parse_arguments()
     record = measure(arguments)
     for name, value in sorted(record["mean_kl"].items(), key=lambda item: item[1]):
-        low, high = record["minus_random"][name]["interval_95"] if record["minus_random"] else (0.0, 0.0)
-        print(f"{name:18s} {value:.4f}" + (f"   minus random: [{low:+.4f}, {high:+.4f}]" if low or high else ""))
+        shown = f"{name:18s} {value:.4f}"
+        if record["minus_random"]:
+            low, high = record["minus_random"][name]["interval_95"]
+            shown += f"   minus random: [{low:+.4f}, {high:+.4f}]"
+        print(shown)
     if seeds := record["random_seeds"]:
         print(
             f"{SEEDS} seeds of random: {seeds['min']:.4f} to {seeds['max']:.4f}, sd {seeds['standard_deviation']:.4f}"

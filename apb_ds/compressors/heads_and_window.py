@@ -7,9 +7,8 @@ from torch import Tensor
 
 from apb_ds.compressors.base import BlockStates, max_pool, register_compressor
 from apb_ds.compressors.retaining_heads.compressor import RetainingHeadsCompressor
-from apb_ds.compressors.window import window_mass
+from apb_ds.compressors.window import WindowCompressor, window_mass
 
-WINDOW = 32
 # Attention below this says nothing any more, and its logarithm would outweigh all others.
 SMALLEST_MASS = 1e-7
 
@@ -24,12 +23,12 @@ class HeadsAndWindowCompressor(RetainingHeadsCompressor):
     """
 
     def score(self, block: BlockStates) -> Tensor:
-        mass = window_mass(block, WINDOW) * block.values[0].float().norm(dim=-1)
+        mass = window_mass(block, WindowCompressor.window) * block.values[0].float().norm(dim=-1)
         return max_pool(_standardised(self.head_scores(block)) + _standardised(mass.clamp_min(SMALLEST_MASS).log()))
 
     def score_products(self, block_tokens: int, query_tokens: int, heads: int, head_dim: int) -> int:
-        observed = min(WINDOW, block_tokens) * block_tokens * heads * head_dim
-        return observed + super().score_products(block_tokens, query_tokens, heads, head_dim)
+        sizes = block_tokens, query_tokens, heads, head_dim
+        return WindowCompressor().score_products(*sizes) + super().score_products(*sizes)
 
 
 def _standardised(scores: Tensor) -> Tensor:

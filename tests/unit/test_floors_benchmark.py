@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "floors.py"
+from benchmarks import floors
+
 RECORDS = Path(__file__).resolve().parents[2] / "docs" / "results" / "bench"
 
 
-@pytest.fixture
-def floors(monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("floors_benchmark", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_step_reads_all_weights_but_the_embedding(floors: Any) -> None:
+def test_a_step_reads_all_weights_but_the_embedding() -> None:
     weights = 8_030_261_248 - 128256 * 4096 - 65 * 4096  # Llama-3.1-8B's, without embedding and norms
     assert floors.step_bytes(floors.LLAMA_8B, 0, itemsize=2) == 2 * weights
     cache = floors.step_bytes(floors.LLAMA_8B, 1000, itemsize=2) - 2 * weights
     assert cache == 1000 * 131_072
 
 
-def test_floors_of_a_record(floors: Any) -> None:
+def test_floors_of_a_record() -> None:
     record = json.loads((RECORDS / "emulated_128k.json").read_text())
     rates = {"products": 6e14, "causal": 5e14, "unmasked": 7e14, "bandwidth": 3e12}
     dense, star, apb = floors.floors_of(record, rates)
@@ -48,7 +36,7 @@ def test_floors_of_a_record(floors: Any) -> None:
     assert slower[0] == dense and slower[2]["prefill_floor_s"] > apb["prefill_floor_s"]
 
 
-def test_rates_are_of_the_later_calls(floors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_of_the_later_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
     monkeypatch.setattr(floors.time, "perf_counter", lambda: clock)
 
@@ -59,7 +47,7 @@ def test_rates_are_of_the_later_calls(floors: Any, monkeypatch: pytest.MonkeyPat
     assert floors.sustained(work, 40, torch.device("cpu")) == 2.0
 
 
-def test_rates_of_this_machine(floors: Any) -> None:
+def test_rates_of_this_machine() -> None:
     sizes = floors.ModelSizes(2, 64, 96, 4, 2, 16, 100)
     rates = floors.measure_rates(sizes, 64, 2**20, 0.01, torch.device("cpu"))
     assert all(rates[name] > 0 for name in ("products", "causal", "unmasked", "bandwidth"))

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from typing import Any
-
-import pytest
-
 import apb_ds
 from apb_ds.parallel.emulated import emulated_groups
+from benchmarks import prefill_kernels as kernels
 from tests.models import llama, request_ids
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "prefill_kernels.py"
 
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("kernels_benchmark", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_gaps_are_where_nothing_runs(kernels: Any) -> None:
+def test_gaps_are_where_nothing_runs() -> None:
     spans = [(0.0, 10.0, "a"), (12.0, 20.0, "b"), (15.0, 40.0, "c"), (18.0, 30.0, "d"), (50.0, 51.0, "a")]
     assert kernels.idle_gaps(spans[::-1]) == {("c", "a"): [10.0]}
     assert kernels.idle_gaps([*spans, (60.0, 61.0, "a"), (70.0, 71.0, "a")])["a", "a"] == [9.0, 9.0]
     assert kernels.idle_gaps([]) == {}
 
 
-def test_operations_of_an_emulated_rank(kernels: Any) -> None:
+def test_operations_of_an_emulated_rank() -> None:
     document, query = request_ids(200, 8)
     engine = apb_ds.init_inference(llama(), apb_ds.APBConfig(hosts=8, anchor_length=12), group=emulated_groups(4)[3])
     found = kernels.profile_prefill(engine, document, query)
