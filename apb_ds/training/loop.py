@@ -97,7 +97,8 @@ class Trainer:
             On all ranks, if the last step's gradient is no number, and with it what was trained; nothing is written.
         """
         norm = self._engine.get_global_grad_norm()
-        if norm is not None and not math.isfinite(norm):
+        # A step that DeepSpeed skipped for its gradient has changed nothing: in float16 that is how the scale is found.
+        if self._engine.was_step_applied() and norm is not None and (norm < 0 or not math.isfinite(norm)):
             raise RuntimeError(f"the gradient of step {self.step} is no number; the checkpoint before it is kept.")
         tag = f"step-{self.step}"
         with contextlib.redirect_stdout(io.StringIO()):
