@@ -18,7 +18,7 @@ from unittest import mock
 
 from tests import faulty
 from tests.faulty import Fault
-from tests.pool import PRELOADED, cpu_environment
+from tests.pool import PRELOADED, workers_environment
 
 CLONE_NEWNET = 0x40000000
 AFTER_RESULT_S = 0.4
@@ -79,7 +79,7 @@ class ForkedRanks:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.began = time.time()
-        with cpu_environment():
+        with workers_environment():
             for rank in range(self._world_size):
                 process = context.Process(target=_serve, args=(rank, str(self.directory), *self._arguments))
                 process.start()

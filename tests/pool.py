@@ -1,7 +1,8 @@
-"""Gloo processes that the test session starts once and reuses.
+"""Processes that the test session starts once and reuses, over gloo on CPU or NCCL with a GPU for each.
 
-The workers fork from a server that has torch, transformers and deepspeed loaded already, so a new pool costs a fraction
-of a second; gloo itself starts after the fork. They meet through a file and talk over the loopback device alone.
+Those of gloo fork from a server that has torch, transformers and deepspeed loaded already, so a new pool costs a
+fraction of a second; gloo itself starts after the fork. They meet through a file and talk over the loopback device
+alone. Those of NCCL are started anew, since CUDA does not survive a fork.
 """
 
 from __future__ import annotations
@@ -37,11 +38,17 @@ class RankTimeout(AssertionError):
     """One or more ranks did not answer in time; the message holds where they were."""
 
 
+GLOO, NCCL = "gloo", "nccl"
+ENVIRONMENTS = {
+    GLOO: {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"},
+    NCCL: {"DS_ACCELERATOR": "cuda", "NCCL_SOCKET_IFNAME": "lo"},
+}
+
+
 @contextlib.contextmanager
-def cpu_environment() -> Any:
-    """Set what the server of the workers must start with, and restore it: the session itself may use a GPU."""
-    values = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    values["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the launch scripts have it
+def workers_environment(backend: str = GLOO) -> Any:
+    """Set what the workers (or their server) must start with, and restore it: the session itself may use a GPU."""
+    values = {**ENVIRONMENTS[backend], "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as the launch scripts
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.get(name) for name in (*values, *launcher)}
     for name in launcher:
@@ -56,12 +63,14 @@ def cpu_environment() -> Any:
                 os.environ[name] = value
 
 
-def _join_group(rank: int, world_size: int, directory: str) -> None:
+def _join_group(rank: int, world_size: int, directory: str, backend: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if backend == NCCL:
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size
+        backend, init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size
     )
     importlib.import_module("apb_ds.parallel.groups").deepspeed_comm_ready()
 
@@ -92,8 +101,9 @@ def _serve(connection: Connection, rank: int, world_size: int, directory: str) -
 class Pool:
     """`world_size` ranks with torch.distributed and deepspeed.comm initialised, started at the first `run`."""
 
-    def __init__(self, world_size: int):
+    def __init__(self, world_size: int, backend: str = GLOO):
         self.world_size = world_size
+        self.backend = backend
         self._workers: list[tuple[Any, Connection]] = []
         self._directory = ""
 
@@ -134,9 +144,10 @@ class Pool:
 
     def _start(self) -> None:
         self._directory = tempfile.mkdtemp(prefix="apb_pool_")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        with cpu_environment():
+        context: Any = multiprocessing.get_context("forkserver" if self.backend == GLOO else "spawn")
+        if self.backend == GLOO:
+            context.set_forkserver_preload(PRELOADED)
+        with workers_environment(self.backend):
             for rank in range(self.world_size):
                 here, there = context.Pipe()
                 process = context.Process(
@@ -146,7 +157,7 @@ class Pool:
                 there.close()
                 self._workers.append((process, here))
         try:
-            self._call(_join_group, (self._directory,), START_TIMEOUT_S)
+            self._call(_join_group, (self._directory, self.backend), START_TIMEOUT_S)
         except BaseException:
             self.close()
             raise

@@ -1,0 +1,149 @@
+"""Ranks that talk over NCCL, a GPU each: the same answers as the references give on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import apb_ds
+from apb_ds.parallel.groups import SequenceGroup
+from tests import models
+from tests.engine_cases import Case, own_query_logits
+from tests.heads import engine_with_heads
+from tests.models import build_model, request_ids
+from tests.pool import NCCL, Pool
+from tests.reference import reference_greedy, run_reference
+
+RANKS = 2
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason=f"missing: {RANKS} CUDA devices"),
+]
+
+# As in test_engine.py: float32 on both sides, and a token too many moves the logits by more.
+FLOAT32_TOLERANCE = 1e-3
+NUM_NEW_TOKENS = 5
+
+CASES = [
+    Case("defaults", 203, 7),
+    Case("one host a rank", 203, 7, {"hosts": 2}),
+    Case("two rounds", 203, 7, {"hosts": 4, "compressor": "recent"}),
+    Case("natural order, whole anchors", 203, 7, {"hosts": 4, "schedule": "natural", "shard_anchor": False}),
+    Case("query compressor", 203, 7, {"compressor": "query", "anchor_length": 17, "passing_length": 5}),
+    Case("heads", 110, 3, {"hosts": 4, "compressor": "retaining_heads", "passing_length": 6}),
+    Case("no anchor", 91, 5, {"anchor_length": 0, "passing_length": 4, "compressor": "knorm"}),
+    Case("star", 91, 2, {"method": "star"}),
+    Case("fewer tokens than hosts", 5, 4, {"anchor_length": 0, "passing_length": 1}),
+    Case("exact", 60, 9),
+]
+
+
+@pytest.fixture(scope="module")
+def nccl() -> Iterator[Pool]:
+    """As many ranks as `RANKS`, over NCCL."""
+    pool = Pool(RANKS, NCCL)
+    yield pool
+    pool.close()
+
+
+def answer_cases(rank: int, world_size: int) -> dict[str, tuple[Tensor, Any]]:
+    """Return each case's logits as this rank computed them, and the tokens, on the CPU."""
+    engine = engine_with_heads(build_model("qwen2"))
+    assert engine.device == torch.device("cuda", rank) and engine.group.world_size == world_size
+    answers = {}
+    for case in CASES:
+        document, query = case.ids()
+        engine.configure(apb_ds.APBConfig(**case.given, fused=False))
+        logits = own_query_logits(engine, query, engine.prefill(document, query))
+        tokens = engine.generate(document, query, max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
+        answers[case.name] = logits.cpu(), tokens.tolist()
+    return answers
+
+
+def test_answers_are_the_reference_on_every_rank(nccl: Pool) -> None:
+    by_rank = nccl.run(answer_cases, timeout=240)
+    model = build_model("qwen2")
+    for case in CASES:
+        document, query = case.ids()
+        settings = case.reference_settings("qwen2")
+        for name in ("schedule", "shard_anchor"):  # which change nothing
+            settings.pop(name, None)
+        if settings.pop("method", None) == "star":
+            settings.update(anchor_length="block", passing_length=0, query_in_anchor=False)
+        expected = run_reference(model, document, query, **settings).logits
+        tokens = reference_greedy(model, document, query, NUM_NEW_TOKENS, **settings).tolist()
+        for answers in by_rank:
+            logits, generated = answers[case.name]
+            assert float((logits - expected).abs().max()) < FLOAT32_TOLERANCE, case.name
+            assert generated == tokens, case.name
+
+
+def answer_exactly(rank: int, world_size: int, method: str) -> list[tuple[Tensor, Any]]:
+    """Return logits and tokens of an exact method for `LENGTHS`, on the CPU."""
+    engine = apb_ds.init_inference(
+        models.llama(num_key_value_heads=4),
+        apb_ds.APBConfig(method=method, fused=False),
+        group=SequenceGroup.of(torch.distributed.group.WORLD),
+    )
+    answers = []
+    for n in LENGTHS:
+        document, query = request_ids(n, 4)
+        logits = own_query_logits(engine, query, engine.prefill(document))
+        tokens = engine.generate(document, query, max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
+        answers.append((logits.cpu(), tokens.tolist()))
+    return answers
+
+
+LENGTHS = (1, 3, 8, 101)
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_exact_methods_are_the_plain_model(nccl: Pool, method: str) -> None:
+    by_rank = nccl.run(answer_exactly, method, timeout=120)
+    model = models.llama(num_key_value_heads=4)
+    for index, n in enumerate(LENGTHS):
+        ids = torch.cat(request_ids(n, 4), dim=1)
+        with torch.no_grad():
+            expected = model(ids).logits[:, n:]
+        tokens = model.generate(ids, max_new_tokens=NUM_NEW_TOKENS, do_sample=False)[:, n + 4 :].tolist()
+        for answers in by_rank:
+            logits, generated = answers[index]
+            assert float((logits - expected).abs().max()) < FLOAT32_TOLERANCE, n
+            assert generated == tokens
+
+
+def answer_in_half_precision(rank: int, world_size: int) -> tuple[Any, Any]:
+    """Return the tokens of a request with everything that CUDA switches on, and of a second one."""
+    engine = apb_ds.init_inference(build_model("llama").bfloat16(), apb_ds.APBConfig(hosts=4))
+    document, query = request_ids(203, 7)
+    first, again = (
+        engine.generate(document, query, max_new_tokens=NUM_NEW_TOKENS, do_sample=False).tolist() for _ in range(2)
+    )
+    return first, again
+
+
+def test_half_precision_and_fused_layers_agree_on_all_ranks(nccl: Pool) -> None:
+    answers = nccl.run(answer_in_half_precision, timeout=240)
+    assert len({str(tokens) for of_rank in answers for tokens in of_rank}) == 1
+    assert len(answers[0][0][0]) == NUM_NEW_TOKENS
+
+
+def fail_on_one(rank: int, world_size: int) -> str:
+    """Ask with a document that is bad on the last rank; return what this rank says."""
+    engine = apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(hosts=4, fused=False))
+    document, query = request_ids(40, 3)
+    try:
+        engine.prefill(document.float() if rank == world_size - 1 else document, query)
+    except Exception as error:  # which one is what the test looks at
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_bad_input_on_one_rank_is_an_error_on_all(nccl: Pool) -> None:
+    first, last = nccl.run(fail_on_one)
+    assert "int64" in last and last.startswith("ValueError")
+    assert "rank 1" in first and "int64" in first
