@@ -1,0 +1,64 @@
+"""benchmarks/overlap.py: what of collectives is hidden, from events written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import overlap
+from benchmarks.overlap import ATTENTION, COMMUNICATION, LINEAR, OTHER, Event
+
+EVENTS = [
+    Event(0.0, 1000.0, 7, LINEAR),
+    Event(500.0, 2500.0, 9, COMMUNICATION),  # 500 behind the product, 1000 behind attention, 500 alone
+    Event(1500.0, 2500.0, 7, ATTENTION),
+    Event(2600.0, 3000.0, 7, OTHER),
+]
+
+
+def test_what_is_hidden_and_what_is_not() -> None:
+    assert overlap.summarise(EVENTS) == {
+        "span_ms": 3.0,
+        "computing_ms": 2.4,
+        "communicating_ms": 2.0,
+        "exposed_ms": pytest.approx(0.5),
+        "idle_ms": pytest.approx(0.1),
+        "collectives": 1,
+    }
+    alone = [Event(0.0, 10.0, 7, OTHER), Event(10.0, 30.0, 9, COMMUNICATION)]
+    assert overlap.summarise(alone)["exposed_ms"] == pytest.approx(0.02)
+
+
+def test_overlapping_times_count_once() -> None:
+    assert overlap.union([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage)", COMMUNICATION),
+        ("void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90", ATTENTION),
+        ("nvjet_sm90_tst_256x152_64x4_1x2_h_bz_coopA_TNT", LINEAR),
+        ("triton_poi_fused_mul_silu_0", OTHER),
+        ("Memcpy DtoD (Device -> Device)", OTHER),
+    ],
+)
+def test_kernels_are_told_by_their_names(name: str, kind: str) -> None:
+    assert overlap.kind_of(name) == kind
+
+
+def test_the_figure_shows_the_middle(tmp_path: Path) -> None:
+    events = [
+        Event(100.0 * index + (50.0 if is_sent else 0.0), 100.0 * index + 80.0, 9 if is_sent else 7, kind)
+        for index in range(10)
+        for is_sent, kind in ((False, ATTENTION), (True, COMMUNICATION))
+    ]
+    shown = overlap.window(events)
+    assert [event.begin for event in shown if event.kind == COMMUNICATION] == [0.0, 100.0, 200.0, 300.0]
+    assert shown[0] == Event(-50.0, 30.0, 7, ATTENTION)  # it had begun before
+    pytest.importorskip("matplotlib")
+    overlap.draw(
+        tmp_path / "overlap.png", "two ranks", [{"window": [[e.begin, e.end, e.stream, e.kind] for e in shown]}] * 2
+    )
+    assert (tmp_path / "overlap.png").stat().st_size > 1000
