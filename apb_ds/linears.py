@@ -29,7 +29,8 @@ def onednn_linears(model: nn.Module, num_tokens: int) -> Iterator[None]:
     num_tokens : int
         Rows that a product will have, about; oneDNN chooses the order of the weights by it.
     """
-    linears: list[Any] = [module for module in model.modules() if _is_eligible(module)] if _is_enabled() else []
+    is_possible = _is_enabled() and next(model.parameters()).device.type == "cpu"
+    linears: list[Any] = [module for module in model.modules() if _is_eligible(module)] if is_possible else []
     reorder = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears) <= MAX_REORDERED_BYTES
     try:
         for linear in linears:

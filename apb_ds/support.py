@@ -99,16 +99,17 @@ def check_positions(model: PreTrainedModel, num_positions: int) -> None:
     config: Any = model.config
     layer_types = getattr(config, "layer_types", None)
     window: int | None = getattr(config, "sliding_window", None)
-    for layer_idx, module in sorted(attention_modules(model).items()):
-        slides = layer_types is None or layer_types[layer_idx] == "sliding_attention"
-        if slides and window is not None and window < num_positions:
+    is_short = window is not None and window < num_positions
+    for layer_idx, module in sorted(attention_modules(model).items()) if is_short else ():
+        if layer_types is None or layer_types[layer_idx] == "sliding_attention":
             raise ValueError(
                 f"layer {layer_idx} ({type(module).__name__}) attends within a window of sliding_window={window} "
                 f"tokens, shorter than the {num_positions} positions of this request; APB serves full attention."
             )
     limit = getattr(config, "max_position_embeddings", None)
-    scales_on_its_own = any(getattr(module, "rope_type", None) == "dynamic" for module in model.modules())
-    if limit is not None and num_positions > limit and not scales_on_its_own:
+    if limit is None or num_positions <= limit:
+        return
+    if not any(getattr(module, "rope_type", None) == "dynamic" for module in model.modules()):
         raise ValueError(
             f"the document, query and new tokens need {num_positions} positions; the model has "
             f"max_position_embeddings={limit}. Shorten them, or extend the model by rope scaling: set its config's "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from apb_ds import ranges
 from apb_ds.config import APBConfig, check_choice
-from apb_ds.ops.selection import gather_tokens, select_top
+from apb_ds.ops.selection import gather_pair, place_pair, select_top
 
 
 @dataclass(frozen=True)
@@ -98,24 +99,35 @@ class Compressor:
             return places.expand(block.kv_heads, count)
         # A score that is not a number is never better than one that is.
         scores = torch.nan_to_num(self.score(block)[:, first:], nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        if block.fused and count > 0:
+            return _triton_selection().select_top(scores, count, first)
         return select_top(scores, count) + first
 
-    def compress(self, block: BlockStates, count: int, num_eligible: int) -> tuple[Tensor, Tensor]:
+    def compress(self, block: BlockStates, count: int, num_eligible: int, into: Tensor) -> None:
         """Keep the `count` best of the block's last `num_eligible` tokens, in document order.
 
-        Returns
-        -------
-        keys, values : (1, kv_heads, count, head_dim)
+        Parameters
+        ----------
+        into : (2, kv_heads, count, head_dim), where their keys and values go, keys first; may be a view
         """
         if count == num_eligible:
             first = block.num_tokens - num_eligible
-            return block.keys[:, :, first:], block.values[:, :, first:]
-        places = self.choose(block, count, num_eligible)
-        return self._gather(block, places)
+            place_pair(block.keys[:, :, first:], block.values[:, :, first:], into)
+            return
+        gather(block.keys, block.values, self.choose(block, count, num_eligible), into, block.fused)
 
-    @ranges.belongs_to(ranges.COMPRESSOR)
-    def _gather(self, block: BlockStates, places: Tensor) -> tuple[Tensor, Tensor]:
-        return gather_tokens(block.keys, places), gather_tokens(block.values, places)
+
+@ranges.belongs_to(ranges.COMPRESSOR)
+def gather(keys: Tensor, values: Tensor, places: Tensor, into: Tensor, fused: bool) -> None:
+    """Copy tokens' keys and values as `gather_pair` does, where `fused` in one kernel."""
+    if fused:
+        _triton_selection().gather_pair(keys, values, places, into)
+    else:
+        gather_pair(keys, values, places, into)
+
+
+def _triton_selection() -> Any:
+    return importlib.import_module("apb_ds.ops.triton_selection")  # there is no Triton where nothing is fused
 
 
 def max_pool(scores: Tensor, width: int = 5) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from apb_ds.compressors.base import BlockStates
 from apb_ds.methods.state import OwnStates, PassedStates, PrefillState, SentStates, Tools
 from apb_ds.ops.merge import empty_tokens_first
+from apb_ds.ops.selection import place_pair
 from apb_ds.plan import Plan, split_evenly
 
 Arrival = Callable[[], None]  # waits for what was sent and puts it where the attention finds it
@@ -47,7 +48,7 @@ def prefill(
         state.finish_layer(layer_idx)
         return torch.zeros_like(query)
 
-    passed = state.passed(layer_idx, key)
+    passed = state.passed(layer_idx, key, tools.fused)
     anchor_arrives = _send_anchor(tools, state, passed, anchor)
     kept_arrives = _send_kept(tools, state, passed, layer_idx, block, scale)
     block_local = _attend_causally(tools, block, scale)
@@ -107,7 +108,9 @@ def _send_anchor(tools: Tools, state: PrefillState, passed: PassedStates, anchor
         return lambda: None
     shares = split_evenly(plan.anchor_length, group.world_size)
     longest = max(stop - start for start, stop in shares)
-    pending = group.start_all_gather(_pack(key, value, longest))
+    message = _empty_message(key, longest)
+    place_pair(key, value, message[:, :, : key.shape[2]])
+    pending = group.start_all_gather(message)
 
     return lambda: passed.place_all(shares, pending.wait())
 
@@ -144,7 +147,7 @@ def _send_kept(
     if longest == 0:
         return lambda: None
     query, key, value = block
-    kept = (key[:, :, :0], value[:, :, :0])
+    message = None if isinstance(passed, OwnStates) else _empty_message(key, longest)
     if plan.is_passed_on(state.host):
         states = BlockStates(
             queries=query,
@@ -159,16 +162,17 @@ def _send_kept(
         )
         count, num_eligible = plan.kept_lengths[state.host], plan.num_eligible(state.host)
         if isinstance(passed, OwnStates):
-            passed.keep(tools.compressor.choose(states, count, num_eligible) + states.start)
+            passed.keep(tools.compressor.choose(states, count, num_eligible), states.start)
         else:
-            kept = tools.compressor.compress(states, count, num_eligible)
+            assert message is not None
+            tools.compressor.compress(states, count, num_eligible, message[:, :, :count])
         del states  # with what was projected: attention needs the memory
     if isinstance(passed, OwnStates):
         return lambda: None
-    assert isinstance(passed, SentStates)
+    assert isinstance(passed, SentStates) and message is not None
     starts = [plan.anchor_length + plan.kept_offsets[host] for host in hosts]
     spans = [(start, start + _sent_length(plan, host)) for start, host in zip(starts, hosts, strict=True)]
-    pending = group.start_all_gather(_pack(*kept, longest))
+    pending = group.start_all_gather(message)
     return lambda: passed.place_all(spans, pending.wait())
 
 
@@ -176,10 +180,6 @@ def _sent_length(plan: Plan, host: int) -> int:
     return plan.kept_lengths[host] if plan.is_passed_on(host) else 0
 
 
-def _pack(keys: Tensor, values: Tensor, length: int) -> Tensor:
-    """Put keys and values, (1, kv_heads, tokens, head_dim), into one message (2, kv_heads, length, head_dim)."""
-    tokens = keys.shape[2]
-    message = keys.new_zeros((2, keys.shape[1], length, keys.shape[3]))
-    message[0:1, :, :tokens] = keys
-    message[1:2, :, :tokens] = values
-    return message
+def _empty_message(like: Tensor, length: int) -> Tensor:
+    """Return room for the keys and values of so many tokens, (2, kv_heads, length, head_dim), zeros."""
+    return like.new_zeros((2, like.shape[1], length, like.shape[3]))

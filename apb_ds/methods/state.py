@@ -10,10 +10,9 @@ from torch import Tensor
 
 from apb_ds import ranges
 from apb_ds.cache import ShardedCache, ShardedCacheLayer
-from apb_ds.compressors.base import Compressor
+from apb_ds.compressors.base import Compressor, gather
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.ops.merge import merge_two
-from apb_ds.ops.selection import gather_tokens
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan
 
@@ -112,45 +111,48 @@ class OwnStates(PassedStates):
     ----------
     layer : the cache's layer; its tokens are the document's, in order
     like : keys, for their shape, dtype and device
+    fused : whether states are gathered in one kernel
     """
 
-    def __init__(self, plan: Plan, layer: ShardedCacheLayer, like: Tensor) -> None:
+    def __init__(self, plan: Plan, layer: ShardedCacheLayer, like: Tensor, fused: bool = False) -> None:
         super().__init__()
         self._layer = layer
-        self._nothing = like.new_empty((*like.shape[:2], 0, like.shape[3]))
-        self._anchor: tuple[Tensor, Tensor] | None = None
-        self._places: list[Tensor] = []
+        self._fused = fused
+        self._nothing = like.new_empty((2, like.shape[1], 0, like.shape[3]))
+        self._anchor = self._nothing
+        self._num_places = 0
         # Every earlier token is passed: what a host sees is the cache as it is.
         self._is_whole = plan.anchor_length == 0 and plan.kept_lengths[:-1] == tuple(
             plan.block_length(host) for host in range(plan.hosts - 1)
         )
+        num_passed = 0 if self._is_whole else plan.kept_offsets[plan.hosts - 1]
+        self._places = torch.empty((like.shape[1], num_passed), dtype=torch.int64, device=like.device)
 
     def keep_anchor(self, keys: Tensor, values: Tensor) -> None:
         """Keep the anchor's keys and values, (1, kv_heads, tokens, head_dim) each."""
-        self._anchor = keys.clone(), values.clone()  # views would keep all that was projected with them
+        self._anchor = torch.cat([keys, values])  # views would keep all that was projected with them
 
-    def keep(self, places: Tensor) -> None:
-        """Keep where a block's tokens are that are passed, (kv_heads, tokens) int64, in document order."""
-        if not self._is_whole:
-            self._places.append(places)
+    def keep(self, places: Tensor, start: int) -> None:
+        """Keep which tokens of the block from `start` on are passed, (kv_heads, tokens) int64, in document order."""
+        if self._is_whole:
+            return
+        stop = self._num_places + places.shape[1]
+        torch.add(places, start, out=self._places[:, self._num_places : stop])
+        self._num_places = stop
 
     @ranges.belongs_to(ranges.COMPRESSOR)
     def _first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        if num_tokens == 0:
-            return self._nothing, self._nothing
+        anchor_length = self._anchor.shape[2]
+        if num_tokens <= anchor_length:
+            return self._anchor[0:1, :, :num_tokens], self._anchor[1:2, :, :num_tokens]
+        keys, values = self._layer.shard()
         if self._is_whole:
-            keys, values = self._layer.shard()
             return keys[:, :, :num_tokens], values[:, :, :num_tokens]
-        parts: list[tuple[Tensor, ...]] = []
-        if self._anchor is not None:
-            parts.append(tuple(states[:, :, :num_tokens] for states in self._anchor))
-        num_passed = num_tokens - sum(part[0].shape[2] for part in parts)
-        if num_passed:
-            places = torch.cat(self._places, dim=1)[:, :num_passed]
-            parts.append(tuple(gather_tokens(states, places) for states in self._layer.shard()))
-        if len(parts) == 1:
-            return parts[0][0], parts[0][1]
-        return torch.cat([part[0] for part in parts], dim=2), torch.cat([part[1] for part in parts], dim=2)
+        seen = keys.new_empty((2, keys.shape[1], num_tokens, keys.shape[3]))
+        seen[:, :, :anchor_length] = self._anchor
+        places = self._places[:, : num_tokens - anchor_length]
+        gather(keys, values, places, seen[:, :, anchor_length:], self._fused)
+        return seen[0:1], seen[1:2]
 
 
 @dataclass
@@ -208,12 +210,19 @@ class PrefillState:
         of_block = [part[:, stop - start :] for part in parts]
         return of_block[0] if len(of_block) == 1 else torch.cat(of_block, dim=-1)
 
-    def passed(self, layer_idx: int, like: Tensor) -> PassedStates:
-        """Return what the layer passes on, made at first use for keys of such shape, dtype and device."""
+    def passed(self, layer_idx: int, like: Tensor, fused: bool = False) -> PassedStates:
+        """Return what the layer passes on, made at first use for keys of such shape, dtype and device.
+
+        Parameters
+        ----------
+        fused : whether states are gathered in one kernel
+        """
         if layer_idx not in self._passed:
             is_alone = self.plan.world_size == 1
             own = self.cache.layer(layer_idx)
-            self._passed[layer_idx] = OwnStates(self.plan, own, like) if is_alone else SentStates(self.plan, like)
+            self._passed[layer_idx] = (
+                OwnStates(self.plan, own, like, fused) if is_alone else SentStates(self.plan, like)
+            )
         return self._passed[layer_idx]
 
     def finish_layer(self, layer_idx: int) -> None:

@@ -58,3 +58,22 @@ def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
     """
     picked = indices.unsqueeze(-1).expand(-1, -1, states.shape[-1])
     return states[0].gather(1, picked).unsqueeze(0)
+
+
+def gather_pair(keys: Tensor, values: Tensor, places: Tensor, into: Tensor) -> None:
+    """Copy some tokens' keys and values, per KV head, to where they are needed.
+
+    Parameters
+    ----------
+    keys, values : (1, kv_heads, tokens, head_dim)
+    places : (kv_heads, count), int64
+    into : (2, kv_heads, count, head_dim), keys first; may be a view
+    """
+    into[0:1] = gather_tokens(keys, places)
+    into[1:2] = gather_tokens(values, places)
+
+
+def place_pair(keys: Tensor, values: Tensor, into: Tensor) -> None:
+    """Copy keys and values, (1, kv_heads, tokens, head_dim) each, into (2, kv_heads, tokens, head_dim), keys first."""
+    into[0:1] = keys
+    into[1:2] = values

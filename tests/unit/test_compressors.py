@@ -145,7 +145,7 @@ def test_recent_is_the_position() -> None:
     scores = build("recent").score(new_block(40))
     assert scores.dtype == torch.float32 and scores.shape == (2, 40)
     assert bool((scores.diff(dim=1) > 0).all())
-    keys, _ = build("recent").compress(new_block(40), 5, 40)
+    keys, _ = compress(build("recent"), new_block(40), 5, 40)
     assert torch.equal(keys, new_block(40).keys[:, :, 35:])
 
 
@@ -194,6 +194,13 @@ def test_random_hardly_ever_ties() -> None:
 # --- what is kept ---------------------------------------------------------------------------------------------------
 
 
+def compress(compressor: Compressor, block: BlockStates, count: int, num_eligible: int) -> tuple[Tensor, Tensor]:
+    """Return the keys and values that a compressor keeps, (1, kv_heads, count, head_dim) each."""
+    into = torch.full((2, block.kv_heads, count, block.keys.shape[3]), torch.nan)
+    compressor.compress(block, count, num_eligible, into)
+    return into[0:1], into[1:2]
+
+
 class FromTable(Compressor):
     """Scores written down by a test."""
 
@@ -211,7 +218,7 @@ def kept_by(scores: list[list[float]], count: int, num_eligible: int) -> list[li
     tokens = len(scores[0])
     keys = torch.arange(tokens, dtype=torch.float32).reshape(1, 1, tokens, 1).repeat(1, len(scores), 1, 2)
     block = BlockStates(keys, keys, -keys, start=0, layer_idx=0, scale=1.0)
-    kept_keys, kept_values = FromTable(scores).compress(block, count, num_eligible)
+    kept_keys, kept_values = compress(FromTable(scores), block, count, num_eligible)
     assert kept_keys.shape == kept_values.shape == (1, len(scores), count, 2)
     assert torch.equal(kept_keys, -kept_values)
     return kept_keys[0, :, :, 0].int().tolist()
@@ -251,7 +258,7 @@ def test_statistics_run_over_the_whole_block() -> None:
         compressor = build(name)
         scores = compressor.score(block)
         best = (scores[:, 25:].sort(dim=1, descending=True, stable=True).indices[:, :4] + 25).sort(dim=1).values
-        keys, values = compressor.compress(block, 4, 15)
+        keys, values = compress(compressor, block, 4, 15)
         for kv_head in range(2):
             assert torch.equal(keys[0, kv_head], block.keys[0, kv_head, best[kv_head]])
             assert torch.equal(values[0, kv_head], block.values[0, kv_head, best[kv_head]])

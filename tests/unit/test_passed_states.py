@@ -82,8 +82,8 @@ def test_one_rank_keeps_places() -> None:
             (1, torch.tensor([[0], [1]])),
         ]
     ]
-    for chosen in places:
-        states.keep(chosen)
+    for host, chosen in enumerate(places):
+        states.keep(chosen - 20 * host, 20 * host)
     for count in (3, 6, 8, 12):
         seen_keys, seen_values = states.first(count)
         assert seen_keys.shape == seen_values.shape == (1, KV_HEADS, count, HEAD_DIM)
@@ -98,9 +98,9 @@ def test_where_everything_is_passed_nothing_is_copied() -> None:
     plan = new_plan(n, 1, hosts=4, anchor_length=0, passing_length=20)
     layer, keys, _ = filled_layer(n)
     states = OwnStates(plan, layer, keys)
-    states.keep(torch.arange(20).expand(KV_HEADS, 20))
+    states.keep(torch.arange(20).expand(KV_HEADS, 20), 0)
     seen, _ = states.first(20)
     assert layer.keys is not None and seen.data_ptr() == layer.keys.data_ptr() and seen.shape[2] == 20
     partly = OwnStates(new_plan(n, 1, hosts=4, anchor_length=0, passing_length=19), layer, keys)
-    partly.keep(torch.arange(1, 20).expand(KV_HEADS, 19))
+    partly.keep(torch.arange(19).expand(KV_HEADS, 19), 1)
     assert torch.equal(partly.first(19)[0], keys[:, :, 1:20])
