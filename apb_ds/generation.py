@@ -214,11 +214,14 @@ class LockstepDecoder:
         self, input_ids: Tensor, logits: Tensor, processors: Any, criteria: Any, config: GenerationConfig
     ) -> tuple[Tensor, _Verdict]:
         """Return the next token, (1, 1), and whether to go on: the first rank's choice, on every rank."""
+        if self.group.world_size == 1:
+            return self._decide(input_ids, logits, processors, criteria, config)
         message = torch.zeros(2, dtype=torch.int64, device=input_ids.device)
         failure: BaseException | None = None
         if self.group.is_first:
             try:
-                message[0], message[1] = self._decide(input_ids, logits, processors, criteria, config)
+                chosen, verdict = self._decide(input_ids, logits, processors, criteria, config)
+                message[0], message[1] = chosen[0, 0], int(verdict)
             except Exception as error:  # told to the others first: they would wait for this rank
                 failure = error
                 message[1] = int(_Verdict.FAILED)
@@ -232,20 +235,21 @@ class LockstepDecoder:
 
     def _decide(
         self, input_ids: Tensor, logits: Tensor, processors: Any, criteria: Any, config: GenerationConfig
-    ) -> tuple[int, int]:
+    ) -> tuple[Tensor, _Verdict]:
+        """Return a token, (1, 1), and whether to go on, on the rank whose choice counts."""
         if self.streamer is not None and self.call.phase is Phase.QUERY:
             self.streamer.put(input_ids.cpu())
         scores = processors(input_ids, logits)
         if config.do_sample:
             token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
         else:
-            token = scores.argmax(dim=-1, keepdim=True)
+            token = scores.argmax(dim=-1, keepdim=True)  # (1, 1)
         if self.streamer is not None:
             self.streamer.put(token.view(-1).cpu())
         stop = bool(criteria(torch.cat([input_ids, token], dim=-1), scores).all())
         if stop and self.streamer is not None:
             self.streamer.end()
-        return int(token), int(_Verdict.STOP if stop else _Verdict.GO_ON)
+        return token, _Verdict.STOP if stop else _Verdict.GO_ON
 
     def _clock(self, began: float) -> float:
         self.synchronize()
