@@ -95,8 +95,10 @@ def make_cases(bench: BenchConfig, method: APBConfig, lengths: tuple[int, ...], 
 def _configs(bench: BenchConfig, name: str, method: APBConfig) -> list[APBConfig | None]:
     if name in PLAIN_METHODS:
         return [None]
-    config = _settings(name, method, bench.settings.get(name, {}))
-    hosts = bench.hosts if name in METHODS_WITH_HOSTS and bench.hosts else (config.hosts,)
+    own = bench.settings.get(name, {})
+    config = _settings(name, method, own)
+    takes_hosts = name in METHODS_WITH_HOSTS and "hosts" not in own
+    hosts = bench.hosts if takes_hosts and bench.hosts else (config.hosts,)
     kernels = bench.kernels or (config.kernel,)
     return [replace(config, hosts=count, kernel=kernel) for count, kernel in itertools.product(hosts, kernels)]
 

@@ -147,6 +147,11 @@ def test_settings_by_method() -> None:
     assert star == APBConfig(method="star", shard_anchor=False)
 
 
+def test_hosts_said_by_method_stay() -> None:
+    found = cases(methods=["star", "apb"], hosts=[4, 8], settings={"star": {"hosts": 2}})
+    assert [(case.method, case.hosts) for case in found] == [("star", 2), ("apb", 4), ("apb", 8)]
+
+
 def test_an_exact_method_does_not_pass_on_what_it_has_not() -> None:
     (apb,) = (case.config for case in cases(APBConfig(method="ring", kernel="reference"), methods=["apb"]))
     assert apb == APBConfig(kernel="reference")
