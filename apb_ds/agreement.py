@@ -92,14 +92,18 @@ def describe(everyone: list[dict[str, Any]]) -> str:
 
 
 def describe_ids(ids: Tensor | None) -> str | None:
-    """Return token ids, (1, tokens) on any device, as their number, both ends and a hash of all of them."""
+    """Return token ids, (1, tokens) on any device, as their number, both ends and a checksum of all of them.
+
+    The sum is made where the ids are: a long document's would take longer to fetch and hash than its first layer.
+    """
     if ids is None:
         return None
-    values = ids.detach().cpu().contiguous()
-    digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:12]
-    listed = values[0].tolist() if values.shape[1] <= 2 * SHOWN_IDS else None
-    shown = f"{listed}" if listed is not None else f"{_ids(values[0, :SHOWN_IDS])} ... {_ids(values[0, -SHOWN_IDS:])}"
-    return f"{values.shape[1]} tokens {shown} (hash {digest})"
+    values, num_tokens = ids.detach()[0], ids.shape[1]
+    ends = values if num_tokens <= 2 * SHOWN_IDS else torch.cat([values[:SHOWN_IDS], values[-SHOWN_IDS:]])
+    *listed, rows, columns = torch.cat([ends, checksum(values)]).tolist()
+    first, last = " ".join(map(str, listed[:SHOWN_IDS])), " ".join(map(str, listed[SHOWN_IDS:]))
+    shown = f"{listed}" if num_tokens <= 2 * SHOWN_IDS else f"{first} ... {last}"
+    return f"{num_tokens} tokens {shown} (sums {_hexadecimal(rows)} {_hexadecimal(columns)})"
 
 
 def describe_software() -> dict[str, str | None]:
@@ -133,7 +137,7 @@ def describe_model(model: nn.Module) -> dict[str, str]:
     checksums = torch.stack([checksum(tensor) for _, tensor in sums]).tolist() if sums else []
     for (name, tensor), pair in zip(sums, checksums, strict=True):
         dtype = str(tensor.dtype).removeprefix("torch.")
-        hexadecimal = "".join(f"{number & (2**64 - 1):016x}" for number in pair)
+        hexadecimal = "".join(map(_hexadecimal, pair))
         found[name] = f"{dtype} {tuple(tensor.shape)} {hexadecimal}"
     return found
 
@@ -161,8 +165,9 @@ def _weighted(numbers: Tensor) -> Tensor:
     return (numbers * weights).sum()
 
 
-def _ids(ids: Tensor) -> str:
-    return " ".join(map(str, ids.tolist()))
+def _hexadecimal(number: int) -> str:
+    """Return a signed 64-bit number's bits."""
+    return f"{number & (2**64 - 1):016x}"
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -26,7 +26,7 @@ def check_ids(model: PreTrainedModel, name: str, ids: Tensor) -> Tensor:
         raise ValueError(f"{name} is empty; it needs at least one token.")
     embeddings: Any = model.get_input_embeddings()
     vocabulary = embeddings.num_embeddings
-    lowest, highest = (int(bound) for bound in torch.aminmax(ids))
+    lowest, highest = torch.stack(torch.aminmax(ids)).tolist()
     if lowest < 0 or highest >= vocabulary:
         raise ValueError(
             f"{name} has token ids from {lowest} to {highest}; the model knows 0 to {vocabulary - 1}. "

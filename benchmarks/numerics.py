@@ -6,7 +6,9 @@ Both have the same weights, random ones rounded to half precision, whose queries
 that attention prefers some keys. The reference computes in float32, attention in float64. What it passes on is imposed
 on the other one: a near tie may be decided otherwise, which is no error of the arithmetic. What is measured:
 
-    per_layer              each layer is given the reference's hidden states: the error of our arithmetic in that layer
+    attention_alone        the reference is given the very queries, keys and values of half precision: the error of our
+                           attention's arithmetic, by layer
+    per_layer              each layer is given the reference's hidden states: projections in half precision come in
     end_to_end             each layer is given what the layers before it made: their errors come in, too
     with_own_choices       as end_to_end, but what is passed on is chosen in half precision
     plain_model            transformers' own dense model in half precision against itself in float32, end to end: what
@@ -42,6 +44,7 @@ from apb_ds.engine import APBEngine
 from apb_ds.ops.selection import select_top
 from apb_ds.plan import Plan
 from apb_ds.report.record import environment, write_json
+from benchmarks.shadow import shadowed
 
 Place = tuple[int, int]  # layer, first position of the block
 Hidden = dict[int, list[Tensor]]  # layer: what it was given, (1, tokens, channels), one for each forward, in order
@@ -254,13 +257,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     plain = run_plain(model, ids, arguments.query_tokens)
     plain_per_layer = run_plain(model, ids, arguments.query_tokens, plain_expected.hidden)
     engine = init_inference(model, APBConfig(**settings))
-    per_layer, _ = run(engine, Listening(reference.scores), document, query, expected.hidden)
+    with shadowed(engine, Listening(reference.scores), REFERENCE_KERNEL) as shadow:
+        per_layer, _ = run(engine, Listening(reference.scores), document, query, expected.hidden)
     end_to_end, _ = run(engine, Listening(reference.scores), document, query)
     own = Listening()
     with_own_choices, _ = run(engine, own, document, query)
     return {
         "what": f"{arguments.dtype} against float32, the same weights: norm of the difference over the norm; the "
         "measurements are explained at the top of benchmarks/numerics.py",
+        "attention_alone": {"attention_output_error": shadow.errors()},
         "per_layer": errors(per_layer, expected),
         "end_to_end": errors(end_to_end, expected),
         "with_own_choices": {
@@ -278,7 +283,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def summary(record: dict[str, Any]) -> str:
     """Return one line for each measurement."""
-    lines = []
+    alone = ", ".join(f"{error:.2%}" for error in record["attention_alone"]["attention_output_error"])
+    lines = [f"{'attention_alone':<22} attention by layer {alone}"]
     for name in MEASUREMENTS:
         measured = record[name]
         attention = ", ".join(f"{error:.2%}" for error in measured["attention_output_error"])

@@ -169,7 +169,7 @@ CASES: dict[Callable[..., str], tuple[str, ...]] = {
     other_model_config: ("config.rope_parameters is", "llama3"),
     other_versions: ("version of transformers is 5.23.0 on rank 0, 5.22.0 on rank 1",),
     other_source: ("source of apb_ds is digest0 on rank 0, digest1 on rank 1",),
-    other_documents: ("document_ids is 101 tokens", "hash"),
+    other_documents: ("document_ids is 101 tokens", "sums"),
     other_lengths: ("document_ids is 101 tokens", "102 tokens"),
     other_queries: ("query_ids is 5 tokens [",),
     other_contexts: ("context is", "prefill"),

@@ -63,6 +63,10 @@ def test_half_precision_is_near_the_reference(
         errors = all_errors(record[name])
         # Half precision has 8 bits: much nearer, and the two would not be two; much further, and one would be wrong.
         assert len(errors) == NUM_LAYERS + 1 and all(1e-4 < error < HALF_ERROR for error in errors), (name, errors)
+    same_states = record["attention_alone"]["attention_output_error"]
+    assert len(same_states) == NUM_LAYERS
+    for error, with_projections in zip(same_states, record["per_layer"]["attention_output_error"], strict=True):
+        assert 1e-4 < error < with_projections
     for alone, added_up in (("per_layer", "end_to_end"), ("plain_model_per_layer", "plain_model")):
         alone_errors, added_up_errors = (
             record[alone]["attention_output_error"],
@@ -82,6 +86,7 @@ def test_the_same_precision_has_no_error(numerics: Any, tmp_path: Path) -> None:
     record = numerics.measure(numerics.parse_arguments(arguments("float32", tmp_path / "unused")))
     for name in ("per_layer", "end_to_end", "plain_model", "plain_model_per_layer"):
         assert max(all_errors(record[name])) < FLOAT32_ERROR, (name, record[name])
+    assert max(record["attention_alone"]["attention_output_error"]) < FLOAT32_ERROR
 
 
 def test_a_wrong_scale_shows_in_its_own_layer(numerics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +100,8 @@ def test_a_wrong_scale_shows_in_its_own_layer(numerics: Any, tmp_path: Path, mon
     monkeypatch.setattr(APBAttention, "forward", wrong)
     record = numerics.measure(numerics.parse_arguments(arguments("float32", tmp_path / "unused")))
     for layer_idx, error in enumerate(record["per_layer"]["attention_output_error"]):
+        assert error > HALF_ERROR if layer_idx == wrong_layer else error < FLOAT32_ERROR, (layer_idx, error)
+    for layer_idx, error in enumerate(record["attention_alone"]["attention_output_error"]):
         assert error > HALF_ERROR if layer_idx == wrong_layer else error < FLOAT32_ERROR, (layer_idx, error)
     # End to end, the layer behind is given what the wrong one made.
     assert record["end_to_end"]["attention_output_error"][wrong_layer + 1] > 100 * FLOAT32_ERROR

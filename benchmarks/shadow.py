@@ -1,0 +1,79 @@
+"""An engine's attention computed a second time, by the reference, from the very same queries, keys and values."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apb_ds.attention import APBAttention
+from apb_ds.cache import ShardedCache
+from apb_ds.compressors.base import Compressor
+from apb_ds.engine import APBEngine
+from apb_ds.methods.state import PrefillState
+
+
+class Shadow:
+    """What the reference gives for what an engine's attention is given, and how far that is from what it gave.
+
+    Parameters
+    ----------
+    engine : on one rank
+    compressor : chooses for the reference; it should choose what the engine's does
+    kernel : the reference's name
+    """
+
+    def __init__(self, engine: APBEngine, compressor: Compressor, kernel: str) -> None:
+        self._attention = APBAttention(replace(engine.apb_config, kernel=kernel, fused=False), engine.group)
+        self._attention.compressor = compressor
+        self._states: dict[int, tuple[PrefillState, PrefillState]] = {}
+        self._squares: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+
+    def compare(self, output: Tensor, states: tuple[Tensor, ...], given: dict[str, Any]) -> None:
+        """Compute again in float32 what the attention made `output` of, and keep how far apart they are."""
+        state: PrefillState | None = given.pop("state", None)
+        given.pop("num_keys", None)
+        expected = self._attention(*(each.float() for each in states), state=self._own(state), **given)
+        if state is not None and state.is_last_layer(given["layer_idx"]):
+            return  # nobody needs it, and nobody computed it
+        difference = (output.float() - expected).square().sum()
+        self._squares[given["layer_idx"]].append((difference, expected.square().sum()))
+
+    def errors(self) -> list[float]:
+        """Return each layer's relative error, of all numbers together: in prefill, and for the query's tokens."""
+        sums = (torch.tensor(squares).sum(dim=0) for _, squares in sorted(self._squares.items()))
+        return [float((difference / expected).sqrt()) for difference, expected in sums]
+
+    def _own(self, state: PrefillState | None) -> PrefillState | None:
+        """Return the reference's state of a prefill, in the round that the engine is in."""
+        if state is None:
+            return None
+        if id(state) not in self._states:
+            cache = ShardedCache(len(state.cache.layers), True, state.plan.shard_length(state.rank))
+            self._states[id(state)] = state, PrefillState(state.plan, cache, state.rank)
+        own = self._states[id(state)][1]
+        own.round_index = state.round_index
+        return own
+
+
+@contextmanager
+def shadowed(engine: APBEngine, compressor: Compressor, kernel: str) -> Iterator[Shadow]:
+    """Have the reference follow the engine's attention; on leaving, the engine is as it was."""
+    shadow = Shadow(engine, compressor, kernel)
+    attend = engine.attention.forward
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
+        output = attend(query, key, value, **given)
+        shadow.compare(output, (query, key, value), dict(given))
+        return output
+
+    engine.attention.__dict__["forward"] = forward
+    try:
+        yield shadow
+    finally:
+        del engine.attention.__dict__["forward"]
