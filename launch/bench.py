@@ -1,12 +1,13 @@
 """Measure methods over lengths, hosts and kernels: ``python launch/bench.py``, or under a launcher.
 
-Writes bench.json, and figures where matplotlib is installed, beside the table that it prints.
+Writes bench.json as it goes, so that a benchmark that is stopped keeps what it has measured, and at the end figures
+where matplotlib is installed, beside the table that it prints.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import common
 
@@ -31,14 +32,19 @@ class Benchmark:
         from apb_ds.report.table import make_console
 
         job = common.job_of(config)
+
+        def keep(record: dict[str, Any]) -> None:
+            if job.run_dir is not None:
+                write_json(job.run_dir / "bench.json", hide_paths(record, job.run_dir))
+
         try:
-            record, group = run_bench(job.values)
+            record, group = run_bench(job.values, keep)
         except ValueError as error:
             self.bad_job(job, str(error))
             return
         self.has_failed = self.has_failed or any(case["status"] != "ok" for case in record["cases"])
         if group.is_first and job.run_dir is not None:
-            write_json(job.run_dir / "bench.json", hide_paths(record, job.run_dir))
+            keep(record)
             console = make_console()
             for table in bench_tables(record):
                 console.print(table)

@@ -69,6 +69,11 @@ class Runs:
     breakdown: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is anything to say of the case, be it an error."""
+        return bool(self.ranks or self.emulated or self.error)
+
 
 class Runner:
     """Runs cases with one model and one engine, which changes its settings from case to case.

@@ -24,17 +24,24 @@ PRODUCTS = (QKV, O_PROJECTION, FFN, ATTENTION)
 
 
 def make_record(
-    values: Record, bench: BenchConfig, settings: Settings, loaded: LoadedModel, all_runs: Sequence[Runs]
+    values: Record,
+    bench: BenchConfig,
+    settings: Settings,
+    loaded: LoadedModel,
+    all_runs: Sequence[Runs],
+    is_complete: bool = True,
 ) -> Record:
     """Return the record as JSON has it.
 
     Parameters
     ----------
     values : the composed config, but for ``bench``
+    is_complete : False while there is more to measure
     """
     cases = [case_record(bench, runs) for runs in all_runs]
     _compare(cases, bench.methods[0])
     return {
+        "complete": is_complete,
         "cases": cases,
         "baseline": bench.methods[0],
         "emulated": bench.emulate_ranks is not None,

@@ -30,8 +30,16 @@ from apb_ds.tasks.base import random_sample
 Result = TypeVar("Result")
 
 
-def run_bench(values: dict[str, Any]) -> tuple[dict[str, Any], SequenceGroup]:
+Keep = Callable[[dict[str, Any]], None]
+
+
+def run_bench(values: dict[str, Any], keep: Keep | None = None) -> tuple[dict[str, Any], SequenceGroup]:
     """Measure what a composed config asks for, all ranks together.
+
+    Parameters
+    ----------
+    keep : called on the group's first rank after each repeat with the record of what has been measured so far, so that
+        a benchmark that is stopped loses no more than what it was at
 
     Returns
     -------
@@ -59,8 +67,15 @@ def run_bench(values: dict[str, Any]) -> tuple[dict[str, Any], SequenceGroup]:
         check_positions(loaded.model, case.length + bench.query_tokens + bench.num_new)
         all_runs.append(Runs(case, runner.kernels(case)))
     runner.forget()
+
+    def keep_so_far() -> None:
+        measured = [runs for runs in all_runs if runs.is_measured]
+        if keep is not None and group.is_first and measured:
+            keep(make_record(values, bench, settings, loaded, measured, is_complete=False))
+
     for length in lengths:
-        _measure_length(runner, [runs for runs in all_runs if runs.case.length == length], loaded, settings.seed)
+        of_length = [runs for runs in all_runs if runs.case.length == length]
+        _measure_length(runner, of_length, loaded, settings.seed, keep_so_far)
         runner.forget()
     return make_record(values, bench, settings, loaded, all_runs), group
 
@@ -85,7 +100,9 @@ def _make_runner(
     return Runner(init_inference(loaded.model, config, group=group, retaining_heads=given), group, bench, heads)
 
 
-def _measure_length(runner: Runner, all_runs: Sequence[Runs], loaded: LoadedModel, seed: int) -> None:
+def _measure_length(
+    runner: Runner, all_runs: Sequence[Runs], loaded: LoadedModel, seed: int, keep_so_far: Callable[[], None]
+) -> None:
     """Run the cases of one length in turns."""
     bench, group = runner.bench, runner.group
     vocab_size = loaded.model.get_input_embeddings().num_embeddings
@@ -93,6 +110,8 @@ def _measure_length(runner: Runner, all_runs: Sequence[Runs], loaded: LoadedMode
         for runs in all_runs:
             sample = make_sample(bench, runs.case.length, vocab_size, seed, repeat)
             _attempt(runs, group, partial(_run_once, runner, runs, sample, is_timed=repeat >= 0))
+        if repeat >= 0:
+            keep_so_far()
     if not bench.breakdown:
         return
     sample = make_sample(bench, all_runs[0].case.length, vocab_size, seed, bench.repeats)
