@@ -72,6 +72,9 @@ class APBConfig:
         How many document tokens precede the query in the anchor. Default 1, the begin-of-sequence token.
     schedule : str
         Which rank serves which host in each round: ``zigzag`` (default) or ``natural``.
+    hosts_per_round : int
+        How many of its hosts a rank computes in one model forward, if it has so many. Default 1. More take more memory
+        and fewer launches, and even out ranks within each layer. The result is the same.
     shard_anchor : bool
         Whether each rank computes its share of the anchor (default) or all of it. The result is the same.
     seed : int
@@ -102,6 +105,7 @@ class APBConfig:
     query_in_anchor: bool | None = None
     query_position: int | None = None
     schedule: str | None = None
+    hosts_per_round: int | None = None
     shard_anchor: bool | None = None
     seed: int | None = None
     kernel: str | None = None
@@ -118,6 +122,7 @@ class APBConfig:
         self._fill_defaults()
         check_integer("hosts", self.hosts, 1)
         check_choice("schedule", self.schedule, SCHEDULES)
+        check_integer("hosts_per_round", self.hosts_per_round, 1)
         check_integer("query_position", self.query_position, 0)
         check_integer("seed", self.seed, 0)
         check_bool("query_in_anchor", self.query_in_anchor)
@@ -164,6 +169,7 @@ class APBConfig:
             "query_in_anchor": not star,
             "query_position": 1,
             "schedule": "zigzag",
+            "hosts_per_round": 1,
             "shard_anchor": True,
             "seed": 0,
             **EXECUTION_DEFAULTS,

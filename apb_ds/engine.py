@@ -34,10 +34,10 @@ from apb_ds.hf import apb_attention
 from apb_ds.linears import onednn_linears
 from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.methods.state import PrefillState
-from apb_ds.ops.memory import explain_out_of_memory
+from apb_ds.ops.memory import explain_out_of_memory, prefill_levers
 from apb_ds.parallel import place
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.plan import Plan, check_ranks
+from apb_ds.plan import check_ranks
 from apb_ds.rotary import buffers_keep_their_dtype, warn_of_rough_frequencies
 from apb_ds.rounds import run_round
 from apb_ds.support import check_supported, geometry_of
@@ -199,7 +199,9 @@ class APBEngine(InferenceEngine):
         began = self._now()
         block_length = max(plan.num_forward_tokens(rank, 0) for rank in range(plan.world_size))
         with (
-            explain_out_of_memory(f"prefilling {num_tokens} tokens in blocks of {block_length}", self._levers(plan)),
+            explain_out_of_memory(
+                f"prefilling {num_tokens} tokens in blocks of {block_length}", prefill_levers(plan, self.module.dtype)
+            ),
             onednn_linears(self.module.base_model, min(block_length, self._mlp_tile or block_length)),
             self._layers_in_force(),
             apb_attention(self.module, self.attention, Phase.PREFILL, max_positions, state),
@@ -360,7 +362,7 @@ class APBEngine(InferenceEngine):
             with (
                 explain_out_of_memory(
                     f"answering {query_ids.shape[1]} query tokens after {context.num_tokens}",
-                    self._levers(context.plan),
+                    prefill_levers(context.plan, self.module.dtype),
                 ),
                 self._layers_in_force(),
                 apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions) as call,
@@ -400,15 +402,6 @@ class APBEngine(InferenceEngine):
         if exact and not self.apb_config.is_exact_method and not self._said_exact and self.group.is_first:
             logger.warning("running exact: a document of %d tokens is too short for APB to save anything.", num_tokens)
             self._said_exact = True
-
-    def _levers(self, plan: Plan) -> str:
-        """Return what helps where memory runs out."""
-        dtype = str(self.module.dtype).removeprefix("torch.")
-        return (
-            f"What helps: more hosts than {plan.hosts} (a round then holds fewer tokens of the document), more ranks "
-            f"than {plan.world_size} (each holds its share of the cache), MLPs in tiles (mlp_tile=2048), a smaller "
-            f"dtype than {dtype} (model.dtype=bfloat16), or a shorter document."
-        )
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":

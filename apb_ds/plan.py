@@ -27,18 +27,23 @@ def split_evenly(num_tokens: int, parts: int) -> tuple[Span, ...]:
     return tuple((i * num_tokens // parts, (i + 1) * num_tokens // parts) for i in range(parts))
 
 
-def schedule_rounds(hosts: int, world_size: int, schedule: str) -> tuple[tuple[int, ...], ...]:
-    """Return ``rounds[k][r]``, the host that rank r serves in round k.
+Round = tuple[tuple[int, ...], ...]  # by rank, its hosts in document order
 
-    ``natural`` gives rank r the hosts r, r+W, ...; ``zigzag`` mirrors every odd round, so that a rank with an early
-    host (little to attend to) has a late one next.
+
+def schedule_rounds(hosts: int, world_size: int, schedule: str, per_round: int = 1) -> tuple[Round, ...]:
+    """Return ``rounds[k][r]``, the hosts that rank r serves in round k.
+
+    One by one, ``natural`` gives rank r the hosts r, r+W, ...; ``zigzag`` mirrors every odd one of these turns, so that
+    a rank with an early host (little to attend to) has a late one next. A round is `per_round` such turns; the last
+    one may have fewer.
     """
-    rounds = []
+    turns = []
     for first in range(0, hosts, world_size):
         served = tuple(range(first, first + world_size))
         mirrored = schedule == "zigzag" and (first // world_size) % 2 == 1
-        rounds.append(served[::-1] if mirrored else served)
-    return tuple(rounds)
+        turns.append(served[::-1] if mirrored else served)
+    chunks = [turns[first : first + per_round] for first in range(0, len(turns), per_round)]
+    return tuple(tuple(zip(*chunk, strict=True)) for chunk in chunks)
 
 
 def check_ranks(config: APBConfig, world_size: int) -> None:
@@ -79,7 +84,7 @@ class Plan:
     exact : whether this request runs as exact causal attention
     shard_anchor : whether each rank computes only its share of the anchor
     blocks : document span of each host
-    rounds : ``rounds[k][r]`` is the host of rank r in round k; see `served` for all of them
+    rounds : ``rounds[k][r]`` are the hosts of rank r in round k, in document order, as many for every rank
     method : as in `APBConfig`; ``apb`` for ``star``, too
     """
 
@@ -92,7 +97,7 @@ class Plan:
     exact: bool
     shard_anchor: bool
     blocks: tuple[Span, ...]
-    rounds: tuple[tuple[int, ...], ...]
+    rounds: tuple[Round, ...]
     method: str = "apb"
 
     @property
@@ -122,6 +127,10 @@ class Plan:
             offsets.append(offsets[-1] + length)
         return tuple(offsets)
 
+    def num_seen(self, host: int) -> int:
+        """Tokens that the host's block sees besides its own: anchor and passing block; none of the first host's."""
+        return self.anchor_length + self.kept_offsets[host] if host > 0 else 0
+
     def block_length(self, host: int) -> int:
         start, stop = self.blocks[host]
         return stop - start
@@ -141,8 +150,7 @@ class Plan:
 
     def served(self, rank: int, round_index: int) -> tuple[int, ...]:
         """Hosts whose blocks are in the rank's forward of this round, in document order."""
-        host = self.rounds[round_index][rank]
-        return (host, self.hosts - 1 - host) if self.method == "ring" else (host,)
+        return self.rounds[round_index][rank]
 
     def padding_length(self, rank: int) -> int:
         """Tokens behind the document's end in the rank's forward: ulysses wants as many tokens on every rank."""
@@ -195,6 +203,7 @@ def plan_request(config: APBConfig, num_tokens: int, query_length: int, world_si
         return _plan_exact(config, num_tokens, world_size)
     hosts = config.hosts
     assert hosts is not None and config.schedule is not None and config.query_position is not None
+    assert config.hosts_per_round is not None
     blocks = split_evenly(num_tokens, hosts)
     block_length = math.ceil(num_tokens / hosts)
     embedded = query_length if config.query_in_anchor else 0
@@ -223,7 +232,7 @@ def plan_request(config: APBConfig, num_tokens: int, query_length: int, world_si
         exact=exact,
         shard_anchor=bool(config.shard_anchor),
         blocks=blocks,
-        rounds=schedule_rounds(hosts, world_size, config.schedule),
+        rounds=schedule_rounds(hosts, world_size, config.schedule, config.hosts_per_round),
     )
 
 
@@ -236,6 +245,8 @@ def _plan_exact(config: APBConfig, num_tokens: int, world_size: int) -> Plan:
         blocks = tuple(itertools.pairwise(starts))
     else:
         blocks = split_evenly(num_tokens, 2 * world_size if config.method == "ring" else 1)
+    # A ring's rank has an early and a late block, which evens out the work.
+    (round_,) = schedule_rounds(len(blocks), world_size, "zigzag", per_round=2)
     return Plan(
         num_tokens=num_tokens,
         world_size=world_size,
@@ -246,7 +257,7 @@ def _plan_exact(config: APBConfig, num_tokens: int, world_size: int) -> Plan:
         exact=True,
         shard_anchor=False,
         blocks=blocks,
-        rounds=(tuple(range(world_size)),),
+        rounds=(round_,),
         method=config.method,
     )
 

@@ -62,7 +62,7 @@ class Request:
 
     def reference_settings(self) -> dict[str, Any]:
         """The settings as keywords of the reference, which knows nothing of what must not matter."""
-        ignored = ("schedule", "shard_anchor", "method", "kernel")
+        ignored = ("schedule", "hosts_per_round", "shard_anchor", "method", "kernel")
         values = {name: value for name, value in self.given.items() if name not in ignored and value is not None}
         return {**values, **STAR} if self.given.get("method") == "star" else values
 
@@ -81,6 +81,7 @@ _SETTINGS = st.fixed_dictionaries(
         "query_in_anchor": st.booleans(),
         "query_position": st.integers(0, 40),
         "schedule": _maybe("zigzag", "natural", "zigzak"),
+        "hosts_per_round": _maybe(2, 3, 8),
         "shard_anchor": st.booleans(),
         "seed": st.integers(0, 2**63 - 1),
     },
@@ -95,7 +96,11 @@ _MOSTLY_GOOD = st.one_of(
             "hosts": st.sampled_from([1, 2, 4, 8, 16]),
             "passing_length": st.integers(0, 12),
         },
-        optional={"anchor_length": st.integers(0, 16), "query_position": st.integers(0, 3)},
+        optional={
+            "anchor_length": st.integers(0, 16),
+            "query_position": st.integers(0, 3),
+            "hosts_per_round": st.integers(1, 8),
+        },
     ),
     st.just({"method": "star", "hosts": 4}),
 )

@@ -102,7 +102,7 @@ def prefill_by_hand(decoder: Decoder, attention: APBAttention, plan: Plan, docum
         return attention(query, key, value, phase=Phase.PREFILL, layer_idx=layer_idx, state=state)
 
     for state.round_index in range(len(plan.rounds)):
-        spans = [state.anchor_share, plan.blocks[state.host]]
+        spans = [state.anchor_share, *(plan.blocks[host] for host in state.hosts)]
         positions = torch.cat([torch.arange(*span) for span in spans])
         decoder(document[:, positions], positions, attend)
     cache.set_length(document.shape[1])

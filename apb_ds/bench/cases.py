@@ -18,7 +18,7 @@ from apb_ds.config import EXECUTION_DEFAULTS, APBConfig
 from apb_ds.plan import plan_request
 
 # What other methods take over from the settings of the one under ``method``: how work is shared, not how much there is.
-SHARED_SETTINGS = ("hosts", "schedule", "shard_anchor", "query_position", *EXECUTION_DEFAULTS)
+SHARED_SETTINGS = ("hosts", "schedule", "hosts_per_round", "shard_anchor", "query_position", *EXECUTION_DEFAULTS)
 
 
 @dataclass(frozen=True)

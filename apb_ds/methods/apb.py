@@ -1,7 +1,7 @@
 """APB's prefill attention in one layer and one round (arXiv 2502.12085, section 3).
 
-A rank's tokens in a round are its share of the anchor, if it has one in this round, followed by the block of its host.
-What travels (anchor shares and compressed blocks) is sent before the local attention and used after it, so that
+A rank's tokens in a round are its share of the anchor, if it has one in this round, followed by the blocks of its
+hosts. What travels (anchor shares and compressed blocks) is sent before the local attention and used after it, so that
 communication hides behind computation. Only square causal and unmasked attention is needed.
 
 Every rank runs the same collectives in every layer and round, also with no token of its own.
@@ -9,7 +9,7 @@ Every rank runs the same collectives in every layer and round, also with no toke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,16 +21,18 @@ from apb_ds.ops.selection import place_pair
 from apb_ds.plan import Plan, split_evenly
 
 Arrival = Callable[[], None]  # waits for what was sent and puts it where the attention finds it
+States = Sequence[Tensor]  # queries, keys and values of the same tokens
 
 
 def prefill(
     tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
-    """Attend for this rank's tokens of the round; cache the block; exchange anchor and compressed blocks.
+    """Attend for this rank's tokens of the round; cache the blocks; exchange anchor and compressed blocks.
 
     Parameters
     ----------
-    query : (1, heads, anchor_share + block_tokens, head_dim), local, rotated
+    query : (1, heads, anchor_share + block_tokens, head_dim), local, rotated; the blocks of the rank's hosts one behind
+        the other
     key, value : (1, kv_heads, anchor_share + block_tokens, head_dim), local, keys rotated
     scale : factor on the logits
 
@@ -39,33 +41,36 @@ def prefill(
     (1, heads, anchor_share + block_tokens, head_dim) in ``query.dtype``. Zeros in the last layer: its output is used
     by nobody, since prefill leaves keys and values behind and nothing else.
     """
+    plan = state.plan
     start, stop = state.anchor_share
-    anchor = [states[:, :, : stop - start] for states in (query, key, value)]
-    block = [states[:, :, stop - start :] for states in (query, key, value)]
-    if block[1].shape[2]:
-        state.cache.layer(layer_idx).store_block(block[1], block[2])
+    lengths = [stop - start, *(plan.block_length(host) for host in state.hosts)]
+    if key.shape[2] > lengths[0]:
+        state.cache.layer(layer_idx).store_block(key[:, :, lengths[0] :], value[:, :, lengths[0] :])
     if state.is_last_layer(layer_idx):
         state.finish_layer(layer_idx)
         return torch.zeros_like(query)
 
+    anchor, *blocks = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     passed = state.passed(layer_idx, key, tools.fused)
     anchor_arrives = _send_anchor(tools, state, passed, anchor)
-    kept_arrives = _send_kept(tools, state, passed, layer_idx, block, scale)
-    block_local = _attend_causally(tools, block, scale)
+    kept_arrives = _send_kept(tools, state, passed, layer_idx, blocks, scale)
+    blocks_local = [_attend_causally(tools, block, scale) for block in blocks]
     anchor_local = _attend_causally(tools, anchor, scale)
     output = empty_tokens_first(query)
-    anchor_output, block_output = output.split([stop - start, query.shape[2] - (stop - start)], dim=2)
+    anchor_output, *block_outputs = output.split(lengths, dim=2)
     anchor_arrives()
     _merge_with(tools, anchor[0], anchor_local, passed.first(start), scale, anchor_output)
     kept_arrives()
-    host = state.host
-    seen = state.plan.anchor_length + state.plan.kept_offsets[host] if host > 0 else 0
-    _merge_with(tools, block[0], block_local, passed.first(seen), scale, block_output)
+    seen = [plan.num_seen(host) for host in state.hosts]
+    keys, values = passed.first(max(seen))
+    for block, local, num_seen, block_output in zip(blocks, blocks_local, seen, block_outputs, strict=True):
+        others = keys[:, :, :num_seen], values[:, :, :num_seen]
+        _merge_with(tools, block[0], local, others, scale, block_output)
     state.finish_layer(layer_idx)
     return output
 
 
-def _attend_causally(tools: Tools, states: list[Tensor], scale: float) -> tuple[Tensor, Tensor] | None:
+def _attend_causally(tools: Tools, states: States, scale: float) -> tuple[Tensor, Tensor] | None:
     query, key, value = states
     if query.shape[2] == 0:
         return None
@@ -90,7 +95,7 @@ def _merge_with(
         tools.merge_two(*local, *tools.kernels.prefill(query, keys, values, False, scale), output)
 
 
-def _send_anchor(tools: Tools, state: PrefillState, passed: PassedStates, anchor: list[Tensor]) -> Arrival:
+def _send_anchor(tools: Tools, state: PrefillState, passed: PassedStates, anchor: States) -> Arrival:
     """Start the exchange of anchor shares; only the first round has any."""
     plan, group = state.plan, tools.group
     assert tools.compressor is not None
@@ -108,7 +113,7 @@ def _send_anchor(tools: Tools, state: PrefillState, passed: PassedStates, anchor
         return lambda: None
     shares = split_evenly(plan.anchor_length, group.world_size)
     longest = max(stop - start for start, stop in shares)
-    message = _empty_message(key, longest)
+    message = _empty_messages(key, 1, longest)[0]
     place_pair(key, value, message[:, :, : key.shape[2]])
     pending = group.start_all_gather(message)
 
@@ -137,49 +142,64 @@ def _gather_anchor_queries(tools: Tools, state: PrefillState, query: Tensor) -> 
 
 
 def _send_kept(
-    tools: Tools, state: PrefillState, passed: PassedStates, layer_idx: int, block: list[Tensor], scale: float
+    tools: Tools, state: PrefillState, passed: PassedStates, layer_idx: int, blocks: Sequence[States], scale: float
 ) -> Arrival:
-    """Compress this rank's block and start the exchange of what the round's hosts keep."""
+    """Compress this rank's blocks and start the exchange of what the round's hosts keep.
+
+    What was projected of the blocks is let go of on the way out: attention needs the memory.
+    """
     plan, group = state.plan, tools.group
     assert tools.compressor is not None
-    hosts = plan.rounds[state.round_index]
-    longest = max(_sent_length(plan, host) for host in hosts)
+    served = plan.rounds[state.round_index]
+    longest = max(_sent_length(plan, host) for hosts in served for host in hosts)
     if longest == 0:
         return lambda: None
-    query, key, value = block
-    message = None if isinstance(passed, OwnStates) else _empty_message(key, longest)
-    if plan.is_passed_on(state.host):
+    messages = None if isinstance(passed, OwnStates) else _empty_messages(blocks[0][1], len(blocks), longest)
+    of_hosts = zip(state.hosts, blocks, state.take_projections(), strict=True)
+    for index, (host, (query, key, value), projections) in enumerate(of_hosts):
+        if not plan.is_passed_on(host):
+            continue
         states = BlockStates(
             queries=query,
             keys=key,
             values=value,
-            start=plan.blocks[state.host][0],
+            start=plan.blocks[host][0],
             layer_idx=layer_idx,
             scale=scale,
             anchor_queries=passed.anchor_queries,
-            projections=state.take_projections(),
+            projections=projections,
             fused=tools.fused,
         )
-        count, num_eligible = plan.kept_lengths[state.host], plan.num_eligible(state.host)
-        if isinstance(passed, OwnStates):
+        count, num_eligible = plan.kept_lengths[host], plan.num_eligible(host)
+        if messages is None:
+            assert isinstance(passed, OwnStates)
             passed.keep(tools.compressor.choose(states, count, num_eligible), states.start)
         else:
-            assert message is not None
-            tools.compressor.compress(states, count, num_eligible, message[:, :, :count])
-        del states  # with what was projected: attention needs the memory
-    if isinstance(passed, OwnStates):
+            tools.compressor.compress(states, count, num_eligible, messages[index, :, :, :count])
+    if messages is None:
         return lambda: None
-    assert isinstance(passed, SentStates) and message is not None
-    starts = [plan.anchor_length + plan.kept_offsets[host] for host in hosts]
-    spans = [(start, start + _sent_length(plan, host)) for start, host in zip(starts, hosts, strict=True)]
-    pending = group.start_all_gather(message)
-    return lambda: passed.place_all(spans, pending.wait())
+    spans = [[_sent_span(plan, hosts[index]) for hosts in served] for index in range(len(blocks))]
+    pending = group.start_all_gather(messages)
+
+    def arrive() -> None:
+        assert isinstance(passed, SentStates)
+        everyone = pending.wait()
+        for index, of_ranks in enumerate(spans):
+            passed.place_all(of_ranks, everyone[:, index])
+
+    return arrive
 
 
 def _sent_length(plan: Plan, host: int) -> int:
     return plan.kept_lengths[host] if plan.is_passed_on(host) else 0
 
 
-def _empty_message(like: Tensor, length: int) -> Tensor:
-    """Return room for the keys and values of so many tokens, (2, kv_heads, length, head_dim), zeros."""
-    return like.new_zeros((2, like.shape[1], length, like.shape[3]))
+def _sent_span(plan: Plan, host: int) -> tuple[int, int]:
+    """Return where what the host passes on lies among all that blocks see besides their own."""
+    start = plan.anchor_length + plan.kept_offsets[host]
+    return start, start + _sent_length(plan, host)
+
+
+def _empty_messages(like: Tensor, number: int, length: int) -> Tensor:
+    """Return room for so many messages of keys and values, (number, 2, kv_heads, length, head_dim), zeros."""
+    return like.new_zeros((number, 2, like.shape[1], length, like.shape[3]))

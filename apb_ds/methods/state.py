@@ -181,9 +181,9 @@ class PrefillState:
     _passed: dict[int, PassedStates] = field(default_factory=dict)
 
     @property
-    def host(self) -> int:
-        """The host that this rank serves in this round."""
-        return self.plan.rounds[self.round_index][self.rank]
+    def hosts(self) -> tuple[int, ...]:
+        """The hosts that this rank serves in this round, in document order."""
+        return self.plan.served(self.rank, self.round_index)
 
     @property
     def anchor_share(self) -> tuple[int, int]:
@@ -198,17 +198,18 @@ class PrefillState:
         return layer_idx == len(self.cache.layers) - 1
 
     def needs_scores(self, layer_idx: int) -> bool:
-        """Whether the tokens of this rank's block are scored in this layer and round."""
-        return not self.is_last_layer(layer_idx) and self.plan.is_scored(self.host)
+        """Whether the tokens of any of this rank's blocks are scored in this layer and round."""
+        return not self.is_last_layer(layer_idx) and any(self.plan.is_scored(host) for host in self.hosts)
 
-    def take_projections(self) -> Tensor | None:
-        """Return `projections` of the block alone as one tensor, (1, block_tokens, channels), and let go of them."""
+    def take_projections(self) -> list[Tensor | None]:
+        """Return `projections` as one tensor for each block, (1, block_tokens, channels), and let go of them."""
         parts, self.projections = self.projections, None
         if parts is None:
-            return None
+            return [None] * len(self.hosts)
         start, stop = self.anchor_share
-        of_block = [part[:, stop - start :] for part in parts]
-        return of_block[0] if len(of_block) == 1 else torch.cat(of_block, dim=-1)
+        lengths = [stop - start, *(self.plan.block_length(host) for host in self.hosts)]
+        of_blocks = zip(*(part.split(lengths, dim=1)[1:] for part in parts), strict=True)
+        return [block[0] if len(block) == 1 else torch.cat(block, dim=-1) for block in of_blocks]
 
     def passed(self, layer_idx: int, like: Tensor, fused: bool = False) -> PassedStates:
         """Return what the layer passes on, made at first use for keys of such shape, dtype and device.

@@ -23,7 +23,7 @@ from apb_ds.session.steps import Steps, gather_numbers
 from apb_ds.tasks import Sample
 
 # What a run can change without changing what is answered.
-IRRELEVANT_METHOD_KEYS = ("schedule", "shard_anchor", *EXECUTION_DEFAULTS)
+IRRELEVANT_METHOD_KEYS = ("schedule", "hosts_per_round", "shard_anchor", *EXECUTION_DEFAULTS)
 IRRELEVANT_TASK_KEYS = ("input", "output", "overwrite")
 RELEVANT_MODEL_KEYS = ("path", "tokenizer", "adapter", "load_format", "num_layers", "overrides")
 

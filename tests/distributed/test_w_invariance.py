@@ -1,4 +1,4 @@
-"""Answers depend on H, l_a, l_p, the compressor and the model: never on W, schedule, or how the anchor is shared."""
+"""Answers depend on H, l_a, l_p, the compressor and the model: never on W, nor on who computes what, and when."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tests.pool import Pools
 from tests.reference import reference_greedy, run_reference
 
 NUM_NEW_TOKENS = 5
-WAYS = list(itertools.product(["zigzag", "natural"], [True, False]))
+# schedule, whether the anchor is sharded, hosts a round
+WAYS = [("zigzag", True, 1), ("zigzag", False, 2), ("natural", True, 1), ("natural", False, 3), ("zigzag", True, 8)]
 
 CASES = [
     Case("defaults", 203, 7),
@@ -35,19 +36,20 @@ CASES = [
 ]
 
 
-def answer_all(rank: int, world_size: int, family: str) -> dict[tuple[str, str, bool], tuple[torch.Tensor, Any]]:
-    """Return ``{(case, schedule, shard_anchor): (logits, tokens)}``, the logits as this rank computed them."""
+def answer_all(rank: int, world_size: int, family: str) -> dict[tuple[str, str, bool, int], tuple[torch.Tensor, Any]]:
+    """Return ``{(case, *way): (logits, tokens)}``, the logits as this rank computed them."""
     import apb_ds
 
     engine = engine_with_heads(build_model(family))
     answers = {}
-    for case, (schedule, shard_anchor) in itertools.product(CASES, WAYS):
+    for case, (schedule, shard_anchor, per_round) in itertools.product(CASES, WAYS):
         document, query = case.ids()
-        engine.configure(apb_ds.APBConfig(**case.given, schedule=schedule, shard_anchor=shard_anchor))
+        way = {"schedule": schedule, "shard_anchor": shard_anchor, "hosts_per_round": per_round}
+        engine.configure(apb_ds.APBConfig(**case.given, **way))
         context = engine.prefill(document, query)
         logits = own_query_logits(engine, query, context)
         tokens = engine.generate(document, query, max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
-        answers[case.name, schedule, shard_anchor] = (logits, tokens.tolist())
+        answers[case.name, schedule, shard_anchor, per_round] = (logits, tokens.tolist())
     return answers
 
 
@@ -74,11 +76,11 @@ def test_answers_are_the_reference_on_every_rank(
     assert len(by_rank) == world_size
     wrong = []
     for rank, answers in enumerate(by_rank):
-        for (name, schedule, shard_anchor), (logits, tokens) in answers.items():
+        for (name, *way), (logits, tokens) in answers.items():
             expected_logits, expected_tokens = expected[name]
             difference = float((logits - expected_logits).abs().max())
             if not difference < TOLERANCE or tokens != expected_tokens:
-                wrong.append((rank, name, schedule, shard_anchor, difference, tokens, expected_tokens))
+                wrong.append((rank, name, way, difference, tokens, expected_tokens))
     assert not wrong, "\n".join(map(str, wrong))
 
 

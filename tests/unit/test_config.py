@@ -21,6 +21,7 @@ DEFAULTS = {
     "query_in_anchor": True,
     "query_position": 1,
     "schedule": "zigzag",
+    "hosts_per_round": 1,
     "shard_anchor": True,
     "seed": 0,
     "kernel": "auto",
@@ -66,6 +67,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"query_position": -1}, ["query_position", "-1", "at least 0"]),
     ({"query_position": 1.0}, ["query_position", "1.0", "integer"]),
     ({"schedule": "zigzga"}, ["schedule", "'zigzga'", "zigzag, natural", "Did you mean 'zigzag'?"]),
+    ({"hosts_per_round": 0}, ["hosts_per_round", "0", "at least 1"]),
+    ({"hosts_per_round": "all"}, ["hosts_per_round", "'all'", "integer"]),
     ({"seed": -1}, ["seed", "-1", "at least 0"]),
     ({"seed": "0"}, ["seed", "'0'", "integer"]),
 ]

@@ -85,7 +85,7 @@ def anchor_positions_off_by_one(patch: Patch) -> None:
 def block_positions_off_by_one(patch: Patch) -> None:
     def change(state: Any, ids: Tensor, positions: Tensor) -> None:
         start, stop = state.anchor_share
-        if state.host > 0:
+        if state.hosts != (0,):
             positions[:, stop - start :] += 1
 
     _change_round_inputs(patch, change)
@@ -160,9 +160,11 @@ def heads_see_values_first(patch: Patch) -> None:
     assert PROJECTIONS[0] == ("q_proj", "k_proj", "v_proj")
     patch.setattr("apb_ds.hf.projection_modules", lambda module: projection_modules(module)[::-1])
     take = PrefillState.take_projections
-    patch.setattr(
-        PrefillState, "take_projections", lambda self: None if (kept := take(self)) is None else kept.roll(32, dims=-1)
-    )
+
+    def rolled(self: PrefillState) -> list[Tensor | None]:
+        return [None if kept is None else kept.roll(32, dims=-1) for kept in take(self)]
+
+    patch.setattr(PrefillState, "take_projections", rolled)
 
 
 def heads_of_another_layer(patch: Patch) -> None:
@@ -173,11 +175,12 @@ def heads_of_another_layer(patch: Patch) -> None:
 
 
 def heads_see_the_anchor_instead(patch: Patch) -> None:
-    def take(self: PrefillState) -> Tensor | None:
+    def take(self: PrefillState) -> list[Tensor | None]:
         parts, self.projections = self.projections, None
-        return (
-            None if parts is None else torch.cat([part[:, : self.plan.block_length(self.host)] for part in parts], -1)
-        )
+        if parts is None:
+            return [None] * len(self.hosts)
+        lengths = [self.plan.block_length(host) for host in self.hosts]
+        return [torch.cat([part[:, :length] for part in parts], dim=-1) for length in lengths]
 
     patch.setattr(PrefillState, "take_projections", take)
 

@@ -73,7 +73,7 @@ def served(states: tuple[Tensor, ...], n: int, q: int, given: dict[str, Any]) ->
 
     for state.round_index in range(len(plan.rounds)):
         anchor = state.anchor_share
-        start, stop = plan.blocks[state.host]
+        ((start, stop),) = (plan.blocks[host] for host in state.hosts)
         block = (length + start, length + stop)
         if anchor[1] == anchor[0] and start == stop:
             continue

@@ -21,7 +21,7 @@ def new_plan(n: int, world_size: int, **given: Any) -> Plan:
 
 
 def spans_of(plan: Plan, round_index: int) -> list[tuple[int, int]]:
-    hosts = plan.rounds[round_index]
+    hosts = [host for (host,) in plan.rounds[round_index]]
     starts = [plan.anchor_length + plan.kept_offsets[host] for host in hosts]
     return [
         (start, start + (plan.kept_lengths[host] if plan.is_passed_on(host) else 0))

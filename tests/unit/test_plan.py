@@ -55,7 +55,10 @@ def test_rounds_serve_each_host_once(hosts: int, world_size: int, schedule: str)
     rounds = schedule_rounds(hosts, world_size, schedule)
     assert len(rounds) == hosts // world_size
     # A passing block needs the hosts before it: those of earlier rounds, or of this one.
-    assert all(sorted(served) == list(range(k * world_size, (k + 1) * world_size)) for k, served in enumerate(rounds))
+    for k, served in enumerate(rounds):
+        assert sorted(host for hosts_of_rank in served for host in hosts_of_rank) == list(
+            range(k * world_size, (k + 1) * world_size)
+        )
     plan = new_plan(1000, world_size=world_size, hosts=hosts, schedule=schedule)
     assert plan.rounds == rounds
     for rank in range(world_size):
@@ -65,6 +68,29 @@ def test_rounds_serve_each_host_once(hosts: int, world_size: int, schedule: str)
             expected = [mirrored[k] if k % 2 else host for k, host in enumerate(expected)]
         assert list(plan.hosts_of(rank)) == expected
     assert sum(plan.shard_length(rank) for rank in range(world_size)) == 1000
+
+
+def test_several_hosts_a_round() -> None:
+    plan = new_plan(1000, world_size=2, hosts=8, hosts_per_round=2)
+    assert plan.rounds == (((0, 3), (1, 2)), ((4, 7), (5, 6)))
+    assert plan.served(1, 1) == (5, 6) and plan.hosts_of(0) == (0, 3, 4, 7)
+    assert plan.num_forward_tokens(0, 1) == plan.block_length(4) + plan.block_length(7)
+    uneven = schedule_rounds(6, 2, "natural", per_round=2)
+    assert uneven == (((0, 2), (1, 3)), ((4,), (5,)))
+    assert schedule_rounds(6, 1, "zigzag", per_round=100) == (((0, 1, 2, 3, 4, 5),),)
+    for rounds in (plan.rounds, uneven):
+        assert all(list(hosts) == sorted(hosts) for served in rounds for hosts in served)
+
+
+def test_two_hosts_a_round_even_out_ranks_within_it() -> None:
+    """By tokens seen: one by one, zigzag evens out sums alone, and every round waits for its slowest rank."""
+
+    def slowest(**given: Any) -> int:
+        plan = new_plan(8192, world_size=4, hosts=8, **given)
+        seen = [[sum(map(plan.num_seen, hosts)) for hosts in served] for served in plan.rounds]
+        return sum(max(of_round) for of_round in seen)
+
+    assert slowest(hosts_per_round=2) < 0.8 * slowest()
 
 
 def test_zigzag_evens_out_what_ranks_attend_to() -> None:
@@ -227,7 +253,7 @@ def test_tokens_of_a_forward(n: int, hosts: int, world_size: int, shard_anchor: 
         for k, served in enumerate(plan.rounds):
             anchor = plan.anchor_share(rank, k)
             tokens = plan.num_forward_tokens(rank, k)
-            assert tokens == anchor[1] - anchor[0] + plan.block_length(served[rank])
+            assert tokens == anchor[1] - anchor[0] + sum(map(plan.block_length, served[rank]))
             total += tokens
     assert total == n + plan.anchor_length * (1 if shard_anchor else world_size)
 

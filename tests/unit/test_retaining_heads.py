@@ -401,7 +401,7 @@ def test_projections_are_held_for_one_layer_and_only_where_they_are_scored(
     def count(self: ActiveCall, layer_idx: int, output: Tensor) -> None:
         keep(self, layer_idx, output)
         assert self.state is not None
-        held.append((self.state.host, layer_idx, len(self.projections)))
+        held.append((self.state.hosts, layer_idx, len(self.projections)))
 
     def note(self: RetainingHeads, layer_idx: int, projections: Tensor) -> Tensor:
         scored.append(layer_idx)
@@ -414,7 +414,7 @@ def test_projections_are_held_for_one_layer_and_only_where_they_are_scored(
     # Three of four hosts pass something on; nothing is passed in the last of three layers.
     assert scored == [0, 1] * 3
     assert max(number for _, _, number in held) == 3
-    assert {number for host, layer, number in held if host == 3 or layer == 2} == {0}
+    assert {number for host, layer, number in held if host == (3,) or layer == 2} == {0}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
