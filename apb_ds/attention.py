@@ -13,7 +13,7 @@ from apb_ds.compressors import build_compressor
 from apb_ds.compressors.retaining_heads import RetainingHeads, RetainingHeadsCompressor
 from apb_ds.config import APBConfig
 from apb_ds.methods import apb, dense, ring, ulysses
-from apb_ds.methods.decode import attend_shards
+from apb_ds.methods.decode import attend_shards, merge_ranks
 from apb_ds.methods.state import PrefillState, Tools
 from apb_ds.ops.compiled import can_compile
 from apb_ds.ops.kernels import KernelChoice, check_kernel_name, choose_kernels
@@ -123,7 +123,7 @@ class APBAttention(nn.Module):
         scale : float
             Factor on the logits; by default ``head_dim ** -0.5``.
         num_keys : (1,), int32, on the device
-            In DECODE on one rank: only so many of the first keys count. For a step that is recorded as a CUDA graph.
+            In DECODE: only so many of the first keys count, at least one. For a step that is recorded as a CUDA graph.
 
         Returns
         -------
@@ -146,8 +146,8 @@ class APBAttention(nn.Module):
             return self._prefill(tools, state, layer_idx, query, key, value, scale)
         place.enter(place.Place(phase.value, layer_idx=layer_idx))
         if num_keys is not None:
-            assert self.group.world_size == 1 and kernels.recorded is not None
-            return kernels.recorded.attend_first(query, key, value, num_keys, scale)[0]
+            assert kernels.recorded is not None
+            return merge_ranks(tools, *kernels.recorded.attend_first(query, key, value, num_keys, scale))
         kernel = kernels.decode if phase is Phase.DECODE else kernels.prefill
         return attend_shards(tools, kernel, query, key, value, scale)
 

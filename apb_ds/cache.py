@@ -64,12 +64,13 @@ class ShardedCacheLayer(CacheLayerMixin):
         Returns
         -------
         keys, values : (1, kv_heads, local_tokens, head_dim), local; views of the buffers, possibly of no tokens. With a
-            `slot`, the whole buffers instead: the token is written there, and counted by `advance`.
+            `slot`, the whole buffers instead: the token is written there if this is its rank, and counted by `advance`.
         """
         if self.slot is not None:
             assert self.keys is not None and self.values is not None
-            self.keys.index_copy_(2, self.slot, key_states)
-            self.values.index_copy_(2, self.slot, value_states)
+            if self.stores_new:
+                self.keys.index_copy_(2, self.slot, key_states)
+                self.values.index_copy_(2, self.slot, value_states)
             return self.keys, self.values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -79,8 +80,9 @@ class ShardedCacheLayer(CacheLayerMixin):
         return self.shard()
 
     def advance(self) -> None:
-        """Count one new token that was written to the `slot` behind the last one."""
-        self.local_length += 1
+        """Count one new token that was written to the `slot` behind the last one, on the rank that stores it."""
+        if self.stores_new:
+            self.local_length += 1
         self.global_length += 1
 
     def clear_unused(self) -> None:
@@ -263,3 +265,8 @@ class ShardedCache(Cache):
     def local_length(self) -> int:
         """Tokens stored on this rank."""
         return self.layer(0).local_length
+
+    @property
+    def length_with_next(self) -> int:
+        """Tokens stored on this rank once one more new token has come."""
+        return self.local_length + int(self.layer(0).stores_new)

@@ -15,6 +15,7 @@ DEFAULT_COMPRESSOR = "window"
 DEFAULT_COMPRESSION_RATIO = 8
 MAX_DEFAULT_ANCHOR_LENGTH = 8192
 ANCHOR_IS_BLOCK = "block"
+ON_ALL_RANKS = "all_ranks"
 # What every method has: how things are computed, not what.
 EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": True, "fused": True, "mlp_tile": None}
 
@@ -81,8 +82,9 @@ class APBConfig:
         Seed of the ``random`` compressor. Default 0.
     kernel : str
         Attention kernel by name, or ``auto`` (default): the best one installed for device and dtype.
-    cuda_graph : bool
-        Whether decode steps are recorded and replayed where that is possible: on CUDA, on one rank. Default true.
+    cuda_graph : bool or "all_ranks"
+        Whether decode steps are recorded and replayed where that is possible: on CUDA, on one rank, or also on several.
+        Default true: on one.
     fused : bool
         Whether the model's norms, gated activations and rotations, and the merging of partial attention, are compiled
         (``torch.compile``) where they run on CUDA and can be. Default true.
@@ -109,7 +111,7 @@ class APBConfig:
     shard_anchor: bool | None = None
     seed: int | None = None
     kernel: str | None = None
-    cuda_graph: bool | None = None
+    cuda_graph: bool | str | None = None
     fused: bool | None = None
     mlp_tile: int | None = None
 
@@ -151,7 +153,10 @@ class APBConfig:
 
     def _check_execution(self) -> None:
         self._check_name("kernel")
-        check_bool("cuda_graph", self.cuda_graph)
+        if isinstance(self.cuda_graph, str):
+            check_choice("cuda_graph", self.cuda_graph, [ON_ALL_RANKS])
+        else:
+            check_bool("cuda_graph", self.cuda_graph)
         check_bool("fused", self.fused)
         if self.mlp_tile is not None:
             check_integer("mlp_tile", self.mlp_tile, 1)

@@ -3,6 +3,9 @@
 A small model's step is mostly the launching of its kernels; replayed, they are launched as one. A recording holds the
 buffers of a cache. When nobody uses that cache any more, the next one of about the same length takes its buffers over,
 and the recording serves it at once.
+
+On several ranks the step has a collective in every layer. A rank that replays it and one that runs it kernel by kernel
+send the same, but recording runs it once more than the others: all ranks record at the same token, or none does.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from apb_ds.attention import Phase
 from apb_ds.cache import ShardedCache
 from apb_ds.hf import ActiveCall
 from apb_ds.ops.kernels import KernelChoice
+from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.rotary import is_position_dependent_rope
 
 # Recording costs about as much as a few steps: short answers are not worth it.
@@ -33,15 +37,19 @@ class DecodeStep:
     Parameters
     ----------
     device : torch.device
+    group : SequenceGroup
+        The ranks that share the cache.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, group: SequenceGroup) -> None:
+        self._group = group
         self._token = torch.zeros((1, 1), dtype=torch.int64, device=device)
         self._position = torch.zeros((1, 1), dtype=torch.int64, device=device)
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
         self._num_keys = torch.ones(1, dtype=torch.int32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
+        self._bytes_sent = 0  # in one step
         self.buffers: list[Tensor] = []
         self._weights: list[int] = []
 
@@ -50,35 +58,44 @@ class DecodeStep:
         buffers = _buffers(cache)
         return len(buffers) == len(self.buffers) and all(map(operator.is_, buffers, self.buffers))
 
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether the model's weights are where they were."""
-        return self._weights == _weights(model)
+    def serves(self, model: nn.Module, cache: ShardedCache) -> bool:
+        """Whether it `fits` the cache, and the model's weights are where they were."""
+        return self.fits(cache) and self._weights == _weights(model)
 
     def prepare(self, model: nn.Module, cache: ShardedCache) -> None:
         """Say what the step is for: the buffers of a cache, and the model's weights where they are."""
         self.buffers, self._weights = _buffers(cache), _weights(model)
         cache.clear_unused()  # a later cache that takes the buffers over finds numbers in them
 
-    def record(self, model: nn.Module, cache: ShardedCache, call: ActiveCall) -> None:
-        """Record the step over the buffers of `cache`, with room for one more token."""
+    def warm_up(self, model: nn.Module, cache: ShardedCache, call: ActiveCall) -> None:
+        """Run the step once over the buffers of `cache`, so that nothing that is set up at first use is recorded."""
         self.prepare(model, cache)
-        self._set(self._token, cache.get_seq_length(), cache.local_length)
+        self._set(self._token, cache)
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # what is set up at first use must not be recorded
+        with torch.cuda.stream(beside):
             self.forward(model, cache, call)
         torch.cuda.current_stream().wait_stream(beside)
+
+    def record(self, model: nn.Module, cache: ShardedCache, call: ActiveCall) -> None:
+        """Record the step over the buffers that it was warmed up with. Nothing is computed, and nothing is sent."""
+        sent_before = self._group.bytes_sent
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._logits = self.forward(model, cache, call)
+        try:
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._logits = self.forward(model, cache, call)
+        finally:
+            self._bytes_sent = self._group.bytes_sent - sent_before
+            self._group.count_bytes(-self._bytes_sent)
 
     def run(self, model: nn.Module, cache: ShardedCache, call: ActiveCall, token: Tensor) -> Tensor:
         """Feed one token, (1, 1) int64; return its logits, (1, vocab), float32, to be read before the next step."""
-        self._set(token, cache.get_seq_length(), cache.local_length)
+        self._set(token, cache)
         if self._graph is None:
             self._logits = self.forward(model, cache, call)
         else:
             self._graph.replay()
+            self._group.count_bytes(self._bytes_sent)
         cache.advance()
         assert self._logits is not None
         return self._logits
@@ -100,11 +117,11 @@ class DecodeStep:
             call.num_keys = None
         return output.logits[:, -1].float()
 
-    def _set(self, token: Tensor, position: int, slot: int) -> None:
+    def _set(self, token: Tensor, cache: ShardedCache) -> None:
         self._token.copy_(token)
-        self._position.fill_(position)
-        self._slot.fill_(slot)
-        self._num_keys.fill_(slot + 1)
+        self._position.fill_(cache.get_seq_length())
+        self._slot.fill_(cache.local_length)
+        self._num_keys.fill_(cache.length_with_next)
 
 
 class RecordedSteps:
@@ -113,10 +130,13 @@ class RecordedSteps:
     Parameters
     ----------
     model : nn.Module
+    group : SequenceGroup
+        The ranks that share a request; all of them have one of these.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, group: SequenceGroup) -> None:
         self._model = (model,)  # no part of a module tree
+        self._group = group
         self._step: DecodeStep | None = None
         self._has_failed = False
         self._user: weakref.ref[ShardedCache] | None = None
@@ -140,35 +160,64 @@ class RecordedSteps:
         """
         if self._has_failed or call.phase is not Phase.DECODE:
             return None
-        if self._step is not None and num_done == 1 and not self._step.is_of(self._model[0]):
+        model = self._model[0]
+        if num_done == 1 and not self._all(self._step is not None and self._step.serves(model, cache), token.device):
             self._step = None
-        if self._step is None or not self._step.fits(cache):
-            if num_done < RECORD_AFTER:
-                return None
+        if self._is_to_record(cache, num_done):
             self._step = None  # the old one's memory first
-            self._step = self._recorded(cache, call, token.device)
-            self._user = weakref.ref(cache)
-        return None if self._step is None else self._step.run(self._model[0], cache, call, token)
-
-    def _recorded(self, cache: ShardedCache, call: ActiveCall, device: torch.device) -> DecodeStep | None:
-        step = DecodeStep(device)
-        try:
-            step.record(self._model[0], cache, call)
-        except RuntimeError as error:  # something in the model waits for the device, or memory ran out
-            self._has_failed = True
-            logger.warning("Decoding without a CUDA graph, since the step cannot be recorded: %s", _first_line(error))
+            self._record(cache, call, token.device)
+        if self._step is None or not self._step.fits(cache):
             return None
-        return step
+        return self._step.run(model, cache, call, token)
+
+    def _is_to_record(self, cache: ShardedCache, num_done: int) -> bool:
+        """Whether to record before the next token: on several ranks, nothing that this one alone knows may decide it.
+
+        There, a rank whose buffers had to grow goes on kernel by kernel until the answer's end.
+        """
+        if self._group.world_size > 1:
+            return self._step is None and num_done == RECORD_AFTER
+        return num_done >= RECORD_AFTER and (self._step is None or not self._step.fits(cache))
+
+    def _record(self, cache: ShardedCache, call: ActiveCall, device: torch.device) -> None:
+        """Record a step, on all ranks together; if it fails on one of them, none has it, nor tries again."""
+        if not self._all(cache.local_length > 0, device):  # a kernel needs a key
+            return
+        step, model = DecodeStep(device, self._group), self._model[0]
+        failure: RuntimeError | None = None
+        try:
+            step.warm_up(model, cache, call)
+        except RuntimeError as error:
+            if self._group.world_size > 1:
+                raise  # the others are in its collectives
+            failure = error
+        try:
+            if failure is None:
+                step.record(model, cache, call)
+        except RuntimeError as error:  # something in the model waits for the device, or memory ran out
+            failure = error
+        if self._all(failure is None, device):
+            self._step, self._user = step, weakref.ref(cache)
+            return
+        self._has_failed = True
+        if failure is not None:
+            logger.warning("Decoding without a CUDA graph, since the step cannot be recorded: %s", _first_line(failure))
+
+    def _all(self, mine: bool, device: torch.device) -> bool:
+        """Return whether it is so on all ranks; all of them ask together."""
+        if self._group.world_size == 1:
+            return mine
+        return bool(self._group.all_gather(torch.tensor([mine], dtype=torch.int64, device=device)).all())
 
 
-def can_record(model: nn.Module, kernels: KernelChoice, num_ranks: int) -> bool:
-    """Whether decode steps may be recorded: on one rank, with a kernel and a rotary embedding that allow it."""
+def can_record(model: nn.Module, kernels: KernelChoice) -> bool:
+    """Whether decode steps may be recorded: with a kernel and a rotary embedding that allow it."""
     waits = any(is_position_dependent_rope(module) for module in model.modules())
-    return num_ranks == 1 and kernels.recorded is not None and not waits
+    return kernels.recorded is not None and not waits
 
 
 def _buffers(cache: ShardedCache) -> list[Tensor]:
-    return cache.buffers(cache.local_length + 1)
+    return cache.buffers(cache.length_with_next)
 
 
 def _weights(model: nn.Module) -> list[int]:

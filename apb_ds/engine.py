@@ -21,7 +21,7 @@ from apb_ds.attention import APBAttention, Phase
 from apb_ds.cache import ShardedCache
 from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
-from apb_ds.config import APBConfig
+from apb_ds.config import ON_ALL_RANKS, APBConfig
 from apb_ds.context import Context
 from apb_ds.decode_step import RecordedSteps, can_record
 from apb_ds.fused import fused_layers
@@ -116,8 +116,9 @@ class APBEngine(InferenceEngine):
         # An evaluation changes settings with every sample: what was recorded stays while steps are computed alike.
         execution = config.cuda_graph, config.fused, kernels.recorded and kernels.recorded.name, self.group.world_size
         if execution != self._execution:
-            recorded = config.cuda_graph and can_record(self.module, kernels, self.group.world_size)
-            self._recorded = RecordedSteps(self.module) if recorded else None
+            wanted = config.cuda_graph == ON_ALL_RANKS or (config.cuda_graph and self.group.world_size == 1)
+            recorded = wanted and can_record(self.module, kernels)
+            self._recorded = RecordedSteps(self.module, self.group) if recorded else None
             self._fused = fused_layers(self.module, bool(config.fused), self.device)
             self._execution = execution
         if heads is not None:
@@ -276,7 +277,11 @@ class APBEngine(InferenceEngine):
                 max_new_tokens,
                 generate_arguments,
             ),
-            lambda checked: {**self._asking.query_facts(checked, context), "append": append},
+            lambda checked: {
+                **self._asking.query_facts(checked, context),
+                "append": append,
+                "recorded": self.kernel_names.get("recorded"),  # ranks record steps together, or not at all
+            },
             self.device,
         )
         if asked.prefill is not None:

@@ -23,11 +23,26 @@ def attend_shards(tools: Tools, kernel: Kernel, query: Tensor, keys: Tensor, val
     (1, heads, new_tokens, head_dim) in ``query.dtype``, the same on every rank
     """
     output, lse = _attend_shard(kernel, query, keys, values, scale, tools.group.is_last)
+    return merge_ranks(tools, output, lse)
+
+
+def merge_ranks(tools: Tools, output: Tensor, lse: Tensor) -> Tensor:
+    """Merge what each rank's shard gives, in one collective.
+
+    Parameters
+    ----------
+    output : (1, heads, new_tokens, head_dim), local
+    lse : (1, heads, new_tokens), float32, natural log, local
+
+    Returns
+    -------
+    (1, heads, new_tokens, head_dim) in ``output.dtype``, the same on every rank
+    """
     if tools.group.world_size == 1:
         return output
     packed = torch.cat([output.float(), lse.unsqueeze(-1)], dim=-1)
     gathered = tools.group.all_gather(packed)
-    return merge_many(gathered[..., :-1], gathered[..., -1]).to(query.dtype)
+    return merge_many(gathered[..., :-1], gathered[..., -1]).to(output.dtype)
 
 
 def _attend_shard(

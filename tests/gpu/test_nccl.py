@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 import apb_ds
+from apb_ds.decode_step import DecodeStep
 from apb_ds.parallel.groups import SequenceGroup
 from tests import models
 from tests.engine_cases import Case, own_query_logits
+from tests.gpu.test_engine import BFLOAT16_TOLERANCE, Scores, relative_error
 from tests.heads import engine_with_heads
 from tests.models import build_model, request_ids
 from tests.pool import NCCL, Pool
@@ -131,6 +133,41 @@ def test_half_precision_and_fused_layers_agree_on_all_ranks(nccl: Pool) -> None:
     answers = nccl.run(answer_in_half_precision, timeout=240)
     assert len({str(tokens) for of_rank in answers for tokens in of_rank}) == 1
     assert len(answers[0][0][0]) == NUM_NEW_TOKENS
+
+
+def answer_with_recorded_steps(rank: int, world_size: int) -> tuple[list[Tensor], int]:
+    """Return the first rank's logits of forced tokens without and twice with recorded steps, and the recordings."""
+    records = 0
+    record = DecodeStep.record
+
+    def counted(*arguments: Any) -> None:
+        nonlocal records
+        records += 1
+        record(*arguments)
+
+    logits = []
+    document, query = request_ids(203, 7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeStep, "record", counted)
+        for cuda_graph in (False, "all_ranks"):
+            config = apb_ds.APBConfig(hosts=4, fused=False, cuda_graph=cuda_graph)
+            engine = apb_ds.init_inference(build_model("llama").bfloat16(), config)
+            context = engine.prefill(document, query)
+            for _ in range(2 if cuda_graph else 1):
+                scores = Scores()
+                engine.generate(
+                    query_ids=query, context=context, max_new_tokens=12, do_sample=False, logits_processor=[scores]
+                )
+                logits.append(torch.cat(scores.seen).float() if scores.seen else torch.empty(0))
+    return logits, records
+
+
+def test_steps_are_recorded_on_all_ranks(nccl: Pool) -> None:
+    (usual, recorded, again), records = nccl.run(answer_with_recorded_steps, timeout=120)[0]
+    assert records == 1
+    for found in (recorded, again):
+        assert relative_error(found, usual) < BFLOAT16_TOLERANCE / 5
+    assert relative_error(usual.roll(1, dims=0), usual) > BFLOAT16_TOLERANCE, "a token late would be noticed"
 
 
 def fail_on_one(rank: int, world_size: int) -> str:
