@@ -33,7 +33,7 @@ PREFILLS = {
 class Phase(enum.Enum):
     """What a forward is for. Said by the caller, never guessed from a tensor's length."""
 
-    PREFILL = "prefill"  # one block of the document, and in the first round a share of the anchor
+    PREFILL = "prefill"  # blocks of the document, and in the first round a share of the anchor
     QUERY = "query"  # any number of new tokens over the sharded cache
     DECODE = "decode"  # one new token over the sharded cache
 
@@ -113,8 +113,8 @@ class APBAttention(nn.Module):
         Parameters
         ----------
         query : (1, heads, tokens, head_dim), rotated
-            In PREFILL local: the rank's share of the anchor, then its host's block. Otherwise the new tokens, the
-            same on every rank.
+            In PREFILL local: the rank's share of the anchor, then the blocks of its hosts. Otherwise the new tokens,
+            the same on every rank.
         key, value : (1, kv_heads, keys, head_dim), keys rotated, local
             In PREFILL those of the same tokens as `query`. Otherwise the rank's shard, as `ShardedCache.update`
             returned it.
@@ -175,5 +175,5 @@ def _check_tokens(state: PrefillState, query: Tensor, key: Tensor) -> None:
     if query.shape[2] != expected or key.shape[2] != expected:
         raise ValueError(
             f"rank {state.rank} has {expected} tokens in round {state.round_index} (its share of the anchor, then the "
-            f"block), got {query.shape[2]} queries and {key.shape[2]} keys."
+            f"blocks), got {query.shape[2]} queries and {key.shape[2]} keys."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ from apb_ds.attention import APBAttention, Phase
 from apb_ds.cache import ShardedCache
 from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
-from apb_ds.config import ON_ALL_RANKS, APBConfig
+from apb_ds.config import APBConfig
 from apb_ds.context import Context
-from apb_ds.decode_step import RecordedSteps, can_record
-from apb_ds.fused import fused_layers
+from apb_ds.decode_step import RecordedSteps
+from apb_ds.execution import Execution, mlp_tile
 from apb_ds.generation import (
     LockstepDecoder,
     RequestStats,
@@ -34,14 +34,14 @@ from apb_ds.hf import apb_attention
 from apb_ds.linears import onednn_linears
 from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.methods.state import PrefillState
-from apb_ds.ops.memory import explain_out_of_memory, prefill_levers
+from apb_ds.ops.memory import explain_out_of_memory, levers
 from apb_ds.parallel import place
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import check_ranks
 from apb_ds.rotary import buffers_keep_their_dtype, warn_of_rough_frequencies
 from apb_ds.rounds import run_round
 from apb_ds.support import check_supported, geometry_of
-from apb_ds.tiles import check_tile, default_tile, tiled_mlps
+from apb_ds.tiles import check_tile
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class APBEngine(InferenceEngine):
         self._training = [(module, module.training) for module in model.modules()]
         # No attribute of the module tree: `module` stays what transformers made.
         self._heads: list[RetainingHeads] = []
-        self._execution: tuple[Any, ...] = ()
+        self._execution: Execution | None = None
         self.configure(config, retaining_heads)
         self.module.eval()
 
@@ -113,14 +113,8 @@ class APBEngine(InferenceEngine):
         kernels = attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
         self.apb_config = config
         self.attention = attention
-        # An evaluation changes settings with every sample: what was recorded stays while steps are computed alike.
-        execution = config.cuda_graph, config.fused, kernels.recorded and kernels.recorded.name, self.group.world_size
-        if execution != self._execution:
-            wanted = config.cuda_graph == ON_ALL_RANKS or (config.cuda_graph and self.group.world_size == 1)
-            recorded = wanted and can_record(self.module, kernels)
-            self._recorded = RecordedSteps(self.module, self.group) if recorded else None
-            self._fused = fused_layers(self.module, bool(config.fused), self.device)
-            self._execution = execution
+        if self._execution is None or not self._execution.serves(config, self.group, kernels):
+            self._execution = Execution(self.module, config, self.group, kernels, self.device)
         if heads is not None:
             self._heads = [heads]
         self._said_exact = False
@@ -133,8 +127,9 @@ class APBEngine(InferenceEngine):
     def kernel_names(self) -> dict[str, str]:
         """Names of the kernels in use, for ``prefill``, ``decode`` and, where steps are recorded, ``recorded``."""
         kernels = self.attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
-        recorded = {} if self._recorded is None or kernels.recorded is None else {"recorded": kernels.recorded.name}
-        return kernels.names | recorded
+        if self._recorded is None or kernels.recorded is None:
+            return kernels.names
+        return kernels.names | {"recorded": kernels.recorded.name}
 
     @property
     def _asking(self) -> Asking:
@@ -198,12 +193,13 @@ class APBEngine(InferenceEngine):
         state = PrefillState(plan, cache, self.group.rank, progress=progress)
         sent_before = self.group.bytes_sent
         began = self._now()
-        block_length = max(plan.num_forward_tokens(rank, 0) for rank in range(plan.world_size))
+        round_length = max(plan.num_forward_tokens(rank, 0) for rank in range(plan.world_size))
         with (
             explain_out_of_memory(
-                f"prefilling {num_tokens} tokens in blocks of {block_length}", prefill_levers(plan, self.module.dtype)
+                f"prefilling {num_tokens} tokens, {round_length} of them in a round",
+                levers(plan, self.module.dtype, is_prefill=True),
             ),
-            onednn_linears(self.module.base_model, min(block_length, self._mlp_tile or block_length)),
+            onednn_linears(self.module.base_model, min(round_length, self._mlp_tile or round_length)),
             self._layers_in_force(),
             apb_attention(self.module, self.attention, Phase.PREFILL, max_positions, state),
         ):
@@ -339,7 +335,8 @@ class APBEngine(InferenceEngine):
 
         DeepSpeed's own frees the workspace of kernels that are never loaded here, and fails where there is none.
         """
-        self._recorded = None
+        if self._execution is not None:
+            self._execution.recorded = None
         self._heads.clear()
 
     def detach(self) -> InferenceEngine | nn.Module:
@@ -367,7 +364,7 @@ class APBEngine(InferenceEngine):
             with (
                 explain_out_of_memory(
                     f"answering {query_ids.shape[1]} query tokens after {context.num_tokens}",
-                    prefill_levers(context.plan, self.module.dtype),
+                    levers(context.plan, self.module.dtype, is_prefill=False),
                 ),
                 self._layers_in_force(),
                 apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions) as call,
@@ -392,16 +389,17 @@ class APBEngine(InferenceEngine):
         return everything[:, prompt.shape[1] :]
 
     @property
-    def _mlp_tile(self) -> int | None:
-        return default_tile(self.device) if self.apb_config.mlp_tile is None else self.apb_config.mlp_tile
+    def _recorded(self) -> RecordedSteps | None:
+        return None if self._execution is None else self._execution.recorded
 
-    def _layers_in_force(self) -> AbstractContextManager[Any]:
-        """Return what has the model compute with fused layers and in tiles, as the settings say."""
-        with ExitStack() as stack:
-            if self._fused is not None:
-                stack.enter_context(self._fused.in_force())
-            stack.enter_context(tiled_mlps(self.module, self._mlp_tile))
-            return stack.pop_all()
+    @property
+    def _mlp_tile(self) -> int | None:
+        return mlp_tile(self.apb_config, self.device)
+
+    def _layers_in_force(self) -> AbstractContextManager[None]:
+        """Return what has the model compute as the settings say."""
+        assert self._execution is not None
+        return self._execution.in_force(self.module, self._mlp_tile)
 
     def _say_if_exact(self, exact: bool, num_tokens: int) -> None:
         if exact and not self.apb_config.is_exact_method and not self._said_exact and self.group.is_first:

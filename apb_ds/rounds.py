@@ -19,14 +19,14 @@ def run_round(
     document_ids: Tensor,
     query_ids: Tensor | None,
 ) -> None:
-    """Run one forward over this rank's share of the anchor and its host's block; with neither, only the collectives.
+    """Run one forward over this rank's share of the anchor and its hosts' blocks; with neither, only the collectives.
 
     Needs `apb_ds.hf.apb_attention` in force with the same `attention` and `state`.
 
     Parameters
     ----------
     state : PrefillState
-        Says round and rank; its cache takes the block's keys and values.
+        Says round and rank; its cache takes the blocks' keys and values.
     document_ids : (1, n), int64, global
     query_ids : (1, q), int64, global, or None where the anchor embeds none
     """
@@ -54,8 +54,8 @@ def _join_round(model: PreTrainedModel, attention: APBAttention, state: PrefillS
 def round_inputs(state: PrefillState, document_ids: Tensor, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the tokens of this rank's forward in the state's round, and their positions, (1, tokens) int64 each.
 
-    The rank's share of the anchor comes first (``doc[:p] + query + doc[p:l_a - q]``, positions from 0), then the block
-    of its host (both blocks in a ring) at its place in the document, then ulysses' padding.
+    The rank's share of the anchor comes first (``doc[:p] + query + doc[p:l_a - q]``, positions from 0), then the blocks
+    of its hosts at their places in the document, then ulysses' padding.
     """
     plan = state.plan
     served = plan.served(state.rank, state.round_index)

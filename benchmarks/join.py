@@ -32,13 +32,14 @@ COLUMNS = (
     "GiB sent",
     "peak, GiB",
 )
-OWN = ("model", "hardware", "versions", "git", "link")  # what each record says of itself
+OWN = ("complete", "model", "hardware", "versions", "git", "link")  # what each record says of itself
 
 
 def rows_of(records: Sequence[dict[str, Any]], baseline: str) -> list[Row]:
     """Return a row for each case that was measured, by length, with its speed against the baseline's.
 
-    The baseline's first case of a length counts. Where there is none of it, nothing is compared.
+    The baseline's first case of a length counts, of the same model on the same hardware. Where there is none, nothing
+    is compared.
     """
     rows = []
     for index, record in enumerate(records):
@@ -48,9 +49,12 @@ def rows_of(records: Sequence[dict[str, Any]], baseline: str) -> list[Row]:
             rows.append(
                 {
                     "record": index,
+                    "device": device_of(record),
+                    "model": record["model"],
+                    "name": case["name"],
                     "document_tokens": case["document_tokens"],
                     "method": case["method"],
-                    "hosts": None if case["method"] not in ("apb", "star") else case["hosts"],
+                    "hosts": case["hosts"],
                     "ranks": case["ranks"],
                     "emulated": case["emulated"],
                     "prefill_s": case["prefill"]["median_s"],
@@ -62,23 +66,26 @@ def rows_of(records: Sequence[dict[str, Any]], baseline: str) -> list[Row]:
                 }
             )
     rows.sort(key=lambda row: row["document_tokens"])
-    slowest: dict[int, float] = {}
     for row in rows:
-        if row["method"] == baseline:
-            slowest.setdefault(row["document_tokens"], row["prefill_s"])
-    for row in rows:
-        of_baseline = slowest.get(row["document_tokens"])
-        row["speedup"] = None if of_baseline is None else of_baseline / row["prefill_s"]
+        like = [other for other in rows if other["method"] == baseline and _are_comparable(other, row)]
+        row["speedup"] = like[0]["prefill_s"] / row["prefill_s"] if like else None
     return rows
 
 
+def device_of(record: dict[str, Any]) -> str:
+    """Return the name of the device that a record is of."""
+    hardware = record["hardware"]
+    return str(hardware.get("gpu") or hardware["cpu"])
+
+
+def _are_comparable(row: Row, other: Row) -> bool:
+    return all(row[name] == other[name] for name in ("document_tokens", "device", "model"))
+
+
 def name_of(row: Row) -> str:
-    """Return what was measured, in a few words."""
-    parts = [row["method"]]
-    if row["hosts"] is not None:
-        parts.append(f"{row['hosts']} hosts")
-    parts.append(f"{row['ranks']} {'emulated ranks' if row['emulated'] else 'GPU' + 's' * (row['ranks'] > 1)}")
-    return ", ".join(parts)
+    """Return what was measured on what, in a few words."""
+    ranks = "" if row["emulated"] else f", {row['ranks']} rank{'s' * (row['ranks'] > 1)}"  # a name has emulated ones
+    return f"{row['name']}{ranks}, {row['device']}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -87,9 +94,9 @@ def markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = [
             f"{row['document_tokens']:,}",
-            row["method"],
-            str(row["hosts"] or ""),
+            row["name"],
             f"{row['ranks']}{' emulated' if row['emulated'] else ''}",
+            row["device"],
             format_seconds(row["prefill_s"]),
             "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
             "" if row["ms_per_token"] is None else f"{row['ms_per_token']:.1f}",
@@ -132,7 +139,7 @@ def main() -> None:
     records = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.records]
     rows = [row for row in rows_of(records, arguments.baseline) if row["document_tokens"] >= arguments.min_tokens]
     sources = [
-        {"file": path.name, **{name: record[name] for name in OWN}}
+        {"file": path.name, **{name: record.get(name) for name in OWN}}
         for path, record in zip(arguments.records, records, strict=True)
     ]
     write_json(arguments.out, {"baseline": arguments.baseline, "records": sources, "rows": rows})

@@ -101,7 +101,10 @@ def summarise(events: Sequence[Event]) -> dict[str, float | int]:
 
 
 def window(events: Sequence[Event]) -> list[Event]:
-    """Return what ran during a few collectives in the middle of a prefill, in time from the first one's begin."""
+    """Return what ran during a few collectives in the middle of a prefill.
+
+    In time from the end of the first of them: a collective may begin at any time, and ends on all ranks together.
+    """
     collectives = [event for event in events if event.kind == COMMUNICATION]
     middle = len(collectives) // 2
     shown = collectives[middle : middle + SHOWN_COLLECTIVES + 1]
@@ -109,7 +112,8 @@ def window(events: Sequence[Event]) -> list[Event]:
         return []
     begin, end = shown[0].begin, shown[-1].end
     inside = [event for event in events if event.end > begin and event.begin < end]
-    return [Event(event.begin - begin, event.end - begin, event.stream, event.kind) for event in inside]
+    zero = shown[0].end
+    return [Event(event.begin - zero, event.end - zero, event.stream, event.kind) for event in inside]
 
 
 def profiled_events(engine: APBEngine, document: Tensor, query: Tensor) -> list[Event]:

@@ -65,15 +65,16 @@ class Shadow:
 def shadowed(engine: APBEngine, compressor: Compressor, kernel: str) -> Iterator[Shadow]:
     """Have the reference follow the engine's attention; on leaving, the engine is as it was."""
     shadow = Shadow(engine, compressor, kernel)
-    attend = engine.attention.forward
+    attention = engine.attention
+    attend = attention.forward
 
     def forward(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
         output = attend(query, key, value, **given)
         shadow.compare(output, (query, key, value), dict(given))
         return output
 
-    engine.attention.__dict__["forward"] = forward
+    attention.__dict__["forward"] = forward
     try:
         yield shadow
     finally:
-        del engine.attention.__dict__["forward"]
+        del attention.__dict__["forward"]

@@ -38,7 +38,7 @@ def run_bench(values: dict[str, Any], keep: Keep | None = None) -> tuple[dict[st
 
     Parameters
     ----------
-    keep : called on the group's first rank after each repeat with the record of what has been measured so far, so that
+    keep : called on the group's first rank after each run with the record of what has been measured so far, so that
         a benchmark that is stopped loses no more than what it was at
 
     Returns
@@ -110,8 +110,8 @@ def _measure_length(
         for runs in all_runs:
             sample = make_sample(bench, runs.case.length, vocab_size, seed, repeat)
             _attempt(runs, group, partial(_run_once, runner, runs, sample, is_timed=repeat >= 0))
-        if repeat >= 0:
-            keep_so_far()
+            if repeat >= 0:
+                keep_so_far()
     if not bench.breakdown:
         return
     sample = make_sample(bench, all_runs[0].case.length, vocab_size, seed, bench.repeats)

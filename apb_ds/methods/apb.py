@@ -167,7 +167,7 @@ def _send_kept(
             layer_idx=layer_idx,
             scale=scale,
             anchor_queries=passed.anchor_queries,
-            projections=projections,
+            projections=_joined(projections) if plan.is_scored(host) else None,
             fused=tools.fused,
         )
         count, num_eligible = plan.kept_lengths[host], plan.num_eligible(host)
@@ -188,6 +188,13 @@ def _send_kept(
             passed.place_all(of_ranks, everyone[:, index])
 
     return arrive
+
+
+def _joined(projections: tuple[Tensor, ...] | None) -> Tensor | None:
+    """Return what was projected of one block as one tensor, (1, block_tokens, channels)."""
+    if projections is None or len(projections) == 1:
+        return None if projections is None else projections[0]
+    return torch.cat(projections, dim=-1)
 
 
 def _sent_length(plan: Plan, host: int) -> int:

@@ -201,15 +201,14 @@ class PrefillState:
         """Whether the tokens of any of this rank's blocks are scored in this layer and round."""
         return not self.is_last_layer(layer_idx) and any(self.plan.is_scored(host) for host in self.hosts)
 
-    def take_projections(self) -> list[Tensor | None]:
-        """Return `projections` as one tensor for each block, (1, block_tokens, channels), and let go of them."""
+    def take_projections(self) -> list[tuple[Tensor, ...] | None]:
+        """Return `projections` of each block, views of (1, block_tokens, channels) each, and let go of them."""
         parts, self.projections = self.projections, None
         if parts is None:
             return [None] * len(self.hosts)
         start, stop = self.anchor_share
         lengths = [stop - start, *(self.plan.block_length(host) for host in self.hosts)]
-        of_blocks = zip(*(part.split(lengths, dim=1)[1:] for part in parts), strict=True)
-        return [block[0] if len(block) == 1 else torch.cat(block, dim=-1) for block in of_blocks]
+        return list(zip(*(part.split(lengths, dim=1)[1:] for part in parts), strict=True))
 
     def passed(self, layer_idx: int, like: Tensor, fused: bool = False) -> PassedStates:
         """Return what the layer passes on, made at first use for keys of such shape, dtype and device.

@@ -41,9 +41,9 @@ def explain_out_of_memory(doing: str, levers: str) -> Iterator[None]:
         raise torch.OutOfMemoryError(f"out of memory while {doing}. {levers} ({lines[0].strip()})") from error
 
 
-def prefill_levers(plan: Plan, dtype: torch.dtype) -> str:
+def levers(plan: Plan, dtype: torch.dtype, is_prefill: bool) -> str:
     """Return what helps where a request of such a plan runs out of memory, as `explain_out_of_memory` takes it."""
-    per_round = len(plan.served(0, 0)) if plan.method == "apb" else 1
+    per_round = len(plan.served(0, 0)) if is_prefill and plan.method == "apb" else 1
     fewer = f"one host a round (hosts_per_round=1 instead of {per_round}), " if per_round > 1 else ""
     return (
         f"What helps: {fewer}more hosts than {plan.hosts} (a round then holds fewer tokens of the document), more "

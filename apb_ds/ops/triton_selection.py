@@ -87,15 +87,17 @@ def select_top(scores: Tensor, count: int, first: int = 0) -> Tensor:
 
     Parameters
     ----------
-    scores : (kv_heads, tokens), float32, not NaN, tokens next to each other
+    scores : (kv_heads, tokens), float32, not NaN
     count : 1 <= count < tokens
     """
     heads, tokens = scores.shape
+    scores = scores if scores.stride(1) == 1 else scores.contiguous()
     best = scores.topk(count, dim=-1, sorted=False).values
     places = torch.empty((heads, count), dtype=torch.int64, device=scores.device)
-    _place_kernel[(heads,)](
-        scores, best, places, count, tokens, first, scores.stride(0), best.stride(0), AT_A_TIME=TOKENS_AT_A_TIME
-    )
+    with torch.cuda.device_of(scores):  # Triton launches on the current device
+        _place_kernel[(heads,)](
+            scores, best, places, count, tokens, first, scores.stride(0), best.stride(0), AT_A_TIME=TOKENS_AT_A_TIME
+        )
     return places
 
 
@@ -109,16 +111,17 @@ def gather_pair(keys: Tensor, values: Tensor, places: Tensor, into: Tensor) -> N
     assert all(tensor.stride(-1) == 1 for tensor in states) and places.stride(1) == 1
     strides = [tensor.stride(dim) for tensor in states for dim in (1, 2)]
     grid = (triton.cdiv(num_rows, ROWS_AT_A_TIME), heads)
-    _gather_kernel[grid](
-        keys,
-        values,
-        places,
-        into[0],
-        into[1],
-        num_rows,
-        places.stride(0),
-        *strides,
-        head_dim=head_dim,
-        CHANNELS=triton.next_power_of_2(head_dim),
-        ROWS=ROWS_AT_A_TIME,
-    )
+    with torch.cuda.device_of(keys):
+        _gather_kernel[grid](
+            keys,
+            values,
+            places,
+            into[0],
+            into[1],
+            num_rows,
+            places.stride(0),
+            *strides,
+            head_dim=head_dim,
+            CHANNELS=triton.next_power_of_2(head_dim),
+            ROWS=ROWS_AT_A_TIME,
+        )

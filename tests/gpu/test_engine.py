@@ -155,7 +155,11 @@ def test_fused_layers(family: str) -> None:
     reference = run_reference(build_model(family), document, query, **given).logits
     for dtype, tolerance in ((torch.float32, FLOAT32_TOLERANCE), (torch.bfloat16, BFLOAT16_TOLERANCE)):
         plain, fused = (new_engine(family, dtype, fused=on, **given) for on in (False, True))
-        assert fused._fused.counts["norms"] and fused._fused.counts["mlps"] and fused._fused.counts["rotations"]
+        assert (
+            fused._execution.fused.counts["norms"]
+            and fused._execution.fused.counts["mlps"]
+            and fused._execution.fused.counts["rotations"]
+        )
         expected = answer(plain, document, query)
         actual = answer(fused, document, query)
         if dtype == torch.float32:

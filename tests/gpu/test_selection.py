@@ -24,6 +24,8 @@ def test_select_top_is_a_stable_sort(kind: str, tokens: int) -> None:
         places = triton_selection.select_top(longer[:, :tokens], count, first=7)
         assert places.dtype == torch.int64
         assert torch.equal(places.cpu(), select_by_sorting(scores, count) + 7), count
+        heads_last = scores.T.contiguous().T.cuda()
+        assert torch.equal(triton_selection.select_top(heads_last, count, first=7), places), count
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

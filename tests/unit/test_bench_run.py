@@ -55,21 +55,22 @@ def by_method(record: Record) -> dict[str, Record]:
 def test_what_was_measured_is_kept_on_the_way() -> None:
     kept: list[Record] = []
 
-    def stop_at_the_third(record: Record) -> None:
+    def stop_at_the_fifth(record: Record) -> None:
         kept.append(json.loads(json.dumps(record)))
-        if len(kept) == 3:
+        if len(kept) == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_bench(tiny(methods=["dense", "apb"], lengths=[96, 120], repeats=2, warmup=1), stop_at_the_third)
-    assert [record["complete"] for record in kept] == [False] * 3
+        run_bench(tiny(methods=["dense", "apb"], lengths=[96, 120], repeats=2, warmup=1), stop_at_the_fifth)
+    assert [record["complete"] for record in kept] == [False] * 5
     runs = [
         [(case["document_tokens"], case["method"], len(case["prefill"]["runs_s"])) for case in record["cases"]]
         for record in kept
     ]
-    assert runs[0] == [(96, "dense", 1), (96, "apb", 1)]  # nothing after the warm-up
-    assert runs[1] == [(96, "dense", 2), (96, "apb", 2)]
-    assert runs[2] == [*runs[1], (120, "dense", 1), (120, "apb", 1)]
+    assert runs[0] == [(96, "dense", 1)]  # nothing after the warm-up
+    assert runs[1] == [(96, "dense", 1), (96, "apb", 1)]
+    assert runs[3] == [(96, "dense", 2), (96, "apb", 2)]
+    assert runs[4] == [*runs[3], (120, "dense", 1)]
     assert "96" in printed(kept[1])
 
 

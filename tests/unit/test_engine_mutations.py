@@ -161,8 +161,8 @@ def heads_see_values_first(patch: Patch) -> None:
     patch.setattr("apb_ds.hf.projection_modules", lambda module: projection_modules(module)[::-1])
     take = PrefillState.take_projections
 
-    def rolled(self: PrefillState) -> list[Tensor | None]:
-        return [None if kept is None else kept.roll(32, dims=-1) for kept in take(self)]
+    def rolled(self: PrefillState) -> list[tuple[Tensor, ...] | None]:
+        return [None if kept is None else (torch.cat(kept, dim=-1).roll(32, dims=-1),) for kept in take(self)]
 
     patch.setattr(PrefillState, "take_projections", rolled)
 
@@ -175,12 +175,12 @@ def heads_of_another_layer(patch: Patch) -> None:
 
 
 def heads_see_the_anchor_instead(patch: Patch) -> None:
-    def take(self: PrefillState) -> list[Tensor | None]:
+    def take(self: PrefillState) -> list[tuple[Tensor, ...] | None]:
         parts, self.projections = self.projections, None
         if parts is None:
             return [None] * len(self.hosts)
         lengths = [self.plan.block_length(host) for host in self.hosts]
-        return [torch.cat([part[:, :length] for part in parts], dim=-1) for length in lengths]
+        return [tuple(part[:, :length] for part in parts) for length in lengths]
 
     patch.setattr(PrefillState, "take_projections", take)
 

@@ -16,6 +16,7 @@ def case(method: str, tokens: int, seconds: float, **given: Any) -> dict[str, An
     return {
         "status": "ok",
         "method": method,
+        "name": method if given.get("hosts") is None else f"{method}, {given['hosts']} hosts",
         "document_tokens": tokens,
         "hosts": None,
         "ranks": 1,
@@ -27,8 +28,8 @@ def case(method: str, tokens: int, seconds: float, **given: Any) -> dict[str, An
     }
 
 
-def record(*cases: dict[str, Any]) -> dict[str, Any]:
-    return {"cases": list(cases), **dict.fromkeys(join.OWN)}
+def record(*cases: dict[str, Any], gpu: str = "one") -> dict[str, Any]:
+    return {"cases": list(cases), **dict.fromkeys(join.OWN), "hardware": {"gpu": gpu, "cpu": "any"}}
 
 
 ONE = record(
@@ -38,23 +39,25 @@ ONE = record(
 )
 SEVERAL = record(
     case("apb", 2000, 1.0, ranks=4, hosts=8),
-    case("ring", 2000, 2.0, ranks=4, hosts=8),
-    case("apb", 2000, 0.5, ranks=4, hosts=16, emulated=True, in_step={"median_s": 0.6}),
+    case("ring", 2000, 2.0, ranks=4),
+    case("apb", 2000, 0.5, ranks=4, name="apb, 16 hosts, 4 emulated ranks", emulated=True, in_step={"median_s": 0.6}),
     case("apb", 4000, 3.0, ranks=4, hosts=8),
 )
+OTHER = record(case("apb", 2000, 1.0, hosts=8), gpu="another")
 
 
 def test_rows_are_compared_at_their_length() -> None:
-    rows = join.rows_of([ONE, SEVERAL], "dense_engine")
+    rows = join.rows_of([ONE, SEVERAL, OTHER], "dense_engine")
     assert [(row["document_tokens"], join.name_of(row), row["speedup"]) for row in rows] == [
-        (1000, "dense_engine, 1 GPU", 1.0),
-        (2000, "dense_engine, 1 GPU", 1.0),
-        (2000, "apb, 8 hosts, 4 GPUs", 8.0),
-        (2000, "ring, 4 GPUs", 4.0),
-        (2000, "apb, 16 hosts, 4 emulated ranks", 16.0),
-        (4000, "apb, 8 hosts, 4 GPUs", None),
+        (1000, "dense_engine, 1 rank, one", 1.0),
+        (2000, "dense_engine, 1 rank, one", 1.0),
+        (2000, "apb, 8 hosts, 4 ranks, one", 8.0),
+        (2000, "ring, 4 ranks, one", 4.0),
+        (2000, "apb, 16 hosts, 4 emulated ranks, one", 16.0),
+        (2000, "apb, 8 hosts, 1 rank, another", None),
+        (4000, "apb, 8 hosts, 4 ranks, one", None),
     ]
-    assert [row["in_step_s"] for row in rows] == [None] * 4 + [0.6, None]
+    assert [row["in_step_s"] for row in rows] == [None] * 4 + [0.6, None, None]
 
 
 def test_table_record_and_figure(
@@ -69,9 +72,9 @@ def test_table_record_and_figure(
     monkeypatch.setattr(sys, "argv", ["join.py", *files, *options])
     join.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "| 2,000 | dense_engine |  | 1 | 8.000 | 1.00x | 12.5 |  | 2.0 |"
-    assert lines[3] == "| 2,000 | apb | 8 | 4 | 1.000 | 8.00x |  | 1.00 | 2.0 |"
-    assert lines[5].startswith("| 2,000 | apb | 16 | 4 emulated | 0.500 | 16.00x |")
+    assert lines[2] == "| 2,000 | dense_engine | 1 | one | 8.000 | 1.00x | 12.5 |  | 2.0 |"
+    assert lines[3] == "| 2,000 | apb, 8 hosts | 4 | one | 1.000 | 8.00x |  | 1.00 | 2.0 |"
+    assert lines[5].startswith("| 2,000 | apb, 16 hosts, 4 emulated ranks | 4 emulated | one | 0.500 | 16.00x |")
     written = json.loads(out.read_text(encoding="utf-8"))
     assert [source["file"] for source in written["records"]] == ["one.json", "several.json"]
     assert len(written["rows"]) == 5 and figure.stat().st_size > 1000

@@ -32,6 +32,7 @@ LAYERS = (
     "loading",
     "context",
     "decode_step",
+    "execution",
     "generation",
     "inputs",
     "rounds",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import apb_ds
-from apb_ds.ops.memory import explain_out_of_memory, is_out_of_memory, prefill_levers
+from apb_ds.ops.memory import explain_out_of_memory, is_out_of_memory, levers
 
 HOST = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 
@@ -69,8 +69,9 @@ def test_other_errors_pass_unchanged(error: BaseException) -> None:
 def test_levers_name_what_the_plan_has() -> None:
     config = apb_ds.APBConfig(hosts=4, hosts_per_round=2)
     joint, alone = (apb_ds.plan_request(each, 1000, 0) for each in (config, apb_ds.APBConfig(hosts=4)))
-    assert "hosts_per_round=1 instead of 2" in prefill_levers(joint, torch.float32)
-    said = prefill_levers(alone, torch.float32)
+    assert "hosts_per_round=1 instead of 2" in levers(joint, torch.float32, is_prefill=True)
+    assert "hosts_per_round" not in levers(joint, torch.float32, is_prefill=False)
+    said = levers(alone, torch.float32, is_prefill=True)
     assert "more hosts than 4" in said and "than float32" in said and "hosts_per_round" not in said
     ring = apb_ds.plan_request(apb_ds.APBConfig(method="ring"), 1000, 0, 2)
-    assert "hosts_per_round" not in prefill_levers(ring, torch.float32)
+    assert "hosts_per_round" not in levers(ring, torch.float32, is_prefill=True)

@@ -55,8 +55,8 @@ def test_the_figure_shows_the_middle(tmp_path: Path) -> None:
         for is_sent, kind in ((False, ATTENTION), (True, COMMUNICATION))
     ]
     shown = overlap.window(events)
-    assert [event.begin for event in shown if event.kind == COMMUNICATION] == [0.0, 100.0, 200.0, 300.0]
-    assert shown[0] == Event(-50.0, 30.0, 7, ATTENTION)  # it had begun before
+    assert [event.begin for event in shown if event.kind == COMMUNICATION] == [-30.0, 70.0, 170.0, 270.0]
+    assert shown[0] == Event(-80.0, 0.0, 7, ATTENTION)  # it had begun before
     pytest.importorskip("matplotlib")
     overlap.draw(
         tmp_path / "overlap.png", "two ranks", [{"window": [[e.begin, e.end, e.stream, e.kind] for e in shown]}] * 2
