@@ -44,9 +44,8 @@ def prefill(
     plan = state.plan
     start, stop = state.anchor_share
     lengths = [stop - start, *(plan.block_length(host) for host in state.hosts)]
-    if key.shape[2] > lengths[0]:
-        state.cache.layer(layer_idx).store_block(key[:, :, lengths[0] :], value[:, :, lengths[0] :])
     if state.is_last_layer(layer_idx):
+        _store(state, layer_idx, key[:, :, lengths[0] :], value[:, :, lengths[0] :])
         state.finish_layer(layer_idx)
         return torch.zeros_like(query)
 
@@ -54,6 +53,9 @@ def prefill(
     passed = state.passed(layer_idx, key, tools.fused)
     anchor_arrives = _send_anchor(tools, state, passed, anchor)
     kept_arrives = _send_kept(tools, state, passed, layer_idx, blocks, scale)
+    # Here, since attention takes every multiprocessor for as long as it lasts, and a collective that is not under way
+    # by then begins after it. Copies hold none for long.
+    _store(state, layer_idx, key[:, :, lengths[0] :], value[:, :, lengths[0] :])
     blocks_local = [_attend_causally(tools, block, scale) for block in blocks]
     anchor_local = _attend_causally(tools, anchor, scale)
     output = empty_tokens_first(query)
@@ -68,6 +70,12 @@ def prefill(
         _merge_with(tools, block[0], local, others, scale, block_output)
     state.finish_layer(layer_idx)
     return output
+
+
+def _store(state: PrefillState, layer_idx: int, keys: Tensor, values: Tensor) -> None:
+    """Cache the keys and values of this rank's blocks, if there is a token in them."""
+    if keys.shape[2]:
+        state.cache.layer(layer_idx).store_block(keys, values)
 
 
 def _attend_causally(tools: Tools, states: States, scale: float) -> tuple[Tensor, Tensor] | None:

@@ -272,6 +272,8 @@ def deepspeed_comm_ready(timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
     backend = accelerator.communication_backend_name()
     if backend == "gloo" and not torch.distributed.is_initialized():
         choose_gloo_interface()
+    # What is sent goes before what is computed meanwhile, or it would begin when that is done.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     with _no_shared_memory_op():
         deepspeed.init_distributed(
             dist_backend=backend,
