@@ -21,9 +21,11 @@ def test_a_step_reads_all_weights_but_the_embedding() -> None:
 
 
 def test_floors_of_a_record() -> None:
-    record = json.loads((RECORDS / "emulated_128k.json").read_text())
+    alone, emulated = (json.loads((RECORDS / name).read_text()) for name in ("one_gpu_128k.json", "emulated_128k.json"))
     rates = {"products": 6e14, "causal": 5e14, "unmasked": 7e14, "bandwidth": 3e12}
-    dense, star, apb = floors.floors_of(record, rates)
+    dense = floors.floors_of(alone, rates)[0]
+    star, apb, _ = floors.floors_of(emulated, rates)
+    assert [entry["name"].partition(",")[0] for entry in (dense, star, apb)] == ["dense_engine", "star", "apb"]
     n = 130944
     # Dense by hand: linear layers but for what follows the last attention, and half a square of attention.
     before, after = 4096 * 6144, 4096 * 4096 + 3 * 4096 * 14336
@@ -32,8 +34,9 @@ def test_floors_of_a_record() -> None:
     assert apb["prefill_floor_s"] < star["prefill_floor_s"] < dense["prefill_floor_s"] / 6
     for entry in (dense, star, apb):
         assert entry["prefill_over_floor"] == entry["prefill_s"] / entry["prefill_floor_s"]
-    slower = floors.floors_of(record, rates | {"unmasked": 3.5e14})
-    assert slower[0] == dense and slower[2]["prefill_floor_s"] > apb["prefill_floor_s"]
+    changed = rates | {"unmasked": 3.5e14}
+    assert floors.floors_of(alone, changed)[0] == dense
+    assert floors.floors_of(emulated, changed)[1]["prefill_floor_s"] > apb["prefill_floor_s"]
 
 
 def test_rates_are_of_the_later_calls(monkeypatch: pytest.MonkeyPatch) -> None:
