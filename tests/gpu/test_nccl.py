@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -137,18 +138,9 @@ def test_half_precision_and_fused_layers(nccl: Pool) -> None:
 
 def answer_with_recorded_steps(rank: int, world_size: int) -> tuple[list[Tensor], int]:
     """Return the first rank's logits of forced tokens without and twice with recorded steps, and the recordings."""
-    records = 0
-    record = DecodeStep.record
-
-    def counted(*arguments: Any) -> None:
-        nonlocal records
-        records += 1
-        record(*arguments)
-
     logits = []
     document, query = request_ids(203, 7)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DecodeStep, "record", counted)
+    with mock.patch.object(DecodeStep, "record", autospec=True, side_effect=DecodeStep.record) as record:
         for cuda_graph in (False, "all_ranks"):
             config = apb_ds.APBConfig(hosts=4, fused=False, cuda_graph=cuda_graph)
             engine = apb_ds.init_inference(build_model("llama").bfloat16(), config)
@@ -159,7 +151,7 @@ def answer_with_recorded_steps(rank: int, world_size: int) -> tuple[list[Tensor]
                     query_ids=query, context=context, max_new_tokens=12, do_sample=False, logits_processor=[scores]
                 )
                 logits.append(torch.cat(scores.seen).float() if scores.seen else torch.empty(0))
-    return logits, records
+    return logits, record.call_count
 
 
 def test_steps_are_recorded_on_all_ranks(nccl: Pool) -> None:
