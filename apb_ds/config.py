@@ -17,7 +17,7 @@ MAX_DEFAULT_ANCHOR_LENGTH = 8192
 ANCHOR_IS_BLOCK = "block"
 ON_ALL_RANKS = "all_ranks"
 # What every method has: how things are computed, not what.
-EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": True, "fused": True, "mlp_tile": None}
+EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": ON_ALL_RANKS, "fused": True, "mlp_tile": None}
 
 
 def suggest(value: object, allowed: Iterable[str]) -> str:
@@ -83,8 +83,8 @@ class APBConfig:
     kernel : str
         Attention kernel by name, or ``auto`` (default): the best one installed for device and dtype.
     cuda_graph : bool or "all_ranks"
-        Whether decode steps are recorded and replayed where that is possible: on CUDA, on one rank, or also on several.
-        Default true: on one.
+        Whether decode steps are recorded and replayed where that is possible, which is on CUDA. ``all_ranks``, the
+        default: by however many ranks there are, collectives included; true: only where there is one.
     fused : bool
         Whether the model's norms, gated activations and rotations, and the merging of partial attention, are compiled
         (``torch.compile``) where they run on CUDA and can be. Default true.

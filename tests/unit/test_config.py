@@ -25,7 +25,7 @@ DEFAULTS = {
     "shard_anchor": True,
     "seed": 0,
     "kernel": "auto",
-    "cuda_graph": True,
+    "cuda_graph": "all_ranks",
     "fused": True,
     "mlp_tile": None,
 }
