@@ -15,7 +15,7 @@ from apb_ds.context import Context
 from apb_ds.generation import check_generate_arguments, count_new_tokens
 from apb_ds.inputs import check_ids, split_query
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.plan import Plan, plan_request
+from apb_ds.plan import FORWARD_TOKENS, Plan, plan_request
 from apb_ds.rotary import check_reach
 from apb_ds.support import check_positions
 
@@ -82,7 +82,8 @@ class Asking:
             query_ids = check_ids(self._module, "query_ids", query_ids)
             num_query = query_ids.shape[1]
         num_tokens = document_ids.shape[1]
-        plan = plan_request(self._config, num_tokens, num_query, self._group.world_size)
+        forward_tokens = None if self._module.device.type == "cpu" else FORWARD_TOKENS
+        plan = plan_request(self._config, num_tokens, num_query, self._group.world_size, forward_tokens)
         if self._attention.needs_query and num_query == 0 and not plan.exact:
             raise ValueError(f"compressor={self._config.compressor!r} needs query_ids at prefill; it scores with them.")
         max_positions = max(max_positions or 0, num_tokens + num_query)

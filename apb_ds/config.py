@@ -74,8 +74,9 @@ class APBConfig:
     schedule : str
         Which rank serves which host in each round: ``zigzag`` (default) or ``natural``.
     hosts_per_round : int
-        How many of its hosts a rank computes in one model forward, if it has so many. Default 1. More take more memory
-        and fewer launches, and even out ranks within each layer. The result is the same.
+        How many of its hosts a rank computes in one model forward, if it has so many. More take more memory and fewer
+        launches, and even out ranks within each layer. The result is the same. Default: 1 on CPU; elsewhere as many as
+        have `plan.FORWARD_TOKENS` tokens together, and of several ranks at least 2.
     shard_anchor : bool
         Whether each rank computes its share of the anchor (default) or all of it. The result is the same.
     seed : int
@@ -124,7 +125,8 @@ class APBConfig:
         self._fill_defaults()
         check_integer("hosts", self.hosts, 1)
         check_choice("schedule", self.schedule, SCHEDULES)
-        check_integer("hosts_per_round", self.hosts_per_round, 1)
+        if self.hosts_per_round is not None:
+            check_integer("hosts_per_round", self.hosts_per_round, 1)
         check_integer("query_position", self.query_position, 0)
         check_integer("seed", self.seed, 0)
         check_bool("query_in_anchor", self.query_in_anchor)
@@ -174,7 +176,6 @@ class APBConfig:
             "query_in_anchor": not star,
             "query_position": 1,
             "schedule": "zigzag",
-            "hosts_per_round": 1,
             "shard_anchor": True,
             "seed": 0,
             **EXECUTION_DEFAULTS,

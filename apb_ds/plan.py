@@ -21,6 +21,9 @@ from apb_ds.config import (
 
 Span = tuple[int, int]  # [start, stop)
 
+# Tokens of a model forward that keep a GPU busy: shorter blocks are computed several at a time there.
+FORWARD_TOKENS = 16_384
+
 
 def split_evenly(num_tokens: int, parts: int) -> tuple[Span, ...]:
     """Cut ``[0, num_tokens)`` into contiguous spans ``[floor(i*n/parts), floor((i+1)*n/parts))``; some may be empty."""
@@ -44,6 +47,17 @@ def schedule_rounds(hosts: int, world_size: int, schedule: str, per_round: int =
         turns.append(served[::-1] if mirrored else served)
     chunks = [turns[first : first + per_round] for first in range(0, len(turns), per_round)]
     return tuple(tuple(zip(*chunk, strict=True)) for chunk in chunks)
+
+
+def default_hosts_per_round(block_length: int, world_size: int, forward_tokens: int | None) -> int:
+    """Return how many blocks a rank computes in one forward: those that have `forward_tokens` together, if it has any.
+
+    Of several ranks at least two, since these wait for each other in every layer, and a late host of a zigzag has more
+    to attend to than an early one. Without `forward_tokens` one, as on CPU, where neither makes a difference.
+    """
+    if forward_tokens is None:
+        return 1
+    return max(forward_tokens // block_length, 1 if world_size == 1 else 2)
 
 
 def check_ranks(config: APBConfig, world_size: int) -> None:
@@ -181,7 +195,9 @@ class Plan:
         return stop - start + blocks + self.padding_length(rank)
 
 
-def plan_request(config: APBConfig, num_tokens: int, query_length: int, world_size: int = 1) -> Plan:
+def plan_request(
+    config: APBConfig, num_tokens: int, query_length: int, world_size: int = 1, forward_tokens: int | None = None
+) -> Plan:
     """Plan a request of `num_tokens` document tokens.
 
     Parameters
@@ -190,6 +206,8 @@ def plan_request(config: APBConfig, num_tokens: int, query_length: int, world_si
         Tokens of the query known at prefill, 0 if none is: they go into the anchor if the config says so.
     world_size : int
         Number of ranks.
+    forward_tokens : int, optional
+        Tokens of the document that a forward may well have, where `config` does not say how many hosts it is for.
 
     Raises
     ------
@@ -203,7 +221,6 @@ def plan_request(config: APBConfig, num_tokens: int, query_length: int, world_si
         return _plan_exact(config, num_tokens, world_size)
     hosts = config.hosts
     assert hosts is not None and config.schedule is not None and config.query_position is not None
-    assert config.hosts_per_round is not None
     blocks = split_evenly(num_tokens, hosts)
     block_length = math.ceil(num_tokens / hosts)
     embedded = query_length if config.query_in_anchor else 0
@@ -216,6 +233,7 @@ def plan_request(config: APBConfig, num_tokens: int, query_length: int, world_si
     if anchor_length == 0:
         embedded = 0
     needed = config.query_position + embedded if embedded else 0
+    per_round = config.hosts_per_round or default_hosts_per_round(block_length, world_size, forward_tokens)
     if anchor_length < needed:
         raise ValueError(
             f"anchor_length={anchor_length} cannot hold the query: query_position={config.query_position} plus "
@@ -232,7 +250,7 @@ def plan_request(config: APBConfig, num_tokens: int, query_length: int, world_si
         exact=exact,
         shard_anchor=bool(config.shard_anchor),
         blocks=blocks,
-        rounds=schedule_rounds(hosts, world_size, config.schedule, config.hosts_per_round),
+        rounds=schedule_rounds(hosts, world_size, config.schedule, per_round),
     )
 
 

@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--query-tokens", type=int, default=32)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hosts", type=int, nargs="+", required=True)
+    parser.add_argument("--hosts-per-round", type=int, help="by default the package's")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     arguments = parser.parse_args()
@@ -198,7 +199,7 @@ def main() -> None:
     document, query = ids.to(engine.device).split([arguments.num_tokens, arguments.query_tokens], dim=1)
     cases = []
     for hosts in arguments.hosts:
-        engine.configure(APBConfig(hosts=hosts))
+        engine.configure(APBConfig(hosts=hosts, hosts_per_round=arguments.hosts_per_round))
         cases.append({"hosts": hosts, **measure(engine, document, query)})
     if not engine.group.is_first:
         return

@@ -21,7 +21,7 @@ DEFAULTS = {
     "query_in_anchor": True,
     "query_position": 1,
     "schedule": "zigzag",
-    "hosts_per_round": 1,
+    "hosts_per_round": None,
     "shard_anchor": True,
     "seed": 0,
     "kernel": "auto",
@@ -106,6 +106,7 @@ def test_none_means_the_default(given: dict[str, Any]) -> None:
         {"schedule": "natural"},
         {"shard_anchor": False},
         {"seed": 7},
+        {"hosts_per_round": 2},
     ],
     ids=str,
 )

@@ -82,6 +82,29 @@ def test_several_hosts_a_round() -> None:
         assert all(list(hosts) == sorted(hosts) for served in rounds for hosts in served)
 
 
+@pytest.mark.parametrize(
+    "hosts, world_size, forward_tokens, expected",
+    [
+        (8, 1, None, 1),
+        (8, 2, None, 1),
+        (8, 1, 1000, 1),  # a block of 1000 tokens fills a forward
+        (8, 1, 1999, 1),
+        (8, 1, 2000, 2),
+        (8, 1, 999, 1),
+        (8, 1, 100_000, 8),
+        (8, 4, 1000, 2),
+        (16, 4, 1000, 2),
+        (16, 2, 2000, 4),
+        (8, 8, 1000, 1),  # a rank has no more
+    ],
+)
+def test_how_many_hosts_a_round_by_default(hosts: int, world_size: int, forward_tokens: Any, expected: int) -> None:
+    config = APBConfig(hosts=hosts)
+    assert len(plan_request(config, 8000, 5, world_size, forward_tokens).served(0, 0)) == expected
+    one = plan_request(APBConfig(hosts=hosts, hosts_per_round=1), 8000, 5, world_size, forward_tokens)
+    assert len(one.served(0, 0)) == 1, "what is asked for counts"
+
+
 def test_two_hosts_a_round_even_out_ranks_within_it() -> None:
     """By tokens seen: one by one, zigzag evens out sums alone, and every round waits for its slowest rank."""
 
