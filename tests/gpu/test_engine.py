@@ -67,9 +67,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("given", [*GIVEN, *CHOOSING], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_float32_logits(family: str, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("per_round", [1, None])  # which is all of them in one forward
+def test_float32_logits(family: str, given: dict[str, Any], per_round: int | None) -> None:
     document, query = request_ids(203, 7)
-    logits = answer(new_engine(family, torch.float32, **given), document, query)
+    logits = answer(new_engine(family, torch.float32, **given, hosts_per_round=per_round), document, query)
     expected = run_reference(build_model(family), document, query, **reference_settings(given)).logits
     assert float((logits - expected).abs().max()) < FLOAT32_TOLERANCE
 
@@ -86,9 +87,10 @@ def test_float32_logits_with_retaining_heads(family: str) -> None:
 
 @pytest.mark.parametrize("given", GIVEN, ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_bfloat16_logits(family: str, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("per_round", [1, None])
+def test_bfloat16_logits(family: str, given: dict[str, Any], per_round: int | None) -> None:
     document, query = request_ids(203, 7)
-    logits = answer(new_engine(family, torch.bfloat16, **given), document, query)
+    logits = answer(new_engine(family, torch.bfloat16, **given, hosts_per_round=per_round), document, query)
     expected = run_reference(build_model(family), document, query, **reference_settings(given)).logits
     assert relative_error(logits, expected) < BFLOAT16_TOLERANCE
     other = run_reference(build_model(family), document, query, hosts=8, anchor_length=0, passing_length=0).logits

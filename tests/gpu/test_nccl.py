@@ -34,8 +34,13 @@ NUM_NEW_TOKENS = 5
 CASES = [
     Case("defaults", 203, 7),
     Case("one host a rank", 203, 7, {"hosts": 2}),
-    Case("two rounds", 203, 7, {"hosts": 4, "compressor": "recent"}),
-    Case("natural order, whole anchors", 203, 7, {"hosts": 4, "schedule": "natural", "shard_anchor": False}),
+    Case("two rounds", 203, 7, {"hosts": 4, "compressor": "recent", "hosts_per_round": 1}),
+    Case(
+        "natural order, whole anchors",
+        203,
+        7,
+        {"hosts": 4, "schedule": "natural", "shard_anchor": False, "hosts_per_round": 1},
+    ),
     Case("two hosts a round", 203, 7, {"hosts": 4, "hosts_per_round": 2}),
     Case("query compressor", 203, 7, {"compressor": "query", "anchor_length": 17, "passing_length": 5}),
     Case("heads", 110, 3, {"hosts": 4, "compressor": "retaining_heads", "passing_length": 6}),
