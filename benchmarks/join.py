@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from apb_ds.report.bench_table import format_seconds
+from apb_ds.report.figures import MARKERS, NUM_COLOURS
 from apb_ds.report.record import write_json
 
 Row = dict[str, Any]
@@ -114,14 +115,22 @@ def draw(path: Path, rows: Sequence[Row], baseline: str) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     compared = [row for row in rows if row["speedup"] is not None]
-    for name in dict.fromkeys(map(name_of, compared)):
+    devices = {row["device"] for row in compared}
+    for number, name in enumerate(dict.fromkeys(map(name_of, compared))):
         of_name = [row for row in compared if name_of(row) == name]
-        style = "o--" if of_name[0]["emulated"] else "o-"
-        axes.plot([row["document_tokens"] for row in of_name], [row["speedup"] for row in of_name], style, label=name)
+        axes.plot(
+            [row["document_tokens"] for row in of_name],
+            [row["speedup"] for row in of_name],
+            MARKERS[number // NUM_COLOURS % len(MARKERS)],
+            linestyle="--" if of_name[0]["emulated"] else "-",
+            color=f"C{number % NUM_COLOURS}",
+            label=name.removesuffix(f", {of_name[0]['device']}") if len(devices) == 1 else name,
+        )
     lengths = sorted({row["document_tokens"] for row in compared})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_ylim(bottom=0)
+    axes.set_title(", ".join(sorted(devices)))
     axes.set_xlabel("tokens of the document")
     axes.set_ylabel(f"prefill, times as fast as {baseline}")
     figure.legend(loc="outside lower center", ncols=2)

@@ -40,7 +40,8 @@ def write_result(
     """Write a result directory; `settings` are of the method, but for ``seed`` and ``tasks``."""
 
     seed, tasks = settings.pop("seed", 0), settings.pop("tasks", None)
-    config = asdict(APBConfig(method=method, **settings))
+    heads = {name: settings.pop(name) for name in ("retaining_heads",) if name in settings}
+    config = asdict(APBConfig(method=method, **settings)) | heads
     content = {
         "task": task,
         "settings": {

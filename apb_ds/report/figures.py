@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ logger = logging.getLogger(__name__)
 
 EXTRA = "eval"
 LOG_RANGE = 4  # values of a setting that span more are drawn on a logarithmic axis
+NUM_COLOURS = 10  # matplotlib's; what comes after that has another marker
+MARKERS = "osD^"
+WIDEST_IN_TWO_COLUMNS = 40  # characters of a name in a legend
 
 MeanAndInterval = tuple[float | None, Sequence[float] | None]
 NOTHING: MeanAndInterval = (None, None)
@@ -94,14 +98,16 @@ def draw_comparison(path: Path, comparison: dict[str, Any]) -> None:
     """
     cells, measure = comparison["cells"], comparison["measures"][0]
     jobs = [job["name"] for job in comparison["jobs"]]
-    figure = _new_figure(8, 1.5 + 0.2 * (len(cells) + 1) * (len(jobs) + 1))
+    rows_of_legend = math.ceil(len(jobs) / _legend_columns(jobs))
+    figure = _new_figure(8, 1.5 + 0.2 * (len(cells) + 1) * (len(jobs) + 1) + 0.22 * rows_of_legend)
     axes = figure.subplots()
     for number, job in enumerate(jobs):
         shift = 0.7 * ((number + 0.5) / len(jobs) - 0.5)
         numbers = [mean_and_interval(cell["jobs"][job], measure) if job in cell["jobs"] else NOTHING for cell in cells]
         rows = [row + shift for row, (mean, _) in enumerate(numbers) if mean is not None]
         means, errors = _with_errors(numbers, measure)
-        axes.errorbar(means, rows, xerr=errors, fmt="o", capsize=3, label=job)
+        marker = MARKERS[number // NUM_COLOURS % len(MARKERS)]
+        axes.errorbar(means, rows, xerr=errors, fmt=marker, color=f"C{number % NUM_COLOURS}", capsize=3, label=job)
     axes.set_yticks(range(len(cells)), [label_text(cell["labels"]) for cell in cells])
     axes.invert_yaxis()
     axes.set_xlabel(measure)
@@ -169,8 +175,12 @@ def _new_figure(width: float, height: float) -> Any:
 
 def _finish(figure: Any, axes: Any, title: str, path: Path) -> None:
     axes.set_title(title)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=_legend_columns(axes.get_legend_handles_labels()[1]))
     figure.savefig(path, dpi=120)
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    return 1 if max(map(len, names), default=0) > WIDEST_IN_TWO_COLUMNS else 2
 
 
 def _scale(measure: str) -> float:

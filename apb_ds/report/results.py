@@ -81,7 +81,8 @@ def name_settings(all_settings: Sequence[dict[str, Any]]) -> list[str]:
         parts = [] if method is None else [str(method)]
         for path in settings:
             others = peers if path.startswith("method.") else all_settings
-            if any(_text(other.get(path)) != _text(settings[path]) for other in others):
+            # What a result does not have is no difference: another of its settings says so, as the compressor of heads.
+            if any(path in other and _text(other[path]) != _text(settings[path]) for other in others):
                 parts.append(f"{path.rpartition('.')[2]}={_shown(path, settings[path])}")
         names.append(", ".join(parts) or "all")
     return names

@@ -7,6 +7,7 @@ import json
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -136,6 +137,46 @@ def test_names_say_what_differs(tmp_path: Path) -> None:
     assert names == ["dense", "apb, hosts=4, compression_ratio=default", "apb, hosts=8, compression_ratio=2", "star"]
     same = [directories[0], write_result(tmp_path / "again", lines, "dense")]
     assert [result.name for result in read_results(same)] == [f"dense ({directory})" for directory in same]
+
+
+def test_names_leave_out_what_only_some_have(tmp_path: Path) -> None:
+    given: dict[str, dict[str, Any]] = {
+        "window": {},
+        "retaining_heads": {"retaining_heads": "heads"},
+        "heads_and_window": {"retaining_heads": "heads"},
+    }
+    lines = [line("a", 1.0)]
+    directories = [write_result(tmp_path / name, lines, compressor=name, **more) for name, more in given.items()]
+    assert [result.name for result in read_results(directories)] == [f"apb, compressor={name}" for name in given]
+    other = write_result(tmp_path / "other", lines, compressor="retaining_heads", retaining_heads="others")
+    assert read_results([*directories, other])[1].name == "apb, compressor=retaining_heads, retaining_heads=heads"
+
+
+def test_names_of_a_legend_fit(tmp_path: Path) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    lines, legends = [line("a", 1.0)], []
+    directories = [
+        write_result(
+            tmp_path / str(number),
+            lines,
+            hosts=number,
+            compressor="retaining_heads",
+            retaining_heads=f"package://some_package/heads/{number}",
+        )
+        for number in range(1, 13)
+    ]
+
+    def keep(figure: Any, *given: Any, **more: Any) -> None:
+        figure.draw_without_rendering()
+        box, whole = figure.legends[0].get_window_extent(), figure.bbox
+        legends.append((box.x0 >= whole.x0 and box.x1 <= whole.x1, figure))
+
+    with mock.patch.object(figures.Figure, "savefig", keep):
+        assert main([*map(str, directories), "--figure", str(tmp_path / "x.png")]) == 0
+    ((fits, figure),) = legends
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    looks = {(handle.lines[0].get_color(), handle.lines[0].get_marker()) for handle in handles}
+    assert fits and len(set(names)) == len(looks) == 12
 
 
 @pytest.mark.parametrize(
