@@ -545,8 +545,9 @@ def test_the_heads_in_the_package_are_those_that_were_measured() -> None:
     assert heads.hidden_size == 256 and sum(weight.numel() for weight in heads.parameters()) == training["parameters"]
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     results = Path(__file__).resolve().parents[2] / "docs" / "results" / "compressors"
-    records = sorted(results.glob("kl_*.json"))
-    assert len(records) == 6 and all(json.loads(record.read_text())["heads"]["sha256"] == digest for record in records)
+    measured = [json.loads(record.read_text())["heads"] for record in sorted(results.glob("kl_*.json"))]
+    with_heads = [heads for heads in measured if heads is not None]  # not every record has a row of them
+    assert len(with_heads) == 6 and all(heads["sha256"] == digest for heads in with_heads)
 
 
 def _loaded(directory: Path) -> Any:
