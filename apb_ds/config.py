@@ -15,9 +15,8 @@ DEFAULT_COMPRESSOR = "window"
 DEFAULT_COMPRESSION_RATIO = 8
 MAX_DEFAULT_ANCHOR_LENGTH = 8192
 ANCHOR_IS_BLOCK = "block"
-ON_ALL_RANKS = "all_ranks"
 # What every method has: how things are computed, not what.
-EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": ON_ALL_RANKS, "fused": True, "mlp_tile": None}
+EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": True, "fused": True, "mlp_tile": None}
 
 
 def suggest(value: object, allowed: Iterable[str]) -> str:
@@ -83,9 +82,9 @@ class APBConfig:
         Seed of the ``random`` compressor. Default 0.
     kernel : str
         Attention kernel by name, or ``auto`` (default): the best one installed for device and dtype.
-    cuda_graph : bool or "all_ranks"
-        Whether decode steps are recorded and replayed where that is possible, which is on CUDA. ``all_ranks``, the
-        default: by however many ranks there are, collectives included; true: only where there is one.
+    cuda_graph : bool
+        Whether decode steps are recorded and replayed, their collectives included, where that is possible, which is on
+        CUDA. Default true.
     fused : bool
         Whether the model's norms, gated activations and rotations, and the merging of partial attention, are compiled
         (``torch.compile``) where they run on CUDA and can be. Default true.
@@ -112,7 +111,7 @@ class APBConfig:
     shard_anchor: bool | None = None
     seed: int | None = None
     kernel: str | None = None
-    cuda_graph: bool | str | None = None
+    cuda_graph: bool | None = None
     fused: bool | None = None
     mlp_tile: int | None = None
 
@@ -155,10 +154,7 @@ class APBConfig:
 
     def _check_execution(self) -> None:
         self._check_name("kernel")
-        if isinstance(self.cuda_graph, str):
-            check_choice("cuda_graph", self.cuda_graph, [ON_ALL_RANKS])
-        else:
-            check_bool("cuda_graph", self.cuda_graph)
+        check_bool("cuda_graph", self.cuda_graph)
         check_bool("fused", self.fused)
         if self.mlp_tile is not None:
             check_integer("mlp_tile", self.mlp_tile, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from apb_ds.config import ON_ALL_RANKS, APBConfig
+from apb_ds.config import APBConfig
 from apb_ds.decode_step import RecordedSteps, can_record
 from apb_ds.fused import fused_layers
 from apb_ds.ops.kernels import KernelChoice
@@ -41,8 +41,7 @@ class Execution:
         kernels: KernelChoice,
         device: torch.device,
     ) -> None:
-        wanted = config.cuda_graph == ON_ALL_RANKS or (bool(config.cuda_graph) and group.world_size == 1)
-        self.recorded = RecordedSteps(model, group) if wanted and can_record(model, kernels) else None
+        self.recorded = RecordedSteps(model, group) if config.cuda_graph and can_record(model, kernels) else None
         self.fused = fused_layers(model, bool(config.fused), device)
         self._made_for = _key(config, group, kernels)
 
