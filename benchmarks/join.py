@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from apb_ds.report.bench_table import format_seconds
-from apb_ds.report.figures import MARKERS, NUM_COLOURS
+from apb_ds.report.figures import legend_columns, look_of
 from apb_ds.report.record import write_json
 
 Row = dict[str, Any]
@@ -121,9 +121,8 @@ def draw(path: Path, rows: Sequence[Row], baseline: str) -> None:
         axes.plot(
             [row["document_tokens"] for row in of_name],
             [row["speedup"] for row in of_name],
-            MARKERS[number // NUM_COLOURS % len(MARKERS)],
+            **look_of(number),
             linestyle="--" if of_name[0]["emulated"] else "-",
-            color=f"C{number % NUM_COLOURS}",
             label=name.removesuffix(f", {of_name[0]['device']}") if len(devices) == 1 else name,
         )
     lengths = sorted({row["document_tokens"] for row in compared})
@@ -133,7 +132,7 @@ def draw(path: Path, rows: Sequence[Row], baseline: str) -> None:
     axes.set_title(", ".join(sorted(devices)))
     axes.set_xlabel("tokens of the document")
     axes.set_ylabel(f"prefill, times as fast as {baseline}")
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=legend_columns(axes.get_legend_handles_labels()[1]))
     figure.savefig(path, dpi=120)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from apb_ds.ranges import PARTS
 from apb_ds.report.bench_table import EMULATED, slowest_breakdown, title
-from apb_ds.report.figures import EXTRA
+from apb_ds.report.figures import EXTRA, legend_columns, look_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ def _draw_speed(path: Path, record: Record, cases: list[Record]) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(case["name"] for case in cases):
+    names = list(dict.fromkeys(case["name"] for case in cases))
+    for number, name in enumerate(names):
         of_name = [case for case in cases if case["name"] == name]
         lengths = [case["document_tokens"] for case in of_name]
         speeds = [case["tokens_per_s"] for case in of_name]
@@ -49,8 +50,8 @@ def _draw_speed(path: Path, record: Record, cases: list[Record]) -> None:
         fastest = [case["document_tokens"] / case["prefill"]["min_s"] for case in of_name]
         below = [speed - low for speed, low in zip(speeds, slowest, strict=True)]
         above = [high - speed for speed, high in zip(speeds, fastest, strict=True)]
-        style = "o--" if of_name[0]["emulated"] else "o-"
-        axes.errorbar(lengths, speeds, yerr=(below, above), fmt=style, capsize=3, label=name)
+        style = "--" if of_name[0]["emulated"] else "-"
+        axes.errorbar(lengths, speeds, yerr=(below, above), **look_of(number), linestyle=style, capsize=3, label=name)
     lengths = sorted({case["document_tokens"] for case in cases})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(length) for length in lengths])
@@ -59,7 +60,7 @@ def _draw_speed(path: Path, record: Record, cases: list[Record]) -> None:
     note = f"\n({EMULATED}: the slowest rank's computation)" if record["emulated"] else ""
     axes.set_ylabel(f"prefill, tokens per second{note}")
     axes.set_title(title(record), wrap=True)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=legend_columns(names))
     figure.savefig(path, dpi=120)
 
 

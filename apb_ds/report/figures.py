@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 EXTRA = "eval"
 LOG_RANGE = 4  # values of a setting that span more are drawn on a logarithmic axis
-NUM_COLOURS = 10  # matplotlib's; what comes after that has another marker
+COLOURS = tuple(f"C{number}" for number in range(10))  # matplotlib's; what comes after that has another marker
 MARKERS = "osD^"
 WIDEST_IN_TWO_COLUMNS = 40  # characters of a name in a legend
 
@@ -98,7 +98,7 @@ def draw_comparison(path: Path, comparison: dict[str, Any]) -> None:
     """
     cells, measure = comparison["cells"], comparison["measures"][0]
     jobs = [job["name"] for job in comparison["jobs"]]
-    rows_of_legend = math.ceil(len(jobs) / _legend_columns(jobs))
+    rows_of_legend = math.ceil(len(jobs) / legend_columns(jobs))
     figure = _new_figure(8, 1.5 + 0.2 * (len(cells) + 1) * (len(jobs) + 1) + 0.22 * rows_of_legend)
     axes = figure.subplots()
     for number, job in enumerate(jobs):
@@ -106,8 +106,7 @@ def draw_comparison(path: Path, comparison: dict[str, Any]) -> None:
         numbers = [mean_and_interval(cell["jobs"][job], measure) if job in cell["jobs"] else NOTHING for cell in cells]
         rows = [row + shift for row, (mean, _) in enumerate(numbers) if mean is not None]
         means, errors = _with_errors(numbers, measure)
-        marker = MARKERS[number // NUM_COLOURS % len(MARKERS)]
-        axes.errorbar(means, rows, xerr=errors, fmt=marker, color=f"C{number % NUM_COLOURS}", capsize=3, label=job)
+        axes.errorbar(means, rows, xerr=errors, **look_of(number), linestyle="none", capsize=3, label=job)
     axes.set_yticks(range(len(cells)), [label_text(cell["labels"]) for cell in cells])
     axes.invert_yaxis()
     axes.set_xlabel(measure)
@@ -131,13 +130,14 @@ def draw_curves(path: Path, curves: dict[str, Any]) -> None:
     measure, lines = curves["measure"], curves["lines"]
     values = list(dict.fromkeys(point["value"] for line in lines for point in line["points"]))
     is_numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-    for line in lines:
+    for number, line in enumerate(lines):
         points = [point for point in line["points"] if point["mean"] is not None]
         places = [point["value"] if is_numeric else values.index(point["value"]) for point in points]
         means, errors = _with_errors([(point["mean"], point["interval"]) for point in points], measure)
-        axes.errorbar(places, means, yerr=errors, fmt="o-" if is_numeric else "o", capsize=3, label=line["name"])
-    for number, level in enumerate(level for level in curves["levels"] if level["mean"] is not None):
-        color, scale = f"C{len(lines) + number}", _scale(measure)
+        style = "-" if is_numeric else "none"
+        axes.errorbar(places, means, yerr=errors, **look_of(number), linestyle=style, capsize=3, label=line["name"])
+    for number, level in enumerate((level for level in curves["levels"] if level["mean"] is not None), len(lines)):
+        color, scale = look_of(number)["color"], _scale(measure)
         axes.axhline(scale * level["mean"], linestyle="--", color=color, label=level["name"])
         if level["interval"]:
             axes.axhspan(*(scale * end for end in level["interval"]), color=color, alpha=0.15, linewidth=0)
@@ -175,11 +175,17 @@ def _new_figure(width: float, height: float) -> Any:
 
 def _finish(figure: Any, axes: Any, title: str, path: Path) -> None:
     axes.set_title(title)
-    figure.legend(loc="outside lower center", ncols=_legend_columns(axes.get_legend_handles_labels()[1]))
+    figure.legend(loc="outside lower center", ncols=legend_columns(axes.get_legend_handles_labels()[1]))
     figure.savefig(path, dpi=120)
 
 
-def _legend_columns(names: Sequence[str]) -> int:
+def look_of(number: int) -> dict[str, Any]:
+    """Return marker and colour of a figure's line or points, by their number from 0."""
+    return {"marker": MARKERS[number // len(COLOURS) % len(MARKERS)], "color": COLOURS[number % len(COLOURS)]}
+
+
+def legend_columns(names: Sequence[str]) -> int:
+    """Return in how many columns a legend of such names fits below a figure 8 inches wide."""
     return 1 if max(map(len, names), default=0) > WIDEST_IN_TWO_COLUMNS else 2
 
 
