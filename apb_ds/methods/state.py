@@ -40,9 +40,6 @@ class PassedStates:
 
     def first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of the first tokens, (1, kv_heads, num_tokens, head_dim) each; they may be views."""
-        return self._first(num_tokens)
-
-    def _first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
 
@@ -82,7 +79,7 @@ class SentStates(PassedStates):
             ordered = messages if ranks[0] < ranks[-1] else messages.flip(0)
             self._buffer[:, :, start:stop].unflatten(2, (len(ranks), longest)).copy_(ordered.permute(1, 2, 0, 3, 4))
 
-    def _first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         return self._buffer[0:1, :, :num_tokens], self._buffer[1:2, :, :num_tokens]
 
 
@@ -141,7 +138,7 @@ class OwnStates(PassedStates):
         self._num_places = stop
 
     @ranges.belongs_to(ranges.COMPRESSOR)
-    def _first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         anchor_length = self._anchor.shape[2]
         if num_tokens <= anchor_length:
             return self._anchor[0:1, :, :num_tokens], self._anchor[1:2, :, :num_tokens]
