@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from apb_ds.ops import kernels
 from apb_ds.ops.kernels import KERNELS, check_kernel_name, choose_kernels, flash_attn
@@ -301,7 +301,7 @@ FORWARD = (
 @pytest.fixture
 def register(install: Callable[[str, Any], None]) -> Iterator[Callable[[str, str], list[int]]]:
     """Register a stand-in for a package's operator; return the list that gets each call's `num_splits`."""
-    libraries = []
+    fragments = []
 
     def put(namespace: str, schema: str) -> list[int]:
         calls: list[int] = []
@@ -312,15 +312,15 @@ def register(install: Callable[[str, Any], None]) -> Iterator[Callable[[str, str
             output, lse = by_the_package_s_layout(q, k, v, is_causal, softmax_scale)
             return output, lse, q.new_empty(0), q.new_empty(0)
 
-        library = torch.library.Library(namespace, "FRAGMENT")
-        library.define(f"{schema} -> (Tensor, Tensor, Tensor, Tensor)")
-        library.impl("fwd", forward, "CPU")
-        libraries.append(library)
+        fragment = library.Library(namespace, "FRAGMENT")
+        fragment.define(f"{schema} -> (Tensor, Tensor, Tensor, Tensor)")
+        fragment.impl("fwd", forward, "CPU")
+        fragments.append(fragment)
         return calls
 
     yield put
-    for library in libraries:
-        library._destroy()
+    for fragment in fragments:
+        fragment._destroy()
 
 
 @pytest.mark.skipif(FlashAttn3Kernel.is_installed(), reason="it has registered the real operator")
