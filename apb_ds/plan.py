@@ -50,10 +50,10 @@ def schedule_rounds(hosts: int, world_size: int, schedule: str, per_round: int =
 
 
 def default_hosts_per_round(block_length: int, world_size: int, forward_tokens: int | None) -> int:
-    """Return how many blocks a rank computes in one forward: those that have `forward_tokens` together, if it has any.
+    """Return how many blocks a rank computes in one forward: as many as have `forward_tokens` tokens together.
 
     Of several ranks at least two, since these wait for each other in every layer, and a late host of a zigzag has more
-    to attend to than an early one. Without `forward_tokens` one, as on CPU, where neither makes a difference.
+    to attend to than an early one. With None one, which is for a CPU: there neither makes a difference.
     """
     if forward_tokens is None:
         return 1
@@ -207,7 +207,8 @@ def plan_request(
     world_size : int
         Number of ranks.
     forward_tokens : int, optional
-        Tokens of the document that a forward may well have, where `config` does not say how many hosts it is for.
+        Tokens that a forward should have, where `config` leaves open how many hosts it is for: see
+        `default_hosts_per_round`.
 
     Raises
     ------
@@ -233,13 +234,13 @@ def plan_request(
     if anchor_length == 0:
         embedded = 0
     needed = config.query_position + embedded if embedded else 0
-    per_round = config.hosts_per_round or default_hosts_per_round(block_length, world_size, forward_tokens)
     if anchor_length < needed:
         raise ValueError(
             f"anchor_length={anchor_length} cannot hold the query: query_position={config.query_position} plus "
             f"{embedded} query tokens need {needed}; raise anchor_length, shorten the query, or set "
             "query_in_anchor=false."
         )
+    per_round = config.hosts_per_round or default_hosts_per_round(block_length, world_size, forward_tokens)
     return Plan(
         num_tokens=num_tokens,
         world_size=world_size,

@@ -37,11 +37,11 @@ def failed(prompt: str) -> dict[str, Any]:
 def write_result(
     directory: Path, lines: Sequence[dict[str, Any]], method: str = "apb", task: str = "passkey", **settings: Any
 ) -> Path:
-    """Write a result directory; `settings` are of the method, but for ``seed`` and ``tasks``."""
+    """Write a result directory; `settings` are under ``method``, but for ``seed`` and ``tasks``."""
 
     seed, tasks = settings.pop("seed", 0), settings.pop("tasks", None)
-    heads = {name: settings.pop(name) for name in ("retaining_heads",) if name in settings}
-    config = asdict(APBConfig(method=method, **settings)) | heads
+    heads = settings.pop("retaining_heads", None)
+    config = asdict(APBConfig(method=method, **settings)) | ({"retaining_heads": heads} if heads else {})
     content = {
         "task": task,
         "settings": {
