@@ -11,7 +11,7 @@ from torch import Tensor
 
 import apb_ds
 from apb_ds.cache import ShardedCacheLayer
-from apb_ds.methods.state import PassedStates, PrefillState
+from apb_ds.methods.state import OwnStates, PrefillState
 from apb_ds.ops.selection import select_top
 from apb_ds.plan import Plan
 from tests.engine_cases import CASES, TOLERANCE, Case
@@ -24,18 +24,18 @@ Patch = pytest.MonkeyPatch
 
 
 def one_passed_token_unseen(patch: Patch) -> None:
-    first = PassedStates.first
-    patch.setattr(PassedStates, "first", lambda self, num_tokens: first(self, max(0, num_tokens - 1)))
+    first = OwnStates.first
+    patch.setattr(OwnStates, "first", lambda self, num_tokens: first(self, max(0, num_tokens - 1)))
 
 
 def first_anchor_token_unseen(patch: Patch) -> None:
-    first = PassedStates.first
+    first = OwnStates.first
 
-    def late(self: PassedStates, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def late(self: OwnStates, num_tokens: int) -> tuple[Tensor, Tensor]:
         keys, values = first(self, num_tokens)
         return keys[:, :, 1:], values[:, :, 1:]
 
-    patch.setattr(PassedStates, "first", late)
+    patch.setattr(OwnStates, "first", late)
 
 
 def worst_scores_kept(patch: Patch) -> None:
