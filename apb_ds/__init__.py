@@ -11,10 +11,10 @@ from apb_ds.plan import Plan, plan_request
 if TYPE_CHECKING:
     from apb_ds.attention import APBAttention, Phase
     from apb_ds.cache import ShardedCache
-    from apb_ds.context import Context
-    from apb_ds.engine import APBEngine
-    from apb_ds.entry import attach, detach, init_inference
-    from apb_ds.harness_model import HarnessModel
+    from apb_ds.engine.api import attach, detach, init_inference
+    from apb_ds.engine.context import Context
+    from apb_ds.engine.engine import APBEngine
+    from apb_ds.tasks.lm_eval.model import HarnessModel
 
 __version__ = "0.1.0"
 
@@ -23,12 +23,12 @@ _LAZY = {
     "APBAttention": "apb_ds.attention",
     "Phase": "apb_ds.attention",
     "ShardedCache": "apb_ds.cache",
-    "APBEngine": "apb_ds.engine",
-    "Context": "apb_ds.context",
-    "HarnessModel": "apb_ds.harness_model",
-    "attach": "apb_ds.entry",
-    "detach": "apb_ds.entry",
-    "init_inference": "apb_ds.entry",
+    "APBEngine": "apb_ds.engine.engine",
+    "Context": "apb_ds.engine.context",
+    "HarnessModel": "apb_ds.tasks.lm_eval.model",
+    "attach": "apb_ds.engine.api",
+    "detach": "apb_ds.engine.api",
+    "init_inference": "apb_ds.engine.api",
 }
 
 __all__ = ["APBConfig", "Plan", "plan_request", *_LAZY]

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apb_ds import ranges
 from apb_ds.compressors import build_compressor
 from apb_ds.compressors.retaining_heads import RetainingHeads, RetainingHeadsCompressor
 from apb_ds.config import APBConfig
 from apb_ds.methods import apb, dense, ring, ulysses
 from apb_ds.methods.decode import attend_shards, merge_ranks
 from apb_ds.methods.state import PrefillState, Tools
+from apb_ds.ops import profiling
 from apb_ds.ops.compiled import can_compile
 from apb_ds.ops.kernels import KernelChoice, check_kernel_name, choose_kernels
 from apb_ds.ops.merge import merge_two, merge_two_fused
-from apb_ds.parallel import place
+from apb_ds.parallel.failure import place
 from apb_ds.parallel.groups import SequenceGroup
 
 PREFILLS = {
@@ -134,7 +134,7 @@ class APBAttention(nn.Module):
         head_dim = query.shape[-1]
         scale = head_dim**-0.5 if scale is None else scale
         kernels = self.kernels_for(query.device, query.dtype, head_dim)
-        if ranges.are_recorded():
+        if profiling.are_recorded():
             kernels = kernels.in_ranges()
         fused = self._is_fused(query.device)
         tools = Tools(self.group, kernels, self.compressor, merge_two_fused if fused else merge_two, fused)

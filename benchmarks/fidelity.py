@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from apb_ds import APBConfig, init_inference
 from apb_ds.compressors.base import RETAINING_HEADS
 from apb_ds.config import DEFAULT_COMPRESSION_RATIO
-from apb_ds.engine import APBEngine
+from apb_ds.engine.engine import APBEngine
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.report.record import environment, write_json
 from apb_ds.tasks import FidelityConfig

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from apb_ds import APBConfig, init_inference
 from apb_ds.compressors.base import BlockStates, Compressor
 from apb_ds.compressors.window import WindowCompressor
-from apb_ds.engine import APBEngine
+from apb_ds.engine.engine import APBEngine
 from apb_ds.ops.selection import select_top
 from apb_ds.plan import Plan
 from apb_ds.report.record import environment, write_json

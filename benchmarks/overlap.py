@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from apb_ds import APBConfig, init_inference
-from apb_ds.engine import APBEngine
+from apb_ds.engine.engine import APBEngine
 from apb_ds.loading import ModelConfig, load_model
 from apb_ds.report.record import environment, write_json
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from apb_ds.attention import APBAttention
 from apb_ds.cache import ShardedCache
 from apb_ds.compressors.base import Compressor
-from apb_ds.engine import APBEngine
+from apb_ds.engine.engine import APBEngine
 from apb_ds.methods.state import PrefillState
 
 

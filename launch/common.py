@@ -25,9 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 sys.path.insert(0, str(ROOT))
 
-import ending  # noqa: E402
+
 import hydra  # noqa: E402
-from ending import FAILED_EXIT, INTERRUPTED_EXIT, rank  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.core.plugins import Plugins  # noqa: E402
 from hydra.errors import HydraException, MissingConfigException  # noqa: E402
@@ -35,6 +34,8 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException  # noqa: E402
 
 from apb_ds.config import suggest  # noqa: E402
+from apb_ds.parallel.failure import ending  # noqa: E402
+from apb_ds.parallel.failure.ending import FAILED_EXIT, INTERRUPTED_EXIT, rank  # noqa: E402
 from hydra_plugins import apb_ds_sweep  # noqa: E402
 
 if TYPE_CHECKING:

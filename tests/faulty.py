@@ -69,7 +69,7 @@ def install(fault: Fault) -> None:
     happened: list[bool] = []
 
     def faulty_forward(self: Any, *arguments: Any, **options: Any) -> Any:
-        from apb_ds.parallel import place
+        from apb_ds.parallel.failure import place
 
         is_here = options["phase"].value == fault.phase and options["layer_idx"] == fault.layer
         if is_here and fault.compressor in ("", self.config.compressor) and not happened:

@@ -47,7 +47,7 @@ def run_counted(
     """
     engine = _engine(_group(world_size), family, given, kv_heads)
     document, query, needs_query = _request(engine, n)
-    with mock.patch("apb_ds.linears._is_enabled", lambda: False):  # torch does not count oneDNN's products
+    with mock.patch("apb_ds.hf.onednn_linears._is_enabled", lambda: False):  # torch does not count oneDNN's products
         context, prefilled = _measure(engine, lambda: engine.prefill(document, query if needs_query else None))
         _, asked = _measure(engine, lambda: engine.query_logits(query, context=context))
     return prefilled, asked, count_prefill(engine, context, QUERY, num_logits=QUERY)
@@ -70,7 +70,7 @@ def run_prefill_counted(
     """
     engine = _engine(group or _group(world_size), family, given, kv_heads)
     document, query, needs_query = _request(engine, n)
-    with mock.patch("apb_ds.linears._is_enabled", lambda: False):
+    with mock.patch("apb_ds.hf.onednn_linears._is_enabled", lambda: False):
         context, flops = _measure(engine, lambda: engine.prefill(document, query if needs_query else None))
     return flops, context.bytes_sent
 

@@ -17,7 +17,7 @@ for _name in (
     "hydra",
     "transformers.models.llama.modeling_llama",
     "apb_ds.session",
-    "apb_ds.entry",
+    "apb_ds.engine.api",
 ):
     importlib.import_module(_name)
 

@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from apb_ds import ranges
-from apb_ds.hf import own_attention, projection_modules
-from apb_ds.support import attention_modules
+from apb_ds.hf.architecture import attention_modules
+from apb_ds.hf.interface import own_attention, projection_modules
+from apb_ds.ops import profiling
 
 O_NAMES = ("o_proj", "out_proj", "dense")
 FFN_NAMES = ("mlp", "feed_forward")
@@ -36,19 +36,19 @@ def measure_parts(model: PreTrainedModel, work: Callable[[], Any], *, is_plain: 
     Returns
     -------
     dict
-        ``parts_s``: seconds by the names of `apb_ds.ranges.PARTS`; ``clock``: whose time that is;
+        ``parts_s``: seconds by the names of `apb_ds.ops.profiling.PARTS`; ``clock``: whose time that is;
         ``unattributed_s``: that part of ``other`` whose kernels the profiler links to no operation.
     """
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with ExitStack() as stack:
-        stack.enter_context(ranges.recorded())
+        stack.enter_context(profiling.recorded())
         stack.enter_context(submodule_ranges(model))
         if is_plain:
             stack.enter_context(own_attention(model, PROFILED_SDPA, _sdpa_in_range))
         with profile(activities=activities) as profiler:
-            with ranges.part(ranges.OTHER):
+            with profiling.part(profiling.OTHER):
                 work()
             if on_cuda:
                 torch.cuda.synchronize(device)
@@ -71,8 +71,8 @@ def named_submodules(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
     found = []
     for layer in model.modules():
         for attention in attentions.intersection(layer.children()):
-            found += [(projection, ranges.QKV) for projection in projection_modules(attention)]
-            for owner, names, part in ((attention, O_NAMES, ranges.O_PROJECTION), (layer, FFN_NAMES, ranges.FFN)):
+            found += [(projection, profiling.QKV) for projection in projection_modules(attention)]
+            for owner, names, part in ((attention, O_NAMES, profiling.O_PROJECTION), (layer, FFN_NAMES, profiling.FFN)):
                 modules = (getattr(owner, name, None) for name in names)
                 found += [(module, part) for module in modules if isinstance(module, nn.Module)][:1]
     return found
@@ -86,22 +86,22 @@ def attribute(events: Iterable[Any], *, on_cuda: bool) -> dict[str, Any]:
     events : of torch.profiler (``FunctionEvent``), with their parents
     on_cuda : whether kernels' time counts, and not the host's
     """
-    microseconds = dict.fromkeys(ranges.PARTS, 0.0)
+    microseconds = dict.fromkeys(profiling.PARTS, 0.0)
     all_kernels = 0.0
     for event in events:
         if event.device_type != DeviceType.CPU:
             # The profiler shows ranges on the device's time line, too: these are no kernels.
-            is_range = event.name.startswith(ranges.PREFIX) or getattr(event, "is_user_annotation", False)
+            is_range = event.name.startswith(profiling.PREFIX) or getattr(event, "is_user_annotation", False)
             all_kernels += 0.0 if is_range else event.time_range.elapsed_us()
             continue
         part = None if event.is_async else _part_of(event)
         if on_cuda:
-            launched = sum(kernel.duration for kernel in event.kernels if not kernel.name.startswith(ranges.PREFIX))
-            microseconds[part or ranges.OTHER] += launched
+            launched = sum(kernel.duration for kernel in event.kernels if not kernel.name.startswith(profiling.PREFIX))
+            microseconds[part or profiling.OTHER] += launched
         elif part is not None:
             microseconds[part] += event.self_cpu_time_total
     unattributed = max(0.0, all_kernels - sum(microseconds.values())) if on_cuda else 0.0
-    microseconds[ranges.OTHER] += unattributed
+    microseconds[profiling.OTHER] += unattributed
     return {
         "clock": "cuda kernels" if on_cuda else "cpu",
         "parts_s": {name: amount / 1e6 for name, amount in microseconds.items()},
@@ -112,9 +112,9 @@ def attribute(events: Iterable[Any], *, on_cuda: bool) -> dict[str, Any]:
 def _part_of(event: Any) -> str | None:
     """Return the part of the innermost range around an event, or of the event itself; None outside of all."""
     while event is not None:
-        if event.name.startswith(ranges.PREFIX):
-            name = event.name.removeprefix(ranges.PREFIX)
-            return name if name in ranges.PARTS else ranges.OTHER
+        if event.name.startswith(profiling.PREFIX):
+            name = event.name.removeprefix(profiling.PREFIX)
+            return name if name in profiling.PARTS else profiling.OTHER
         event = event.cpu_parent
     return None
 
@@ -124,7 +124,7 @@ def _put_in_range(module: nn.Module, name: str) -> list[Any]:
     entered: list[Any] = []
 
     def enter(*_: Any) -> None:
-        entered.append(ranges.part(name))
+        entered.append(profiling.part(name))
         entered[-1].__enter__()
 
     def leave(*_: Any) -> None:
@@ -135,5 +135,5 @@ def _put_in_range(module: nn.Module, name: str) -> list[Any]:
 
 
 def _sdpa_in_range(*args: Any, **kwargs: Any) -> Any:
-    with ranges.part(ranges.ATTENTION):
+    with profiling.part(profiling.ATTENTION):
         return sdpa_attention_forward(*args, **kwargs)

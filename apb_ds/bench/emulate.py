@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apb_ds.bench.config import BenchConfig
 from apb_ds.bench.timing import Spread, Stopwatch
-from apb_ds.engine import APBEngine
+from apb_ds.engine.engine import APBEngine
 from apb_ds.parallel.emulated import EmulatedGroup
 from apb_ds.plan import Plan
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory

@@ -16,7 +16,7 @@ from apb_ds.bench.emulate import RankRun, run_rank
 from apb_ds.bench.timing import Stopwatch
 from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
-from apb_ds.engine import APBEngine
+from apb_ds.engine.engine import APBEngine
 from apb_ds.parallel.emulated import EmulatedGroup, emulated_groups
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apb_ds.bench.timing import Stopwatch
-from apb_ds.linears import onednn_linears
+from apb_ds.hf.onednn_linears import onednn_linears
 
 
 @contextmanager

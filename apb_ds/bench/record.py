@@ -12,8 +12,8 @@ from apb_ds.bench.emulate import summarise_ranks
 from apb_ds.bench.measure import Runs
 from apb_ds.bench.timing import Spread
 from apb_ds.loading import LoadedModel
+from apb_ds.ops.profiling import ATTENTION, FFN, O_PROJECTION, QKV
 from apb_ds.plan import Plan
-from apb_ds.ranges import ATTENTION, FFN, O_PROJECTION, QKV
 from apb_ds.report.memory import peak_memory_kind
 from apb_ds.report.record import environment
 from apb_ds.session import Settings

@@ -17,13 +17,13 @@ from apb_ds.bench.measure import Runner, Runs
 from apb_ds.bench.record import make_record
 from apb_ds.compressors.base import needs_heads
 from apb_ds.config import APBConfig
-from apb_ds.entry import init_inference
+from apb_ds.engine.api import init_inference
+from apb_ds.hf.architecture import check_positions
 from apb_ds.loading import LoadedModel, load_model
 from apb_ds.loading.heads import heads_for
 from apb_ds.ops.memory import is_out_of_memory
 from apb_ds.parallel.groups import SequenceGroup, world_group
 from apb_ds.session import Settings, read_settings
-from apb_ds.support import check_positions
 from apb_ds.tasks import Sample
 from apb_ds.tasks.base import random_sample
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from apb_ds import ranges
 from apb_ds.config import APBConfig, check_choice
+from apb_ds.ops import profiling
 from apb_ds.ops.selection import gather_pair, place_pair, select_top
 
 
@@ -85,7 +85,7 @@ class Compressor:
         """
         return 0
 
-    @ranges.belongs_to(ranges.COMPRESSOR)
+    @profiling.belongs_to(profiling.COMPRESSOR)
     def choose(self, block: BlockStates, count: int, num_eligible: int) -> Tensor:
         """Return where in the block the `count` best of its last `num_eligible` tokens are, in document order.
 
@@ -117,7 +117,7 @@ class Compressor:
         gather(block.keys, block.values, self.choose(block, count, num_eligible), into, block.fused)
 
 
-@ranges.belongs_to(ranges.COMPRESSOR)
+@profiling.belongs_to(profiling.COMPRESSOR)
 def gather(keys: Tensor, values: Tensor, places: Tensor, into: Tensor, fused: bool) -> None:
     """Copy tokens' keys and values as `gather_pair` does, where `fused` in one kernel."""
     if fused:

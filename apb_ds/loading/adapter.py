@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from apb_ds.loading.source import PACKAGE_SCHEME, expand_home, find_on_hub, package_path
-from apb_ds.loading.wording import kind_and_line
 from apb_ds.ops.memory import is_out_of_memory
+from apb_ds.utils.text import kind_and_line
 
 FIELD = "model.adapter"
 CONFIG_FILE = "adapter_config.json"

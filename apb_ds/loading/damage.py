@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from apb_ds.loading.wording import first_line, kind_and_line
+from apb_ds.utils.text import first_line, kind_and_line
 
 LFS_POINTER = b"version https://git-lfs"
 SHOWN_FILES = 3

@@ -10,8 +10,8 @@ from typing import Any
 from apb_ds.config import suggest
 from apb_ds.loading.config import ModelConfig
 from apb_ds.loading.damage import find_damage
-from apb_ds.loading.wording import kind_and_line
 from apb_ds.ops.memory import is_out_of_memory
+from apb_ds.utils.text import kind_and_line
 
 USE_A_DECODER = "use a decoder such as llama, qwen2 or mistral"
 

@@ -14,8 +14,8 @@ from typing import Any
 from apb_ds.loading.damage import lfs_damage
 from apb_ds.loading.kept import broken_seal, cache_root, file_digest, make_directory, seal, settle
 from apb_ds.loading.quiet import quiet_transformers
-from apb_ds.loading.wording import first_line, kind_and_line
 from apb_ds.ops.memory import is_out_of_memory
+from apb_ds.utils.text import first_line, kind_and_line
 
 LOCK_TIMEOUT_S = 600
 # Raised when the same file is converted otherwise, so that nothing of before is taken from the cache.

@@ -13,9 +13,9 @@ from apb_ds.compressors.retaining_heads.checkpoint import FIELD, FILE_PATTERNS, 
 from apb_ds.compressors.retaining_heads.compressor import no_heads
 from apb_ds.compressors.retaining_heads.module import HeadSizes, RetainingHeads
 from apb_ds.config import APBConfig
-from apb_ds.hf import check_projections
+from apb_ds.hf.architecture import geometry_of
+from apb_ds.hf.interface import check_projections
 from apb_ds.loading.source import PACKAGE_SCHEME, expand_home, find_on_hub, package_path
-from apb_ds.support import geometry_of
 
 HeadsSource = str | os.PathLike[str] | RetainingHeads
 

@@ -19,8 +19,8 @@ from apb_ds.loading.geometry import USE_A_DECODER, keep_layers, make_config, ove
 from apb_ds.loading.quiet import quiet_transformers
 from apb_ds.loading.source import find_model, weight_files
 from apb_ds.loading.tokenizer import check_tokenizer, read_tokenizer, tokenizer_at_hand
-from apb_ds.loading.wording import first_line, kind_and_line
 from apb_ds.ops.memory import explain_out_of_memory, is_out_of_memory
+from apb_ds.utils.text import first_line, kind_and_line
 
 DUMMY_SEED = 0
 SHOWN_KEYS = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apb_ds.loading.gguf import convert_gguf
-from apb_ds.loading.wording import kind_and_line
+from apb_ds.utils.text import kind_and_line
 
 PACKAGE_SCHEME = "package://"
 HUB_TIMEOUT_S = 10

@@ -9,8 +9,8 @@ from typing import Any
 from apb_ds.loading.config import ModelConfig
 from apb_ds.loading.damage import find_damage
 from apb_ds.loading.source import find_tokenizer
-from apb_ds.loading.wording import kind_and_line
 from apb_ds.ops.memory import is_out_of_memory
+from apb_ds.utils.text import kind_and_line
 
 # One of these holds the vocabulary; the rest of a tokenizer's files only add to it.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from apb_ds.compressors.base import BlockStates
-from apb_ds.methods.state import OwnStates, PassedStates, PrefillState, SentStates, Tools
+from apb_ds.methods.passed import OwnStates, PassedStates, SentStates
+from apb_ds.methods.state import PrefillState, Tools
 from apb_ds.ops.merge import empty_tokens_first
 from apb_ds.ops.selection import place_pair
 from apb_ds.plan import Plan, split_evenly

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apb_ds import ranges
+from apb_ds.ops import profiling
 from apb_ds.ops.compiled import compiled
 
 
-@ranges.belongs_to(ranges.ATTENTION)
+@profiling.belongs_to(profiling.ATTENTION)
 def merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, into: Tensor | None = None) -> Tensor:
     """Merge attention over two disjoint sets of keys.
 
@@ -32,7 +32,7 @@ def merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, into: 
     return merged if into is None else into.copy_(merged)
 
 
-@ranges.belongs_to(ranges.ATTENTION)
+@profiling.belongs_to(profiling.ATTENTION)
 def merge_two_fused(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, into: Tensor | None = None) -> Tensor:
     """As `merge_two`, in one kernel."""
     if into is None:
@@ -50,7 +50,7 @@ def empty_tokens_first(like: Tensor) -> Tensor:
     return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
 
 
-@ranges.belongs_to(ranges.ATTENTION)
+@profiling.belongs_to(profiling.ATTENTION)
 def merge_many(outs: Tensor, lses: Tensor) -> Tensor:
     """Merge attention over any number of disjoint sets of keys.
 

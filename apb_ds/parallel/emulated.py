@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apb_ds import ranges
 from apb_ds.config import check_integer
+from apb_ds.ops import profiling
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.parallel.pending import PendingGather, PendingShift
 
@@ -43,7 +43,7 @@ class EmulatedGather(PendingGather):
 
     rank: int = 0
 
-    @ranges.belongs_to(ranges.COMMUNICATION)
+    @profiling.belongs_to(profiling.COMMUNICATION)
     def wait(self) -> Tensor:
         if self.sent is not None:
             self.gathered[self.rank] = self.sent
@@ -70,7 +70,7 @@ class EmulatedGroup(SequenceGroup):
         if self.rank >= self.world_size:
             raise ValueError(f"rank={self.rank} must be below world_size={self.world_size}.")
 
-    @ranges.belongs_to(ranges.COMMUNICATION)
+    @profiling.belongs_to(profiling.COMMUNICATION)
     def start_all_gather(self, tensor: Tensor) -> PendingGather:
         if self.world_size == 1:
             return super().start_all_gather(tensor)
@@ -80,7 +80,7 @@ class EmulatedGroup(SequenceGroup):
         gathered = self.peers.buffer(tensor, (self.world_size, *tensor.shape))
         return EmulatedGather(gathered, sent=tensor, rank=self.rank)
 
-    @ranges.belongs_to(ranges.COMMUNICATION)
+    @profiling.belongs_to(profiling.COMMUNICATION)
     def start_shift(self, tensor: Tensor) -> PendingShift:
         if self.world_size == 1:
             return super().start_shift(tensor)
@@ -93,7 +93,7 @@ class EmulatedGroup(SequenceGroup):
         if self.world_size == 1:
             return attend
 
-        @ranges.belongs_to(ranges.COMMUNICATION)
+        @profiling.belongs_to(profiling.COMMUNICATION)
         def exchange(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             given = {"query": query, "key": key, "value": value}
             everyone = [self._with_all_tokens(states, kind) for kind, states in given.items()]

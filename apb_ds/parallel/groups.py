@@ -1,6 +1,6 @@
 """The sequence-parallel group: who is in it, and the few collectives that APB needs.
 
-A collective whose peers are gone raises `apb_ds.parallel.failure.LostRankError`, which says which rank failed first.
+A collective whose peers are gone raises `LostRankError`, which names the rank that failed first.
 
 This folder is the only place that imports ``deepspeed.comm``. A group of one rank imports nothing and sends nothing.
 """
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apb_ds import ranges
-from apb_ds.parallel.failure import lost_ranks_named
+from apb_ds.ops import profiling
+from apb_ds.parallel.failure.board import lost_ranks_named
 from apb_ds.parallel.network import choose_gloo_interface
 from apb_ds.parallel.pending import PendingGather, PendingShift
 
@@ -75,7 +75,7 @@ class SequenceGroup:
     def is_last(self) -> bool:
         return self.rank == self.world_size - 1
 
-    @ranges.belongs_to(ranges.COMMUNICATION)
+    @profiling.belongs_to(profiling.COMMUNICATION)
     def start_all_gather(self, tensor: Tensor) -> PendingGather:
         """Start gathering `tensor` (same shape and dtype on every rank); the caller keeps it unchanged until `wait`."""
         if self.world_size == 1:
@@ -88,7 +88,7 @@ class SequenceGroup:
         self._count(tensor)
         return PendingGather(joined.view(self.world_size, *tensor.shape), work, tensor)
 
-    @ranges.belongs_to(ranges.COMMUNICATION)
+    @profiling.belongs_to(profiling.COMMUNICATION)
     def start_shift(self, tensor: Tensor) -> PendingShift:
         """Start sending `tensor` to the next rank and receiving one like it from the rank before, around the ring.
 
@@ -127,7 +127,7 @@ class SequenceGroup:
         layer = importlib.import_module("deepspeed.sequence.layer")
         distributed = layer.DistributedAttention(attend, self.process_group, scatter_idx=2, gather_idx=1)
 
-        @ranges.belongs_to(ranges.COMMUNICATION)
+        @profiling.belongs_to(profiling.COMMUNICATION)
         def exchange(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             with lost_ranks_named():
                 output: Tensor = distributed(query.contiguous(), key.contiguous(), value.contiguous(), 0)

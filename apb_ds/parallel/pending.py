@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from apb_ds import ranges
-from apb_ds.parallel.failure import lost_ranks_named
+from apb_ds.ops import profiling
+from apb_ds.parallel.failure.board import lost_ranks_named
 
 
 @dataclass
@@ -19,7 +19,7 @@ class PendingGather:
     work: Any = None
     sent: Tensor | None = None  # kept alive until it has left
 
-    @ranges.belongs_to(ranges.COMMUNICATION)
+    @profiling.belongs_to(profiling.COMMUNICATION)
     def wait(self) -> Tensor:
         if self.work is not None:
             with lost_ranks_named():
@@ -36,7 +36,7 @@ class PendingShift:
     works: list[Any] = field(default_factory=list)
     sent: Tensor | None = None  # kept alive until it has left
 
-    @ranges.belongs_to(ranges.COMMUNICATION)
+    @profiling.belongs_to(profiling.COMMUNICATION)
     def wait(self) -> Tensor:
         with lost_ranks_named():
             for work in self.works:

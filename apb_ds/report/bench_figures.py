@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from apb_ds.ranges import PARTS
+from apb_ds.ops.profiling import PARTS
 from apb_ds.report.bench_table import EMULATED, slowest_breakdown, title
 from apb_ds.report.figures import EXTRA, legend_columns, look_of
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from apb_ds.ranges import PARTS
+from apb_ds.ops.profiling import PARTS
 from apb_ds.report.table import ABSENT, format_bytes, format_count, format_number
 
 Record = dict[str, Any]

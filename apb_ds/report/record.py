@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from apb_ds.versions import versions
+from apb_ds.utils.versions import versions
 
 RECORD_NAME = "record.json"
 GIT_TIMEOUT_S = 10

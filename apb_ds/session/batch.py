@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from apb_ds.attention import APBAttention
-from apb_ds.context import Context
+from apb_ds.engine.context import Context
+from apb_ds.hf.architecture import check_positions
 from apb_ds.report.answers import AnswerFile
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
 from apb_ds.report.progress import BatchProgress, batch_progress
 from apb_ds.report.record import rate
 from apb_ds.session.request import Run, gather_numbers, usage_metrics
 from apb_ds.session.steps import JobError
-from apb_ds.support import check_positions
 from apb_ds.tasks.batch import BatchConfig
 from apb_ds.tasks.lines import Line, group_lines, read_document, read_lines
 from apb_ds.tasks.prompt import needs_tokenizer

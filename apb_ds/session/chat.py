@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from apb_ds.context import Context
+from apb_ds.engine.context import Context
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
 from apb_ds.report.progress import prefill_progress
 from apb_ds.report.record import rate

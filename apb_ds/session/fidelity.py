@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apb_ds.attention import Phase
 from apb_ds.config import APBConfig
-from apb_ds.context import Context
+from apb_ds.engine.context import Context
 from apb_ds.session.request import Run
 from apb_ds.tasks import Sample
 

@@ -37,7 +37,7 @@ class HarnessEvaluation(Evaluation):
         return self.tasks.samples
 
     def _keys(self) -> list[tuple[str, str]]:
-        from apb_ds.harness_model import request_parts
+        from apb_ds.tasks.lm_eval.model import request_parts
 
         keys = []
         for sample in self.samples:
@@ -93,7 +93,7 @@ class HarnessEvaluation(Evaluation):
         return self.run.steps.together(functools.partial(self._respond, request, f"{self.task.name}-{index}-{place}"))
 
     def _respond(self, request: Any, salt: str) -> Any:
-        from apb_ds.harness_model import respond
+        from apb_ds.tasks.lm_eval.model import respond
 
         run = self.run
         num_document, num_query = request.document_ids.shape[1], request.query_ids.shape[1]

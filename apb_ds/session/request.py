@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from apb_ds.config import EXECUTION_DEFAULTS, APBConfig
-from apb_ds.context import Context
+from apb_ds.engine.context import Context
 from apb_ds.loading import LoadedModel
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import plan_request

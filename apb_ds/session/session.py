@@ -16,12 +16,12 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
-from apb_ds.agreement import agree, describe_software
 from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.loading.heads import heads_for
+from apb_ds.parallel.consistency import agree, describe_software
 from apb_ds.parallel.groups import SequenceGroup, launched_rank, world_group
 from apb_ds.report.compare import compare_records
 from apb_ds.report.memory import peak_memory_kind
@@ -247,7 +247,7 @@ class Session:
     def _configured_engine(
         self, method: APBConfig, loaded: LoadedModel, heads: RetainingHeads | None, timeout_s: float
     ) -> Any:
-        from apb_ds.entry import init_inference  # brings deepspeed along
+        from apb_ds.engine.api import init_inference  # brings deepspeed along
 
         heads = heads if needs_heads(method.compressor) else None
         if self._engine is None:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from apb_ds.hf.architecture import decoder_layers
 from apb_ds.loading import LoadedModel, ModelConfig
 from apb_ds.ops.compiled import can_compile, compile_forwards
 from apb_ds.parallel.groups import SequenceGroup, training_group
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
 from apb_ds.report.record import environment, write_json
 from apb_ds.session.steps import Steps
-from apb_ds.support import decoder_layers
 from apb_ds.training.answer_loss import AnswerLoss
 from apb_ds.training.batches import Batch, Batches, Lengths
 from apb_ds.training.card import write_card

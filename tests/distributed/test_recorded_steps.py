@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import apb_ds
-from apb_ds import cache, decode_step
-from apb_ds.decode_step import DecodeStep
+from apb_ds import cache
+from apb_ds.engine import cuda_graph as steps
+from apb_ds.engine.cuda_graph import DecodeStep
 from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel
 from tests.models import build_model, request_ids
 from tests.pool import Pools
@@ -92,7 +93,7 @@ def test_the_tokens_are_the_same(pool: Pools, world_size: int, method: str) -> N
         assert recorded == usual == by_rank[0][0]
         # One recording serves both answers of a document, and the next document where its buffers were handed on.
         assert 1 <= num_recorded <= 2
-        first, later = NEW - decode_step.RECORD_AFTER, NEW - 1
+        first, later = NEW - steps.RECORD_AFTER, NEW - 1
         assert num_run == first * num_recorded + later * (4 - num_recorded)
     assert len({numbers[2:] for numbers in by_rank}) == 1, "ranks record together"
 

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 
 import apb_ds
 from apb_ds.cache import ShardedCacheLayer
-from apb_ds.decode_step import DecodeStep
+from apb_ds.engine.cuda_graph import DecodeStep
 from apb_ds.ops.kernels import KERNELS
 from tests.engine_cases import Case
 from tests.heads import engine_with_heads

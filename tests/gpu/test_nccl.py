@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import apb_ds
-from apb_ds.decode_step import DecodeStep
+from apb_ds.engine.cuda_graph import DecodeStep
 from apb_ds.parallel.groups import SequenceGroup
 from tests import models
 from tests.engine_cases import Case, own_query_logits

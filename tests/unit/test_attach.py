@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import apb_ds
-from apb_ds.hf import IMPLEMENTATION
+from apb_ds.hf.interface import IMPLEMENTATION
 from tests.engine_cases import TOLERANCE
 from tests.models import build_model, distinct_ids, phi3_switching, request_ids
 from tests.reference import run_reference
@@ -222,7 +222,7 @@ def test_progress_that_fails_leaves_the_model_plain() -> None:
 
 
 def test_apb_attention_outside_of_an_engine_is_refused() -> None:
-    from apb_ds.hf import attention_forward
+    from apb_ds.hf.interface import attention_forward
 
     states = torch.zeros(1, 2, 3, 4)
     with pytest.raises(RuntimeError, match="init_inference"):

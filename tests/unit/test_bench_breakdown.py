@@ -10,10 +10,10 @@ import torch
 from torch.autograd import DeviceType
 
 import apb_ds
-from apb_ds import ranges
 from apb_ds.bench.breakdown import attribute, measure_parts, named_submodules, submodule_ranges
 from apb_ds.bench.plain import prefill
-from apb_ds.engine import APBEngine
+from apb_ds.engine.engine import APBEngine
+from apb_ds.ops import profiling
 from apb_ds.parallel.emulated import EmulatedGroup
 from apb_ds.parallel.groups import SequenceGroup
 from tests.models import FAMILIES, build_model, request_ids
@@ -66,14 +66,14 @@ def profiled() -> list[Any]:
 def test_on_the_host_time_belongs_to_the_innermost_range() -> None:
     found = attribute(profiled(), on_cuda=False)
     assert found["clock"] == "cpu" and found["unattributed_s"] == 0
-    assert found["parts_s"] == dict.fromkeys(ranges.PARTS, 0) | {"ffn": 2 + 3 + 4, "other": 1 + 5}
+    assert found["parts_s"] == dict.fromkeys(profiling.PARTS, 0) | {"ffn": 2 + 3 + 4, "other": 1 + 5}
 
 
 def test_on_cuda_kernels_belong_to_the_range_that_launched_them() -> None:
     found = attribute(profiled(), on_cuda=True)
     assert found["clock"] == "cuda kernels"
     assert found["unattributed_s"] == pytest.approx(0.5)
-    assert found["parts_s"] == pytest.approx(dict.fromkeys(ranges.PARTS, 0) | {"ffn": 5 + 1, "other": 2 + 0.5})
+    assert found["parts_s"] == pytest.approx(dict.fromkeys(profiling.PARTS, 0) | {"ffn": 5 + 1, "other": 2 + 0.5})
 
 
 def test_an_inner_range_takes_its_time_from_the_outer_one() -> None:
@@ -90,7 +90,7 @@ def test_submodules_of_every_layer(family: str) -> None:
     layers = model.config.num_hidden_layers
     names = [name for _, name in named_submodules(model)]
     projections = 1 if family == "phi3" else 3
-    expected = {ranges.QKV: projections * layers, ranges.O_PROJECTION: layers, ranges.FFN: layers}
+    expected = {profiling.QKV: projections * layers, profiling.O_PROJECTION: layers, profiling.FFN: layers}
     assert {name: names.count(name) for name in set(names)} == expected
 
 
@@ -144,7 +144,7 @@ def test_results_are_the_same_and_nothing_is_left(given: dict[str, Any]) -> None
     assert torch.equal(engine.query_logits(query, context=contexts[0]), before)
     for module in engine.module.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
-    assert not ranges.are_recorded()
+    assert not profiling.are_recorded()
 
 
 def test_the_plain_models_cache_is_the_same() -> None:
@@ -164,7 +164,7 @@ def test_ranges_close_after_an_error() -> None:
     def fail(*_: Any) -> None:
         raise ValueError("broken")
 
-    with torch.profiler.profile() as profiler, ranges.recorded(), submodule_ranges(model):
+    with torch.profiler.profile() as profiler, profiling.recorded(), submodule_ranges(model):
         handle = mlp.register_forward_pre_hook(fail)
         with pytest.raises(ValueError, match="broken"):
             model(request_ids(20, 1)[0])

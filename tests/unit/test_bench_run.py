@@ -17,7 +17,7 @@ from apb_ds.bench.config import METHODS
 from apb_ds.bench.emulate import RankRun, communication_s, in_step_s, slowest_rank, summarise_ranks
 from apb_ds.bench.run import make_sample
 from apb_ds.config import APBConfig
-from apb_ds.engine import APBEngine
+from apb_ds.engine.engine import APBEngine
 from apb_ds.plan import plan_request
 from apb_ds.report.bench_figures import draw_bench
 from apb_ds.report.bench_table import bench_tables

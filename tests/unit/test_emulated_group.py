@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import apb_ds
-from apb_ds.engine import APBEngine
+from apb_ds.engine.engine import APBEngine
 from apb_ds.parallel.emulated import EmulatedGroup, emulated_groups
 from apb_ds.parallel.groups import SequenceGroup
 from tests.models import build_model, request_ids

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 END_S = 30
 ARRIVES_S = 0.5  # from saying so until it waits
-RANK = {"RANK": "1", "WORLD_SIZE": "2", "PYTHONPATH": f"{ROOT}:{ROOT / 'launch'}"}
+RANK = {"RANK": "1", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
 # The C function, a lock taken twice, holds the main thread where Python handles no signal, as a collective does.
 WAITS = {
     "in Python": "import time\nwhile True: time.sleep(0.01)",
@@ -22,7 +22,7 @@ WAITS = {
 }
 SCRIPT = """
 import ctypes
-import ending
+from apb_ds.parallel.failure import ending
 library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
 ending.MAIN_THREAD_S = 1.0
 watch = ending.Watch()
@@ -89,7 +89,7 @@ def test_a_launcher_that_was_killed(wait: str, tmp_path: Path) -> None:
 
 def test_without_a_launcher_nothing_is_watched() -> None:
     code = (
-        "import signal, threading, ending\n"
+        "import signal, threading\nfrom apb_ds.parallel.failure import ending\n"
         "with ending.Watch():\n"
         "    print('ready', threading.active_count(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, flush=True)\n"
     )
@@ -106,7 +106,7 @@ def test_without_a_launcher_nothing_is_watched() -> None:
 
 def test_signals_are_as_before_afterwards() -> None:
     code = (
-        "import signal, ending\n"
+        "import signal\nfrom apb_ds.parallel.failure import ending\n"
         "with ending.Watch():\n"
         "    inside = signal.getsignal(signal.SIGTERM)\n"
         "print('ready', inside == signal.SIG_DFL, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)\n"
@@ -119,7 +119,7 @@ def test_signals_are_as_before_afterwards() -> None:
 
 def test_a_closed_pipe_is_no_traceback() -> None:
     code = (
-        "import ending\n"
+        "from apb_ds.parallel.failure import ending\n"
         "print('ready', flush=True)\n"
         "with ending.Watch() as watch:\n"
         "    try:\n"

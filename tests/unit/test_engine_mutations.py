@@ -11,7 +11,8 @@ from torch import Tensor
 
 import apb_ds
 from apb_ds.cache import ShardedCacheLayer
-from apb_ds.methods.state import OwnStates, PrefillState
+from apb_ds.methods.passed import OwnStates
+from apb_ds.methods.state import PrefillState
 from apb_ds.ops.selection import select_top
 from apb_ds.plan import Plan
 from tests.engine_cases import CASES, TOLERANCE, Case
@@ -62,16 +63,16 @@ def last_anchor_token_passed_too(patch: Patch) -> None:
 
 
 def _change_round_inputs(patch: Patch, change: Callable[[Any, Tensor, Tensor], None]) -> None:
-    from apb_ds import rounds
+    from apb_ds.engine import prefill
 
-    original = rounds.round_inputs
+    original = prefill.round_inputs
 
     def changed(state: Any, document_ids: Tensor, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         ids, positions = (tensor.clone() for tensor in original(state, document_ids, query_ids))
         change(state, ids, positions)
         return ids, positions
 
-    patch.setattr(rounds, "round_inputs", changed)
+    patch.setattr(prefill, "round_inputs", changed)
 
 
 def anchor_positions_off_by_one(patch: Patch) -> None:
@@ -155,10 +156,10 @@ def first_token_cached_twice(patch: Patch) -> None:
 
 
 def heads_see_values_first(patch: Patch) -> None:
-    from apb_ds.hf import PROJECTIONS, projection_modules
+    from apb_ds.hf.interface import PROJECTIONS, projection_modules
 
     assert PROJECTIONS[0] == ("q_proj", "k_proj", "v_proj")
-    patch.setattr("apb_ds.hf.projection_modules", lambda module: projection_modules(module)[::-1])
+    patch.setattr("apb_ds.hf.interface.projection_modules", lambda module: projection_modules(module)[::-1])
     take = PrefillState.take_projections
 
     def rolled(self: PrefillState) -> list[tuple[Tensor, ...] | None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import apb_ds
 from apb_ds.cache import ShardedCacheLayer
-from apb_ds.methods.state import OwnStates, SentStates, _runs
+from apb_ds.methods.passed import OwnStates, SentStates, _runs
 from apb_ds.plan import Plan, plan_request
 
 KV_HEADS, HEAD_DIM = 2, 4

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import apb_ds
 from apb_ds.compressors.retaining_heads import HeadSizes, RetainingHeads, read_heads, write_heads
 from apb_ds.compressors.retaining_heads.convert import main as convert
-from apb_ds.hf import captured_projections, check_projections, projection_modules
+from apb_ds.hf.interface import captured_projections, check_projections, projection_modules
 from apb_ds.loading.heads import head_sizes, load_heads
 from apb_ds.session import read_settings
 from tests.heads import HIDDEN, random_checkpoint, save_heads
@@ -320,7 +320,7 @@ def test_engines_say_what_is_wrong_before_ranks_meet(
     monkeypatch: pytest.MonkeyPatch, compressor: str, given: str | None, parts: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("apb_ds.entry.world_group", lambda *_: pytest.fail("the group is joined"))
+    monkeypatch.setattr("apb_ds.engine.api.world_group", lambda *_: pytest.fail("the group is joined"))
     with pytest.raises(ValueError) as caught:
         apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(compressor=compressor), retaining_heads=given)
     assert all(part in str(caught.value) for part in parts)
@@ -393,7 +393,7 @@ def test_hooks_go_when_a_layer_fails(heads_file: Path, monkeypatch: pytest.Monke
 def test_projections_are_held_for_one_layer_and_only_where_they_are_scored(
     heads_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from apb_ds.hf import ActiveCall
+    from apb_ds.hf.interface import ActiveCall
 
     held, scored = [], []
     keep, score = ActiveCall.keep_projection, RetainingHeads.forward

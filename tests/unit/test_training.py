@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from apb_ds.hf.architecture import decoder_layers
 from apb_ds.ops import compiled as compiling
-from apb_ds.support import decoder_layers
 from apb_ds.tasks import SyntheticConfig
 from apb_ds.tasks.synthetic import Recipe, generate
 from apb_ds.tasks.synthetic.draws import Draws

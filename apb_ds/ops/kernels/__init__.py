@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apb_ds import ranges
 from apb_ds.config import check_choice
+from apb_ds.ops import profiling
 from apb_ds.ops.kernels.base import Kernel
 from apb_ds.ops.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
 from apb_ds.ops.kernels.reference import ReferenceKernel
@@ -62,7 +62,7 @@ class _RangedKernel(Kernel):
         self.kernel = kernel
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        with ranges.part(ranges.ATTENTION):
+        with profiling.part(profiling.ATTENTION):
             return self.kernel(query, key, value, causal, scale)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from apb_ds.hf import captured_projections, own_attention
+from apb_ds.hf.interface import captured_projections, own_attention
 
 NAME = "apb_heads_training"
 

@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from apb_ds.compressors.retaining_heads import RetainingHeads, write_heads
-from apb_ds.hf import check_projections
+from apb_ds.hf.architecture import check_supported
+from apb_ds.hf.interface import check_projections
 from apb_ds.loading import LoadedModel
 from apb_ds.loading.heads import head_sizes
 from apb_ds.parallel.groups import SequenceGroup, training_group
@@ -21,7 +22,6 @@ from apb_ds.report.progress import steps_progress
 from apb_ds.report.record import environment, write_json
 from apb_ds.report.table import make_console
 from apb_ds.session.steps import Steps
-from apb_ds.support import check_supported
 from apb_ds.training.batches import Lengths
 from apb_ds.training.heads.card import write_card
 from apb_ds.training.heads.config import HeadsConfig

@@ -11,15 +11,15 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
 from transformers import PreTrainedModel
 
-from apb_ds.agreement import agree, describe_model, describe_software
 from apb_ds.attention import APBAttention
 from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
-from apb_ds.engine import APBEngine
+from apb_ds.engine.engine import APBEngine
+from apb_ds.hf.architecture import check_supported
 from apb_ds.loading.heads import HeadsSource, heads_for
+from apb_ds.parallel.consistency import agree, describe_model, describe_software
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, launched_world_size, world_group
 from apb_ds.plan import check_ranks
-from apb_ds.support import check_supported
 
 
 def init_inference(

@@ -87,7 +87,7 @@ def other_model_config(rank: int, world_size: int) -> str:
 
 
 def other_versions(rank: int, world_size: int) -> str:
-    import apb_ds.agreement as agreement
+    import apb_ds.parallel.consistency as agreement
 
     found = {**agreement.versions(), "transformers": f"5.{23 - rank}.0"}
     with mock.patch.object(agreement, "versions", lambda: found):
@@ -95,7 +95,7 @@ def other_versions(rank: int, world_size: int) -> str:
 
 
 def other_source(rank: int, world_size: int) -> str:
-    import apb_ds.agreement as agreement
+    import apb_ds.parallel.consistency as agreement
 
     with mock.patch.object(agreement, "source_digest", lambda: f"digest{rank}"):
         return message_of(new_engine)
@@ -230,7 +230,10 @@ def test_one_exchange_for_an_answer_of_any_length(pool: Pools) -> None:
 
 def test_a_rank_alone_digests_nothing() -> None:
     document, query = request_ids(N, Q)
-    with mock.patch("apb_ds.agreement.hashlib", None), mock.patch("apb_ds.agreement.describe", None):
+    with (
+        mock.patch("apb_ds.parallel.consistency.hashlib", None),
+        mock.patch("apb_ds.parallel.consistency.describe", None),
+    ):
         engine = new_engine()
         context = engine.prefill(document, query)
         engine.query_logits(query, context=context)
@@ -241,7 +244,7 @@ def test_a_rank_alone_digests_nothing() -> None:
 
 
 def test_checksums_see_what_changes_and_nothing_else() -> None:
-    from apb_ds.agreement import checksum
+    from apb_ds.parallel.consistency import checksum
 
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int64):
@@ -270,7 +273,7 @@ def test_checksums_see_what_changes_and_nothing_else() -> None:
 
 
 def test_tied_and_empty_tensors_have_a_place() -> None:
-    from apb_ds.agreement import describe_model
+    from apb_ds.parallel.consistency import describe_model
 
     model = torch.nn.Module()
     model.weight = torch.nn.Parameter(torch.ones(3, 2))

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apb_ds.context import Context
-from apb_ds.engine import APBEngine, Progress
+from apb_ds.engine.context import Context
+from apb_ds.engine.engine import APBEngine, Progress
 from apb_ds.tasks.lm_eval.prompts import NO_ROLLING, HarnessPrompts, Pair, Request
 from apb_ds.tasks.lm_eval.split import Split
 

@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from apb_ds.config import APBConfig
-from apb_ds.decode_step import RecordedSteps, can_record
-from apb_ds.fused import fused_layers
+from apb_ds.engine.cuda_graph import RecordedSteps, can_record
+from apb_ds.hf.fused_layers import fused_layers
+from apb_ds.hf.tiled_mlps import default_tile, tiled_mlps
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.tiles import default_tile, tiled_mlps
 
 
 class Execution:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import apb_ds
-from apb_ds import fused
-from apb_ds.fused import FusedLayers
-from apb_ds.tiles import check_tile, mlp_modules, tiled_mlps
+from apb_ds.hf import fused_layers as fused
+from apb_ds.hf.fused_layers import FusedLayers
+from apb_ds.hf.tiled_mlps import check_tile, mlp_modules, tiled_mlps
 from tests.models import build_model, request_ids
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3")

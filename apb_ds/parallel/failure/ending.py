@@ -135,7 +135,7 @@ class Watch:
 
     def _listen(self) -> None:
         """Wait until some rank has written down that it fails; answer, and see that this one ends too."""
-        from apb_ds.parallel.failure import Board
+        from apb_ds.parallel.failure.board import Board
 
         while not self._ended.wait(POLL_S):
             with contextlib.suppress(Exception):  # the store's own errors: the main thread will see them too
@@ -152,7 +152,7 @@ class Watch:
 
     def _end(self) -> None:
         """End the process in place of a main thread that does not get to it."""
-        from apb_ds.parallel.failure import Kind, tell_and_diagnose
+        from apb_ds.parallel.failure.board import Kind, tell_and_diagnose
 
         if self._ended.is_set():
             return
@@ -170,7 +170,7 @@ class GivingUp:
     def on(self, error: BaseException) -> NoReturn:
         """Tell the other ranks and people why, keep what can be kept, and end the process."""
         self._watch.close()
-        from apb_ds.parallel.failure import Kind, LostRankError, tell_and_diagnose
+        from apb_ds.parallel.failure.board import Kind, LostRankError, tell_and_diagnose
 
         if isinstance(error, Stopped):
             message, code = tell_and_diagnose(Kind.STOPPED, str(error)), STOPPED_EXIT

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from apb_ds import linears
-from apb_ds.linears import onednn_linears
+from apb_ds.hf import onednn_linears as linears
+from apb_ds.hf.onednn_linears import onednn_linears
 
 
 @pytest.mark.parametrize("limit", [0, 2**30], ids=["in place", "reordered"])

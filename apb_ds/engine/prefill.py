@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apb_ds.attention import APBAttention, Phase
-from apb_ds.hf import PrefillComplete
+from apb_ds.hf.architecture import geometry_of
+from apb_ds.hf.interface import PrefillComplete
 from apb_ds.methods.state import PrefillState
-from apb_ds.support import geometry_of
 
 
 def run_round(
@@ -21,7 +21,7 @@ def run_round(
 ) -> None:
     """Run one forward over this rank's share of the anchor and its hosts' blocks; with neither, only the collectives.
 
-    Needs `apb_ds.hf.apb_attention` in force with the same `attention` and `state`.
+    Needs `apb_ds.hf.interface.apb_attention` in force with the same `attention` and `state`.
 
     Parameters
     ----------

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 import apb_ds
-from apb_ds import fused
 from apb_ds.compressors.base import BlockStates
 from apb_ds.compressors.window import WindowCompressor
-from apb_ds.fused import ROTATION, FusedLayers, fused_layers
+from apb_ds.hf import fused_layers as fused
+from apb_ds.hf.architecture import attention_modules
+from apb_ds.hf.fused_layers import ROTATION, FusedLayers, fused_layers
 from apb_ds.ops import compiled as compiling
 from apb_ds.ops.merge import merge_two, merge_two_fused
-from apb_ds.support import attention_modules
 from tests.models import build_model, request_ids
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
@@ -172,7 +172,7 @@ def test_the_engines_tokens(method: str, uncompiled: list[Any], monkeypatch: pyt
     expected = plain.generate(document, query, max_new_tokens=6, do_sample=False)
     on_cpu = apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(method=method, fused=True, **given))
     assert on_cpu._execution.fused is None
-    monkeypatch.setattr("apb_ds.execution.fused_layers", lambda model, enabled, device: FusedLayers(model))
+    monkeypatch.setattr("apb_ds.engine.acceleration.fused_layers", lambda model, enabled, device: FusedLayers(model))
     engine = apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(method=method, fused=True, **given))
     uncompiled.clear()
     assert torch.equal(engine.generate(document, query, max_new_tokens=6, do_sample=False), expected)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from apb_ds.attention import APBAttention, Phase
+from apb_ds.hf.architecture import attention_modules, geometry_of
+from apb_ds.hf.rotary import fixed_rotary_frequencies
 from apb_ds.methods.state import PrefillState
-from apb_ds.rotary import fixed_rotary_frequencies
-from apb_ds.support import attention_modules, geometry_of
 
 IMPLEMENTATION = "apb"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.versions import source_digest, versions
+from apb_ds.utils.versions import source_digest, versions
 
 SHOWN = 3  # differences in a message
 SHOWN_IDS = 4  # at either end

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apb_ds.support import check_positions
+from apb_ds.hf.architecture import check_positions
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from apb_ds.parallel import failure, place
-from apb_ds.parallel.failure import Board, Kind, LostRankError, Report, diagnose, lost_ranks_named
-from apb_ds.parallel.place import Place
+from apb_ds.parallel.failure import board, place
+from apb_ds.parallel.failure.board import Board, Kind, LostRankError, Report, diagnose, lost_ranks_named
+from apb_ds.parallel.failure.place import Place
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:55732. This is typically caused by a crash."  # noqa: E501
 
@@ -77,7 +77,7 @@ def boards(size: int) -> list[Board]:
 
 
 def test_a_board_keeps_the_first_word_of_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failure, "SERVER_STAYS_S", 0)
+    monkeypatch.setattr(board, "SERVER_STAYS_S", 0)
     first, second, _ = boards(3)
     assert not first.has_reports()
     second.post(Kind.BUSY)
@@ -118,8 +118,8 @@ def test_an_error_that_is_no_lost_rank_stays_as_it_is(error: Exception) -> None:
 def test_a_store_that_does_not_answer_is_not_waited_for() -> None:
     import threading
 
-    assert failure._within(0.05, threading.Event().wait) is None
-    assert failure._within(5, lambda: 3) == 3
+    assert board._within(0.05, threading.Event().wait) is None
+    assert board._within(5, lambda: 3) == 3
 
 
 def test_places_read_from_one() -> None:

@@ -15,33 +15,33 @@ from deepspeed.inference.engine import InferenceEngine
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apb_ds.agreement import agree
-from apb_ds.asked import AskedPrefill, Asking
 from apb_ds.attention import APBAttention, Phase
 from apb_ds.cache import ShardedCache
 from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
-from apb_ds.context import Context
-from apb_ds.decode_step import RecordedSteps
-from apb_ds.execution import Execution, mlp_tile
-from apb_ds.generation import (
+from apb_ds.engine.acceleration import Execution, mlp_tile
+from apb_ds.engine.context import Context
+from apb_ds.engine.cuda_graph import RecordedSteps
+from apb_ds.engine.decoding import (
     LockstepDecoder,
     RequestStats,
     with_stop_strings,
 )
-from apb_ds.hf import apb_attention
-from apb_ds.linears import onednn_linears
+from apb_ds.engine.prefill import run_round
+from apb_ds.engine.validation import AskedPrefill, Asking
+from apb_ds.hf.architecture import check_supported, geometry_of
+from apb_ds.hf.interface import apb_attention
+from apb_ds.hf.onednn_linears import onednn_linears
+from apb_ds.hf.rotary import buffers_keep_their_dtype, warn_of_rough_frequencies
+from apb_ds.hf.tiled_mlps import check_tile
 from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.methods.state import PrefillState
 from apb_ds.ops.memory import explain_out_of_memory, levers
-from apb_ds.parallel import place
+from apb_ds.parallel.consistency import agree
+from apb_ds.parallel.failure import place
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import check_ranks
-from apb_ds.rotary import buffers_keep_their_dtype, warn_of_rough_frequencies
-from apb_ds.rounds import run_round
-from apb_ds.support import check_supported, geometry_of
-from apb_ds.tiles import check_tile
 
 logger = logging.getLogger(__name__)
 

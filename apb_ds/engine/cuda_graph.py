@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from apb_ds.attention import Phase
 from apb_ds.cache import ShardedCache
-from apb_ds.hf import ActiveCall
+from apb_ds.hf.interface import ActiveCall
+from apb_ds.hf.rotary import is_position_dependent_rope
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.rotary import is_position_dependent_rope
 
 # Recording costs about as much as a few steps: short answers are not worth it.
 RECORD_AFTER = 3

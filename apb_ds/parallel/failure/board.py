@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from apb_ds.parallel import place
-from apb_ds.parallel.reports import Kind, Report, diagnose, shortened
+from apb_ds.parallel.failure import place
+from apb_ds.parallel.failure.reports import Kind, Report, diagnose, shortened
 
 # How long the others have to write down what they know. The launcher leaves more: 30 s between SIGTERM and SIGKILL.
 GRACE_S = 2.0

@@ -18,8 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from apb_ds.attention import Phase
 from apb_ds.config import suggest
-from apb_ds.decode_step import RecordedSteps
-from apb_ds.hf import ActiveCall
+from apb_ds.engine.cuda_graph import RecordedSteps
+from apb_ds.hf.interface import ActiveCall
 from apb_ds.parallel.groups import SequenceGroup
 
 DEFAULT_NEW_TOKENS = 20  # transformers' own default

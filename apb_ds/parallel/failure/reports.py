@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from enum import StrEnum
 
-from apb_ds.parallel import place
+from apb_ds.parallel.failure import place
 
 SHOWN_CHARACTERS = 600
 

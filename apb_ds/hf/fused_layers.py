@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apb_ds.hf.architecture import attention_modules
 from apb_ds.ops.compiled import can_compile, compiled, rms_norm
-from apb_ds.support import attention_modules
 
 EPSILONS = ("variance_epsilon", "eps")
 ROTATION = "apply_rotary_pos_emb"

@@ -28,7 +28,7 @@ def versions() -> dict[str, str | None]:
 @functools.cache
 def source_digest() -> str:
     """Return a hash of this package's own source files: a clone that was not updated has the same version."""
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(f"{file.relative_to(folder)}\0".encode())

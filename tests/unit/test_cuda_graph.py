@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import apb_ds
-from apb_ds import cache, decode_step
+from apb_ds import cache
 from apb_ds.cache import ShardedCacheLayer
-from apb_ds.decode_step import DecodeStep, RecordedSteps, can_record
+from apb_ds.engine import cuda_graph
+from apb_ds.engine.cuda_graph import DecodeStep, RecordedSteps, can_record
 from apb_ds.ops.kernels.base import expand_kv_heads
 from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel
 from tests.models import build_model, phi3, request_ids
@@ -97,10 +98,10 @@ def test_the_tokens_are_the_same(family: str, counts: Counts) -> None:
     before = recording.query_logits(query, context=context)
     assert answer(recording, context) == expected
     # The first token comes with the query, and the next ones before it is worth recording.
-    assert (counts.recorded, counts.run) == (1, NEW - decode_step.RECORD_AFTER)
+    assert (counts.recorded, counts.run) == (1, NEW - cuda_graph.RECORD_AFTER)
     assert torch.equal(recording.query_logits(query, context=context), before), "the context is as it was"
     assert answer(recording, context) == expected
-    assert (counts.recorded, counts.run) == (1, 2 * NEW - decode_step.RECORD_AFTER - 1), "at once, the second time"
+    assert (counts.recorded, counts.run) == (1, 2 * NEW - cuda_graph.RECORD_AFTER - 1), "at once, the second time"
     assert recording.kernel_names["recorded"] == "cpu_flash"
 
 
@@ -160,7 +161,7 @@ def test_a_recording_outlives_settings_of_the_prefill(counts: Counts) -> None:
 def test_a_short_answer_records_nothing(counts: Counts) -> None:
     document, query = request_ids(101, 5)
     engine = new_engine()
-    answer(engine, engine.prefill(document, query), decode_step.RECORD_AFTER)
+    answer(engine, engine.prefill(document, query), cuda_graph.RECORD_AFTER)
     assert (counts.recorded, counts.run) == (0, 0)
 
 

@@ -1,0 +1,137 @@
+"""What blocks see besides their own tokens, in one layer: the anchor and the compressed blocks before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from apb_ds.cache import ShardedCacheLayer
+from apb_ds.compressors.base import gather
+from apb_ds.ops import profiling
+from apb_ds.plan import Plan
+
+
+class PassedStates:
+    """Keys and values that blocks see besides their own, in one layer: ``[anchor | C_0 | C_1 | ...]``.
+
+    In document order, so that what a host sees are the first tokens: the anchor and each compressed block before its
+    own.
+    """
+
+    def __init__(self) -> None:
+        self.anchor_queries: Tensor | None = None
+
+    def first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the first tokens, (1, kv_heads, num_tokens, head_dim) each; they may be views."""
+        raise NotImplementedError
+
+
+class SentStates(PassedStates):
+    """What ranks send each other, in one buffer, so that what a host sees is one slice of it.
+
+    Parameters
+    ----------
+    like : keys, for their shape, dtype and device
+    """
+
+    def __init__(self, plan: Plan, like: Tensor) -> None:
+        super().__init__()
+        _, kv_heads, _, head_dim = like.shape
+        # The last host's compressed block is passed to nobody.
+        self._buffer = like.new_empty((2, kv_heads, plan.anchor_length + plan.kept_offsets[plan.hosts - 1], head_dim))
+
+    def place_pair(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values, (1, kv_heads, tokens, head_dim) each, at token `start`."""
+        stop = start + keys.shape[2]
+        self._buffer[0:1, :, start:stop] = keys
+        self._buffer[1:2, :, start:stop] = values
+
+    def place_all(self, spans: Sequence[tuple[int, int]], everyone: Tensor) -> None:
+        """Put each rank's message, of (ranks, 2, kv_heads, longest, head_dim), keys first, at its span of tokens.
+
+        Messages of full length that follow each other, in the order of the ranks or against it, are put there at once:
+        every copy is a launch.
+        """
+        longest = everyone.shape[3]
+        for ranks in _runs(spans, longest):
+            start, stop = spans[ranks[0]][0], spans[ranks[-1]][1]
+            if len(ranks) == 1:
+                self._buffer[:, :, start:stop] = everyone[ranks[0], :, :, : stop - start]
+                continue
+            messages = everyone[min(ranks) : max(ranks) + 1]
+            ordered = messages if ranks[0] < ranks[-1] else messages.flip(0)
+            self._buffer[:, :, start:stop].unflatten(2, (len(ranks), longest)).copy_(ordered.permute(1, 2, 0, 3, 4))
+
+    def first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        return self._buffer[0:1, :, :num_tokens], self._buffer[1:2, :, :num_tokens]
+
+
+def _runs(spans: Sequence[tuple[int, int]], longest: int) -> list[list[int]]:
+    """Return the ranks with anything to place, by their spans, in runs that are full and follow each other."""
+    runs: list[list[int]] = []
+    for rank in sorted(
+        (rank for rank, (start, stop) in enumerate(spans) if stop > start), key=lambda rank: spans[rank]
+    ):
+        start, stop = spans[rank]
+        run = runs[-1] if runs else []
+        is_next = bool(run) and spans[run[-1]][1] == start and stop - start == longest
+        is_next = is_next and spans[run[0]][1] - spans[run[0]][0] == longest
+        step = rank - run[-1] if run else 0
+        if is_next and abs(step) == 1 and (len(run) == 1 or step == run[-1] - run[-2]):
+            run.append(rank)
+        else:
+            runs.append([rank])
+    return runs
+
+
+class OwnStates(PassedStates):
+    """What one rank passes to itself: its cache has every block, so places are kept, and states gathered when seen.
+
+    Parameters
+    ----------
+    layer : the cache's layer; its tokens are the document's, in order
+    like : keys, for their shape, dtype and device
+    fused : whether states are gathered in one kernel
+    """
+
+    def __init__(self, plan: Plan, layer: ShardedCacheLayer, like: Tensor, fused: bool = False) -> None:
+        super().__init__()
+        self._layer = layer
+        self._fused = fused
+        self._nothing = like.new_empty((2, like.shape[1], 0, like.shape[3]))
+        self._anchor = self._nothing
+        self._num_places = 0
+        # Every earlier token is passed: what a host sees is the cache as it is.
+        self._is_whole = plan.anchor_length == 0 and plan.kept_lengths[:-1] == tuple(
+            plan.block_length(host) for host in range(plan.hosts - 1)
+        )
+        num_passed = 0 if self._is_whole else plan.kept_offsets[plan.hosts - 1]
+        self._places = torch.empty((like.shape[1], num_passed), dtype=torch.int64, device=like.device)
+
+    def keep_anchor(self, keys: Tensor, values: Tensor) -> None:
+        """Keep the anchor's keys and values, (1, kv_heads, tokens, head_dim) each."""
+        self._anchor = torch.cat([keys, values])  # views would keep all that was projected with them
+
+    def keep(self, places: Tensor, start: int) -> None:
+        """Keep which tokens of the block from `start` on are passed, (kv_heads, tokens) int64, in document order."""
+        if self._is_whole:
+            return
+        stop = self._num_places + places.shape[1]
+        torch.add(places, start, out=self._places[:, self._num_places : stop])
+        self._num_places = stop
+
+    @profiling.belongs_to(profiling.COMPRESSOR)
+    def first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        anchor_length = self._anchor.shape[2]
+        if num_tokens <= anchor_length:
+            return self._anchor[0:1, :, :num_tokens], self._anchor[1:2, :, :num_tokens]
+        keys, values = self._layer.shard()
+        if self._is_whole:
+            return keys[:, :, :num_tokens], values[:, :, :num_tokens]
+        seen = keys.new_empty((2, keys.shape[1], num_tokens, keys.shape[3]))
+        seen[:, :, :anchor_length] = self._anchor
+        places = self._places[:, : num_tokens - anchor_length]
+        gather(keys, values, places, seen[:, :, anchor_length:], self._fused)
+        return seen[0:1], seen[1:2]

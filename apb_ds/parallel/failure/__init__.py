@@ -1,0 +1,1 @@
+"""How a group of ranks ends when one is lost: what each knows, who failed first, and in time."""

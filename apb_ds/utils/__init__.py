@@ -1,0 +1,1 @@
+"""What needs nothing of the package and no torch: text for messages, and versions."""
