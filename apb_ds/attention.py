@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from apb_ds.compressors import build_compressor
+from apb_ds.compressors.base import Compressor
 from apb_ds.compressors.retaining_heads import RetainingHeads, RetainingHeadsCompressor
-from apb_ds.config import APBConfig
+from apb_ds.config import APBConfig, BlockSettings
 from apb_ds.methods import apb, dense, ring, ulysses
 from apb_ds.methods.decode import attend_shards, merge_ranks
 from apb_ds.methods.state import PrefillState, Tools
@@ -21,13 +22,7 @@ from apb_ds.ops.merge import merge_two, merge_two_fused
 from apb_ds.parallel.failure import place
 from apb_ds.parallel.groups import SequenceGroup
 
-PREFILLS = {
-    "apb": apb.prefill,
-    "star": apb.prefill,
-    "dense": dense.prefill,
-    "ring": ring.prefill,
-    "ulysses": ulysses.prefill,
-}
+EXACT_PREFILLS = {"dense": dense.prefill, "ring": ring.prefill, "ulysses": ulysses.prefill}
 
 
 class Phase(enum.Enum):
@@ -64,13 +59,13 @@ class APBAttention(nn.Module):
         if group is None:
             group = SequenceGroup()
         self.group: SequenceGroup = group if isinstance(group, SequenceGroup) else SequenceGroup.of(group)
-        self.compressor = None if config.is_exact_method else build_compressor(config)
-        if isinstance(self.compressor, RetainingHeadsCompressor):
-            self.compressor.heads = retaining_heads
-        assert config.method is not None
-        self._prefill = PREFILLS[config.method]
-        assert config.kernel is not None
-        check_kernel_name(config.kernel)
+        check_available(config)
+        settings = config.settings
+        self.compressor: Compressor | None = None
+        if isinstance(settings, BlockSettings):
+            self.compressor = build_compressor(settings)
+            if isinstance(self.compressor, RetainingHeadsCompressor):
+                self.compressor.heads = retaining_heads
         self._choices: dict[tuple[torch.device, torch.dtype, int], KernelChoice] = {}
 
     @property
@@ -85,15 +80,14 @@ class APBAttention(nn.Module):
 
     def check_heads(self, heads: int, kv_heads: int) -> None:
         """Raise ValueError if the method cannot share so many heads over the ranks."""
-        if self.config.method == "ulysses":
+        if self.config.settings.method == "ulysses":
             ulysses.check_heads(heads, kv_heads, self.group.world_size)
 
     def kernels_for(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelChoice:
         """Return the kernels for such tensors, chosen at first use."""
         case = (device, dtype, head_dim)
         if case not in self._choices:
-            assert self.config.kernel is not None
-            self._choices[case] = choose_kernels(self.config.kernel, device, dtype, head_dim)
+            self._choices[case] = choose_kernels(self.config.settings.kernel, device, dtype, head_dim)
         return self._choices[case]
 
     def forward(
@@ -137,25 +131,38 @@ class APBAttention(nn.Module):
         if profiling.are_recorded():
             kernels = kernels.in_ranges()
         fused = self._is_fused(query.device)
-        tools = Tools(self.group, kernels, self.compressor, merge_two_fused if fused else merge_two, fused)
+        tools = Tools(self.group, kernels, scale, merge_two_fused if fused else merge_two, fused)
         if phase is Phase.PREFILL:
             if state is None:
                 raise ValueError("phase=PREFILL needs state=PrefillState(plan, cache, rank).")
             _check_tokens(state, query, key)
             place.enter(place.Place(phase.value, state.round_index, len(state.plan.rounds), layer_idx))
-            return self._prefill(tools, state, layer_idx, query, key, value, scale)
+            if self.compressor is not None:
+                return apb.prefill(self.compressor, tools, state, layer_idx, query, key, value)
+            return EXACT_PREFILLS[self.config.settings.method](tools, state, layer_idx, query, key, value)
         place.enter(place.Place(phase.value, layer_idx=layer_idx))
         if num_keys is not None:
-            assert kernels.recorded is not None
+            if kernels.recorded is None:
+                raise RuntimeError(f"num_keys: no attention kernel on {query.device} can be recorded in a CUDA graph.")
             return merge_ranks(tools, *kernels.recorded.attend_first(query, key, value, num_keys, scale))
         kernel = kernels.decode if phase is Phase.DECODE else kernels.prefill
-        return attend_shards(tools, kernel, query, key, value, scale)
+        return attend_shards(tools, kernel, query, key, value)
 
     def _is_fused(self, device: torch.device) -> bool:
-        return bool(self.config.fused) and device.type == "cuda" and can_compile(device)
+        return self.config.settings.fused and device.type == "cuda" and can_compile(device)
 
     def extra_repr(self) -> str:
-        return f"method={self.config.method}, hosts={self.config.hosts}, ranks={self.group.world_size}"
+        settings = self.config.settings
+        hosts = f", hosts={settings.hosts}" if isinstance(settings, BlockSettings) else ""
+        return f"method={settings.method}{hosts}, ranks={self.group.world_size}"
+
+
+def check_available(config: APBConfig) -> None:
+    """Raise ValueError or RuntimeError for a compressor or kernel that is unknown or not installed."""
+    settings = config.settings
+    check_kernel_name(settings.kernel)
+    if isinstance(settings, BlockSettings):
+        build_compressor(settings)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 EXACT_METHODS = ("dense", "ring", "ulysses")
@@ -38,6 +39,12 @@ def check_integer(field: str, value: object, minimum: int) -> None:
         raise ValueError(f"{field}={value!r} must be an integer of at least {minimum}.")
 
 
+def check_name(field: str, value: object) -> None:
+    """Raise ValueError unless `value` is a string."""
+    if not isinstance(value, str):
+        raise ValueError(f"{field}={value!r} must be a name.")
+
+
 def check_bool(field: str, value: object) -> None:
     """Raise ValueError unless `value` is true or false."""
     if not isinstance(value, bool):
@@ -45,8 +52,80 @@ def check_bool(field: str, value: object) -> None:
 
 
 @dataclass(frozen=True)
+class MethodSettings:
+    """What a method runs with: an `APBConfig` whose open fields have their defaults.
+
+    Only defaults that depend on the document (`anchor_length`, `passing_length`, `hosts_per_round`) or on the device
+    (`mlp_tile`) are still None here; `plan_request` and the engine choose those. An exact method has no other settings
+    than these; `BlockSettings` adds those of ``apb`` and ``star``.
+    """
+
+    method: str
+    kernel: str
+    cuda_graph: bool
+    fused: bool
+    mlp_tile: int | None
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_name("kernel", self.kernel)
+        check_bool("cuda_graph", self.cuda_graph)
+        check_bool("fused", self.fused)
+        if self.mlp_tile is not None:
+            check_integer("mlp_tile", self.mlp_tile, 1)
+
+
+@dataclass(frozen=True)
+class BlockSettings(MethodSettings):
+    """What ``apb`` and ``star`` run with; fields as in `APBConfig`."""
+
+    hosts: int
+    anchor_length: int | str | None
+    passing_length: int | None
+    compression_ratio: float | None
+    compressor: str
+    query_in_anchor: bool
+    query_position: int
+    schedule: str
+    hosts_per_round: int | None
+    shard_anchor: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("hosts", self.hosts, 1)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        if self.hosts_per_round is not None:
+            check_integer("hosts_per_round", self.hosts_per_round, 1)
+        check_integer("query_position", self.query_position, 0)
+        check_integer("seed", self.seed, 0)
+        check_bool("query_in_anchor", self.query_in_anchor)
+        check_bool("shard_anchor", self.shard_anchor)
+        check_name("compressor", self.compressor)
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        if isinstance(self.anchor_length, str):
+            check_choice("anchor_length", self.anchor_length, [ANCHOR_IS_BLOCK])
+        elif self.anchor_length is not None:
+            check_integer("anchor_length", self.anchor_length, 0)
+        if self.passing_length is not None:
+            check_integer("passing_length", self.passing_length, 0)
+        ratio = self.compression_ratio
+        if ratio is None:
+            return
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio < 1:
+            raise ValueError(f"compression_ratio={ratio!r} must be a number of at least 1.")
+        if self.passing_length is not None:
+            raise ValueError(
+                f"passing_length={self.passing_length} and compression_ratio={ratio} both set how much is passed; "
+                "give one of them."
+            )
+
+
+@dataclass(frozen=True)
 class APBConfig:
-    """Settings of APB (arXiv 2502.12085). ``None`` means the default given with each field.
+    """Options of APB (arXiv 2502.12085) as a user gives them; ``None`` leaves a field at its default.
 
     Parameters
     ----------
@@ -116,56 +195,15 @@ class APBConfig:
     mlp_tile: int | None = None
 
     def __post_init__(self) -> None:
-        if self.method is not None:
-            check_choice("method", self.method, METHODS)
+        self.settings  # noqa: B018 (raises for values out of range)
+
+    @cached_property
+    def settings(self) -> MethodSettings:
+        """These options with their defaults filled in."""
         if self.is_exact_method:
-            self._check_exact_method()
-            return
-        self._fill_defaults()
-        check_integer("hosts", self.hosts, 1)
-        check_choice("schedule", self.schedule, SCHEDULES)
-        if self.hosts_per_round is not None:
-            check_integer("hosts_per_round", self.hosts_per_round, 1)
-        check_integer("query_position", self.query_position, 0)
-        check_integer("seed", self.seed, 0)
-        check_bool("query_in_anchor", self.query_in_anchor)
-        check_bool("shard_anchor", self.shard_anchor)
-        self._check_lengths()
-        self._check_name("compressor")
-        self._check_execution()
-
-    @property
-    def is_exact_method(self) -> bool:
-        """Whether the method computes exact attention, whatever the lengths."""
-        return self.method in EXACT_METHODS
-
-    def _check_exact_method(self) -> None:
-        for name, value in EXECUTION_DEFAULTS.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        self._check_execution()
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("method", *EXECUTION_DEFAULTS) and value is not None:
-                raise ValueError(
-                    f"{field.name}={value!r} is a setting of apb and star; method={self.method} is exact and has "
-                    f"none but {', '.join(EXECUTION_DEFAULTS)}. Leave it out."
-                )
-
-    def _check_execution(self) -> None:
-        self._check_name("kernel")
-        check_bool("cuda_graph", self.cuda_graph)
-        check_bool("fused", self.fused)
-        if self.mlp_tile is not None:
-            check_integer("mlp_tile", self.mlp_tile, 1)
-
-    def _check_name(self, field: str) -> None:
-        if not isinstance(getattr(self, field), str):
-            raise ValueError(f"{field}={getattr(self, field)!r} must be a name.")
-
-    def _fill_defaults(self) -> None:
+            return self._exact_settings()
         star = self.method == "star"
-        defaults: dict[str, Any] = {
+        defaults = {
             "method": "apb",
             "hosts": 8,
             "compressor": DEFAULT_COMPRESSOR,
@@ -176,31 +214,36 @@ class APBConfig:
             "seed": 0,
             **EXECUTION_DEFAULTS,
         }
-        if star and self.anchor_length is None:
+        if star:
             defaults["anchor_length"] = ANCHOR_IS_BLOCK
-        if star and self.compression_ratio is None:
-            defaults["passing_length"] = 0
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+            defaults["passing_length"] = 0 if self.compression_ratio is None else None
+        return BlockSettings(**self._with(defaults))
 
-    def _check_lengths(self) -> None:
-        if isinstance(self.anchor_length, str):
-            check_choice("anchor_length", self.anchor_length, [ANCHOR_IS_BLOCK])
-        elif self.anchor_length is not None:
-            check_integer("anchor_length", self.anchor_length, 0)
-        if self.passing_length is not None:
-            check_integer("passing_length", self.passing_length, 0)
-        ratio = self.compression_ratio
-        if ratio is None:
-            return
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio < 1:
-            raise ValueError(f"compression_ratio={ratio!r} must be a number of at least 1.")
-        if self.passing_length is not None:
-            raise ValueError(
-                f"passing_length={self.passing_length} and compression_ratio={ratio} both say how much is passed; "
-                "give one of them."
-            )
+    @property
+    def is_exact_method(self) -> bool:
+        """Whether the method computes exact attention, whatever the lengths."""
+        return self.method in EXACT_METHODS
+
+    def resolved(self) -> dict[str, Any]:
+        """Return `settings` by this class's field names, for records; None where the method has no such setting."""
+        return {field.name: getattr(self.settings, field.name, None) for field in fields(self)}
+
+    def _exact_settings(self) -> MethodSettings:
+        names = ("method", *EXECUTION_DEFAULTS)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in names and value is not None:
+                raise ValueError(
+                    f"{field.name}={value!r} is a setting of apb and star; method={self.method} is exact and takes "
+                    f"only {', '.join(EXECUTION_DEFAULTS)}. Leave it out."
+                )
+        given = self._with(EXECUTION_DEFAULTS)
+        return MethodSettings(**{name: given[name] for name in names})
+
+    def _with(self, defaults: dict[str, Any]) -> dict[str, Any]:
+        """Return all fields, those that are None from `defaults`."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "method") -> APBConfig:

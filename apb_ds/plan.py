@@ -16,6 +16,7 @@ from apb_ds.config import (
     DEFAULT_COMPRESSION_RATIO,
     MAX_DEFAULT_ANCHOR_LENGTH,
     APBConfig,
+    BlockSettings,
     check_integer,
 )
 
@@ -62,13 +63,14 @@ def default_hosts_per_round(block_length: int, world_size: int, forward_tokens: 
 
 def check_ranks(config: APBConfig, world_size: int) -> None:
     """Raise ValueError if the method cannot run on so many ranks."""
-    if config.method == "dense" and world_size > 1:
+    settings = config.settings
+    if settings.method == "dense" and world_size > 1:
         raise ValueError(
             f"method=dense runs on one rank, and there are {world_size}; use method=ring or method=ulysses for exact "
             "attention over several."
         )
-    if config.hosts is not None:
-        check_world_size(config.hosts, world_size)
+    if isinstance(settings, BlockSettings):
+        check_world_size(settings.hosts, world_size)
 
 
 def check_world_size(hosts: int, world_size: int) -> None:
@@ -218,52 +220,51 @@ def plan_request(
     check_integer("document length", num_tokens, 1)
     check_integer("query length", query_length, 0)
     check_ranks(config, world_size)
-    if config.is_exact_method:
-        return _plan_exact(config, num_tokens, world_size)
-    hosts = config.hosts
-    assert hosts is not None and config.schedule is not None and config.query_position is not None
+    settings = config.settings
+    if not isinstance(settings, BlockSettings):
+        return _plan_exact(settings.method, num_tokens, world_size)
+    hosts = settings.hosts
     blocks = split_evenly(num_tokens, hosts)
     block_length = math.ceil(num_tokens / hosts)
-    embedded = query_length if config.query_in_anchor else 0
-    anchor_length = _anchor_length(config, blocks[0][1], block_length, embedded)
+    embedded = query_length if settings.query_in_anchor else 0
+    anchor_length = _anchor_length(settings, blocks[0][1], block_length, embedded)
     exact = hosts == 1 or anchor_length > block_length
     if exact:
         anchor_length, embedded, passing_length = 0, 0, block_length
     else:
-        passing_length = _passing_length(config, block_length)
+        passing_length = _passing_length(settings, block_length)
     if anchor_length == 0:
         embedded = 0
-    needed = config.query_position + embedded if embedded else 0
+    needed = settings.query_position + embedded if embedded else 0
     if anchor_length < needed:
         raise ValueError(
-            f"anchor_length={anchor_length} cannot hold the query: query_position={config.query_position} plus "
+            f"anchor_length={anchor_length} cannot hold the query: query_position={settings.query_position} plus "
             f"{embedded} query tokens need {needed}; raise anchor_length, shorten the query, or set "
             "query_in_anchor=false."
         )
-    per_round = config.hosts_per_round or default_hosts_per_round(block_length, world_size, forward_tokens)
+    per_round = settings.hosts_per_round or default_hosts_per_round(block_length, world_size, forward_tokens)
     return Plan(
         num_tokens=num_tokens,
         world_size=world_size,
         anchor_length=anchor_length,
         anchor_query_length=embedded,
-        query_position=config.query_position,
+        query_position=settings.query_position,
         passing_length=passing_length,
         exact=exact,
-        shard_anchor=bool(config.shard_anchor),
+        shard_anchor=settings.shard_anchor,
         blocks=blocks,
-        rounds=schedule_rounds(hosts, world_size, config.schedule, per_round),
+        rounds=schedule_rounds(hosts, world_size, settings.schedule, per_round),
     )
 
 
-def _plan_exact(config: APBConfig, num_tokens: int, world_size: int) -> Plan:
-    assert config.method is not None
+def _plan_exact(method: str, num_tokens: int, world_size: int) -> Plan:
     blocks: tuple[Span, ...]
-    if config.method == "ulysses":
+    if method == "ulysses":
         longest = math.ceil(num_tokens / world_size)
         starts = [min(rank * longest, num_tokens) for rank in range(world_size + 1)]
         blocks = tuple(itertools.pairwise(starts))
     else:
-        blocks = split_evenly(num_tokens, 2 * world_size if config.method == "ring" else 1)
+        blocks = split_evenly(num_tokens, 2 * world_size if method == "ring" else 1)
     # A ring's rank has an early and a late block, which evens out the work.
     (round_,) = schedule_rounds(len(blocks), world_size, "zigzag", per_round=2)
     return Plan(
@@ -277,21 +278,20 @@ def _plan_exact(config: APBConfig, num_tokens: int, world_size: int) -> Plan:
         shard_anchor=False,
         blocks=blocks,
         rounds=(round_,),
-        method=config.method,
+        method=method,
     )
 
 
-def _anchor_length(config: APBConfig, first_block_length: int, block_length: int, embedded: int) -> int:
-    if config.anchor_length is None:
-        needed = (config.query_position or 0) + embedded if embedded else 0
+def _anchor_length(settings: BlockSettings, first_block_length: int, block_length: int, embedded: int) -> int:
+    if settings.anchor_length is None:
+        needed = settings.query_position + embedded if embedded else 0
         return max(min(math.ceil(block_length / 4), MAX_DEFAULT_ANCHOR_LENGTH), needed)
-    if config.anchor_length == ANCHOR_IS_BLOCK:
+    if settings.anchor_length == ANCHOR_IS_BLOCK:
         return first_block_length
-    assert isinstance(config.anchor_length, int)
-    return config.anchor_length
+    return int(settings.anchor_length)
 
 
-def _passing_length(config: APBConfig, block_length: int) -> int:
-    if config.passing_length is not None:
-        return config.passing_length
-    return math.ceil(block_length / (config.compression_ratio or DEFAULT_COMPRESSION_RATIO))
+def _passing_length(settings: BlockSettings, block_length: int) -> int:
+    if settings.passing_length is not None:
+        return settings.passing_length
+    return math.ceil(block_length / (settings.compression_ratio or DEFAULT_COMPRESSION_RATIO))

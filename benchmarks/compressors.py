@@ -45,6 +45,7 @@ from apb_ds.compressors import BlockStates, Compressor, build_compressor
 from apb_ds.compressors.base import RETAINING_HEADS
 from apb_ds.compressors.heads_and_window import HeadsAndWindowCompressor
 from apb_ds.compressors.retaining_heads import HeadSizes, RetainingHeads, RetainingHeadsCompressor
+from apb_ds.config import BlockSettings
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.loading.heads import head_sizes, load_heads
 from apb_ds.ops.compiled import can_compile
@@ -112,13 +113,19 @@ class Layer:
         )
 
 
+def _new_compressor(**options: Any) -> Compressor:
+    settings = APBConfig(**options).settings
+    assert isinstance(settings, BlockSettings)
+    return build_compressor(settings)
+
+
 def make_rows(heads: RetainingHeads | None, seeds: int = SEEDS) -> Rows:
     """Return the compressors to compare; `heads`, if any, are on the device and in the dtype of the states."""
-    rows: Rows = {name: [build_compressor(APBConfig(compressor=name))] for name in UNTRAINED}
+    rows: Rows = {name: [_new_compressor(compressor=name)] for name in UNTRAINED}
     if heads is not None:
         rows[RETAINING_HEADS] = [RetainingHeadsCompressor(heads)]
         rows["heads_and_window"] = [HeadsAndWindowCompressor(heads)]
-    rows["random"] = [build_compressor(APBConfig(compressor="random", seed=seed)) for seed in range(seeds)]
+    rows["random"] = [_new_compressor(compressor="random", seed=seed) for seed in range(seeds)]
     return rows
 
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from apb_ds import APBConfig
 from apb_ds.compressors.base import build_compressor
+from apb_ds.config import BlockSettings
 from apb_ds.ops.kernels import choose_kernels
 from apb_ds.plan import plan_request
 from apb_ds.report.flops import ModelSizes, PrefillFlops, RankFlops, count_flops
@@ -172,9 +173,10 @@ def floors_of(record: dict[str, Any], rates: dict[str, Any]) -> list[dict[str, A
 def _flops(sizes: ModelSizes, case: dict[str, Any], query_tokens: int) -> PrefillFlops:
     config = APBConfig(**{name: value for name, value in case["settings"].items() if value is not None})
     plan = plan_request(config, case["document_tokens"], query_tokens, case["ranks"])
-    if config.is_exact_method:
+    settings = config.settings
+    if not isinstance(settings, BlockSettings):
         return count_flops(sizes, plan)
-    compressor = build_compressor(config)
+    compressor = build_compressor(settings)
     return count_flops(
         sizes,
         plan,

@@ -276,7 +276,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "plain_model_per_layer": errors(plain_per_layer, plain_expected),
         "arguments": {name: value for name, value in vars(arguments).items() if name not in ("out", "device")},
         "kernels": engine.kernel_names,
-        "fused": bool(engine.apb_config.fused) and engine.device.type == "cuda",
+        "fused": engine.apb_config.settings.fused and engine.device.type == "cuda",
         **environment(engine.device),
     }
 

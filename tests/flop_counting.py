@@ -87,7 +87,7 @@ def _engine(group: SequenceGroup, family: str, given: dict[str, Any], kv_heads: 
 
 def _request(engine: Any, n: int) -> tuple[Tensor, Tensor, bool]:
     """Return document, query, and whether the anchor embeds the query."""
-    return *request_ids(n, QUERY), bool(engine.apb_config.query_in_anchor)
+    return *request_ids(n, QUERY), bool(engine.apb_config.resolved()["query_in_anchor"])
 
 
 def _measure(engine: Any, work: Any) -> tuple[Any, int]:

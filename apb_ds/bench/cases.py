@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
-from apb_ds.attention import APBAttention
+from apb_ds.attention import check_available
 from apb_ds.bench.config import (
     ENGINE_METHODS,
     METHODS_WITH_HOSTS,
@@ -42,7 +42,7 @@ class Case:
 
     @property
     def hosts(self) -> int | None:
-        return None if self.config is None else self.config.hosts
+        return None if self.config is None else self.config.resolved()["hosts"]
 
     @property
     def name(self) -> str:
@@ -50,8 +50,8 @@ class Case:
         parts = [self.method]
         if self.hosts is not None:
             parts.append(f"{self.hosts} hosts")
-        if self.config is not None and self.config.kernel != "auto":
-            parts.append(str(self.config.kernel))
+        if self.config is not None and self.config.settings.kernel != "auto":
+            parts.append(self.config.settings.kernel)
         if self.emulated:
             parts.append(f"{self.ranks} emulated ranks")
         return ", ".join(parts)
@@ -106,7 +106,7 @@ def _configs(bench: BenchConfig, name: str, method: APBConfig) -> list[APBConfig
 def _settings(name: str, method: APBConfig, changes: dict[str, Any]) -> APBConfig:
     """Return a method's settings: those under ``method`` where it is that one, else what the two have in common."""
     wanted = ENGINE_METHODS[name]
-    if method.method == wanted:
+    if method.settings.method == wanted:
         return replace(method, **changes)
     shared = tuple(EXECUTION_DEFAULTS) if name not in METHODS_WITH_HOSTS or method.is_exact_method else SHARED_SETTINGS
     return APBConfig.from_dict(
@@ -116,7 +116,7 @@ def _settings(name: str, method: APBConfig, changes: dict[str, Any]) -> APBConfi
 
 def _check(config: APBConfig, bench: BenchConfig, name: str, length: int, ranks: int) -> None:
     try:
-        APBAttention(config)  # refuses kernels that are not installed
+        check_available(config)
         plan_request(config, length, bench.query_tokens, ranks)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"bench: {name}, {length} tokens, ranks: {ranks}: {error}") from error

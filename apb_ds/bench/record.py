@@ -70,7 +70,7 @@ def case_record(bench: BenchConfig, runs: Runs) -> Record:
         "ranks": case.ranks,
         "emulated": case.emulated,
         "kernels": runs.kernels or {"prefill": "sdpa", "decode": "sdpa"},
-        "settings": None if case.config is None else asdict(case.config),
+        "settings": None if case.config is None else case.config.resolved(),
         "status": FAILED if runs.error else OK,
         "error": runs.error,
     }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from apb_ds.config import APBConfig, check_choice
+from apb_ds.config import BlockSettings, check_choice
 from apb_ds.ops import profiling
 from apb_ds.ops.selection import gather_pair, place_pair, select_top
 
@@ -68,7 +68,7 @@ class Compressor:
     needs_heads: ClassVar[bool] = False
 
     @classmethod
-    def from_config(cls, config: APBConfig) -> Compressor:
+    def from_settings(cls, settings: BlockSettings) -> Compressor:
         """Build from the settings of a request; compressors with settings of their own override this."""
         return cls()
 
@@ -222,7 +222,7 @@ def names_with_heads() -> str:
     return " or ".join(repr(name) for name in compressor_names() if _REGISTRY[name].needs_heads)
 
 
-def build_compressor(config: APBConfig) -> Compressor:
+def build_compressor(settings: BlockSettings) -> Compressor:
     """Build the compressor that the settings name.
 
     Raises
@@ -231,12 +231,11 @@ def build_compressor(config: APBConfig) -> Compressor:
         If the name is unknown, or the compressor needs the query in the anchor and the settings keep it out.
     """
     names = compressor_names()
-    check_choice("compressor", config.compressor, names)
-    assert config.compressor is not None
-    compressor = _REGISTRY[config.compressor].from_config(config)
-    if compressor.needs_anchor_queries and (not config.query_in_anchor or config.anchor_length == 0):
+    check_choice("compressor", settings.compressor, names)
+    compressor = _REGISTRY[settings.compressor].from_settings(settings)
+    if compressor.needs_anchor_queries and (not settings.query_in_anchor or settings.anchor_length == 0):
         raise ValueError(
-            f"compressor={config.compressor!r} scores with the query's tokens in the anchor; set query_in_anchor=true "
-            "and an anchor_length that is not 0, or choose another compressor."
+            f"compressor={settings.compressor!r} scores with the query's tokens in the anchor; set "
+            "query_in_anchor=true and an anchor_length that is not 0, or choose another compressor."
         )
     return compressor

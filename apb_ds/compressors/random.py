@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apb_ds.compressors.base import BlockStates, Compressor, register_compressor
-from apb_ds.config import APBConfig
+from apb_ds.config import BlockSettings
 
 MASK_32 = 0xFFFFFFFF
 
@@ -21,8 +21,8 @@ class RandomCompressor(Compressor):
     seed: int = 0
 
     @classmethod
-    def from_config(cls, config: APBConfig) -> RandomCompressor:
-        return cls(seed=config.seed or 0)
+    def from_settings(cls, settings: BlockSettings) -> RandomCompressor:
+        return cls(seed=settings.seed)
 
     def score(self, block: BlockStates) -> Tensor:
         device = block.keys.device

@@ -41,8 +41,10 @@ class Execution:
         kernels: KernelChoice,
         device: torch.device,
     ) -> None:
-        self.recorded = RecordedSteps(model, group) if config.cuda_graph and can_record(model, kernels) else None
-        self.fused = fused_layers(model, bool(config.fused), device)
+        self.recorded = (
+            RecordedSteps(model, group) if config.settings.cuda_graph and can_record(model, kernels) else None
+        )
+        self.fused = fused_layers(model, config.settings.fused, device)
         self._made_for = _key(config, group, kernels)
 
     def serves(self, config: APBConfig, group: SequenceGroup, kernels: KernelChoice) -> bool:
@@ -61,9 +63,9 @@ class Execution:
 
 def mlp_tile(config: APBConfig, device: torch.device) -> int | None:
     """Return how many tokens an MLP computes at a time, None for all at once."""
-    return default_tile(device) if config.mlp_tile is None else config.mlp_tile
+    return default_tile(device) if config.settings.mlp_tile is None else config.settings.mlp_tile
 
 
 def _key(config: APBConfig, group: SequenceGroup, kernels: KernelChoice) -> tuple[Any, ...]:
     recorded = None if kernels.recorded is None else kernels.recorded.name
-    return config.cuda_graph, config.fused, recorded, group.world_size
+    return config.settings.cuda_graph, config.settings.fused, recorded, group.world_size

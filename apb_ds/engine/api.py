@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
 from transformers import PreTrainedModel
 
-from apb_ds.attention import APBAttention
+from apb_ds.attention import check_available
 from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.engine.engine import APBEngine
@@ -83,14 +82,14 @@ def _check_served(model: PreTrainedModel, config: APBConfig, world_size: int) ->
     """Raise ValueError or RuntimeError for settings or a model that cannot be served by so many ranks."""
     check_ranks(config, world_size)
     check_supported(model)
-    APBAttention(config)  # refuses unknown names
+    check_available(config)
 
 
 def _facts(model: PreTrainedModel, config: APBConfig, heads: RetainingHeads | None) -> dict[str, Any]:
     """Return what all ranks must have in common."""
     facts: dict[str, Any] = {
         **describe_software(),
-        **{f"method.{name}": value for name, value in asdict(config).items()},
+        **{f"method.{name}": value for name, value in config.resolved().items()},
         **describe_model(model),
     }
     if heads is not None:

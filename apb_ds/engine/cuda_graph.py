@@ -102,19 +102,15 @@ class DecodeStep:
 
     def forward(self, model: nn.Module, cache: ShardedCache, call: ActiveCall) -> Tensor:
         """Run the model on what the inputs hold; the cache does not count the token."""
-        call.num_keys = self._num_keys
-        try:
-            with cache.writing_to(self._slot):
-                output = model(
-                    input_ids=self._token,
-                    position_ids=self._position,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                    return_dict=True,
-                )
-        finally:
-            call.num_keys = None
+        with call.attending_to_first(self._num_keys), cache.writing_to(self._slot):
+            output = model(
+                input_ids=self._token,
+                position_ids=self._position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                return_dict=True,
+            )
         return output.logits[:, -1].float()
 
     def _set(self, token: Tensor, cache: ShardedCache) -> None:

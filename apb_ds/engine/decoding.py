@@ -190,7 +190,7 @@ class LockstepDecoder:
             token, verdict = self._choose(input_ids, logits, logits_processor, stopping_criteria, generation_config)
             input_ids = torch.cat([input_ids, token], dim=-1)
             began = self._clock(began)
-            self.call.phase = Phase.DECODE
+            self.call.start_decoding()
         return input_ids
 
     def _forward(self, model: PreTrainedModel, input_ids: Tensor, fed: int, cache: Any) -> Tensor:

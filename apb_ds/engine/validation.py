@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class Asking:
 
     def prefill_facts(self, asked: AskedPrefill) -> dict[str, Any]:
         """Return what the ranks must have in common before a prefill."""
-        settings = {f"method.{name}": value for name, value in asdict(self._config).items()}
+        settings = {f"method.{name}": value for name, value in self._config.resolved().items()}
         ids = {"document_ids": describe_ids(asked.document_ids), "query_ids": describe_ids(asked.query_ids)}
         return {**settings, **ids, "max_positions": asked.max_positions}
 

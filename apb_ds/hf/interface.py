@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,20 +34,71 @@ class PrefillComplete(Exception):
     """Ends a prefill forward after the last layer's keys and values are stored: nothing behind them is needed."""
 
 
-@dataclass
 class ActiveCall:
-    """What the attention function works with while `apb_attention` is in force."""
+    """What the attention function works with while `apb_attention` is in force. It changes through its methods only.
 
-    attention: APBAttention
-    phase: Phase
-    state: PrefillState | None
-    projections: list[Tensor] = field(default_factory=list)
-    num_keys: Tensor | None = None  # (1,) int32, see `APBAttention.forward`
+    Parameters
+    ----------
+    attention : APBAttention
+    phase : Phase
+        The phase to begin with.
+    state : PrefillState, optional
+        Needed in the prefill phase.
+    """
+
+    def __init__(self, attention: APBAttention, phase: Phase, state: PrefillState | None = None) -> None:
+        self.attention = attention
+        self._phase = phase
+        self._state = state
+        self._projections: list[Tensor] = []
+        self._num_keys: Tensor | None = None
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    def start_decoding(self) -> None:
+        """End the query phase: every forward from here on is of one new token."""
+        self._phase = Phase.DECODE
+
+    @contextmanager
+    def attending_to_first(self, num_keys: Tensor) -> Iterator[None]:
+        """Have only so many of the first keys count, (1,) int32 on the device; see `APBAttention.forward`."""
+        self._num_keys = num_keys
+        try:
+            yield
+        finally:
+            self._num_keys = None
 
     def keep_projection(self, layer_idx: int, output: Tensor) -> None:
         """Keep what a layer has projected until its attention is called, if tokens are scored there."""
-        if self.state is not None and self.state.needs_scores(layer_idx):
-            self.projections.append(output)
+        if self._state is not None and self._state.needs_scores(layer_idx):
+            self._projections.append(output)
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Run one layer's attention, as `APBAttention.forward`.
+
+        Raises
+        ------
+        PrefillComplete
+            After the last layer of a prefill.
+        """
+        if self._state is not None:
+            # Handed over, not shared: projections live only until the layer's scores are made.
+            self._state.projections, self._projections = self._projections or None, []
+        output: Tensor = self.attention(
+            query,
+            key,
+            value,
+            phase=self._phase,
+            layer_idx=layer_idx,
+            state=self._state,
+            scale=scale,
+            num_keys=self._num_keys,
+        )
+        if self._phase is Phase.PREFILL and self._state is not None and self._state.is_last_layer(layer_idx):
+            raise PrefillComplete
+        return output
 
 
 _ACTIVE: ContextVar[ActiveCall | None] = ContextVar("apb_ds_active_call", default=None)
@@ -78,23 +128,7 @@ def attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} passes {name} to its attention, which APB does not have.")
     layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
-    if call.state is not None:
-        # Handed over, not shared: what is captured lives until the layer's scores are made.
-        call.state.projections = call.projections or None
-        call.projections = []
-    output = call.attention(
-        query,
-        key,
-        value,
-        phase=call.phase,
-        layer_idx=layer_idx,
-        state=call.state,
-        scale=scaling,
-        num_keys=call.num_keys,
-    )
-    if call.phase is Phase.PREFILL and call.state is not None and call.state.is_last_layer(layer_idx):
-        raise PrefillComplete
-    return output.transpose(1, 2), None
+    return call.attend(layer_idx, query, key, value, scaling).transpose(1, 2), None
 
 
 @contextmanager
@@ -126,7 +160,7 @@ def apb_attention(
     Parameters
     ----------
     phase : Phase
-        The phase to begin with; assign to ``.phase`` of the yielded call to change it.
+        The phase to begin with; the yielded call's `start_decoding` changes it.
     max_positions : int
         Positions 0..max_positions-1 are what this request can use: rotary frequencies are those for the largest.
     state : PrefillState

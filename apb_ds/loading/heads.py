@@ -12,7 +12,7 @@ from apb_ds.compressors.base import names_with_heads, needs_heads
 from apb_ds.compressors.retaining_heads.checkpoint import FIELD, FILE_PATTERNS, check_state, read_heads
 from apb_ds.compressors.retaining_heads.compressor import no_heads
 from apb_ds.compressors.retaining_heads.module import HeadSizes, RetainingHeads
-from apb_ds.config import APBConfig
+from apb_ds.config import APBConfig, BlockSettings
 from apb_ds.hf.architecture import geometry_of
 from apb_ds.hf.interface import check_projections
 from apb_ds.loading.source import PACKAGE_SCHEME, expand_home, find_on_hub, package_path
@@ -32,17 +32,18 @@ def heads_for(model: PreTrainedModel, config: APBConfig, given: HeadsSource | No
     ValueError
         If heads are missing, not asked for, not found, or do not fit the model.
     """
-    if not needs_heads(config.compressor):
+    settings = config.settings
+    compressor = settings.compressor if isinstance(settings, BlockSettings) else ""
+    if not needs_heads(compressor):
         if given is not None:
             shown = type(given).__name__ if isinstance(given, RetainingHeads) else repr(str(given))
             raise ValueError(
-                f"{FIELD}={shown} goes with compressor={names_with_heads()}, not {config.compressor!r}; set that, or "
+                f"{FIELD}={shown} goes with compressor={names_with_heads()}, not {compressor!r}; set that, or "
                 f"leave {FIELD} out."
             )
         return None
     if given is None:
-        assert config.compressor is not None
-        raise ValueError(no_heads(config.compressor))
+        raise ValueError(no_heads(compressor))
     check_projections(model)
     sizes = head_sizes(model)
     if isinstance(given, RetainingHeads):

@@ -10,7 +10,7 @@ from apb_ds.ops.kernels import Kernel
 from apb_ds.ops.merge import merge_many, merge_two
 
 
-def attend_shards(tools: Tools, kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def attend_shards(tools: Tools, kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attend for new tokens, the same on every rank, over everything cached and causally among themselves.
 
     Parameters
@@ -22,7 +22,7 @@ def attend_shards(tools: Tools, kernel: Kernel, query: Tensor, keys: Tensor, val
     -------
     (1, heads, new_tokens, head_dim) in ``query.dtype``, the same on every rank
     """
-    output, lse = _attend_shard(kernel, query, keys, values, scale, tools.group.is_last)
+    output, lse = _attend_shard(tools, kernel, query, keys, values, tools.group.is_last)
     return merge_ranks(tools, output, lse)
 
 
@@ -46,18 +46,18 @@ def merge_ranks(tools: Tools, output: Tensor, lse: Tensor) -> Tensor:
 
 
 def _attend_shard(
-    kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor, scale: float, holds_new: bool
+    tools: Tools, kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor, holds_new: bool
 ) -> tuple[Tensor, Tensor]:
     num_new = query.shape[2]
     num_past = keys.shape[2] - num_new if holds_new else keys.shape[2]
     if holds_new and num_new == 1:
-        return kernel(query, keys, values, False, scale)  # one query sees all of it: no mask
+        return kernel(query, keys, values, False, tools.scale)  # one query sees all of it: no mask
     past = None
     if num_past > 0:
-        past = kernel(query, keys[:, :, :num_past], values[:, :, :num_past], False, scale)
+        past = kernel(query, keys[:, :, :num_past], values[:, :, :num_past], False, tools.scale)
     if not holds_new:
         return past if past is not None else _saw_nothing(query)
-    new = kernel(query, keys[:, :, num_past:], values[:, :, num_past:], True, scale)
+    new = kernel(query, keys[:, :, num_past:], values[:, :, num_past:], True, tools.scale)
     if past is None:
         return new
     return merge_two(*past, *new), torch.logaddexp(past[1], new[1])

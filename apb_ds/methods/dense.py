@@ -8,24 +8,21 @@ from torch import Tensor
 from apb_ds.methods.state import PrefillState, Tools
 
 
-def prefill(
-    tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> Tensor:
+def prefill(tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend causally to the document; cache it.
 
     Parameters
     ----------
     query : (1, heads, n, head_dim), rotated
     key, value : (1, kv_heads, n, head_dim), keys rotated
-    scale : factor on the logits
 
     Returns
     -------
     (1, heads, n, head_dim) in ``query.dtype``. Zeros in the last layer, whose output nobody uses.
     """
-    state.cache.layer(layer_idx).store_block(key, value)
+    state.store_block(layer_idx, key, value)
     output = torch.zeros_like(query)
     if not state.is_last_layer(layer_idx):
-        output, _ = tools.kernels.prefill(query, key, value, True, scale)
+        output, _ = tools.kernels.prefill(query, key, value, True, tools.scale)
     state.finish_layer(layer_idx)
     return output

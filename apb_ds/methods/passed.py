@@ -2,26 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from apb_ds.cache import ShardedCacheLayer
-from apb_ds.compressors.base import gather
+from apb_ds.compressors.base import BlockStates, Compressor, gather
 from apb_ds.ops import profiling
-from apb_ds.plan import Plan
+from apb_ds.ops.selection import place_pair
+from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.plan import Plan, Round, Span, split_evenly
+
+Arrival = Callable[[], None]  # waits for what was sent and puts it where the attention reads it
+# Index in the round, host and states of each of a rank's blocks that passes something on.
+PassingBlocks = Iterator[tuple[int, int, BlockStates]]
+
+
+def nothing_to_wait_for() -> None:
+    """The `Arrival` where nothing was sent."""
 
 
 class PassedStates:
     """Keys and values that blocks see besides their own, in one layer: ``[anchor | C_0 | C_1 | ...]``.
 
-    In document order, so that what a host sees are the first tokens: the anchor and each compressed block before its
-    own.
+    They are in document order, so what a host sees are the first tokens: the anchor, then each compressed block before
+    its own.
+
+    Parameters
+    ----------
+    plan : how the request is split
     """
 
-    def __init__(self) -> None:
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
         self.anchor_queries: Tensor | None = None
+
+    def start_anchor(self, group: SequenceGroup, keys: Tensor, values: Tensor) -> Arrival:
+        """Start bringing the anchor together from the ranks' shares.
+
+        Parameters
+        ----------
+        keys, values : (1, kv_heads, share_tokens, head_dim), local
+        """
+        raise NotImplementedError
+
+    def start_kept(
+        self, compressor: Compressor, group: SequenceGroup, served: Round, blocks: PassingBlocks, like: Tensor
+    ) -> Arrival:
+        """Compress this rank's blocks and start bringing together what the round's hosts keep.
+
+        Parameters
+        ----------
+        served : the hosts of every rank in this round
+        blocks : of this rank; read once
+        like : keys, for their shape, dtype and device
+        """
+        raise NotImplementedError
 
     def first(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of the first tokens, (1, kv_heads, num_tokens, head_dim) each; they may be views."""
@@ -37,18 +74,42 @@ class SentStates(PassedStates):
     """
 
     def __init__(self, plan: Plan, like: Tensor) -> None:
-        super().__init__()
+        super().__init__(plan)
         _, kv_heads, _, head_dim = like.shape
         # The last host's compressed block is passed to nobody.
         self._buffer = like.new_empty((2, kv_heads, plan.anchor_length + plan.kept_offsets[plan.hosts - 1], head_dim))
 
-    def place_pair(self, start: int, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values, (1, kv_heads, tokens, head_dim) each, at token `start`."""
-        stop = start + keys.shape[2]
-        self._buffer[0:1, :, start:stop] = keys
-        self._buffer[1:2, :, start:stop] = values
+    def start_anchor(self, group: SequenceGroup, keys: Tensor, values: Tensor) -> Arrival:
+        if not self._plan.shard_anchor:
+            place_pair(keys, values, self._buffer[:, :, : self._plan.anchor_length])
+            return nothing_to_wait_for
+        shares = split_evenly(self._plan.anchor_length, group.world_size)
+        longest = max(stop - start for start, stop in shares)
+        message = _empty_messages(keys, 1, longest)[0]
+        place_pair(keys, values, message[:, :, : keys.shape[2]])
+        pending = group.start_all_gather(message)
+        return lambda: self.place_all(shares, pending.wait())
 
-    def place_all(self, spans: Sequence[tuple[int, int]], everyone: Tensor) -> None:
+    def start_kept(
+        self, compressor: Compressor, group: SequenceGroup, served: Round, blocks: PassingBlocks, like: Tensor
+    ) -> Arrival:
+        plan = self._plan
+        spans = [[_span_of(plan, host) for host in turn] for turn in zip(*served, strict=True)]
+        longest = max(stop - start for turn in spans for start, stop in turn)
+        messages = _empty_messages(like, len(spans), longest)
+        for index, host, states in blocks:
+            count = plan.kept_lengths[host]
+            compressor.compress(states, count, plan.num_eligible(host), messages[index, :, :, :count])
+        pending = group.start_all_gather(messages)
+
+        def arrive() -> None:
+            everyone = pending.wait()
+            for index, turn in enumerate(spans):
+                self.place_all(turn, everyone[:, index])
+
+        return arrive
+
+    def place_all(self, spans: Sequence[Span], everyone: Tensor) -> None:
         """Put each rank's message, of (ranks, 2, kv_heads, longest, head_dim), keys first, at its span of tokens.
 
         Messages of full length that follow each other, in the order of the ranks or against it, are put there at once:
@@ -68,7 +129,7 @@ class SentStates(PassedStates):
         return self._buffer[0:1, :, :num_tokens], self._buffer[1:2, :, :num_tokens]
 
 
-def _runs(spans: Sequence[tuple[int, int]], longest: int) -> list[list[int]]:
+def _runs(spans: Sequence[Span], longest: int) -> list[list[int]]:
     """Return the ranks with anything to place, by their spans, in runs that are full and follow each other."""
     runs: list[list[int]] = []
     for rank in sorted(
@@ -86,6 +147,17 @@ def _runs(spans: Sequence[tuple[int, int]], longest: int) -> list[list[int]]:
     return runs
 
 
+def _span_of(plan: Plan, host: int) -> Span:
+    """Return where what the host passes on lies among all that blocks see besides their own."""
+    start = plan.anchor_length + plan.kept_offsets[host]
+    return start, start + (plan.kept_lengths[host] if plan.is_passed_on(host) else 0)
+
+
+def _empty_messages(like: Tensor, number: int, length: int) -> Tensor:
+    """Return zeros for `number` messages of keys and values, (number, 2, kv_heads, length, head_dim)."""
+    return like.new_zeros((number, 2, like.shape[1], length, like.shape[3]))
+
+
 class OwnStates(PassedStates):
     """What one rank passes to itself: its cache has every block, so places are kept, and states gathered when seen.
 
@@ -97,7 +169,7 @@ class OwnStates(PassedStates):
     """
 
     def __init__(self, plan: Plan, layer: ShardedCacheLayer, like: Tensor, fused: bool = False) -> None:
-        super().__init__()
+        super().__init__(plan)
         self._layer = layer
         self._fused = fused
         self._nothing = like.new_empty((2, like.shape[1], 0, like.shape[3]))
@@ -109,6 +181,18 @@ class OwnStates(PassedStates):
         )
         num_passed = 0 if self._is_whole else plan.kept_offsets[plan.hosts - 1]
         self._places = torch.empty((like.shape[1], num_passed), dtype=torch.int64, device=like.device)
+
+    def start_anchor(self, group: SequenceGroup, keys: Tensor, values: Tensor) -> Arrival:
+        self.keep_anchor(keys, values)
+        return nothing_to_wait_for
+
+    def start_kept(
+        self, compressor: Compressor, group: SequenceGroup, served: Round, blocks: PassingBlocks, like: Tensor
+    ) -> Arrival:
+        for _, host, states in blocks:
+            places = compressor.choose(states, self._plan.kept_lengths[host], self._plan.num_eligible(host))
+            self.keep(places, states.start)
+        return nothing_to_wait_for
 
     def keep_anchor(self, keys: Tensor, values: Tensor) -> None:
         """Keep the anchor's keys and values, (1, kv_heads, tokens, head_dim) each."""

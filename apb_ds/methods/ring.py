@@ -16,43 +16,38 @@ from apb_ds.methods.state import PrefillState, Tools
 from apb_ds.plan import Plan
 
 
-def prefill(
-    tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> Tensor:
+def prefill(tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend exactly for this rank's two blocks; cache them; pass all keys and values around.
 
     Parameters
     ----------
     query : (1, heads, early + late, head_dim), local, rotated
     key, value : (1, kv_heads, early + late, head_dim), local, keys rotated
-    scale : factor on the logits
 
     Returns
     -------
     (1, heads, early + late, head_dim) in ``query.dtype``. Zeros in the last layer, whose output nobody uses.
     """
     plan, group = state.plan, tools.group
-    if key.shape[2]:
-        state.cache.layer(layer_idx).store_block(key, value)
+    state.store_block(layer_idx, key, value)
     if state.is_last_layer(layer_idx):
         state.finish_layer(layer_idx)
         return torch.zeros_like(query)
     travelling = _Travelling(plan)
     early = plan.block_length(group.rank)
-    pending = group.start_shift(travelling.pack(group.rank, key, value)) if group.world_size > 1 else None
+    pending = group.start_shift(travelling.pack(group.rank, key, value))
     running = _Running(query)
     # The early block precedes the late one, so that together they attend causally like one.
-    running.attend(tools, key, value, scale, causal=True)
+    running.attend(tools, key, value, causal=True)
     for step in range(1, group.world_size):
-        assert pending is not None
         message = pending.wait()
         if step < group.world_size - 1:
             pending = group.start_shift(message)
         source = (group.rank - step) % group.world_size
         if source < group.rank:
-            running.attend(tools, *travelling.early(message, source), scale)
+            running.attend(tools, *travelling.early(message, source))
         else:
-            running.attend(tools, *travelling.both(message, source), scale, first_row=early)
+            running.attend(tools, *travelling.both(message, source), first_row=early)
     state.finish_layer(layer_idx)
     return running.output.to(query.dtype)
 
@@ -65,14 +60,12 @@ class _Running:
         self.output = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         self.lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device=query.device)
 
-    def attend(
-        self, tools: Tools, keys: Tensor, values: Tensor, scale: float, *, causal: bool = False, first_row: int = 0
-    ) -> None:
+    def attend(self, tools: Tools, keys: Tensor, values: Tensor, *, causal: bool = False, first_row: int = 0) -> None:
         """Attend to further keys with the queries from `first_row` on, and merge."""
         query = self.query[:, :, first_row:]
         if query.shape[2] == 0 or keys.shape[2] == 0:
             return
-        output, lse = tools.kernels.prefill(query, keys, values, causal, scale)
+        output, lse = tools.kernels.prefill(query, keys, values, causal, tools.scale)
         before = self.output[:, :, first_row:], self.lse[:, :, first_row:]
         self.output[:, :, first_row:] = tools.merge_two(*before, output.float(), lse)
         self.lse[:, :, first_row:] = torch.logaddexp(before[1], lse)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from apb_ds.cache import ShardedCache
-from apb_ds.compressors.base import Compressor
 from apb_ds.methods.passed import OwnStates, PassedStates, SentStates
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.ops.merge import merge_two
@@ -18,13 +17,22 @@ from apb_ds.plan import Plan
 
 @dataclass(frozen=True)
 class Tools:
-    """What a method works with: the group to talk to, the kernels, the compressor if it has one, and how to merge."""
+    """What a method computes a layer with.
+
+    Attributes
+    ----------
+    group : the ranks that share the request
+    kernels : attention kernels for the phases
+    scale : factor on the attention logits
+    merge_two : merges two partial outputs by their log-sum-exps
+    fused : whether elementwise work is compiled
+    """
 
     group: SequenceGroup
     kernels: KernelChoice
-    compressor: Compressor | None
+    scale: float
     merge_two: Callable[..., Tensor] = merge_two
-    fused: bool = False  # whether what is elementwise is compiled
+    fused: bool = False
 
 
 @dataclass
@@ -72,6 +80,14 @@ class PrefillState:
     def needs_scores(self, layer_idx: int) -> bool:
         """Whether the tokens of any of this rank's blocks are scored in this layer and round."""
         return not self.is_last_layer(layer_idx) and any(self.plan.is_scored(host) for host in self.hosts)
+
+    def store_block(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
+        """Cache this rank's blocks of the round, (1, kv_heads, block_tokens, head_dim) each; the write path of prefill.
+
+        Without a token nothing is stored.
+        """
+        if keys.shape[2]:
+            self.cache.layer(layer_idx).store_block(keys, values)
 
     def take_projections(self) -> list[tuple[Tensor, ...] | None]:
         """Return `projections` of each block, views of (1, block_tokens, channels) each, and let go of them."""

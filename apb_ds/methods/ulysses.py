@@ -14,16 +14,13 @@ from torch import Tensor
 from apb_ds.methods.state import PrefillState, Tools
 
 
-def prefill(
-    tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> Tensor:
+def prefill(tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend exactly for this rank's block; cache it, without the padding.
 
     Parameters
     ----------
     query : (1, heads, block_tokens + padding, head_dim), local, rotated
     key, value : (1, kv_heads, block_tokens + padding, head_dim), local, keys rotated
-    scale : factor on the logits
 
     Returns
     -------
@@ -37,8 +34,7 @@ def prefill(
     plan, group = state.plan, tools.group
     check_heads(query.shape[1], key.shape[1], group.world_size)
     length = plan.block_length(group.rank)
-    if length:
-        state.cache.layer(layer_idx).store_block(key[:, :, :length], value[:, :, :length])
+    state.store_block(layer_idx, key[:, :, :length], value[:, :, :length])
     if state.is_last_layer(layer_idx):
         state.finish_layer(layer_idx)
         return torch.zeros_like(query)
@@ -46,7 +42,7 @@ def prefill(
     def attend(queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
         """Attend causally: all tokens, some heads, (1, tokens, heads, head_dim)."""
         query, key, value = (states.transpose(1, 2).contiguous() for states in (queries, keys, values))
-        output, _lse = tools.kernels.prefill(query, key, value, True, scale)
+        output, _lse = tools.kernels.prefill(query, key, value, True, tools.scale)
         return output.transpose(1, 2).contiguous()
 
     tokens_first = [states.transpose(1, 2) for states in (query, key, value)]

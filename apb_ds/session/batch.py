@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ class _Batch:
             "correct": None,
             "failures": failures,
         }
-        parts = {"task": task, "metrics": metrics, "exact": False, "method": asdict(run.settings.method)}
+        parts = {"task": task, "metrics": metrics, "exact": False, "method": run.settings.method.resolved()}
         return parts | ({} if error is None else {"status": "failed", "error": error})
 
     # --- the first rank's part: text, files, tokens ---------------------------------------------------------------

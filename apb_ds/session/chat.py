@@ -7,7 +7,6 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, TextIO
 
 import torch
@@ -64,7 +63,7 @@ class _Conversation:
             "task": {"name": self.task.name, "turns": self.turns, "query_position": position, "correct": None},
             "metrics": metrics | self._turn_metrics(),
             "exact": context.plan.exact,
-            "method": asdict(method),
+            "method": method.resolved(),
         }
         failed = [turn["error"] for turn in self.turns if turn["answer"] is None]
         if failed:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ class Evaluation:
             "task": {"name": self.task.name, "directory": summary["output"], "correct": None},
             "metrics": {**numbers, **usage, "cells": summary["cells"], "resumed": summary["resumed"]},
             "exact": run.settings.method.is_exact_method,
-            "method": asdict(run.settings.method),
+            "method": run.settings.method.resolved(),
         }
         if failed:
             error = f"{failed} of {numbers['samples']} samples failed; {SAMPLES_NAME} says why. Run again to try again."

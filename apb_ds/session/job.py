@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from apb_ds.attention import APBAttention
+from apb_ds.attention import check_available
 from apb_ds.compressors.base import names_with_heads, needs_heads
 from apb_ds.config import APBConfig, check_bool, check_choice, check_integer
 from apb_ds.loading import ModelConfig
@@ -114,7 +114,7 @@ def read_settings(values: dict[str, Any]) -> Settings:
     heads = method_values.pop(HEADS_KEY, None)
     method = APBConfig.from_dict(method_values)
     check_ranks(method, launched_world_size())
-    APBAttention(method)  # refuses unknown compressors and kernels
+    check_available(method)
     parallel = dict(values.get("parallel") or {})
     for key in parallel:
         check_choice("parallel key", key, PARALLEL_KEYS)
@@ -151,7 +151,7 @@ def _heads_of(method: APBConfig, given: object, model: ModelConfig) -> str | Non
         if given is not None:
             raise ValueError(
                 f"method.{HEADS_KEY}={given!r} goes with method.compressor={names_with_heads()}, not "
-                f"{method.compressor!r}; set that, or leave method.{HEADS_KEY} out."
+                f"{method.resolved()['compressor']!r}; set that, or leave method.{HEADS_KEY} out."
             )
         return None
     found = given or model.retaining_heads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
@@ -44,7 +43,7 @@ def serve_question(run: Run) -> dict[str, Any]:
         "query_position": sample.query_position,
         "streamed": streams,
     }
-    return {"task": task, "metrics": metrics, "exact": context.plan.exact, "method": asdict(method)}
+    return {"task": task, "metrics": metrics, "exact": context.plan.exact, "method": method.resolved()}
 
 
 def _only_sample(run: Run) -> Sample:

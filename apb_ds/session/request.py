@@ -134,7 +134,7 @@ class Run:
 
     def answer_settings(self) -> dict[str, Any]:
         """Return the settings that answers depend on: what a resumed run must share with the one before it."""
-        method = asdict(self.settings.method)
+        method = self.settings.method.resolved()
         for name in IRRELEVANT_METHOD_KEYS:
             method.pop(name)
         if self.settings.position_from_template:

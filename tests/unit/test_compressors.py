@@ -47,7 +47,7 @@ def new_block(
 
 
 def build(name: str, **given: Any) -> Compressor:
-    return build_compressor(APBConfig(compressor=name, **given))
+    return build_compressor(APBConfig(compressor=name, **given).settings)  # type: ignore[arg-type]
 
 
 # --- the scores of design.md, in Python floats ---------------------------------------------------------------------

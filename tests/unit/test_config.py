@@ -89,7 +89,7 @@ def test_every_field_is_refused_somewhere() -> None:
 
 @pytest.mark.parametrize("given", [{}, dict.fromkeys(DEFAULTS)], ids=["nothing given", "all None"])
 def test_none_means_the_default(given: dict[str, Any]) -> None:
-    assert dataclasses.asdict(APBConfig(**given)) == DEFAULTS
+    assert APBConfig(**given).resolved() == DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_none_means_the_default(given: dict[str, Any]) -> None:
     ids=str,
 )
 def test_a_value_given_is_kept(given: dict[str, Any]) -> None:
-    assert dataclasses.asdict(APBConfig(**given)) == {**DEFAULTS, **given}
+    assert APBConfig(**given).resolved() == {**DEFAULTS, **given}
 
 
 STAR = {**DEFAULTS, "method": "star", "anchor_length": "block", "passing_length": 0, "query_in_anchor": False}
@@ -130,14 +130,15 @@ STAR = {**DEFAULTS, "method": "star", "anchor_length": "block", "passing_length"
     ids=str,
 )
 def test_star_is_a_preset_and_each_part_of_it_can_be_set(given: dict[str, Any], changed: dict[str, Any]) -> None:
-    assert dataclasses.asdict(APBConfig(method="star", **given)) == {**STAR, **changed}
+    assert APBConfig(method="star", **given).resolved() == {**STAR, **changed}
 
 
 def test_settings_are_frozen_and_compare_by_value() -> None:
     config = APBConfig(hosts=4)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.hosts = 8  # type: ignore[misc]
-    assert config == APBConfig(hosts=4, seed=0) and hash(config) == hash(APBConfig(hosts=4, seed=0))
+    assert config == APBConfig(hosts=4) and hash(config) == hash(APBConfig(hosts=4))
+    assert config.settings == APBConfig(hosts=4, seed=0).settings, "what is left out has its default"
     assert dataclasses.replace(config, hosts=2) == APBConfig(hosts=2)
 
 

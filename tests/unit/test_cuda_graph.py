@@ -220,7 +220,9 @@ def test_when_steps_can_be_recorded(counts: Counts) -> None:
 def test_no_kernel_on_cpu_can_be_recorded() -> None:
     engine = new_engine()
     assert (
-        engine.apb_config.cuda_graph and engine._recorded is None and set(engine.kernel_names) == {"prefill", "decode"}
+        engine.apb_config.settings.cuda_graph
+        and engine._recorded is None
+        and set(engine.kernel_names) == {"prefill", "decode"}
     )
     assert RecordedSteps(engine.module, engine.group)._step is None
 

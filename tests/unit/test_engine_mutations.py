@@ -121,8 +121,8 @@ def _change_query_kernel(patch: Patch, change: Callable[..., tuple[Tensor, Tenso
 
     attend = decode._attend_shard
 
-    def attend_changed(kernel: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        return attend(lambda *inputs: change(kernel, *inputs), *args)  # type: ignore[arg-type]
+    def attend_changed(tools: Any, kernel: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        return attend(tools, lambda *inputs: change(kernel, *inputs), *args)  # type: ignore[arg-type]
 
     patch.setattr(decode, "_attend_shard", attend_changed)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apb_ds.config import BlockSettings
 from apb_ds.engine.context import Context
 from apb_ds.engine.engine import APBEngine, Progress
 from apb_ds.tasks.lm_eval.prompts import NO_ROLLING, HarnessPrompts, Pair, Request
@@ -126,7 +127,8 @@ class HarnessModel(HarnessPrompts):
     def _set_position(self, request: Request) -> None:
         config = self.engine.apb_config
         position = request.query_position if self._query_position is None else self._query_position
-        if not config.is_exact_method and config.query_position != position:
+        settings = config.settings
+        if isinstance(settings, BlockSettings) and settings.query_position != position:
             self.engine.configure(replace(config, query_position=position))
 
     def _check_same(self, requests: list[Request]) -> None:
