@@ -49,8 +49,8 @@ class ActiveCall:
     def __init__(self, attention: APBAttention, phase: Phase, state: PrefillState | None = None) -> None:
         self.attention = attention
         self._phase = phase
-        self._state = state
-        self._projections: list[Tensor] = []
+        self.state = state
+        self.projections: list[Tensor] = []
         self._num_keys: Tensor | None = None
 
     @property
@@ -72,8 +72,8 @@ class ActiveCall:
 
     def keep_projection(self, layer_idx: int, output: Tensor) -> None:
         """Keep what a layer has projected until its attention is called, if tokens are scored there."""
-        if self._state is not None and self._state.needs_scores(layer_idx):
-            self._projections.append(output)
+        if self.state is not None and self.state.needs_scores(layer_idx):
+            self.projections.append(output)
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Run one layer's attention, as `APBAttention.forward`.
@@ -83,20 +83,20 @@ class ActiveCall:
         PrefillComplete
             After the last layer of a prefill.
         """
-        if self._state is not None:
+        if self.state is not None:
             # Handed over, not shared: projections live only until the layer's scores are made.
-            self._state.projections, self._projections = self._projections or None, []
+            self.state.projections, self.projections = self.projections or None, []
         output: Tensor = self.attention(
             query,
             key,
             value,
             phase=self._phase,
             layer_idx=layer_idx,
-            state=self._state,
+            state=self.state,
             scale=scale,
             num_keys=self._num_keys,
         )
-        if self._phase is Phase.PREFILL and self._state is not None and self._state.is_last_layer(layer_idx):
+        if self._phase is Phase.PREFILL and self.state is not None and self.state.is_last_layer(layer_idx):
             raise PrefillComplete
         return output
 

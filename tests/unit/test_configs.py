@@ -149,8 +149,8 @@ def test_method_configs_list_every_field() -> None:
 
 
 def test_star_is_a_preset() -> None:
-    method = settings("method=star").method
-    assert (method.anchor_length, method.passing_length, method.query_in_anchor) == ("block", 0, False)
+    method = settings("method=star").method.resolved()
+    assert (method["anchor_length"], method["passing_length"], method["query_in_anchor"]) == ("block", 0, False)
 
 
 def test_a_given_query_position_wins_over_the_template() -> None:
