@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 EXACT_METHODS = ("dense", "ring", "ulysses")
 METHODS = ("apb", "star", *EXACT_METHODS)
@@ -18,6 +18,20 @@ MAX_DEFAULT_ANCHOR_LENGTH = 8192
 ANCHOR_IS_BLOCK = "block"
 # What every method has: how things are computed, not what.
 EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": True, "fused": True, "mlp_tile": None}
+
+Config = TypeVar("Config")
+
+
+def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """Build a config dataclass from a mapping, such as a section of the composed config.
+
+    A null leaves its field at the default. An unknown key is a ValueError that names the nearest field and `where` the
+    mapping comes from.
+    """
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        check_choice(f"{where} key", key, names)
+    return cls(**{key: value for key, value in values.items() if value is not None})
 
 
 def suggest(value: object, allowed: Iterable[str]) -> str:
@@ -248,7 +262,4 @@ class APBConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "method") -> APBConfig:
         """Build from a mapping; an unknown key is a ValueError that names the nearest field."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            check_choice(f"{where} key", key, names)
-        return cls(**values)
+        return from_mapping(cls, values, where)

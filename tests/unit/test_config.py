@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from apb_ds.config import APBConfig, check_choice, suggest
+from apb_ds.config import APBConfig, check_choice, from_mapping, suggest
 
 DEFAULTS = {
     "method": "apb",
@@ -155,6 +156,17 @@ def test_from_dict() -> None:
     assert all(words in message for words in ("method key", "'anchor_lenght'", "Did you mean 'anchor_length'?", "seed"))
     with pytest.raises(ValueError, match=r"bench\.apb key"):
         APBConfig.from_dict({"host": 4}, where="bench.apb")
+
+
+def test_from_mapping_keeps_defaults_and_names_the_nearest_field() -> None:
+    @dataclass
+    class Section:
+        size: int = 3
+        colour: str = "red"
+
+    assert from_mapping(Section, {"colour": "blue", "size": None}, "section") == Section(3, "blue")
+    with pytest.raises(ValueError, match=r"section key='color'.*Did you mean 'colour'\?"):
+        from_mapping(Section, {"color": "blue"}, "section")
 
 
 def test_a_name_far_from_all_others_gets_no_suggestion() -> None:
