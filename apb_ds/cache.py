@@ -1,8 +1,7 @@
 """The sharded KV cache, a transformers ``Cache``: its length is global, what it stores is this rank's shard.
 
 A rank stores the keys and values of the blocks it serves; new tokens (queries and generated ones) are stored on the
-last rank only. The shard's tokens need no order among each other: keys carry their rotation, and whatever attends to
-them sees all of them.
+last rank only. A shard's tokens need no order: keys carry their rotation, and whoever attends to them sees all of them.
 """
 
 from __future__ import annotations
@@ -15,12 +14,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 GROWTH_TOKENS = 256
-# Buffers that grow are a multiple of this long, so that those of documents of about a length are alike.
+# Buffers that can grow are a multiple of this long, so that documents of similar length get buffers of the same size.
 STEP_TOKENS = 512
 
 
 class ShardedCacheLayer(CacheLayerMixin):
     """One layer's shard, in buffers that grow in steps, not per token.
+
+    Keys and values are written in two places only: `store_block` during prefill, `update` afterwards.
 
     Parameters
     ----------
@@ -39,13 +40,14 @@ class ShardedCacheLayer(CacheLayerMixin):
         self.local_length = 0
         self.capacity = 0
         self.slot: Tensor | None = None
-        self.given: tuple[Tensor, Tensor] | None = None  # buffers to use, if they are as those that would be made
+        self.given: tuple[Tensor, Tensor] | None = None  # buffers to use if they are like those that would be made
 
     def reserve(self, num_tokens: int) -> None:
         """Ask for room for `num_tokens` local tokens when the buffers are first made."""
         self.capacity = max(self.capacity, num_tokens)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the buffers for such states, (1, kv_heads, tokens, head_dim) each, or take those that were given."""
         self.dtype, self.device = key_states.dtype, key_states.device
         made_of = (key_states, value_states)
         given, self.given = self.given, None
@@ -64,14 +66,14 @@ class ShardedCacheLayer(CacheLayerMixin):
         Returns
         -------
         keys, values : (1, kv_heads, local_tokens, head_dim), local; views of the buffers, possibly of no tokens. With a
-            `slot`, the whole buffers instead: the token is written there if this is its rank, and counted by `advance`.
+            `slot`, the whole buffers: the token is written to that slot if this is its rank, and counted by `advance`.
         """
         if self.slot is not None:
-            assert self.keys is not None and self.values is not None
+            buffers = self.buffers()
             if self.stores_new:
-                self.keys.index_copy_(2, self.slot, key_states)
-                self.values.index_copy_(2, self.slot, value_states)
-            return self.keys, self.values
+                for buffer, states in zip(buffers, (key_states, value_states), strict=True):
+                    buffer.index_copy_(2, self.slot, states)
+            return buffers
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.stores_new:
@@ -87,14 +89,25 @@ class ShardedCacheLayer(CacheLayerMixin):
 
     def clear_unused(self) -> None:
         """Zero what the buffers hold behind the stored tokens."""
-        assert self.keys is not None and self.values is not None
-        for buffer in (self.keys, self.values):
+        for buffer in self.buffers():
             buffer[:, :, self.local_length :] = 0
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Return the buffers of keys and values, (1, kv_heads, capacity, head_dim) each.
+
+        Raises
+        ------
+        RuntimeError
+            Before anything was stored.
+        """
+        if self.keys is None or self.values is None:
+            raise RuntimeError("this layer of the cache has no buffers: nothing was stored in it.")
+        return self.keys, self.values
 
     def shard(self) -> tuple[Tensor, Tensor]:
         """Return the stored keys and values, (1, kv_heads, local_tokens, head_dim)."""
-        assert self.keys is not None and self.values is not None
-        return self.keys[:, :, : self.local_length], self.values[:, :, : self.local_length]
+        keys, values = self.buffers()
+        return keys[:, :, : self.local_length], values[:, :, : self.local_length]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens, which must have come after the document."""
@@ -128,29 +141,27 @@ class ShardedCacheLayer(CacheLayerMixin):
     @property
     def num_bytes(self) -> int:
         """Bytes of the buffers on this rank."""
-        if self.keys is None or self.values is None:
+        if not self.is_initialized:
             return 0
-        return sum(buffer.numel() * buffer.element_size() for buffer in (self.keys, self.values))
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         stop = self.local_length + keys.shape[-2]
         self.make_room(stop)
-        assert self.keys is not None and self.values is not None
-        self.keys[:, :, self.local_length : stop] = keys
-        self.values[:, :, self.local_length : stop] = values
+        for buffer, states in zip(self.buffers(), (keys, values), strict=True):
+            buffer[:, :, self.local_length : stop] = states
         self.local_length = stop
 
     def make_room(self, num_tokens: int) -> None:
         """Make the buffers longer if they do not hold `num_tokens` tokens."""
         if num_tokens <= self.capacity:
             return
-        assert self.keys is not None and self.values is not None
+        keys, values = self.buffers()
         # An eighth more than needed keeps the copies rare without doubling a long shard.
         self.capacity = _stepped(num_tokens + max(GROWTH_TOKENS, num_tokens // 8))
-        self.keys = self._grown(self.keys)
-        self.values = self._grown(self.values)
+        self.keys, self.values = self._grown(keys), self._grown(values)
 
     def _buffer_like(self, states: Tensor) -> Tensor:
         return states.new_empty(self._buffer_shape(states))
@@ -191,43 +202,42 @@ class ShardedCache(Cache):
         layers = [ShardedCacheLayer(stores_new) for _ in range(num_layers)]
         for layer in layers:
             layer.reserve(_stepped(shard_tokens + max(GROWTH_TOKENS, new_tokens)) if stores_new else shard_tokens)
+        self._sharded_layers = layers
         super().__init__(layers=layers)  # type: ignore[arg-type]
 
     def layer(self, layer_idx: int) -> ShardedCacheLayer:
-        layer = self.layers[layer_idx]
-        assert isinstance(layer, ShardedCacheLayer)
-        return layer
+        """Return one layer's shard."""
+        return self._sharded_layers[layer_idx]
 
     def set_length(self, num_tokens: int) -> None:
         """Set the global length once all blocks are stored."""
-        for layer_idx in range(len(self.layers)):
-            self.layer(layer_idx).global_length = num_tokens
+        for layer in self._sharded_layers:
+            layer.global_length = num_tokens
 
     @contextmanager
     def writing_to(self, slot: Tensor) -> Iterator[None]:
         """Have new tokens written at a place that is read on the device, (1,) int64, and whole buffers given out."""
-        layers = [self.layer(layer_idx) for layer_idx in range(len(self.layers))]
         try:
-            for layer in layers:
+            for layer in self._sharded_layers:
                 layer.slot = slot
             yield
         finally:
-            for layer in layers:
+            for layer in self._sharded_layers:
                 layer.slot = None
 
     def advance(self) -> None:
         """Count one new token that was written to the slot behind the last one, in all layers."""
-        for layer_idx in range(len(self.layers)):
-            self.layer(layer_idx).advance()
+        for layer in self._sharded_layers:
+            layer.advance()
 
     def clear_unused(self) -> None:
         """Zero what the buffers hold behind the stored tokens, in all layers.
 
-        New buffers hold anything. A kernel that reads whole tiles of them gives what is behind no weight, and nothing
-        times not-a-number is not a number.
+        New buffers hold arbitrary bits. A kernel that reads whole tiles gives the unused part zero weight, but zero
+        times NaN is NaN.
         """
-        for layer_idx in range(len(self.layers)):
-            self.layer(layer_idx).clear_unused()
+        for layer in self._sharded_layers:
+            layer.clear_unused()
 
     def take_over(self, buffers: Sequence[Tensor]) -> bool:
         """Use another cache's buffers, as `buffers` gave them, in place of new ones; return whether they fit.
@@ -236,30 +246,27 @@ class ShardedCache(Cache):
         """
         if len(buffers) != 2 * len(self.layers) or buffers[0].shape[2] != self.layer(0).capacity:
             return False
-        for layer_idx in range(len(self.layers)):
-            self.layer(layer_idx).given = (buffers[2 * layer_idx], buffers[2 * layer_idx + 1])
+        for layer, keys, values in zip(self._sharded_layers, buffers[::2], buffers[1::2], strict=True):
+            layer.given = (keys, values)
         return True
 
     def buffers(self, num_tokens: int) -> list[Tensor]:
         """Return all layers' buffers of keys and values, (1, kv_heads, capacity, head_dim), with room for so many."""
         found: list[Tensor] = []
-        for layer_idx in range(len(self.layers)):
-            layer = self.layer(layer_idx)
+        for layer in self._sharded_layers:
             layer.make_room(num_tokens)
-            assert layer.keys is not None and layer.values is not None
-            found += (layer.keys, layer.values)
+            found += layer.buffers()
         return found
 
     def crop_to(self, num_tokens: int) -> None:
         """Forget what came after the first `num_tokens` tokens, layer by layer (a failed forward fills only some)."""
-        for layer_idx in range(len(self.layers)):
-            layer = self.layer(layer_idx)
+        for layer in self._sharded_layers:
             layer.crop(min(0, num_tokens - layer.global_length))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers on this rank."""
-        return sum(self.layer(layer_idx).num_bytes for layer_idx in range(len(self.layers)))
+        return sum(layer.num_bytes for layer in self._sharded_layers)
 
     @property
     def local_length(self) -> int:

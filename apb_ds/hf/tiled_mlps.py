@@ -1,4 +1,4 @@
-"""A decoder's MLPs, a tile of tokens at a time: what lies between their projections takes the memory of one tile."""
+"""Run a decoder's MLPs a tile of tokens at a time, so that their intermediate states take the memory of one tile."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from torch import Tensor, nn
 
 Forward = Callable[[Tensor], Tensor]
 
-# What a gated MLP has besides `down_proj`.
+# The projections of a gated MLP besides `down_proj`.
 GATES = (("gate_proj", "up_proj"), ("gate_up_proj",))
 
-
-# So many tokens' intermediate states fit a core's cache: meant to keep them there between the products.
+# Small enough for the intermediate states of a tile to stay in a core's cache between the products.
 CPU_TILE = 256
 
 
 def default_tile(device: torch.device) -> int | None:
-    """Return the tile where none is asked for; None for all tokens at once."""
+    """Return the default tile for a device; None means all tokens at once."""
     return CPU_TILE if device.type == "cpu" else None
 
 
@@ -34,28 +33,29 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def check_tile(model: nn.Module, tile: int | None) -> None:
-    """Refuse to tile what has no MLP that is known.
+    """Refuse a tile for a model without a known MLP.
 
     Raises
     ------
     ValueError
-        If tiles are asked for and the model has no gated MLP.
+        If a tile is given and the model has no gated MLP.
     """
     if tile is not None and not mlp_modules(model):
         raise ValueError(
             f"mlp_tile={tile} needs MLPs with gate_proj, up_proj and down_proj, or gate_up_proj and down_proj; "
-            f"{type(model).__name__} has none. Leave it out."
+            f"{type(model).__name__} has no such MLP. Leave mlp_tile out."
         )
 
 
 @contextmanager
 def tiled_mlps(model: nn.Module, tile: int | None) -> Iterator[None]:
-    """Have the model's MLPs compute `tile` tokens at a time, or all at once with None; on leaving, all is as it was."""
-    modules = mlp_modules(model) if tile is not None else []
-    before = {module: module.__dict__.get("forward") for module in modules}
+    """Have the model's MLPs compute `tile` tokens at a time (None: all at once); restore them on leaving."""
+    if tile is None:
+        yield
+        return
+    before = {module: module.__dict__.get("forward") for module in mlp_modules(model)}
     try:
-        for module in modules:
-            assert tile is not None
+        for module in before:
             module.__dict__["forward"] = _tiled(module.forward, tile)
         yield
     finally:
