@@ -11,12 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from apb_ds.attention import check_available
-from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.engine.engine import APBEngine
 from apb_ds.hf.architecture import check_supported
 from apb_ds.loading.heads import HeadsSource, heads_for
-from apb_ds.parallel.consistency import agree, describe_model, describe_software
+from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, launched_world_size, world_group
 from apb_ds.plan import check_ranks
 
@@ -68,13 +67,15 @@ def init_inference(
         group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s or DEFAULT_TIMEOUT_S)
     if timeout_s is not None:
         group.set_timeout(timeout_s)
-    world_size = group.world_size
-
-    def check() -> RetainingHeads | None:
-        _check_served(model, config, world_size)
-        return heads_for(model, config, retaining_heads)
-
-    heads, _ = agree(group, "init_inference", check, lambda heads: _facts(model, config, heads))
+    with shared_validation(group, "init_inference") as comparison:
+        _check_served(model, config, group.world_size)
+        heads = heads_for(model, config, retaining_heads)
+        comparison.facts = {
+            **describe_software(),
+            **{f"method.{name}": value for name, value in config.resolved().items()},
+            "model": model,
+            "retaining heads": heads,
+        }
     return APBEngine(model, config, group, heads)
 
 
@@ -83,19 +84,6 @@ def _check_served(model: PreTrainedModel, config: APBConfig, world_size: int) ->
     check_ranks(config, world_size)
     check_supported(model)
     check_available(config)
-
-
-def _facts(model: PreTrainedModel, config: APBConfig, heads: RetainingHeads | None) -> dict[str, Any]:
-    """Return what all ranks must have in common."""
-    facts: dict[str, Any] = {
-        **describe_software(),
-        **{f"method.{name}": value for name, value in config.resolved().items()},
-        **describe_model(model),
-    }
-    if heads is not None:
-        described = describe_model(heads).items()
-        facts |= {f"retaining heads, {name}": value for name, value in described if name.startswith("weights")}
-    return facts
 
 
 def attach(

@@ -38,7 +38,7 @@ from apb_ds.hf.tiled_mlps import check_tile
 from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.methods.state import PrefillState
 from apb_ds.ops.memory import explain_out_of_memory, levers
-from apb_ds.parallel.consistency import agree
+from apb_ds.parallel.consistency import shared_validation
 from apb_ds.parallel.failure import place
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import check_ranks
@@ -168,14 +168,10 @@ class APBEngine(InferenceEngine):
         torch.OutOfMemoryError
             On the rank whose memory runs out, with what helps.
         """
-        asked, key = agree(
-            self.group,
-            "prefill",
-            lambda: self._asking.prefill(document_ids, query_ids, max_positions),
-            self._asking.prefill_facts,
-            self.device,
-        )
-        return self._run_prefill(asked, key, progress)
+        with shared_validation(self.group, "prefill", self.device) as comparison:
+            asked = self._asking.prefill(document_ids, query_ids, max_positions)
+            comparison.facts = self._asking.prefill_facts(asked)
+        return self._run_prefill(asked, comparison.digest, progress)
 
     def _run_prefill(self, asked: AskedPrefill, key: str, progress: Progress | None) -> Context:
         document_ids, query_ids, plan = asked.document_ids, asked.query_ids, asked.plan
@@ -264,24 +260,17 @@ class APBEngine(InferenceEngine):
             For batches, beams, several return sequences, assisted decoding, ``use_cache=False`` and bad input, on
             every rank before anything is sent.
         """
-        given = {"document_ids": document_ids, "query_ids": query_ids, "context": context}
-        asked, key = agree(
-            self.group,
-            "generate",
-            lambda: self._asking.generate(
-                {**given, "input_ids": input_ids, "query_length": query_length, "append": append},
-                max_new_tokens,
-                generate_arguments,
-            ),
-            lambda checked: {
-                **self._asking.query_facts(checked, context),
+        given: dict[str, Any] = {"document_ids": document_ids, "query_ids": query_ids, "context": context}
+        given |= {"input_ids": input_ids, "query_length": query_length, "append": append}
+        with shared_validation(self.group, "generate", self.device) as comparison:
+            asked = self._asking.generate(given, max_new_tokens, generate_arguments)
+            comparison.facts = {
+                **self._asking.query_facts(asked, context),
                 "append": append,
                 "recorded": self.kernel_names.get("recorded"),  # ranks record steps together, or not at all
-            },
-            self.device,
-        )
+            }
         if asked.prefill is not None:
-            context = self._run_prefill(asked.prefill, key, progress)
+            context = self._run_prefill(asked.prefill, comparison.digest, progress)
         assert context is not None
         prefill_s = 0.0 if asked.prefill is None else context.prefill_s
         tokens = self._decode(context, asked.ids, asked.num_new, append, asked.arguments)
@@ -300,14 +289,9 @@ class APBEngine(InferenceEngine):
         -------
         (1, q, vocab), float32, the same on every rank
         """
-
-        asked, _ = agree(
-            self.group,
-            "query_logits",
-            lambda: self._asking.logits(query_ids, context),
-            lambda checked: self._asking.query_facts(checked, context),
-            self.device,
-        )
+        with shared_validation(self.group, "query_logits", self.device) as comparison:
+            asked = self._asking.logits(query_ids, context)
+            comparison.facts = self._asking.query_facts(asked, context)
         query_ids = asked.ids
         num_query = query_ids.shape[1]
         cached = context.num_cached

@@ -15,7 +15,6 @@ from apb_ds.engine.context import Context
 from apb_ds.engine.decoding import check_generate_arguments, count_new_tokens
 from apb_ds.hf.architecture import check_positions
 from apb_ds.hf.rotary import check_reach
-from apb_ds.parallel.consistency import describe_ids
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import FORWARD_TOKENS, Plan, plan_request
 
@@ -93,7 +92,7 @@ class Asking:
     def prefill_facts(self, asked: AskedPrefill) -> dict[str, Any]:
         """Return what the ranks must have in common before a prefill."""
         settings = {f"method.{name}": value for name, value in self._config.resolved().items()}
-        ids = {"document_ids": describe_ids(asked.document_ids), "query_ids": describe_ids(asked.query_ids)}
+        ids = {"document_ids": asked.document_ids, "query_ids": asked.query_ids}
         return {**settings, **ids, "max_positions": asked.max_positions}
 
     def generate(
@@ -139,7 +138,7 @@ class Asking:
             return {**self.prefill_facts(asked.prefill), "max_new_tokens": asked.num_new}
         assert context is not None
         of_context = {"prefill": context.key[:SHOWN_KEY], "tokens": context.num_tokens}
-        return {"query_ids": describe_ids(asked.ids), "max_new_tokens": asked.num_new, "context": of_context}
+        return {"query_ids": asked.ids, "max_new_tokens": asked.num_new, "context": of_context}
 
     def _check_context(self, context: Context) -> None:
         if context.model is not self._module or context.group != self._group:

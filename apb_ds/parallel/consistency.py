@@ -1,16 +1,18 @@
-"""Ranks that do not agree are told so before they work together: what differs, and which rank has what.
+"""Consistency checks: before ranks work together, they compare what they were given.
 
-Ranks that were started with other settings, tokens, weights or versions would hang in a collective, or answer wrongly.
-So each call begins with one small exchange, a digest of what every rank must have; only where digests differ do the
-ranks also exchange what is behind them. A group of one rank digests nothing.
+Ranks with different settings, tokens, weights or versions would hang in a collective or answer wrongly. So each call
+starts with one small exchange: every rank sends a digest of its facts. Only if the digests differ do the ranks exchange
+the facts themselves, to say what differs and where. A group of one rank computes no digest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,86 +20,104 @@ from torch import Tensor, nn
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.utils.versions import source_digest, versions
 
-SHOWN = 3  # differences in a message
+SHOWN_DIFFERENCES = 3
 SHOWN_IDS = 4  # at either end
 SHOWN_CHARACTERS = 160
-REFUSED = "refused"  # the fact of a rank whose input is bad
+REFUSAL = "refusal"  # the fact that a rank sends if its input is bad
 CHECKSUM_COLUMNS = 1024  # words
 CHECKSUM_FACTOR = 0x2545F4914F6CDD1D
 WORD_BYTES = 8
 
-Facts = Mapping[str, Any]
-Result = TypeVar("Result")
+
+@dataclass
+class Comparison:
+    """What this rank compares with the others.
+
+    Attributes
+    ----------
+    facts : by name: JSON values, token ids of shape (1, tokens), modules
+    digest : of the facts, once all ranks have the same; empty for a group of one rank
+    """
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
 
 
-def agree(
-    group: SequenceGroup,
-    what: str,
-    check: Callable[[], Result],
-    facts: Callable[[Result], Facts],
-    device: torch.device | None = None,
-) -> tuple[Result, str]:
-    """Check input on every rank, then that all ranks have the same. All ranks of the group call this together.
+@contextmanager
+def shared_validation(group: SequenceGroup, call: str, device: torch.device | None = None) -> Iterator[Comparison]:
+    """Validate input on every rank, then compare its facts. All ranks of the group enter this together.
+
+    The body validates and sets the facts; it must not communicate. A rank whose body raises ValueError still joins
+    the exchange, so that no rank waits for it::
+
+        with shared_validation(group, "prefill", device) as comparison:
+            request = validate(document_ids)
+            comparison.facts = {"document_ids": request.document_ids}
 
     Parameters
     ----------
-    what : what is being done, such as ``prefill``; ranks that do different things do not agree
-    check : returns this rank's input, or raises ValueError; sends nothing
-    facts : of that input, what all ranks must have in common, as JSON values by name; not asked of a rank alone
-    device : where a collective's tensors must be; by default where the group's objects travel
-
-    Returns
-    -------
-    the input, and a digest of the facts (empty on a rank alone)
+    call : what the ranks are about to do; it must be the same on all of them
+    device : where a collective's tensors must be; by default objects are exchanged
 
     Raises
     ------
     ValueError
-        On every rank: this rank's own, the first that another rank had, or one that says what differs.
+        On every rank: its own, else that of the first rank that has one, else which facts differ.
     """
+    comparison = Comparison()
     if group.world_size == 1:
-        return check(), ""
+        yield comparison
+        return
     failure: ValueError | None = None
-    result: Result | None = None
     try:
-        result = check()
-        mine: dict[str, Any] = {"call": what, **facts(result)}
+        yield comparison
     except ValueError as error:
         failure = error
-        mine = {"call": what, REFUSED: str(error)}
+    facts = _described(comparison.facts) if failure is None else {REFUSAL: str(failure)}
+    mine = {"call": call, **facts}
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True, default=str).encode()).digest()
     if not group.is_same(digest, device):
-        difference = describe(group.gather_objects(mine))
+        difference = describe_difference(group.gather_objects(mine))
         raise failure or ValueError(difference)
     if failure is not None:
         raise failure
-    return result, digest.hex()  # type: ignore[return-value]
+    comparison.digest = digest.hex()
 
 
-def describe(everyone: list[dict[str, Any]]) -> str:
-    """Return what differs between the facts of the ranks, in rank order, and which rank has what."""
-    refused = next(((rank, facts[REFUSED]) for rank, facts in enumerate(everyone) if REFUSED in facts), None)
-    if refused is not None:
-        return f"rank {refused[0]}: {refused[1]}"
-    names = list(dict.fromkeys(name for facts in everyone for name in facts))
-    differing = [name for name in names if any(facts.get(name) != everyone[0].get(name) for facts in everyone)]
+def describe_difference(by_rank: list[dict[str, Any]]) -> str:
+    """Return the first refusal, else the facts that differ and which rank has what."""
+    for rank, facts in enumerate(by_rank):
+        if REFUSAL in facts:
+            return f"rank {rank}: {facts[REFUSAL]}"
+    names = dict.fromkeys(name for facts in by_rank for name in facts)
+    differing = [name for name in names if any(facts.get(name) != by_rank[0].get(name) for facts in by_rank)]
     parts = []
-    for name in differing[:SHOWN]:
+    for name in differing[:SHOWN_DIFFERENCES]:
         ranks: dict[str, list[int]] = {}
-        for rank, facts in enumerate(everyone):
+        for rank, facts in enumerate(by_rank):
             ranks.setdefault(_shown(facts[name]) if name in facts else "missing", []).append(rank)
         parts.append(f"{name} is " + ", ".join(f"{value} on {_ranks(held)}" for value, held in ranks.items()))
-    more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-    return f"the ranks do not agree: {'; '.join(parts)}{more}. Start every rank with the same."
+    more = f"; and {len(differing) - SHOWN_DIFFERENCES} more" if len(differing) > SHOWN_DIFFERENCES else ""
+    return f"the ranks differ: {'; '.join(parts)}{more}. Start every rank with the same settings, input and software."
 
 
-def describe_ids(ids: Tensor | None) -> str | None:
-    """Return token ids, (1, tokens) on any device, as their number, both ends and a checksum of all of them.
+def _described(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts as JSON values."""
+    described: dict[str, Any] = {}
+    for name, value in facts.items():
+        if isinstance(value, nn.Module):
+            described |= {f"{name}: {part}": text for part, text in describe_model(value).items()}
+        else:
+            described[name] = describe_ids(value) if isinstance(value, Tensor) else value
+    return described
 
-    The sum is made where the ids are: a long document's would take longer to fetch and hash than its first layer.
+
+def describe_ids(ids: Tensor) -> str:
+    """Return how many token ids there are, both ends, and a checksum of all; the ids are (1, tokens), on any device.
+
+    The checksum is computed on the ids' device: fetching and hashing a long document would take longer than its first
+    layer.
     """
-    if ids is None:
-        return None
     values, num_tokens = ids.detach()[0], ids.shape[1]
     ends = values if num_tokens <= 2 * SHOWN_IDS else torch.cat([values[:SHOWN_IDS], values[-SHOWN_IDS:]])
     *listed, rows, columns = torch.cat([ends, checksum(values)]).tolist()
@@ -107,32 +127,32 @@ def describe_ids(ids: Tensor | None) -> str | None:
 
 
 def describe_software() -> dict[str, str | None]:
-    """Return the versions that ranks must share. Python's counts without its last number."""
+    """Return the versions that all ranks must share; Python's without the patch number."""
     found = versions()
     found["python"] = str(found["python"]).rpartition(".")[0]
     return {f"version of {name}": version for name, version in found.items()} | {"source of apb_ds": source_digest()}
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
-    """Return class, config and weights of a transformers model, by name.
+    """Return a module's class, dtype, config (if it has one) and weights, by name.
 
-    Each tensor is told by its dtype, shape and two sums of its bits, taken as 64-bit integers along rows and along
-    columns of a table and weighted by position. Integer sums have no rounding: they are the same on every device and
-    for any number of threads. They catch a value that differs in one bit, and values, rows or columns in another order;
-    not weights that somebody built to have the same sums.
+    A tensor is described by its dtype, its shape and two checksums: its bits, read as a table of 64-bit integers, are
+    summed along rows and along columns, weighted by position. Integer sums do not round, so they are the same on every
+    device and for any number of threads. They detect a single flipped bit and any reordering of values, rows or
+    columns; they do not detect weights constructed to collide.
     """
     config: Any = getattr(model, "config", None)
     values = {} if config is None else config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "_attn_implementation"):  # places, and what is said elsewhere
+    for name in ("_name_or_path", "transformers_version", "_attn_implementation"):  # paths, and what other facts cover
         values.pop(name, None)
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
-    found = {"class of the model": type(model).__name__, "dtype of the model": ", ".join(dtypes)}
+    found = {"class": type(model).__name__, "dtype": ", ".join(dtypes)}
     found |= {f"config.{name}": json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
     seen: dict[tuple[int, ...], str] = {}
     sums: list[tuple[str, Tensor]] = []
     for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.numel())
-        if seen.setdefault(place, name) == name or tensor.numel() == 0:  # tied weights are summed once
+        storage = (tensor.data_ptr(), tensor.numel())
+        if seen.setdefault(storage, name) == name or tensor.numel() == 0:  # tied weights are summed once
             sums.append((f"weights {name}", tensor))
     checksums = torch.stack([checksum(tensor) for _, tensor in sums]).tolist() if sums else []
     for (name, tensor), pair in zip(sums, checksums, strict=True):
@@ -143,11 +163,11 @@ def describe_model(model: nn.Module) -> dict[str, str]:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Return two int64 sums of the tensor's bits, (2,), on its device; see `describe_model`."""
+    """Return two int64 checksums of the tensor's bits, (2,), on its device; see `describe_model`."""
     data = tensor.detach().contiguous().flatten()
     if data.numel() == 0:
         return torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    if data.storage_offset() * data.element_size() % WORD_BYTES:  # a view of words must begin where one does
+    if data.storage_offset() * data.element_size() % WORD_BYTES:  # a view as words must start on a word boundary
         data = data.clone()
     data = data.view(torch.uint8)
     whole = data.numel() // (WORD_BYTES * CHECKSUM_COLUMNS) * WORD_BYTES * CHECKSUM_COLUMNS
@@ -158,15 +178,15 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def _weighted(numbers: Tensor) -> Tensor:
-    """Return the sum of int64 numbers, each times a weight of its position, modulo 2^64."""
+    """Return the sum of int64 numbers, each weighted by its position, modulo 2^64."""
     positions = torch.arange(1, numbers.numel() + 1, dtype=torch.int64, device=numbers.device)
     weights = positions * CHECKSUM_FACTOR
-    weights = (weights ^ (weights >> 29)) | 1  # odd, so that no difference is lost
+    weights = (weights ^ (weights >> 29)) | 1  # odd: multiplying by it loses no bit
     return (numbers * weights).sum()
 
 
 def _hexadecimal(number: int) -> str:
-    """Return a signed 64-bit number's bits."""
+    """Return the bits of a signed 64-bit number."""
     return f"{number & (2**64 - 1):016x}"
 
 

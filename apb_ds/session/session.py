@@ -21,7 +21,7 @@ from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.loading.heads import heads_for
-from apb_ds.parallel.consistency import agree, describe_software
+from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.groups import SequenceGroup, launched_rank, world_group
 from apb_ds.report.compare import compare_records
 from apb_ds.report.memory import peak_memory_kind
@@ -166,19 +166,18 @@ class Session:
                 print(f"Error: rank {launched_rank()}: {failure}", file=sys.stderr, flush=True)
             raise JobError(str(failure)) from failure
 
-        def check() -> Settings:
-            if failure is not None:
-                raise ValueError(str(failure)) from failure
-            assert settings is not None
-            return settings
-
         if settings is not None:
             self._join(settings.timeout_s)
         assert self.group is not None
         try:
-            return agree(self.group, "a job", check, lambda _: {**_shared_values(job), **describe_software()})[0]
+            with shared_validation(self.group, "a job") as comparison:
+                if failure is not None:
+                    raise ValueError(str(failure)) from failure
+                comparison.facts = {**_shared_values(job), **describe_software()}
         except ValueError as error:
             raise JobError(str(error)) from error
+        assert settings is not None
+        return settings
 
     def _join(self, timeout_s: float) -> None:
         if self.group is not None:

@@ -1,4 +1,4 @@
-"""Ranks that were started with something else than the others: told what differs, before they work together."""
+"""Ranks started with different settings, weights, versions or input: all are told what differs before they work."""
 
 from __future__ import annotations
 
@@ -87,17 +87,17 @@ def other_model_config(rank: int, world_size: int) -> str:
 
 
 def other_versions(rank: int, world_size: int) -> str:
-    import apb_ds.parallel.consistency as agreement
+    import apb_ds.parallel.consistency as consistency
 
-    found = {**agreement.versions(), "transformers": f"5.{23 - rank}.0"}
-    with mock.patch.object(agreement, "versions", lambda: found):
+    found = {**consistency.versions(), "transformers": f"5.{23 - rank}.0"}
+    with mock.patch.object(consistency, "versions", lambda: found):
         return message_of(new_engine)
 
 
 def other_source(rank: int, world_size: int) -> str:
-    import apb_ds.parallel.consistency as agreement
+    import apb_ds.parallel.consistency as consistency
 
-    with mock.patch.object(agreement, "source_digest", lambda: f"digest{rank}"):
+    with mock.patch.object(consistency, "source_digest", lambda: f"digest{rank}"):
         return message_of(new_engine)
 
 
@@ -163,10 +163,10 @@ def input_that_one_rank_refuses(rank: int, world_size: int) -> str:
 CASES: dict[Callable[..., str], tuple[str, ...]] = {
     other_settings: ("method.passing_length is 4 on rank 0, 5 on rank 1",),
     settings_that_one_rank_refuses: ("hosts=3", "multiple"),
-    other_weights: ("weights model.layers.1.mlp.up_proj.weight is float32 (96, 64)", "on rank 0", "on rank 1"),
-    rows_in_another_order: ("weights lm_head.weight is",),
-    other_dtype: ("dtype of the model is float32 on rank 0, bfloat16 on rank 1",),
-    other_model_config: ("config.rope_parameters is", "llama3"),
+    other_weights: ("model: weights model.layers.1.mlp.up_proj.weight is float32 (96, 64)", "on rank 0", "on rank 1"),
+    rows_in_another_order: ("model: weights lm_head.weight is",),
+    other_dtype: ("model: dtype is float32 on rank 0, bfloat16 on rank 1",),
+    other_model_config: ("model: config.rope_parameters is", "llama3"),
     other_versions: ("version of transformers is 5.23.0 on rank 0, 5.22.0 on rank 1",),
     other_source: ("source of apb_ds is digest0 on rank 0, digest1 on rank 1",),
     other_documents: ("document_ids is 101 tokens", "sums"),
@@ -232,7 +232,8 @@ def test_a_rank_alone_digests_nothing() -> None:
     document, query = request_ids(N, Q)
     with (
         mock.patch("apb_ds.parallel.consistency.hashlib", None),
-        mock.patch("apb_ds.parallel.consistency.describe", None),
+        mock.patch("apb_ds.parallel.consistency.describe_model", None),
+        mock.patch("apb_ds.parallel.consistency.describe_ids", None),
     ):
         engine = new_engine()
         context = engine.prefill(document, query)
@@ -282,8 +283,8 @@ def test_tied_and_empty_tensors_have_a_place() -> None:
     model.number = torch.nn.Parameter(torch.tensor(3.5))
     found = describe_model(model)
     assert sorted(found) == [
-        "class of the model",
-        "dtype of the model",
+        "class",
+        "dtype",
         "weights nothing",
         "weights number",
         "weights weight",
@@ -298,7 +299,7 @@ def test_tied_and_empty_tensors_have_a_place() -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("agreement")
+    directory = tmp_path_factory.mktemp("consistency")
     (directory / "document.txt").write_text("A lamp stands on the pier. It is lit at dusk. " * 8)
     save_checkpoint(directory / "good")
     return directory
