@@ -179,7 +179,7 @@ def _slow_questions(rank: int) -> Iterator[None]:
 
 
 PATCHES: dict[str, Any] = {
-    "no memory for a round": lambda rank: mock.patch("apb_ds.engine.engine.run_round", _no_memory),
+    "no memory for a round": lambda rank: mock.patch("apb_ds.engine.prefill.run_round", _no_memory),
     "text on the first rank only": _no_text,
     "interrupted at the third line": _interrupt,
     "slow questions": _slow_questions,

@@ -1,4 +1,4 @@
-"""How an engine's model computes, whatever it attends to: fused layers, MLPs in tiles, recorded decode steps."""
+"""How an engine's model computes, whatever it attends to: fused layers, tiled MLPs, oneDNN, recorded decode steps."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
-from apb_ds.config import APBConfig
+from apb_ds.config import MethodSettings
 from apb_ds.engine.cuda_graph import RecordedSteps, can_record
 from apb_ds.hf.fused_layers import fused_layers
+from apb_ds.hf.onednn_linears import onednn_linears
 from apb_ds.hf.tiled_mlps import default_tile, tiled_mlps
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.parallel.groups import SequenceGroup
 
 
-class Execution:
-    """What was prepared for the execution settings of an engine.
+class Acceleration:
+    """What was prepared for a model's `cuda_graph`, `fused` and `mlp_tile` settings.
 
     Parameters
     ----------
     model : transformers decoder, on its device
-    config : its `cuda_graph` and `fused` count
+    settings : MethodSettings
     group : the ranks that share a request
     kernels : that attention uses
 
@@ -34,38 +34,35 @@ class Execution:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        config: APBConfig,
-        group: SequenceGroup,
-        kernels: KernelChoice,
-        device: torch.device,
+        self, model: PreTrainedModel, settings: MethodSettings, group: SequenceGroup, kernels: KernelChoice
     ) -> None:
-        self.recorded = (
-            RecordedSteps(model, group) if config.settings.cuda_graph and can_record(model, kernels) else None
-        )
-        self.fused = fused_layers(model, config.settings.fused, device)
-        self._made_for = _key(config, group, kernels)
+        device = next(model.parameters()).device
+        self.recorded = RecordedSteps(model, group) if settings.cuda_graph and can_record(model, kernels) else None
+        self.fused = fused_layers(model, settings.fused, device)
+        self._model = (model,)  # not a submodule of anything
+        self._tile = default_tile(device) if settings.mlp_tile is None else settings.mlp_tile
+        self._made_for = _key(settings, group, kernels)
 
-    def serves(self, config: APBConfig, group: SequenceGroup, kernels: KernelChoice) -> bool:
-        """Whether it can stay under other settings: an evaluation changes those of the prefill with every sample."""
-        return self._made_for == _key(config, group, kernels)
+    def serves(self, settings: MethodSettings, group: SequenceGroup, kernels: KernelChoice) -> bool:
+        """Whether it can stay under other settings: an evaluation changes the prefill's with every sample."""
+        return self._made_for == _key(settings, group, kernels)
 
     @contextmanager
-    def in_force(self, model: PreTrainedModel, tile: int | None) -> Iterator[None]:
-        """Have the model compute with fused layers, and its MLPs `tile` tokens at a time; on leaving, as it was."""
+    def in_prefill(self, num_tokens: int) -> Iterator[None]:
+        """Have the model compute forwards of about `num_tokens` tokens; restore it on leaving."""
+        with onednn_linears(self._model[0].base_model, min(num_tokens, self._tile or num_tokens)), self.in_decoding():
+            yield
+
+    @contextmanager
+    def in_decoding(self) -> Iterator[None]:
+        """Have the model compute forwards of a few tokens; restore it on leaving."""
         with ExitStack() as stack:
             if self.fused is not None:
                 stack.enter_context(self.fused.in_force())
-            stack.enter_context(tiled_mlps(model, tile))
+            stack.enter_context(tiled_mlps(self._model[0], self._tile))
             yield
 
 
-def mlp_tile(config: APBConfig, device: torch.device) -> int | None:
-    """Return how many tokens an MLP computes at a time, None for all at once."""
-    return default_tile(device) if config.settings.mlp_tile is None else config.settings.mlp_tile
-
-
-def _key(config: APBConfig, group: SequenceGroup, kernels: KernelChoice) -> tuple[Any, ...]:
+def _key(settings: MethodSettings, group: SequenceGroup, kernels: KernelChoice) -> tuple[Any, ...]:
     recorded = None if kernels.recorded is None else kernels.recorded.name
-    return config.settings.cuda_graph, config.settings.fused, recorded, group.world_size
+    return settings.cuda_graph, settings.fused, settings.mlp_tile, recorded, group.world_size

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,28 +14,25 @@ from deepspeed.inference.engine import InferenceEngine
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apb_ds.attention import APBAttention, Phase
+from apb_ds.attention import APBAttention, Phase, check_available
 from apb_ds.cache import ShardedCache
 from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
-from apb_ds.engine.acceleration import Execution, mlp_tile
+from apb_ds.engine.acceleration import Acceleration
 from apb_ds.engine.context import Context
 from apb_ds.engine.cuda_graph import RecordedSteps
-from apb_ds.engine.decoding import (
-    LockstepDecoder,
-    RequestStats,
-    with_stop_strings,
-)
-from apb_ds.engine.prefill import run_round
-from apb_ds.engine.validation import AskedPrefill, Asking
+from apb_ds.engine.decoding import LockstepDecoder, RequestStats
+from apb_ds.engine.generation_settings import arguments_for_loop
+from apb_ds.engine.prefill import run_rounds
+from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator
 from apb_ds.hf.architecture import check_supported, geometry_of
 from apb_ds.hf.interface import apb_attention
-from apb_ds.hf.onednn_linears import onednn_linears
 from apb_ds.hf.rotary import buffers_keep_their_dtype, warn_of_rough_frequencies
 from apb_ds.hf.tiled_mlps import check_tile
 from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.methods.state import PrefillState
+from apb_ds.ops.kernels import KernelChoice
 from apb_ds.ops.memory import explain_out_of_memory, levers
 from apb_ds.parallel.consistency import shared_validation
 from apb_ds.parallel.failure import place
@@ -47,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
-# DeepSpeed counts prompt and new tokens against this; its own default of 1024 is no limit of ours.
+# DeepSpeed counts prompt and new tokens against this; its default of 1024 does not apply here.
 NO_TOKEN_LIMIT = 2**31
 
 
@@ -59,7 +55,7 @@ class APBEngine(InferenceEngine):
 
     Attributes
     ----------
-    apb_config : the settings in force; change them with `configure`
+    apb_config : the options in force; change them with `configure`
     group : the ranks that share a request
     stats : where the time of the last `prefill` or `generate` went
     """
@@ -82,10 +78,10 @@ class APBEngine(InferenceEngine):
         self.geometry = geometry_of(model)
         self._attached_to: tuple[InferenceEngine, dict[str, Any]] | None = None
         self._training = [(module, module.training) for module in model.modules()]
-        # No attribute of the module tree: `module` stays what transformers made.
-        self._heads: list[RetainingHeads] = []
-        self._execution: Execution | None = None
-        self.configure(config, retaining_heads)
+        self._heads: list[RetainingHeads] = []  # a list, which keeps them out of this module's tree
+        attention, heads = self._build_attention(config, retaining_heads)
+        self._acceleration = Acceleration(self.module, config.settings, group, self._kernels_of(attention))
+        self._put_in_force(config, attention, heads)
         self.module.eval()
 
     def configure(self, config: APBConfig, retaining_heads: HeadsSource | None = None) -> None:
@@ -98,26 +94,37 @@ class APBEngine(InferenceEngine):
         Raises
         ------
         ValueError, RuntimeError
-            For settings that do not fit the group or name what is not there. Nothing is changed then.
+            For settings that do not fit the group or the model, or name something that is not installed. Nothing is
+            changed then.
         """
+        attention, heads = self._build_attention(config, retaining_heads)
+        kernels = self._kernels_of(attention)
+        if not self._acceleration.serves(config.settings, self.group, kernels):
+            self._acceleration = Acceleration(self.module, config.settings, self.group, kernels)
+        self._put_in_force(config, attention, heads)
+
+    def _build_attention(
+        self, config: APBConfig, retaining_heads: HeadsSource | None
+    ) -> tuple[APBAttention, RetainingHeads | None]:
+        """Validate settings against model and group, and build what they need."""
         check_ranks(config, self.group.world_size)
-        attention = APBAttention(config, self.group)  # refuses unknown names before files are looked for
+        check_available(config)  # before files are looked for
+        check_tile(self.module, config.settings.mlp_tile)
         if retaining_heads is None and needs_heads(config.compressor):
             retaining_heads = next(iter(self._heads), None)
         heads = heads_for(self.module, config, retaining_heads)
         if heads is not None:
             heads = heads.placed(self.device, self.module.dtype)
-            attention = APBAttention(config, self.group, heads)
+        attention = APBAttention(config, self.group, heads)
         attention.check_heads(self.geometry.heads, self.geometry.kv_heads)
-        check_tile(self.module, config.mlp_tile)
-        kernels = attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
+        return attention, heads
+
+    def _put_in_force(self, config: APBConfig, attention: APBAttention, heads: RetainingHeads | None) -> None:
         self.apb_config = config
         self.attention = attention
-        if self._execution is None or not self._execution.serves(config, self.group, kernels):
-            self._execution = Execution(self.module, config, self.group, kernels, self.device)
         if heads is not None:
             self._heads = [heads]
-        self._said_exact = False
+        self._warned_exact = False
 
     @property
     def device(self) -> torch.device:
@@ -126,14 +133,21 @@ class APBEngine(InferenceEngine):
     @property
     def kernel_names(self) -> dict[str, str]:
         """Names of the kernels in use, for ``prefill``, ``decode`` and, where steps are recorded, ``recorded``."""
-        kernels = self.attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
+        kernels = self._kernels_of(self.attention)
         if self._recorded is None or kernels.recorded is None:
             return kernels.names
         return kernels.names | {"recorded": kernels.recorded.name}
 
     @property
-    def _asking(self) -> Asking:
-        return Asking(self.module, self.apb_config, self.attention, self.group)
+    def _validator(self) -> Validator:
+        return Validator(self.module, self.apb_config, self.attention, self.group)
+
+    @property
+    def _recorded(self) -> RecordedSteps | None:
+        return self._acceleration.recorded
+
+    def _kernels_of(self, attention: APBAttention) -> KernelChoice:
+        return attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
 
     @torch.no_grad()
     def prefill(
@@ -169,38 +183,33 @@ class APBEngine(InferenceEngine):
             On the rank whose memory runs out, with what helps.
         """
         with shared_validation(self.group, "prefill", self.device) as comparison:
-            asked = self._asking.prefill(document_ids, query_ids, max_positions)
-            comparison.facts = self._asking.prefill_facts(asked)
-        return self._run_prefill(asked, comparison.digest, progress)
+            request = self._validator.prefill(document_ids, query_ids, max_positions)
+            comparison.facts = request.facts
+        return self._run_prefill(request, comparison.digest, progress)
 
-    def _run_prefill(self, asked: AskedPrefill, key: str, progress: Progress | None) -> Context:
-        document_ids, query_ids, plan = asked.document_ids, asked.query_ids, asked.plan
-        num_tokens, max_positions = document_ids.shape[1], asked.max_positions
-        self._say_if_exact(plan.exact, num_tokens)
-
+    def _run_prefill(self, request: PrefillRequest, key: str, progress: Progress | None) -> Context:
+        plan, num_tokens = request.plan, request.document_ids.shape[1]
+        self._warn_if_exact(plan.exact, num_tokens)
         cache = ShardedCache(
             self.geometry.num_layers,
             self.group.is_last,
             plan.shard_length(self.group.rank),
-            new_tokens=max_positions - num_tokens,
+            new_tokens=request.max_positions - num_tokens,
         )
         if self._recorded is not None:
             self._recorded.lend_buffers(cache)
         state = PrefillState(plan, cache, self.group.rank, progress=progress)
-        sent_before = self.group.bytes_sent
-        began = self._now()
-        round_length = max(plan.num_forward_tokens(rank, 0) for rank in range(plan.world_size))
+        sent_before, began = self.group.bytes_sent, self._now()
+        longest = max(plan.num_forward_tokens(rank, 0) for rank in range(plan.world_size))
         with (
             explain_out_of_memory(
-                f"prefilling {num_tokens} tokens, {round_length} of them in a round",
+                f"prefilling {num_tokens} tokens, {longest} of them in a round",
                 levers(plan, self.module.dtype, is_prefill=True),
             ),
-            onednn_linears(self.module.base_model, min(round_length, self._mlp_tile or round_length)),
-            self._layers_in_force(),
-            apb_attention(self.module, self.attention, Phase.PREFILL, max_positions, state),
+            self._acceleration.in_prefill(longest),
+            apb_attention(self.module, self.attention, Phase.PREFILL, request.max_positions, state),
         ):
-            for state.round_index in range(len(plan.rounds)):
-                run_round(self.module, self.attention, state, document_ids, query_ids)
+            run_rounds(self.module, self.attention, state, request.document_ids, request.query_ids)
         place.enter(place.BETWEEN)
         cache.set_length(num_tokens)
         prefill_s = self._now() - began
@@ -208,8 +217,8 @@ class APBEngine(InferenceEngine):
         return Context(
             plan=plan,
             cache=cache,
-            token_ids=document_ids,
-            max_positions=max_positions,
+            token_ids=request.document_ids,
+            max_positions=request.max_positions,
             prefill_s=prefill_s,
             bytes_sent=self.group.bytes_sent - sent_before,
             model=self.module,
@@ -260,20 +269,20 @@ class APBEngine(InferenceEngine):
             For batches, beams, several return sequences, assisted decoding, ``use_cache=False`` and bad input, on
             every rank before anything is sent.
         """
-        given: dict[str, Any] = {"document_ids": document_ids, "query_ids": query_ids, "context": context}
-        given |= {"input_ids": input_ids, "query_length": query_length, "append": append}
+        call = GenerateCall(
+            document_ids, query_ids, max_new_tokens, context, append, input_ids, query_length, generate_arguments
+        )
         with shared_validation(self.group, "generate", self.device) as comparison:
-            asked = self._asking.generate(given, max_new_tokens, generate_arguments)
-            comparison.facts = {
-                **self._asking.query_facts(asked, context),
-                "append": append,
-                "recorded": self.kernel_names.get("recorded"),  # ranks record steps together, or not at all
-            }
-        if asked.prefill is not None:
-            context = self._run_prefill(asked.prefill, comparison.digest, progress)
-        assert context is not None
-        prefill_s = 0.0 if asked.prefill is None else context.prefill_s
-        tokens = self._decode(context, asked.ids, asked.num_new, append, asked.arguments)
+            request = self._validator.generate(call)
+            # Ranks record decode steps together, or not at all.
+            comparison.facts = request.facts | {"recorded": self.kernel_names.get("recorded")}
+        prefill_s = 0.0
+        if isinstance(request.source, PrefillRequest):
+            context = self._run_prefill(request.source, comparison.digest, progress)
+            prefill_s = context.prefill_s
+        else:
+            context = request.source
+        tokens = self._decode(request, context)
         self.stats.prefill_s = prefill_s
         return tokens if input_ids is None else torch.cat([input_ids.to(tokens.device), tokens], dim=-1)
 
@@ -290,16 +299,15 @@ class APBEngine(InferenceEngine):
         (1, q, vocab), float32, the same on every rank
         """
         with shared_validation(self.group, "query_logits", self.device) as comparison:
-            asked = self._asking.logits(query_ids, context)
-            comparison.facts = self._asking.query_facts(asked, context)
-        query_ids = asked.ids
-        num_query = query_ids.shape[1]
+            request = self._validator.logits(query_ids, context)
+            comparison.facts = request.facts
+        num_query = request.ids.shape[1]
         cached = context.num_cached
-        fed = torch.cat([context.token_ids[:, cached:], query_ids], dim=-1)
+        fed = torch.cat([context.token_ids[:, cached:], request.ids], dim=-1)
         positions = torch.arange(cached, cached + fed.shape[1], device=self.device).unsqueeze(0)
         try:
             with (
-                self._layers_in_force(),
+                self._acceleration.in_decoding(),
                 apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions),
             ):
                 output = self.module(
@@ -317,14 +325,13 @@ class APBEngine(InferenceEngine):
     def destroy(self) -> None:
         """Free what the engine holds besides the model: a recorded step with its cache, and retaining heads.
 
-        DeepSpeed's own frees the workspace of kernels that are never loaded here, and fails where there is none.
+        DeepSpeed's method frees the workspace of kernels that are never loaded here, and fails without one.
         """
-        if self._execution is not None:
-            self._execution.recorded = None
+        self._acceleration.recorded = None
         self._heads.clear()
 
     def detach(self) -> InferenceEngine | nn.Module:
-        """Undo `attach`: give back the engine it was called with, with its own `generate`; else the plain model."""
+        """Undo `attach` and return the engine it was called with, its `generate` restored; else return the model."""
         for module, training in self._training:
             module.training = training
         if self._attached_to is None:
@@ -335,22 +342,19 @@ class APBEngine(InferenceEngine):
         self._attached_to = None
         return engine
 
-    def _decode(
-        self, context: Context, query_ids: Tensor, num_new: int, append: bool, arguments: dict[str, Any]
-    ) -> Tensor:
+    def _decode(self, request: QueryRequest, context: Context) -> Tensor:
         before = context.num_cached
-        prompt = torch.cat([context.token_ids, query_ids], dim=-1)
-        arguments = {name: value for name, value in arguments.items() if name not in ("max_length", "max_new_tokens")}
-        arguments = with_stop_strings(self.module, arguments)
+        prompt = torch.cat([context.token_ids, request.ids], dim=-1)
+        arguments = arguments_for_loop(self.module, request.arguments)
         streamer = arguments.pop("streamer", None)
         kept = False
         try:
             with (
                 explain_out_of_memory(
-                    f"answering {query_ids.shape[1]} query tokens after {context.num_tokens}",
+                    f"answering {request.ids.shape[1]} query tokens after {context.num_tokens}",
                     levers(context.plan, self.module.dtype, is_prefill=False),
                 ),
-                self._layers_in_force(),
+                self._acceleration.in_decoding(),
                 apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions) as call,
             ):
                 decoder = LockstepDecoder(self.group, call, streamer, self._synchronize, self._recorded)
@@ -358,37 +362,24 @@ class APBEngine(InferenceEngine):
                     input_ids=prompt,
                     attention_mask=torch.ones_like(prompt),
                     past_key_values=context.cache,
-                    max_new_tokens=num_new,
+                    max_new_tokens=request.num_new,
                     custom_generate=decoder,
                     **arguments,
                 )
-            kept = append
+            kept = request.append
         finally:
             if not kept:
                 context.cache.crop_to(before)
         place.enter(place.BETWEEN)
         self.stats = decoder.stats
-        if append:
+        if request.append:
             context.token_ids = everything
         return everything[:, prompt.shape[1] :]
 
-    @property
-    def _recorded(self) -> RecordedSteps | None:
-        return None if self._execution is None else self._execution.recorded
-
-    @property
-    def _mlp_tile(self) -> int | None:
-        return mlp_tile(self.apb_config, self.device)
-
-    def _layers_in_force(self) -> AbstractContextManager[None]:
-        """Return what has the model compute as the settings say."""
-        assert self._execution is not None
-        return self._execution.in_force(self.module, self._mlp_tile)
-
-    def _say_if_exact(self, exact: bool, num_tokens: int) -> None:
-        if exact and not self.apb_config.is_exact_method and not self._said_exact and self.group.is_first:
+    def _warn_if_exact(self, exact: bool, num_tokens: int) -> None:
+        if exact and not self.apb_config.is_exact_method and not self._warned_exact and self.group.is_first:
             logger.warning("running exact: a document of %d tokens is too short for APB to save anything.", num_tokens)
-            self._said_exact = True
+            self._warned_exact = True
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""One round of a prefill on one rank: what it feeds its model, and the forward."""
+"""Prefill on one rank: round by round, what the model is fed, and the forward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from apb_ds.attention import APBAttention, Phase
 from apb_ds.hf.architecture import geometry_of
 from apb_ds.hf.interface import PrefillComplete
 from apb_ds.methods.state import PrefillState
+
+
+def run_rounds(
+    model: PreTrainedModel,
+    attention: APBAttention,
+    state: PrefillState,
+    document_ids: Tensor,
+    query_ids: Tensor | None,
+) -> None:
+    """Run every round of a prefill; see `run_round`."""
+    for round_index in range(len(state.plan.rounds)):
+        state.start_round(round_index)
+        run_round(model, attention, state, document_ids, query_ids)
 
 
 def run_round(
@@ -38,11 +51,11 @@ def run_round(
         model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
     except PrefillComplete:
         return
-    raise RuntimeError("the last layer's attention was never called; is this model's attention APB's?")
+    raise RuntimeError("the last layer's attention was never called: the model does not use the engine's attention.")
 
 
 def _join_round(model: PreTrainedModel, attention: APBAttention, state: PrefillState) -> None:
-    """Take part in every layer's collectives with no token, since no forward ever sees zero tokens."""
+    """Join every layer's collectives without a token, since no forward may see zero tokens."""
     sizes = geometry_of(model)
     device = next(model.parameters()).device
     queries = torch.empty((1, sizes.heads, 0, sizes.head_dim), dtype=model.dtype, device=device)
@@ -62,14 +75,13 @@ def round_inputs(state: PrefillState, document_ids: Tensor, query_ids: Tensor | 
     parts = [document_ids[:, slice(*plan.blocks[host])] for host in served]
     positions = [torch.arange(*plan.blocks[host], device=document_ids.device) for host in served]
     padding = plan.padding_length(state.rank)
-    if padding:  # at the last position: a larger one could change the rotary frequencies
+    if padding:  # at the last position, since a larger one could change the rotary frequencies
         parts.append(document_ids[:, -1:].expand(1, padding))
         positions.append(torch.full((padding,), plan.num_tokens - 1, device=document_ids.device))
     start, stop = state.anchor_share
     if stop > start:
         anchor = document_ids[:, : plan.anchor_length]
-        if plan.anchor_query_length:
-            assert query_ids is not None
+        if query_ids is not None and plan.anchor_query_length:
             before, after = document_ids[:, : plan.query_position], document_ids[:, plan.query_position :]
             anchor = torch.cat([before, query_ids, after], dim=-1)[:, : plan.anchor_length]
         parts.insert(0, anchor[:, start:stop])

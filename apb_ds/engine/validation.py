@@ -1,8 +1,12 @@
-"""What an engine is asked: checked on every rank, and told in facts that all ranks must have in common."""
+"""Validate what the engine is asked, on every rank, before anything is sent.
+
+A `Validator` turns arguments into a `PrefillRequest` or `QueryRequest`, or raises ValueError. Both carry the facts that
+all ranks must share; see `apb_ds.parallel.consistency`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +16,7 @@ from transformers import PreTrainedModel
 from apb_ds.attention import APBAttention
 from apb_ds.config import APBConfig
 from apb_ds.engine.context import Context
-from apb_ds.engine.decoding import check_generate_arguments, count_new_tokens
+from apb_ds.engine.generation_settings import check_generate_arguments, count_new_tokens
 from apb_ds.hf.architecture import check_positions
 from apb_ds.hf.rotary import check_reach
 from apb_ds.parallel.groups import SequenceGroup
@@ -22,48 +26,68 @@ SHOWN_KEY = 12  # characters of a context's key
 
 
 @dataclass(frozen=True)
-class AskedPrefill:
-    """A prefill whose input has been checked.
+class PrefillRequest:
+    """A valid prefill.
 
     Attributes
     ----------
     document_ids, query_ids : (1, tokens), int64, on the engine's device
-    plan : how it is done
-    max_positions : that the context must serve
+    plan : how the document is split
+    max_positions : positions that the context must serve
+    facts : what all ranks must share
     """
 
     document_ids: Tensor
     query_ids: Tensor | None
     plan: Plan
     max_positions: int
+    facts: dict[str, Any] = field(repr=False)
 
 
 @dataclass(frozen=True)
-class AskedQuery:
-    """A query whose input has been checked.
+class QueryRequest:
+    """A valid query.
 
     Attributes
     ----------
     ids : (1, q), int64, on the engine's device
+    source : the context to answer from, or the prefill that makes it
     num_new : tokens to generate at most
     arguments : of transformers' `generate`
-    prefill : of a document that has no context yet
+    append : whether the context keeps query and answer
+    facts : what all ranks must share
     """
 
     ids: Tensor
-    num_new: int
+    source: Context | PrefillRequest
+    num_new: int = 0
+    arguments: dict[str, Any] = field(default_factory=dict)
+    append: bool = False
+    facts: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class GenerateCall:
+    """The arguments of `APBEngine.generate`, as they were given."""
+
+    document_ids: Tensor | None
+    query_ids: Tensor | None
+    max_new_tokens: int | None
+    context: Context | None
+    append: bool
+    input_ids: Tensor | None
+    query_length: int | None
     arguments: dict[str, Any]
-    prefill: AskedPrefill | None = None
 
 
-class Asking:
-    """Checks requests against a model, settings and a group. Nothing here sends anything; bad input is a ValueError.
+class Validator:
+    """Validates requests against a model, settings and a group; bad input is a ValueError. It sends nothing.
 
     Parameters
     ----------
     module : the engine's model
-    config, attention : the settings in force, and the layer made of them
-    group : of the ranks that share a request
+    config, attention : the settings in force and the layer built from them
+    group : the ranks that share a request
     """
 
     def __init__(
@@ -74,7 +98,8 @@ class Asking:
         self._attention = attention
         self._group = group
 
-    def prefill(self, document_ids: Tensor, query_ids: Tensor | None, max_positions: int | None) -> AskedPrefill:
+    def prefill(self, document_ids: Tensor, query_ids: Tensor | None, max_positions: int | None) -> PrefillRequest:
+        """Validate `APBEngine.prefill`'s arguments."""
         document_ids = check_ids(self._module, "document_ids", document_ids)
         num_query = 0
         if query_ids is not None:
@@ -87,71 +112,68 @@ class Asking:
             raise ValueError(f"compressor={self._config.compressor!r} needs query_ids at prefill; it scores with them.")
         max_positions = max(max_positions or 0, num_tokens + num_query)
         check_positions(self._module, max_positions)
-        return AskedPrefill(document_ids, query_ids, plan, max_positions)
+        facts = {f"method.{name}": value for name, value in self._config.resolved().items()}
+        facts |= {"document_ids": document_ids, "query_ids": query_ids, "max_positions": max_positions}
+        return PrefillRequest(document_ids, query_ids, plan, max_positions, facts)
 
-    def prefill_facts(self, asked: AskedPrefill) -> dict[str, Any]:
-        """Return what the ranks must have in common before a prefill."""
-        settings = {f"method.{name}": value for name, value in self._config.resolved().items()}
-        ids = {"document_ids": asked.document_ids, "query_ids": asked.query_ids}
-        return {**settings, **ids, "max_positions": asked.max_positions}
+    def generate(self, call: GenerateCall) -> QueryRequest:
+        """Validate `APBEngine.generate`'s arguments."""
+        document_ids, query_ids = self._document_and_query(call)
+        arguments = check_generate_arguments(self._module, call.arguments)
+        query_ids = check_ids(self._module, "query_ids", query_ids)
+        if call.context is None:
+            document_ids = check_ids(self._module, "document_ids", document_ids)
+            known = document_ids.shape[1] + query_ids.shape[1]
+            num_new = count_new_tokens(self._module, call.max_new_tokens, arguments, known)
+            prefill = self.prefill(document_ids, query_ids, known + num_new)
+            facts = {**prefill.facts, "max_new_tokens": num_new, "append": call.append}
+            return QueryRequest(query_ids, prefill, num_new, arguments, call.append, facts)
+        known = call.context.num_tokens + query_ids.shape[1]
+        num_new = count_new_tokens(self._module, call.max_new_tokens, arguments, known)
+        self._check_context(call.context, known + num_new)
+        facts = self._query_facts(query_ids, call.context, num_new) | {"append": call.append}
+        return QueryRequest(query_ids, call.context, num_new, arguments, call.append, facts)
 
-    def generate(
-        self, given: dict[str, Any], max_new_tokens: int | None, generate_arguments: dict[str, Any]
-    ) -> AskedQuery:
-        """Return what `generate` is asked; `given` are its arguments that say which document and query."""
-        document_ids, query_ids, context = given["document_ids"], given["query_ids"], given["context"]
-        if given["input_ids"] is not None:
-            if document_ids is not None or query_ids is not None or context is not None:
+    def logits(self, query_ids: Tensor, context: Context) -> QueryRequest:
+        """Validate `APBEngine.query_logits`'s arguments."""
+        ids = check_ids(self._module, "query_ids", query_ids)
+        self._check_context(context, context.num_tokens + ids.shape[1])
+        return QueryRequest(ids, context, facts=self._query_facts(ids, context, 0))
+
+    def _document_and_query(self, call: GenerateCall) -> tuple[Tensor | None, Tensor]:
+        """Return document and query of whichever of `generate`'s forms was used."""
+        document_ids, query_ids = call.document_ids, call.query_ids
+        if call.input_ids is not None:
+            if document_ids is not None or query_ids is not None or call.context is not None:
                 raise ValueError("input_ids holds document and query; give it alone, with query_length.")
-            document_ids, query_ids = split_query(self._module, given["input_ids"], given["query_length"])
-        elif given["query_length"] is not None:
+            document_ids, query_ids = split_query(self._module, call.input_ids, call.query_length)
+        elif call.query_length is not None:
             raise ValueError("query_length belongs to input_ids, which is missing.")
         if query_ids is None:
             raise ValueError("query_ids is missing: the tokens after the document, at least one.")
-        if (context is None) == (document_ids is None):
+        if (call.context is None) == (document_ids is None):
             raise ValueError("give document_ids, or context=engine.prefill(document_ids), and not both.")
-        if given["append"] and context is None:
+        if call.append and call.context is None:
             raise ValueError("append=True keeps the turn in a context; pass context=engine.prefill(...).")
-        arguments = check_generate_arguments(self._module, generate_arguments)
-        query_ids = check_ids(self._module, "query_ids", query_ids)
-        if context is None:
-            known = check_ids(self._module, "document_ids", document_ids).shape[1] + query_ids.shape[1]
-            num_new = count_new_tokens(self._module, max_new_tokens, arguments, known)
-            prefill = self.prefill(document_ids, query_ids, known + num_new)
-            return AskedQuery(query_ids, num_new, arguments, prefill)
-        self._check_context(context)
-        known = context.num_tokens + query_ids.shape[1]
-        num_new = count_new_tokens(self._module, max_new_tokens, arguments, known)
-        check_reach(self._module, context.max_positions, known + num_new)
-        return AskedQuery(query_ids, num_new, arguments)
+        return document_ids, query_ids
 
-    def logits(self, query_ids: Tensor, context: Context) -> AskedQuery:
-        """Return what `query_logits` is asked."""
-        ids = check_ids(self._module, "query_ids", query_ids)
-        self._check_context(context)
-        check_reach(self._module, context.max_positions, context.num_tokens + ids.shape[1])
-        return AskedQuery(ids, 0, {})
-
-    def query_facts(self, asked: AskedQuery, context: Context | None) -> dict[str, Any]:
-        """Return what the ranks must have in common before a query. How tokens are drawn is the first rank's affair."""
-        if asked.prefill is not None:
-            return {**self.prefill_facts(asked.prefill), "max_new_tokens": asked.num_new}
-        assert context is not None
-        of_context = {"prefill": context.key[:SHOWN_KEY], "tokens": context.num_tokens}
-        return {"query_ids": asked.ids, "max_new_tokens": asked.num_new, "context": of_context}
-
-    def _check_context(self, context: Context) -> None:
+    def _check_context(self, context: Context, num_positions: int) -> None:
         if context.model is not self._module or context.group != self._group:
             raise ValueError("context belongs to another engine: its keys and values are another model's or group's.")
+        check_reach(self._module, context.max_positions, num_positions)
+
+    def _query_facts(self, query_ids: Tensor, context: Context, num_new: int) -> dict[str, Any]:
+        of_context = {"prefill": context.key[:SHOWN_KEY], "tokens": context.num_tokens}
+        return {"query_ids": query_ids, "max_new_tokens": num_new, "context": of_context}
 
 
-def check_ids(model: PreTrainedModel, name: str, ids: Tensor) -> Tensor:
+def check_ids(model: PreTrainedModel, name: str, ids: Tensor | None) -> Tensor:
     """Return the ids on the model's device.
 
     Raises
     ------
     ValueError
-        Naming `name`, unless they are int64, (1, tokens) with at least one token, and known to the model.
+        Naming `name`, unless they are int64, (1, tokens) with at least one token, and in the model's vocabulary.
     """
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
         got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
@@ -165,7 +187,7 @@ def check_ids(model: PreTrainedModel, name: str, ids: Tensor) -> Tensor:
     lowest, highest = torch.stack(torch.aminmax(ids)).tolist()
     if lowest < 0 or highest >= vocabulary:
         raise ValueError(
-            f"{name} has token ids from {lowest} to {highest}; the model knows 0 to {vocabulary - 1}. "
+            f"{name} has token ids from {lowest} to {highest}; the model's vocabulary is 0 to {vocabulary - 1}. "
             "Does the tokenizer belong to this model?"
         )
     return ids.to(next(model.parameters()).device)

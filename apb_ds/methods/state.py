@@ -1,4 +1,4 @@
-"""What one request carries from layer to layer and from round to round, and the tools that the methods work with."""
+"""What a prefill carries from layer to layer and from round to round, and the tools that the methods work with."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class PrefillState:
     plan : how the request is split
     cache : where this rank's blocks go
     rank : this rank
-    round_index : the round under way; the engine advances it
-    projections : what the layer under way has projected of this rank's tokens, before rotation: (1, tokens, channels)
-        each, queries, keys and values in this order or in one tensor. Whoever calls the attention sets it, where the
-        compressor `needs_projections` and `needs_scores`; the method takes it, so that it lives no longer than needed.
+    round_index : the round under way
+    projections : the layer's projections of this rank's tokens before rotation, (1, tokens, channels) each: queries,
+        keys and values in this order, or one tensor. The caller of the attention sets it where the compressor
+        `needs_projections` and `needs_scores`; the method takes it, so that it lives no longer than needed.
     progress : called as ``progress(done, total)`` after each layer of each round
     """
 
@@ -59,6 +59,10 @@ class PrefillState:
     projections: Sequence[Tensor] | None = None
     _layers_done: int = 0
     _passed: dict[int, PassedStates] = field(default_factory=dict)
+
+    def start_round(self, round_index: int) -> None:
+        """Begin a round; rounds come in order."""
+        self.round_index = round_index
 
     @property
     def hosts(self) -> tuple[int, ...]:
@@ -90,7 +94,7 @@ class PrefillState:
             self.cache.layer(layer_idx).store_block(keys, values)
 
     def take_projections(self) -> list[tuple[Tensor, ...] | None]:
-        """Return `projections` of each block, views of (1, block_tokens, channels) each, and let go of them."""
+        """Return the `projections` of each block, views of (1, block_tokens, channels) each, and release them."""
         parts, self.projections = self.projections, None
         if parts is None:
             return [None] * len(self.hosts)

@@ -158,9 +158,9 @@ def test_fused_layers(family: str) -> None:
     for dtype, tolerance in ((torch.float32, FLOAT32_TOLERANCE), (torch.bfloat16, BFLOAT16_TOLERANCE)):
         plain, fused = (new_engine(family, dtype, fused=on, **given) for on in (False, True))
         assert (
-            fused._execution.fused.counts["norms"]
-            and fused._execution.fused.counts["mlps"]
-            and fused._execution.fused.counts["rotations"]
+            fused._acceleration.fused.counts["norms"]
+            and fused._acceleration.fused.counts["mlps"]
+            and fused._acceleration.fused.counts["rotations"]
         )
         expected = answer(plain, document, query)
         actual = answer(fused, document, query)

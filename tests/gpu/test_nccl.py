@@ -128,7 +128,7 @@ def test_exact_methods_are_the_plain_model(nccl: Pool, method: str) -> None:
 def answer_in_half_precision(rank: int, world_size: int) -> Tensor:
     """Return a query's logits as this rank computed them, with everything that CUDA switches on."""
     engine = apb_ds.init_inference(build_model("llama").bfloat16(), apb_ds.APBConfig(hosts=4, compressor="recent"))
-    assert engine._execution is not None and engine._execution.fused is not None
+    assert engine._acceleration.fused is not None
     document, query = request_ids(203, 7)
     return own_query_logits(engine, query, engine.prefill(document, query)).cpu()
 

@@ -171,7 +171,7 @@ def test_the_engines_tokens(method: str, uncompiled: list[Any], monkeypatch: pyt
     plain = apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(method=method, **given))
     expected = plain.generate(document, query, max_new_tokens=6, do_sample=False)
     on_cpu = apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(method=method, fused=True, **given))
-    assert on_cpu._execution.fused is None
+    assert on_cpu._acceleration.fused is None
     monkeypatch.setattr("apb_ds.engine.acceleration.fused_layers", lambda model, enabled, device: FusedLayers(model))
     engine = apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(method=method, fused=True, **given))
     uncompiled.clear()
