@@ -157,7 +157,8 @@ def _heads_of(method: APBConfig, given: object, model: ModelConfig) -> str | Non
     found = given or model.retaining_heads
     if found is None:
         raise ValueError(
-            f"method.compressor={method.compressor} needs trained heads, and this model comes with none; set "
-            f"method.{HEADS_KEY} to a .pt or .safetensors file, a directory or a hub id, or use another compressor."
+            f"method.compressor={method.compressor} needs trained heads, and model.{HEADS_KEY} names none: set "
+            f"method.{HEADS_KEY} to a .pt or .safetensors file, a directory or a hub id, train heads with "
+            "launch/train_heads.py, or use another compressor."
         )
     return found

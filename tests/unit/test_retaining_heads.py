@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -477,6 +476,17 @@ def test_a_hub_id_is_found_in_the_cache(
     assert float((query_logits(engine) - expected).abs().max()) < 1e-4
 
 
+def test_heads_in_a_package_are_found(
+    checkpoint: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "heads_of_mine"
+    (package / "trained").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    save_heads(package / "trained" / "heads.safetensors", checkpoint)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert is_checkpoint(load_heads("package://heads_of_mine/trained", SIZES), checkpoint)
+
+
 # --- launch scripts -------------------------------------------------------------------------------------------------
 
 
@@ -504,6 +514,7 @@ def test_where_settings_take_heads_from(method: dict[str, Any], model: dict[str,
     ("method", "model", "part"),
     [
         ({"compressor": "retaining_heads"}, {}, "method.compressor=retaining_heads needs trained heads"),
+        ({"compressor": "heads_and_window"}, {}, "launch/train_heads.py"),
         (
             {"retaining_heads": "c.pt"},
             {},
@@ -530,24 +541,22 @@ def test_a_sweep_with_and_without_heads(tmp_path: Path) -> None:
     assert (ended.code, ended.errors) == (0, [None, None, None]), ended.stderr
     ended = run_infer(0, 1, ["method.compressor=retaining_heads", "model.retaining_heads=null", *common])
     assert ended.code == 2 and "needs trained heads" in ended.stderr
-    ended = run_infer(0, 1, ["method.compressor=retaining_heads", *common])  # those of model=smollm2
-    assert ended.code == 2 and "does not fit a model of" in ended.stderr
+    ended = run_infer(0, 1, ["method.compressor=retaining_heads", *common])  # model=smollm2 names no heads
+    assert ended.code == 2 and "launch/train_heads.py" in ended.stderr
     ended = run_infer(0, 1, ["method.compressor=retaining_heads", f"method.retaining_heads={tmp_path}/x.pt", *common])
     assert ended.code == 2 and "x.pt" in ended.stderr and "no such file" in ended.stderr
 
 
-def test_the_heads_in_the_package_are_those_that_were_measured() -> None:
-    assets = Path(apb_ds.__file__).parent / "compressors" / "retaining_heads" / "assets"
-    (file,) = assets.glob("*.safetensors")
-    assert file.stat().st_size <= 16 * 2**20
-    heads = load_heads("package://apb_ds/compressors/retaining_heads/assets", HeadSizes(30, 9, 3, 64, "silu"))
-    training = json.loads((assets / "training.json").read_text())
-    assert heads.hidden_size == 256 and sum(weight.numel() for weight in heads.parameters()) == training["parameters"]
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+def test_the_records_of_the_study_name_the_heads_of_the_card() -> None:
     results = Path(__file__).resolve().parents[2] / "docs" / "results" / "compressors"
+    study = (results.parents[1] / "compressors.md").read_text(encoding="utf-8")
+    card = (results / "smollm2_heads" / "README.md").read_text(encoding="utf-8")
+    training = json.loads((results / "smollm2_heads" / "training.json").read_text())
+    assert f"{training['parameters']:,} parameters" in card
     measured = [json.loads(record.read_text())["heads"] for record in sorted(results.glob("kl_*.json"))]
-    with_heads = [heads for heads in measured if heads is not None]  # not every record has a row of them
-    assert len(with_heads) == 6 and all(heads["sha256"] == digest for heads in with_heads)
+    digests = [heads["sha256"] for heads in measured if heads is not None]  # not every record has a row of them
+    assert len(digests) == 6 and len(set(digests)) == 1
+    assert digests[0] in card and digests[0] in study
 
 
 def _loaded(directory: Path) -> Any:
