@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import floors
 
-RECORDS = Path(__file__).resolve().parents[2] / "docs" / "results" / "bench"
+RECORDS = Path(__file__).resolve().parents[1] / "data" / "bench"  # excerpts of records in docs/results/bench
 
 
 def test_a_step_reads_all_weights_but_the_embedding() -> None:
