@@ -1,4 +1,4 @@
-"""APB as a layer: an attention module in the manner of DeepSpeed's ``DistributedAttention``."""
+"""APB as a layer: an attention module like DeepSpeed's ``DistributedAttention``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXACT_PREFILLS = {"dense": dense.prefill, "ring": ring.prefill, "ulysses": ulyss
 
 
 class Phase(enum.Enum):
-    """What a forward is for. Said by the caller, never guessed from a tensor's length."""
+    """What a forward is for. The caller passes it; it is never guessed from a tensor's length."""
 
     PREFILL = "prefill"  # blocks of the document, and in the first round a share of the anchor
     QUERY = "query"  # any number of new tokens over the sharded cache
@@ -44,8 +44,8 @@ class APBAttention(nn.Module):
     group : SequenceGroup, torch ProcessGroup or None
         The ranks that share the document; None for this process alone.
     retaining_heads : RetainingHeads, optional
-        For ``compressor="retaining_heads"``, on the device of the tensors and in their dtype. Whoever calls this then
-        sets `PrefillState.projections` before each layer.
+        For ``compressor="retaining_heads"``, on the tensors' device and in their dtype. The caller then sets
+        `PrefillState.projections` before each layer.
 
     Raises
     ------
@@ -75,7 +75,7 @@ class APBAttention(nn.Module):
 
     @property
     def needs_projections(self) -> bool:
-        """Whether the compressor scores queries, keys and values as they are before rotation."""
+        """Whether the compressor scores queries, keys and values from before rotation."""
         return self.compressor is not None and self.compressor.needs_projections
 
     def check_heads(self, heads: int, kv_heads: int) -> None:
@@ -84,7 +84,7 @@ class APBAttention(nn.Module):
             ulysses.check_heads(heads, kv_heads, self.group.world_size)
 
     def kernels_for(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelChoice:
-        """Return the kernels for such tensors, chosen at first use."""
+        """Return the kernels for such tensors; they are chosen on first use."""
         case = (device, dtype, head_dim)
         if case not in self._choices:
             self._choices[case] = choose_kernels(self.config.settings.kernel, device, dtype, head_dim)
@@ -117,12 +117,12 @@ class APBAttention(nn.Module):
         scale : float
             Factor on the logits; by default ``head_dim ** -0.5``.
         num_keys : (1,), int32, on the device
-            In DECODE: only so many of the first keys count, at least one. For a step that is recorded as a CUDA graph.
+            In DECODE: how many of the first keys count, at least one. For a step that is recorded as a CUDA graph.
 
         Returns
         -------
-        (1, heads, tokens, head_dim) in ``query.dtype``: local in PREFILL (and zeros in the last layer, whose output
-        nobody needs), otherwise the same on every rank.
+        (1, heads, tokens, head_dim) in ``query.dtype``: local in PREFILL (zeros in the last layer, whose output is not
+        used), otherwise the same on every rank.
         """
         _check_shapes(query, key, value)
         head_dim = query.shape[-1]

@@ -1,7 +1,7 @@
 """The sharded KV cache, a transformers ``Cache``: its length is global, what it stores is this rank's shard.
 
 A rank stores the keys and values of the blocks it serves; new tokens (queries and generated ones) are stored on the
-last rank only. A shard's tokens need no order: keys carry their rotation, and whoever attends to them sees all of them.
+last rank only. A shard's tokens need no order: keys carry their rotation, and every query sees all of them.
 """
 
 from __future__ import annotations

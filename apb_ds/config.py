@@ -1,4 +1,4 @@
-"""What a user sets, validated once, before anything is loaded. No torch here."""
+"""The options a user sets, validated once, before anything is loaded. No torch here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULT_COMPRESSOR = "window"
 DEFAULT_COMPRESSION_RATIO = 8
 MAX_DEFAULT_ANCHOR_LENGTH = 8192
 ANCHOR_IS_BLOCK = "block"
-# What every method has: how things are computed, not what.
+# Settings of every method: how things are computed, not what.
 EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": True, "fused": True, "mlp_tile": None}
 
 Config = TypeVar("Config")
@@ -48,7 +48,7 @@ def check_choice(field: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def check_integer(field: str, value: object, minimum: int) -> None:
-    """Raise ValueError unless `value` is an integer of at least `minimum` (a bool is none)."""
+    """Raise ValueError unless `value` is an integer of at least `minimum`; a bool is not an integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{field}={value!r} must be an integer of at least {minimum}.")
 
@@ -70,8 +70,8 @@ class MethodSettings:
     """What a method runs with: an `APBConfig` whose open fields have their defaults.
 
     Only defaults that depend on the document (`anchor_length`, `passing_length`, `hosts_per_round`) or on the device
-    (`mlp_tile`) are still None here; `plan_request` and the engine choose those. An exact method has no other settings
-    than these; `BlockSettings` adds those of ``apb`` and ``star``.
+    (`mlp_tile`) are still None here; `plan_request` and the engine choose those. An exact method has only these
+    settings; `BlockSettings` adds those of ``apb`` and ``star``.
     """
 
     method: str
@@ -145,14 +145,14 @@ class APBConfig:
     ----------
     method : str
         ``apb``, or ``star`` (arXiv 2411.17116): APB with nothing passed, an anchor as long as a block and no query
-        in the anchor. A preset: any of the three can still be set. Or an exact one to compare with: ``dense`` (one
-        rank), ``ring`` (arXiv 2310.01889, zigzag-balanced) or ``ulysses`` (arXiv 2309.14509, DeepSpeed's own). These
-        have `kernel`, `cuda_graph`, `fused` and `mlp_tile` and no other setting: the rest must stay ``None``.
+        in the anchor, a preset whose three settings can still be changed. Or an exact method to compare with:
+        ``dense`` (one rank), ``ring`` (arXiv 2310.01889, zigzag-balanced) or ``ulysses`` (arXiv 2309.14509, DeepSpeed's
+        implementation). Exact methods take only `kernel`, `cuda_graph`, `fused` and `mlp_tile`.
     hosts : int
         Number of context blocks, a multiple of the number of ranks. Default 8.
     anchor_length : int or "block", tokens
-        Anchor tokens, the embedded query included. 0 is no anchor, ``"block"`` the length of the first block.
-        Default: a quarter of a block, at most 8192, at least what holds the query.
+        Anchor tokens, including the embedded query. 0 means no anchor, ``"block"`` the length of the first block.
+        Default: a quarter of a block, at most 8192, but enough to hold the query.
     passing_length : int, tokens
         Tokens that the compressor keeps of each block, per layer and KV head. Excludes `compression_ratio`.
     compression_ratio : float
@@ -166,9 +166,9 @@ class APBConfig:
     schedule : str
         Which rank serves which host in each round: ``zigzag`` (default) or ``natural``.
     hosts_per_round : int
-        How many of its hosts a rank computes in one model forward, if it has so many. More take more memory and fewer
-        launches, and even out ranks within each layer. The result is the same. Default: 1 on CPU; elsewhere as many as
-        have `plan.FORWARD_TOKENS` tokens together, and of several ranks at least 2.
+        How many of its hosts a rank computes in one model forward. More hosts take more memory and fewer launches, and
+        balance the ranks within each layer. The result is the same. Default: 1 on CPU; elsewhere as many as have
+        `plan.FORWARD_TOKENS` tokens together, with several ranks at least 2.
     shard_anchor : bool
         Whether each rank computes its share of the anchor (default) or all of it. The result is the same.
     seed : int
@@ -176,14 +176,14 @@ class APBConfig:
     kernel : str
         Attention kernel by name, or ``auto`` (default): the best one installed for device and dtype.
     cuda_graph : bool
-        Whether decode steps are recorded and replayed, their collectives included, where that is possible, which is on
-        CUDA. Default true.
+        Whether decode steps, with their collectives, are recorded as CUDA graphs and replayed where possible. Default
+        true.
     fused : bool
         Whether the model's norms, gated activations and rotations, and the merging of partial attention, are compiled
-        (``torch.compile``) where they run on CUDA and can be. Default true.
+        with ``torch.compile`` on CUDA where possible. Default true.
     mlp_tile : int, tokens
-        Compute the model's MLPs so many tokens at a time, which saves memory where a block is long. Default: 256 on
-        CPU, elsewhere a block at once.
+        Tokens that the model's MLPs compute at a time; fewer save memory where blocks are long. Default: 256 on CPU,
+        elsewhere a whole block.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """Integer planning of one request: blocks, anchor, rounds, and who serves whom. Pure functions, no torch.
 
-Every rank computes the same `Plan` from (config, document length, query length, world size), so that all lengths
-of all messages are known everywhere before anything is sent.
+Every rank computes the same `Plan` from config, document length, query length and world size, so every rank knows the
+length of every message before anything is sent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from apb_ds.config import (
 
 Span = tuple[int, int]  # [start, stop)
 
-# Tokens of a model forward that keep a GPU busy: shorter blocks are computed several at a time there.
+# Tokens of a model forward that keep a GPU busy; shorter blocks are computed several at a time.
 FORWARD_TOKENS = 16_384
 
 
@@ -37,9 +37,8 @@ Round = tuple[tuple[int, ...], ...]  # by rank, its hosts in document order
 def schedule_rounds(hosts: int, world_size: int, schedule: str, per_round: int = 1) -> tuple[Round, ...]:
     """Return ``rounds[k][r]``, the hosts that rank r serves in round k.
 
-    One by one, ``natural`` gives rank r the hosts r, r+W, ...; ``zigzag`` mirrors every odd one of these turns, so that
-    a rank with an early host (little to attend to) has a late one next. A round is `per_round` such turns; the last
-    one may have fewer.
+    In turns, ``natural`` gives rank r the hosts r, r+W, ...; ``zigzag`` mirrors every odd turn, so that a rank with an
+    early host (little to attend to) gets a late one next. A round is `per_round` turns; the last round may have fewer.
     """
     turns = []
     for first in range(0, hosts, world_size):
@@ -53,8 +52,8 @@ def schedule_rounds(hosts: int, world_size: int, schedule: str, per_round: int =
 def default_hosts_per_round(block_length: int, world_size: int, forward_tokens: int | None) -> int:
     """Return how many blocks a rank computes in one forward: as many as have `forward_tokens` tokens together.
 
-    Of several ranks at least two, since these wait for each other in every layer, and a late host of a zigzag has more
-    to attend to than an early one. With None one, which is for a CPU: there neither makes a difference.
+    Several ranks take at least two: they wait for each other in every layer, and the late host of a zigzag pair has
+    more to attend to than the early one. None means one, for CPUs, where neither matters.
     """
     if forward_tokens is None:
         return 1
@@ -77,8 +76,8 @@ def check_world_size(hosts: int, world_size: int) -> None:
     """Raise ValueError unless the hosts divide evenly over the ranks."""
     if hosts % world_size:
         raise ValueError(
-            f"hosts={hosts} must be a multiple of the number of ranks ({world_size}), so that every rank serves as "
-            f"many hosts; use hosts={math.ceil(hosts / world_size) * world_size} or another number of ranks."
+            f"hosts={hosts} must be a multiple of the number of ranks ({world_size}), so that all ranks serve "
+            f"equally many; use hosts={math.ceil(hosts / world_size) * world_size} or another number of ranks."
         )
 
 
@@ -86,8 +85,8 @@ def check_world_size(hosts: int, world_size: int) -> None:
 class Plan:
     """How one request is split. All lengths in tokens.
 
-    The exact methods are plans, too: ``dense`` with one block; ``ring`` with two blocks a rank, r and 2W-1-r, which
-    evens out the work; ``ulysses`` with one block a rank, in which all ranks feed as many tokens.
+    The exact methods have plans, too: ``dense`` one block; ``ring`` two blocks a rank, r and 2W-1-r, which balances the
+    work; ``ulysses`` one block a rank, padded so that all ranks feed equally many tokens.
 
     Attributes
     ----------
@@ -96,12 +95,12 @@ class Plan:
     anchor_length : l_a, 0 for no anchor
     anchor_query_length : how many of the anchor's tokens are the query's
     query_position : document tokens before the query in the anchor
-    passing_length : l_p, the most a host passes
+    passing_length : l_p, the most tokens a host passes
     exact : whether this request runs as exact causal attention
     shard_anchor : whether each rank computes only its share of the anchor
     blocks : document span of each host
-    rounds : ``rounds[k][r]`` are the hosts of rank r in round k, in document order, as many for every rank
-    method : as in `APBConfig`; ``apb`` for ``star``, too
+    rounds : ``rounds[k][r]`` are the hosts of rank r in round k, in document order, equally many for every rank
+    method : as in `APBConfig`, with ``apb`` for ``star``
     """
 
     num_tokens: int
@@ -144,7 +143,7 @@ class Plan:
         return tuple(offsets)
 
     def num_seen(self, host: int) -> int:
-        """Tokens that the host's block sees besides its own: anchor and passing block; none of the first host's."""
+        """Tokens that the host's block sees besides its own: anchor and passing block; 0 for the first host."""
         return self.anchor_length + self.kept_offsets[host] if host > 0 else 0
 
     def block_length(self, host: int) -> int:
@@ -152,7 +151,7 @@ class Plan:
         return stop - start
 
     def num_eligible(self, host: int) -> int:
-        """Tokens of the host's block that the anchor does not hold; they are its last ones."""
+        """Tokens of the host's block that the anchor does not hold: the last ones."""
         start, stop = self.blocks[host]
         return max(0, stop - max(start, self.eligible_start))
 
@@ -161,7 +160,7 @@ class Plan:
         return host < self.hosts - 1 and self.kept_lengths[host] > 0
 
     def is_scored(self, host: int) -> bool:
-        """Whether the host's tokens need scores: not where nothing is passed on, or all that may be."""
+        """Whether the host's tokens need scores: not if nothing, or everything eligible, is passed on."""
         return self.is_passed_on(host) and self.kept_lengths[host] < self.num_eligible(host)
 
     def served(self, rank: int, round_index: int) -> tuple[int, ...]:
@@ -169,7 +168,7 @@ class Plan:
         return self.rounds[round_index][rank]
 
     def padding_length(self, rank: int) -> int:
-        """Tokens behind the document's end in the rank's forward: ulysses wants as many tokens on every rank."""
+        """Tokens behind the document's end in the rank's forward: ulysses needs equally many tokens on every rank."""
         if self.method != "ulysses":
             return 0
         return math.ceil(self.num_tokens / self.world_size) - self.block_length(rank)
@@ -183,7 +182,7 @@ class Plan:
         return sum(self.block_length(host) for host in self.hosts_of(rank))
 
     def anchor_share(self, rank: int, round_index: int) -> Span:
-        """Anchor span that the rank computes in this round: in the first its share, or all of it where not sharded."""
+        """Anchor span that the rank computes in this round: in the first its share, or all of it if not sharded."""
         if round_index > 0 or self.anchor_length == 0:
             return 0, 0
         if not self.shard_anchor:
@@ -205,11 +204,11 @@ def plan_request(
     Parameters
     ----------
     query_length : int
-        Tokens of the query known at prefill, 0 if none is: they go into the anchor if the config says so.
+        Tokens of the query if it is known at prefill, else 0. They go into the anchor unless the config excludes them.
     world_size : int
         Number of ranks.
     forward_tokens : int, optional
-        Tokens that a forward should have, where `config` leaves open how many hosts it is for: see
+        Tokens that a forward should have, where `config` does not set `hosts_per_round`; see
         `default_hosts_per_round`.
 
     Raises
@@ -265,7 +264,7 @@ def _plan_exact(method: str, num_tokens: int, world_size: int) -> Plan:
         blocks = tuple(itertools.pairwise(starts))
     else:
         blocks = split_evenly(num_tokens, 2 * world_size if method == "ring" else 1)
-    # A ring's rank has an early and a late block, which evens out the work.
+    # Each rank of a ring has an early and a late block, which balances the work.
     (round_,) = schedule_rounds(len(blocks), world_size, "zigzag", per_round=2)
     return Plan(
         num_tokens=num_tokens,

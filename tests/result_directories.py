@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def write_result(
 
     seed, tasks = settings.pop("seed", 0), settings.pop("tasks", None)
     heads = settings.pop("retaining_heads", None)
-    config = asdict(APBConfig(method=method, **settings)) | ({"retaining_heads": heads} if heads else {})
+    config = APBConfig(method=method, **settings).resolved() | ({"retaining_heads": heads} if heads else {})
     content = {
         "task": task,
         "settings": {

@@ -50,7 +50,7 @@ def run_rank(engine: APBEngine, document_ids: Tensor, query_ids: Tensor) -> Rank
     """Prefill as the rank that `engine.group` is, an `EmulatedGroup`."""
     group = engine.group
     assert isinstance(group, EmulatedGroup)
-    num_layers = engine.geometry.num_layers
+    num_layers = engine.sizes.num_layers
     collectives = [group.num_collectives]
     reset_peak_memory(engine.device)
     watch = Stopwatch(engine.device)

@@ -1,4 +1,4 @@
-"""Ways into an engine: make one for a model, put APB into one that exists, and take it out again."""
+"""Make an engine for a model, attach APB to an existing engine, and detach it again."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def init_inference(
     """
     config = APBConfig() if config is None else config
     if isinstance(model, PipelineModule):
-        raise ValueError("model is a DeepSpeed PipelineModule; APB does not run in a pipeline yet.")
+        raise ValueError("model is a DeepSpeed PipelineModule; APB does not run in a pipeline.")
     if isinstance(model, InferenceEngine):
         raise ValueError("model is an inference engine already; use apb_ds.attach(engine, config).")
     if group is None and mpu is None and not torch.distributed.is_initialized():
@@ -95,7 +95,7 @@ def attach(
 ) -> APBEngine:
     """Put APB into an engine that ``deepspeed.init_inference`` made.
 
-    The engine's own ``generate`` becomes APB's, so that code which holds the engine gains APB too;
+    The engine's ``generate`` becomes APB's, so code that holds the engine gains APB, too;
     ``generate(input_ids=..., query_length=q)`` splits off the last q tokens as the query. The parameters are those of
     `init_inference`.
 
@@ -119,7 +119,7 @@ def attach(
         raise ValueError(f"tp_size={settings.tensor_parallel.tp_size} is not supported; use tp_size=1.")
     if settings.replace_with_kernel_inject or settings.enable_cuda_graph:
         raise ValueError(
-            "replace_with_kernel_inject and enable_cuda_graph replace the attention that APB works in; off."
+            "replace_with_kernel_inject and enable_cuda_graph replace the attention that APB runs in; switch them off."
         )
     attached = init_inference(engine.module, config, mpu=mpu, retaining_heads=retaining_heads)
     before = {"generate": engine.__dict__["generate"]} if "generate" in engine.__dict__ else {}

@@ -1,4 +1,4 @@
-"""A prefilled document: what queries and conversations are answered from."""
+"""A prefilled document, from which queries and conversations are answered."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Context:
     ----------
     plan : how the document was split
     cache : this rank's shard
-    token_ids : (1, tokens), int64, on the model's device: the document and every turn kept since. The last token of a
-        generated turn is not in the cache yet; the next forward feeds it first.
+    token_ids : (1, tokens), int64, on the model's device: the document and every turn kept since. The last
+        token of a generated turn is not in the cache yet; the next forward feeds it first.
     max_positions : positions that the rotary frequencies were chosen for
-    prefill_s : seconds that the prefill took on this rank
+    prefill_s : seconds of the prefill on this rank
     bytes_sent : bytes that this rank sent to others during the prefill
-    model, group : whose context it is
-    key : digest of settings and tokens, the same on every rank; empty on a rank alone
+    model, group : the engine's that made it
+    key : digest of settings and tokens, the same on every rank; empty for a group of one rank
     """
 
     plan: Plan
@@ -46,5 +46,5 @@ class Context:
 
     @property
     def num_cached(self) -> int:
-        """Tokens that are in the cache, over all ranks."""
+        """Tokens in the cache, over all ranks."""
         return self.cache.get_seq_length()

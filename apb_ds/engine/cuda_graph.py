@@ -1,11 +1,10 @@
-"""One decode step over buffers that stay where they are: recorded once as a CUDA graph, replayed for every token.
+"""A decode step over fixed buffers: recorded once as a CUDA graph, replayed for every token.
 
-A small model's step is mostly the launching of its kernels; replayed, they are launched as one. A recording holds the
-buffers of a cache. When nobody uses that cache any more, the next one of about the same length takes its buffers over,
-and the recording serves it at once.
+A small model's step is mostly kernel launches; a replay launches them as one. A recording holds the buffers of a cache.
+Once that cache is freed, the next one of similar length takes its buffers over, and the recording serves it at once.
 
-On several ranks the step has a collective in every layer. A rank that replays it and one that runs it kernel by kernel
-send the same, but recording runs it once more than the others: all ranks record at the same token, or none does.
+On several ranks the step has a collective in every layer. Ranks may mix replaying and running kernel by kernel, which
+send the same messages, but recording runs the step one extra time: all ranks record at the same token, or none does.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from apb_ds.hf.rotary import is_position_dependent_rope
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.parallel.groups import SequenceGroup
 
-# Recording costs about as much as a few steps: short answers are not worth it.
+# Recording costs about as much as a few steps, so it does not pay for short answers.
 RECORD_AFTER = 3
 
 logger = logging.getLogger(__name__)
 
 
 class DecodeStep:
-    """A forward of one token whose inputs are read from the device: token, position, and how long the shard is.
+    """A forward of one token that reads its inputs from the device: token, position and shard length.
 
     Parameters
     ----------
@@ -54,7 +53,7 @@ class DecodeStep:
         self._weights: list[int] = []
 
     def fits(self, cache: ShardedCache) -> bool:
-        """Whether what was recorded reads and writes this cache, which has room for one more token."""
+        """Whether the recording reads and writes this cache, after making room for one more token."""
         buffers = _buffers(cache)
         return len(buffers) == len(self.buffers) and all(map(operator.is_, buffers, self.buffers))
 
@@ -63,22 +62,22 @@ class DecodeStep:
         return self.fits(cache) and self._weights == _weights(model)
 
     def prepare(self, model: nn.Module, cache: ShardedCache) -> None:
-        """Say what the step is for: the buffers of a cache, and the model's weights where they are."""
+        """Bind the step to the buffers of a cache and the model's weights."""
         self.buffers, self._weights = _buffers(cache), _weights(model)
-        cache.clear_unused()  # a later cache that takes the buffers over finds numbers in them
+        cache.clear_unused()  # a later cache that takes the buffers over must not find NaN in them
 
     def warm_up(self, model: nn.Module, cache: ShardedCache, call: ActiveCall) -> None:
-        """Run the step once over the buffers of `cache`, so that nothing that is set up at first use is recorded."""
+        """Run the step once over the buffers of `cache`, so that no first-use set-up is recorded."""
         self.prepare(model, cache)
         self._set(self._token, cache)
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             self.forward(model, cache, call)
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(side_stream)
 
     def record(self, model: nn.Module, cache: ShardedCache, call: ActiveCall) -> None:
-        """Record the step over the buffers that it was warmed up with. Nothing is computed, and nothing is sent."""
+        """Record the step over the buffers that it was warmed up with, without computing or sending anything."""
         sent_before = self._group.bytes_sent
         self._graph = torch.cuda.CUDAGraph()
         try:
@@ -121,7 +120,7 @@ class DecodeStep:
 
 
 class RecordedSteps:
-    """An engine's recorded decode step, the last one that it made; with it, the memory of one cache stays.
+    """An engine's last recorded decode step, which keeps the memory of one cache.
 
     Parameters
     ----------
@@ -138,7 +137,7 @@ class RecordedSteps:
         self._user: weakref.ref[ShardedCache] | None = None
 
     def lend_buffers(self, cache: ShardedCache) -> None:
-        """Give a new cache the recorded step's buffers, if the cache that they were made for is gone."""
+        """Give a new cache the recorded step's buffers if the cache that they were made for was freed."""
         if self._step is None or (self._user is not None and self._user() is not None):
             return
         if cache.take_over(self._step.buffers):
@@ -147,12 +146,12 @@ class RecordedSteps:
             self._step = None  # the new cache needs the memory
 
     def run(self, cache: ShardedCache, call: ActiveCall, token: Tensor, num_done: int) -> Tensor | None:
-        """Feed one token to a recorded step; return its logits, or None if there is none to be used.
+        """Feed one token to a recorded step; return its logits, or None if no recording fits.
 
         Parameters
         ----------
         token : (1, 1), int64
-        num_done : tokens of this answer that there are, this one included
+        num_done : tokens of this answer so far, including this one
         """
         if self._has_failed or call.phase is not Phase.DECODE:
             return None
@@ -167,16 +166,16 @@ class RecordedSteps:
         return self._step.run(model, cache, call, token)
 
     def _is_to_record(self, cache: ShardedCache, num_done: int) -> bool:
-        """Whether to record before the next token: on several ranks, nothing that this one alone knows may decide it.
+        """Whether to record before the next token. With several ranks, only what all of them know may decide it.
 
-        There, a rank whose buffers had to grow goes on kernel by kernel until the answer's end.
+        There, a rank whose buffers had to grow runs kernel by kernel until the answer ends.
         """
         if self._group.world_size > 1:
             return self._step is None and num_done == RECORD_AFTER
         return num_done >= RECORD_AFTER and (self._step is None or not self._step.fits(cache))
 
     def _record(self, cache: ShardedCache, call: ActiveCall, device: torch.device) -> None:
-        """Record a step, on all ranks together; if it fails on one of them, none has it, nor tries again."""
+        """Record a step on all ranks together; if that fails on one of them, none has it or tries again."""
         if not self._all(cache.local_length > 0, device):  # a kernel needs a key
             return
         step, model = DecodeStep(device, self._group), self._model[0]
@@ -197,17 +196,17 @@ class RecordedSteps:
             return
         self._has_failed = True
         if failure is not None:
-            logger.warning("Decoding without a CUDA graph, since the step cannot be recorded: %s", _first_line(failure))
+            logger.warning("Decoding without a CUDA graph: the step cannot be recorded (%s).", _first_line(failure))
 
     def _all(self, mine: bool, device: torch.device) -> bool:
-        """Return whether it is so on all ranks; all of them ask together."""
+        """Return whether it is true on all ranks; all of them call this together."""
         if self._group.world_size == 1:
             return mine
         return bool(self._group.all_gather(torch.tensor([mine], dtype=torch.int64, device=device)).all())
 
 
 def can_record(model: nn.Module, kernels: KernelChoice) -> bool:
-    """Whether decode steps may be recorded: with a kernel and a rotary embedding that allow it."""
+    """Whether decode steps can be recorded with these kernels and the model's rotary embedding."""
     waits = any(is_position_dependent_rope(module) for module in model.modules())
     return kernels.recorded is not None and not waits
 

@@ -1,7 +1,7 @@
-"""Decoding in step: transformers' own `generate` prepares everything, one rank chooses each token for all.
+"""Decode in lockstep: transformers' own `generate` prepares everything, one rank chooses each token for all.
 
-Logits processors, stopping criteria and the streamer run on the group's first rank. The token it chose and whether to
-stop travel together, so that ranks cannot diverge: not by their random states, nor by their clocks.
+Logits processors, stopping criteria and the streamer run on the group's first rank. It broadcasts the token together
+with whether to stop, so that neither random states nor clocks can make ranks diverge.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from apb_ds.parallel.groups import SequenceGroup
 
 @dataclass
 class RequestStats:
-    """Where the time of the last call went, on this rank.
+    """Where the time of the last call went on this rank.
 
     Attributes
     ----------
-    prefill_s : seconds of the prefill, 0 where a context was given
-    query_s : seconds of the query's forward and the first token's choice
+    prefill_s : seconds of the prefill, 0 if a context was given
+    query_s : seconds until the first token, after the prefill
     decode_s : seconds of all further tokens
     new_tokens : tokens generated
     """
@@ -55,11 +55,11 @@ class LockstepDecoder:
     call : ActiveCall
         Switched from QUERY to DECODE after the first forward.
     streamer : object with `put` and `end`, or None
-        Fed on the group's first rank only, as transformers does: first the prompt, then token by token.
+        Fed on the group's first rank only, as transformers feeds it: the prompt first, then token by token.
     synchronize : callable
-        Waits for the device, so that times mean something.
+        Waits for the device, so that times are meaningful.
     recorded : RecordedSteps or None
-        Where a forward of one token may be replayed.
+        Replays forwards of one token where it can.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class LockstepDecoder:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor:
-        """Generate until a criterion says stop. Returns all ids, (1, tokens + new_tokens)."""
+        """Generate until a criterion stops it. Returns all ids, (1, tokens + new_tokens)."""
         cache = model_kwargs["past_key_values"]
         fed = cache.get_seq_length()
         verdict = _Verdict.GO_ON
@@ -129,7 +129,7 @@ class LockstepDecoder:
             try:
                 chosen, verdict = self._decide(input_ids, logits, processors, criteria, config)
                 message[0], message[1] = chosen[0, 0], int(verdict)
-            except Exception as error:  # told to the others first: they would wait for this rank
+            except Exception as error:  # raised after the broadcast, for which the others wait
                 failure = error
                 message[1] = int(_Verdict.FAILED)
         self.group.broadcast(message)
@@ -137,13 +137,13 @@ class LockstepDecoder:
         if failure is not None:
             raise failure
         if code is _Verdict.FAILED:
-            raise RuntimeError("the first rank failed while it chose a token; its message says why.")
+            raise RuntimeError("the first rank failed while choosing a token; see its message.")
         return token, code
 
     def _decide(
         self, input_ids: Tensor, logits: Tensor, processors: Any, criteria: Any, config: GenerationConfig
     ) -> tuple[Tensor, _Verdict]:
-        """Return a token, (1, 1), and whether to go on, on the rank whose choice counts."""
+        """Choose a token, (1, 1), and whether to go on; runs on the first rank alone."""
         if self.streamer is not None and self.call.phase is Phase.QUERY:
             self.streamer.put(input_ids.cpu())
         scores = processors(input_ids, logits)

@@ -1,4 +1,4 @@
-"""The engine: a ``deepspeed.InferenceEngine`` that prefills a document over many hosts and answers queries about it."""
+"""The engine: a ``deepspeed.InferenceEngine`` that prefills a document over many hosts and answers queries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from apb_ds.engine.decoding import LockstepDecoder, RequestStats
 from apb_ds.engine.generation_settings import arguments_for_loop
 from apb_ds.engine.prefill import run_rounds
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator
-from apb_ds.hf.architecture import check_supported, geometry_of
+from apb_ds.hf.architecture import attention_sizes, check_supported
 from apb_ds.hf.interface import apb_attention
 from apb_ds.hf.rotary import buffers_keep_their_dtype, warn_of_rough_frequencies
 from apb_ds.hf.tiled_mlps import check_tile
@@ -75,7 +75,7 @@ class APBEngine(InferenceEngine):
         self.__dict__.pop("generate", None)
         self.group = group
         self.stats = RequestStats()
-        self.geometry = geometry_of(model)
+        self.sizes = attention_sizes(model)
         self._attached_to: tuple[InferenceEngine, dict[str, Any]] | None = None
         self._training = [(module, module.training) for module in model.modules()]
         self._heads: list[RetainingHeads] = []  # a list, which keeps them out of this module's tree
@@ -116,7 +116,7 @@ class APBEngine(InferenceEngine):
         if heads is not None:
             heads = heads.placed(self.device, self.module.dtype)
         attention = APBAttention(config, self.group, heads)
-        attention.check_heads(self.geometry.heads, self.geometry.kv_heads)
+        attention.check_heads(self.sizes.heads, self.sizes.kv_heads)
         return attention, heads
 
     def _put_in_force(self, config: APBConfig, attention: APBAttention, heads: RetainingHeads | None) -> None:
@@ -147,7 +147,7 @@ class APBEngine(InferenceEngine):
         return self._acceleration.recorded
 
     def _kernels_of(self, attention: APBAttention) -> KernelChoice:
-        return attention.kernels_for(self.device, self.module.dtype, self.geometry.head_dim)
+        return attention.kernels_for(self.device, self.module.dtype, self.sizes.head_dim)
 
     @torch.no_grad()
     def prefill(
@@ -164,10 +164,10 @@ class APBEngine(InferenceEngine):
         ----------
         document_ids : (1, n), int64, the same on every rank
         query_ids : (1, q), int64, or None
-            Goes into the anchor where the settings say so. Any other query can be asked later.
+            Goes into the anchor unless the settings exclude it. Any other query can be asked later.
         max_positions : int
-            Positions (document, queries, answers) that the context must serve, where the model's rotary frequencies
-            depend on it (dynamic, longrope). Default n + q.
+            Positions (document, queries, answers) that the context must serve. Matters for models whose rotary
+            frequencies depend on it (dynamic, longrope). Default n + q.
         progress : callable
             Called as ``progress(done, total)`` after each layer of each round.
 
@@ -180,7 +180,7 @@ class APBEngine(InferenceEngine):
         ValueError
             For bad input, on every rank before anything is sent.
         torch.OutOfMemoryError
-            On the rank whose memory runs out, with what helps.
+            On the rank that runs out of memory, with advice.
         """
         with shared_validation(self.group, "prefill", self.device) as comparison:
             request = self._validator.prefill(document_ids, query_ids, max_positions)
@@ -191,7 +191,7 @@ class APBEngine(InferenceEngine):
         plan, num_tokens = request.plan, request.document_ids.shape[1]
         self._warn_if_exact(plan.exact, num_tokens)
         cache = ShardedCache(
-            self.geometry.num_layers,
+            self.sizes.num_layers,
             self.group.is_last,
             plan.shard_length(self.group.rank),
             new_tokens=request.max_positions - num_tokens,
@@ -378,7 +378,9 @@ class APBEngine(InferenceEngine):
 
     def _warn_if_exact(self, exact: bool, num_tokens: int) -> None:
         if exact and not self.apb_config.is_exact_method and not self._warned_exact and self.group.is_first:
-            logger.warning("running exact: a document of %d tokens is too short for APB to save anything.", num_tokens)
+            logger.warning(
+                "running exact attention: a document of %d tokens is too short for APB to save anything.", num_tokens
+            )
             self._warned_exact = True
 
     def _synchronize(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apb_ds.attention import APBAttention, Phase
-from apb_ds.hf.architecture import geometry_of
+from apb_ds.hf.architecture import attention_sizes
 from apb_ds.hf.interface import PrefillComplete
 from apb_ds.methods.state import PrefillState
 
@@ -56,7 +56,7 @@ def run_round(
 
 def _join_round(model: PreTrainedModel, attention: APBAttention, state: PrefillState) -> None:
     """Join every layer's collectives without a token, since no forward may see zero tokens."""
-    sizes = geometry_of(model)
+    sizes = attention_sizes(model)
     device = next(model.parameters()).device
     queries = torch.empty((1, sizes.heads, 0, sizes.head_dim), dtype=model.dtype, device=device)
     states = queries[:, : sizes.kv_heads]

@@ -1,4 +1,4 @@
-"""Which transformers models APB serves, and what it needs to know of them; the others are refused by name."""
+"""Which transformers models APB serves, what it needs to know about them, and why it refuses the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Geometry:
+class AttentionSizes:
     """Sizes of a decoder's attention."""
 
     num_layers: int
@@ -19,11 +19,11 @@ class Geometry:
     head_dim: int
 
 
-def geometry_of(model: PreTrainedModel) -> Geometry:
+def attention_sizes(model: PreTrainedModel) -> AttentionSizes:
     """Read the attention's sizes from the model's config."""
     config = model.config
     heads = config.num_attention_heads
-    return Geometry(
+    return AttentionSizes(
         num_layers=config.num_hidden_layers,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -54,8 +54,8 @@ def check_supported(model: PreTrainedModel) -> None:
     Raises
     ------
     ValueError
-        If the model is no causal decoder over transformers' attention interface, or a layer of it is no plain softmax
-        attention.
+        If the model is not a causal decoder over transformers' attention interface, or one of its layers is not plain
+        softmax attention.
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -66,7 +66,7 @@ def check_supported(model: PreTrainedModel) -> None:
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{name} does not route its attention through transformers' AttentionInterface.")
     if config.get_text_config() is not config:
-        raise ValueError(f"{name} is made of several models; APB serves plain decoders. Use its language model.")
+        raise ValueError(f"{name} combines several models; APB serves plain decoders. Use its language model.")
     if getattr(config, "num_kv_shared_layers", None):
         raise ValueError(f"{name} shares keys and values between layers; APB serves layers with their own.")
     modules = attention_modules(model)
@@ -79,7 +79,7 @@ def _check_layer(name: str, config: Any, layer_idx: int, module: nn.Module | Non
     layer_type = layer_types[layer_idx] if layer_types else "full_attention"
     where = f"{name}, layer {layer_idx}"
     if module is None or layer_type not in ("full_attention", "sliding_attention"):
-        raise ValueError(f"{where} ({layer_type}) is no softmax attention; APB cannot serve it.")
+        raise ValueError(f"{where} ({layer_type}) is not softmax attention; APB cannot serve it.")
     kind = type(module).__name__
     if getattr(config, "attn_logit_softcapping", None) is not None or hasattr(module, "sinks"):
         raise ValueError(
@@ -114,6 +114,5 @@ def check_positions(model: PreTrainedModel, num_positions: int) -> None:
             f"the document, query and new tokens need {num_positions} positions; the model has "
             f"max_position_embeddings={limit}. Shorten them, or extend the model by rope scaling: set its config's "
             "rope_parameters to a scaled rotary embedding (yarn, dynamic, longrope) and max_position_embeddings to "
-            "what that reaches (on the command line: +model.overrides.rope_parameters={...} and "
-            f"+model.overrides.max_position_embeddings={num_positions})."
+            f"at least {num_positions} (model.overrides in the configuration)."
         )

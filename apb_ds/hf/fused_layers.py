@@ -1,7 +1,7 @@
-"""A decoder's norms, gated activations and rotations with one kernel each instead of five or ten; reversible.
+"""Run a decoder's norms, gated activations and rotations with one kernel each instead of five or ten; reversible.
 
-Model code is never copied: what a module computes is known by what it has (`weight` and an epsilon; a gate, an up and a
-down projection), and only those whose own forward gives the same numbers are replaced.
+Model code is never copied: a module is recognised by its parts (`weight` and an epsilon; gate, up and down
+projections), and replaced only if its own forward gives the same numbers.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from apb_ds.ops.compiled import can_compile, compiled, rms_norm
 EPSILONS = ("variance_epsilon", "eps")
 ROTATION = "apply_rotary_pos_emb"
 ACTIVATIONS = ("act_fn", "activation_fn")
-# Rows of the input that tells whether a module computes what its parts suggest.
+# Tokens of the trial input that shows whether a module computes what its parts suggest.
 TRIED_TOKENS = 3
-# Relative, of all numbers together: some roundings in another order, and nothing like another formula.
+# Relative, over all numbers: allows rounding in another order, but not another formula.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 Forward = Callable[[Tensor], Tensor]
 
 
 class FusedLayers:
-    """What of a model is replaced, found once.
+    """The layers of a model that can be fused, found once.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class FusedLayers:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Have the model compute with what is fused; on leaving, it is as it was."""
+        """Have the model compute with fused layers; restore it on leaving."""
         replaced = [(module, forward) for module, forward in self._forwards if "forward" not in module.__dict__]
         rotations = [(space, space[ROTATION]) for space in self._namespaces]
         try:
@@ -101,7 +101,7 @@ _GATES: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {}
 
 
 def _gate_of(activation: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return ``activation(gate) * up``, one function for all layers whose activations are alike, settings included."""
+    """Return ``activation(gate) * up``, one function for all layers with the same activation and settings."""
     kind = activation
     if isinstance(activation, nn.Module):
         settings = sorted((name, repr(value)) for name, value in vars(activation).items() if not name.startswith("_"))
@@ -111,7 +111,7 @@ def _gate_of(activation: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 @torch.no_grad()
 def _is_same(module: nn.Module, forward: Forward, verdicts: dict[tuple[Any, ...], bool]) -> bool:
-    """Whether the module's own forward gives what `forward` does; tried once for modules of a class and shape."""
+    """Whether the module's own forward gives what `forward` does; tried once per class and shapes."""
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
     key = (type(module), shapes)
     if key not in verdicts:
@@ -125,7 +125,7 @@ def _gives_the_same(module: nn.Module, forward: Forward) -> bool:
     hidden = torch.randn(1, TRIED_TOKENS, first.shape[-1], generator=generator).to(first.device, first.dtype)
     try:
         expected, ours = type(module).forward(module, hidden), forward(hidden)
-    except (RuntimeError, TypeError):  # it takes something else than hidden states
+    except (RuntimeError, TypeError):  # it does not take hidden states alone
         return False
     if not isinstance(expected, Tensor) or expected.shape != ours.shape:
         return False
@@ -134,5 +134,5 @@ def _gives_the_same(module: nn.Module, forward: Forward) -> bool:
 
 
 def fused_layers(model: nn.Module, enabled: bool, device: torch.device) -> FusedLayers | None:
-    """Return what is fused of a model, or None where nothing is: switched off, not on CUDA, or not to be compiled."""
+    """Return a model's fused layers; None if switched off, not on CUDA, or without a compiler."""
     return FusedLayers(model) if enabled and device.type == "cuda" and can_compile(device) else None

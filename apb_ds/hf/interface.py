@@ -1,8 +1,8 @@
-"""Transformers models run APB: the attention interface and fixed rotary frequencies, all of it reversible.
+"""Run APB inside transformers models, through their attention interface and without a lasting change.
 
-Nothing is patched outside of `apb_attention`, a context manager that puts everything back when it ends. Model code is
-never copied. Transformers makes no mask for an attention that its mask interface does not know, and looks at no
-positions to make one, for which it would have to wait for the device.
+Nothing is patched outside of `apb_attention`, a context manager that restores everything when it ends. Model code is
+never copied. Transformers makes no mask for an implementation that its mask interface does not know, so it does not
+look at positions either, for which it would wait for the device.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from apb_ds.attention import APBAttention, Phase
-from apb_ds.hf.architecture import attention_modules, geometry_of
+from apb_ds.hf.architecture import attention_modules, attention_sizes
 from apb_ds.hf.rotary import fixed_rotary_frequencies
 from apb_ds.methods.state import PrefillState
 
 IMPLEMENTATION = "apb"
 
-# What the linear layers are called that give an attention module its queries, keys and values, in this order.
+# Names of the linear layers that project to queries, keys and values, in this order.
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 
-# Arguments of attention functions that change what attention is; plain softmax attention has none of them.
+# Arguments of attention functions that make it something other than plain softmax attention.
 CHANGES_ATTENTION = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
 class PrefillComplete(Exception):
-    """Ends a prefill forward after the last layer's keys and values are stored: nothing behind them is needed."""
+    """Ends a prefill forward once the last layer's keys and values are stored: the rest is not needed."""
 
 
 class ActiveCall:
@@ -115,7 +115,7 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function behind ``attn_implementation="apb"``: hands transformers' tensors to `APBAttention`.
+    """The function behind ``attn_implementation="apb"``: pass transformers' tensors to `APBAttention`.
 
     Returns
     -------
@@ -123,17 +123,17 @@ def attention_forward(
     """
     call = _ACTIVE.get()
     if call is None:
-        raise RuntimeError("attn_implementation='apb' works inside an APBEngine only; use apb_ds.init_inference.")
+        raise RuntimeError("attn_implementation='apb' works only inside an APBEngine; use apb_ds.init_inference.")
     for name in CHANGES_ATTENTION:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} passes {name} to its attention, which APB does not have.")
+            raise ValueError(f"{type(module).__name__} passes {name} to its attention, which APB does not support.")
     layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
     return call.attend(layer_idx, query, key, value, scaling).transpose(1, 2), None
 
 
 @contextmanager
 def _registered() -> Iterator[None]:
-    """Have transformers know the implementation by name, for as long as anybody uses it."""
+    """Register the implementation with transformers for as long as a call uses it."""
     global _registrations
     with _registration_lock:
         _registrations += 1
@@ -155,7 +155,7 @@ def apb_attention(
     max_positions: int,
     state: PrefillState | None = None,
 ) -> Iterator[ActiveCall]:
-    """Run the model's attention through `attention`; on leaving, the model is as it was.
+    """Run the model's attention through `attention`; restore the model on leaving.
 
     Parameters
     ----------
@@ -180,12 +180,12 @@ def apb_attention(
 
 @contextmanager
 def own_attention(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Have the model call an attention function, without a mask; on leaving, everything is as it was.
+    """Have the model call an attention function, without a mask; restore the model on leaving.
 
     Parameters
     ----------
-    name : under which transformers knows it meanwhile; of no other function
-    function : as transformers' attention functions
+    name : to register it by; must not be taken
+    function : with the signature of transformers' attention functions
     """
     AttentionInterface.register(name, function)
     try:
@@ -211,12 +211,12 @@ def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 @contextmanager
 def captured_projections(model: PreTrainedModel, keep: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Hand over what each layer projects, before anything else is done to it; on leaving, no hook is left.
+    """Hand over each layer's projections, before anything else is done to them; remove all hooks on leaving.
 
     Parameters
     ----------
-    keep : called as ``keep(layer_idx, output)`` after each of the layer's projections to queries, keys and values, in
-        this order (once where they are one), with (1, tokens, channels), before the layer's attention
+    keep : called as ``keep(layer_idx, output)`` with each projection, (1, tokens, channels), to queries, keys and
+        values in this order (once if they are fused), before the layer's attention
     """
 
     def hook(layer_idx: int) -> Any:
@@ -230,7 +230,7 @@ def captured_projections(model: PreTrainedModel, keep: Callable[[int, Tensor], N
 
 
 def projection_modules(module: nn.Module) -> list[nn.Module]:
-    """Return the linear layers that give an attention module its queries, keys and values; empty if not known."""
+    """Return an attention module's projections to queries, keys and values; empty if their names are unknown."""
     for names in PROJECTIONS:
         if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
             return [getattr(module, name) for name in names]
@@ -243,9 +243,9 @@ def check_projections(model: PreTrainedModel) -> None:
     Raises
     ------
     ValueError
-        If an attention module has no projections that are known, or they give something else as well.
+        If an attention module lacks these projections, or they project to something else as well.
     """
-    sizes = geometry_of(model)
+    sizes = attention_sizes(model)
     channels = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
     for layer_idx, module in sorted(attention_modules(model).items()):
         widths = [getattr(projection, "out_features", None) for projection in projection_modules(module)]

@@ -1,8 +1,8 @@
-"""Linear layers through oneDNN while a document is prefilled on CPU.
+"""Run linear layers with oneDNN while a document is prefilled on CPU.
 
-Torch sends float32 matrix products on CPU to its BLAS, MKL in the published builds, which holds back on processors of
-other makers. oneDNN, which torch carries too, does not: same operands, same precision. Weights are reordered for it
-once a prefill where that takes little memory, else by each product.
+Torch sends float32 matrix products on CPU to its BLAS. That is MKL in the published builds, and MKL is slow on
+non-Intel CPUs. oneDNN, which torch also ships, is not, with the same operands and precision. Weights are reordered for
+it once per prefill if that takes little memory, else by each product.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Reordered copies of the weights may take this much for as long as a prefill lasts.
+# Memory that reordered copies of the weights may take during a prefill.
 MAX_REORDERED_BYTES = 2**30
 
 
 @contextmanager
 def onednn_linears(model: nn.Module, num_tokens: int) -> Iterator[None]:
-    """Compute the model's float32 linear layers on CPU with oneDNN; on leaving, they are as they were.
+    """Compute the model's float32 linear layers on CPU with oneDNN; restore them on leaving.
 
-    Does nothing on other devices and in other dtypes, nor where ``torch.backends.mkldnn`` is off or not built in.
+    Other devices and dtypes are left alone, as is everything where ``torch.backends.mkldnn`` is off or missing.
 
     Parameters
     ----------
     num_tokens : int
-        Rows that a product will have, about; oneDNN chooses the order of the weights by it.
+        About how many rows a product will have; oneDNN orders the weights accordingly.
     """
     is_possible = _is_enabled() and next(model.parameters()).device.type == "cpu"
     linears: list[Any] = [module for module in model.modules() if _is_eligible(module)] if is_possible else []
@@ -49,7 +49,7 @@ def _is_enabled() -> bool:
 
 
 def _is_eligible(module: nn.Module) -> bool:
-    # Subclasses (quantized, sharded) do something else; so does whoever replaced the forward already.
+    # Subclasses (quantized, sharded) compute something else, as may a forward that was replaced already.
     return (
         type(module) is nn.Linear
         and "forward" not in module.__dict__

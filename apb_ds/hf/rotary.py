@@ -1,4 +1,4 @@
-"""Rotary frequencies: kept in float32, and the same for a whole request where a model picks them by its positions."""
+"""Rotary frequencies: kept in float32, and fixed for a whole request if a model picks them by position."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 @contextmanager
 def buffers_keep_their_dtype(module: nn.Module) -> Iterator[None]:
-    """On leaving, floating-point buffers are what they were, though whoever ran meanwhile converted the whole module.
+    """Restore floating-point buffers on leaving, even if the whole module was converted meanwhile.
 
-    DeepSpeed's inference engine does, with ``module.bfloat16()``. Models keep their rotary frequencies in float32, as
-    buffers: with 8 bits each, angles at position 10,000 are off by up to three turns.
+    DeepSpeed's inference engine converts it, with ``module.bfloat16()``. Models keep their rotary frequencies as
+    float32 buffers: with 8 bits of mantissa, angles at position 10,000 are off by up to three turns.
     """
     before = [
         (owner, name, buffer)
@@ -40,25 +40,25 @@ def buffers_keep_their_dtype(module: nn.Module) -> Iterator[None]:
 
 
 def warn_of_rough_frequencies(model: nn.Module) -> None:
-    """Say if rotary frequencies came in half precision: the model is used as it is, and is bad at long documents."""
+    """Warn if rotary frequencies came in half precision: the model is used as it is, and blurs far positions."""
     rough = [getattr(module, "inv_freq", None) for module in model.modules()]
     dtypes = {
         str(freq.dtype).removeprefix("torch.") for freq in rough if isinstance(freq, Tensor) and freq.itemsize < 4
     }
     if dtypes:
         logger.warning(
-            "This model's rotary frequencies are %s, in which far positions blur, with any method: somebody converted "
-            "the whole model (model.bfloat16(), or deepspeed.init_inference). Load it with dtype=... instead, and make "
-            "the engine with apb_ds.init_inference, which keeps them in float32.",
+            "This model's rotary frequencies are %s, which blurs far positions with any method: the whole model was "
+            "converted (model.bfloat16() or deepspeed.init_inference). Load it with dtype=... instead, and make the "
+            "engine with apb_ds.init_inference, which keeps the frequencies in float32.",
             ", ".join(sorted(dtypes)),
         )
 
 
 @contextmanager
 def fixed_rotary_frequencies(model: PreTrainedModel, max_positions: int) -> Iterator[None]:
-    """Make rotary modules choose their frequencies for position ``max_positions - 1``, whatever a forward holds.
+    """Have rotary modules choose their frequencies for position ``max_positions - 1`` in every forward.
 
-    Only for scalings that depend on the positions of a forward; on leaving, the modules are as they were.
+    This concerns only scalings that depend on a forward's positions; the modules are restored on leaving.
     """
     rotary = [module for module in model.modules() if is_position_dependent_rope(module)]
     with ExitStack() as stack:
@@ -90,7 +90,7 @@ def _restore_rotary(module: Any, before: tuple[Tensor, dict[str, Any]]) -> None:
 
 
 def _reset_rotary(module: Any) -> None:
-    """Forget a growth that an earlier, longer forward left behind."""
+    """Undo the growth that an earlier, longer forward left behind."""
     if hasattr(module, "original_inv_freq") and hasattr(module, "original_max_seq_len"):
         module.inv_freq = module.original_inv_freq.clone()
         module.max_seq_len_cached = module.original_max_seq_len
@@ -116,7 +116,7 @@ def _drop_last_position(module: nn.Module, args: Any, output: tuple[Tensor, Tens
 
 
 def check_reach(model: PreTrainedModel, max_positions: int, num_positions: int) -> None:
-    """Refuse a turn that needs other rotary frequencies than its context was prefilled with.
+    """Refuse a turn that needs rotary frequencies other than those its context was prefilled with.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def check_reach(model: PreTrainedModel, max_positions: int, num_positions: int) 
 
 
 def _frequencies_differ(module: Any, max_positions: int, num_positions: int) -> bool:
-    """Whether a rotary module chooses other frequencies for `num_positions` than for `max_positions`."""
+    """Whether a rotary module chooses different frequencies for `num_positions` and `max_positions`."""
     if module.rope_type == "longrope":
         switch = module.config.rope_parameters["original_max_position_embeddings"]
         return (max_positions > switch) != (num_positions > switch)

@@ -13,7 +13,7 @@ from apb_ds.compressors.retaining_heads.checkpoint import FIELD, FILE_PATTERNS, 
 from apb_ds.compressors.retaining_heads.compressor import no_heads
 from apb_ds.compressors.retaining_heads.module import HeadSizes, RetainingHeads
 from apb_ds.config import APBConfig, BlockSettings
-from apb_ds.hf.architecture import geometry_of
+from apb_ds.hf.architecture import attention_sizes
 from apb_ds.hf.interface import check_projections
 from apb_ds.loading.source import PACKAGE_SCHEME, expand_home, find_on_hub, package_path
 
@@ -54,13 +54,13 @@ def heads_for(model: PreTrainedModel, config: APBConfig, given: HeadsSource | No
 
 def head_sizes(model: PreTrainedModel) -> HeadSizes:
     """Read what heads of a model must be like from its config."""
-    geometry, config = geometry_of(model), model.config
+    sizes, config = attention_sizes(model), model.config
     activation: Any = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if not isinstance(activation, str):
         raise ValueError(
             f"{type(model).__name__} has no hidden_act in its config; retaining heads use the model's activation."
         )
-    return HeadSizes(geometry.num_layers, geometry.heads, geometry.kv_heads, geometry.head_dim, activation)
+    return HeadSizes(sizes.num_layers, sizes.heads, sizes.kv_heads, sizes.head_dim, activation)
 
 
 def load_heads(path: str, sizes: HeadSizes, field: str = FIELD) -> RetainingHeads:

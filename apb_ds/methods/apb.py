@@ -1,10 +1,10 @@
 """APB's prefill attention in one layer and one round (arXiv 2502.12085, section 3).
 
-A rank's tokens in a round are its share of the anchor, if it has one in this round, followed by the blocks of its
-hosts. What travels (anchor shares and compressed blocks) is sent before the local attention and used after it, so that
-communication hides behind computation. Only square causal and unmasked attention is needed.
+A rank's tokens in a round are its share of the anchor (first round only), followed by the blocks of its hosts. Anchor
+shares and compressed blocks are sent before the local attention and used after it, so that communication hides behind
+computation. The kernels need only square causal and unmasked attention.
 
-Every rank runs the same collectives in every layer and round, also with no token of its own.
+Every rank runs the same collectives in every layer and round, even without tokens.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def prefill(
 
     Parameters
     ----------
-    query : (1, heads, anchor_share + block_tokens, head_dim), local, rotated; the blocks of the rank's hosts one behind
-        the other
+    query : (1, heads, anchor_share + block_tokens, head_dim), local, rotated; the blocks of the rank's hosts
+        follow each other
     key, value : (1, kv_heads, anchor_share + block_tokens, head_dim), local, keys rotated
 
     Returns
     -------
-    (1, heads, anchor_share + block_tokens, head_dim) in ``query.dtype``. Zeros in the last layer: its output is used
-    by nobody, since prefill leaves keys and values behind and nothing else.
+    (1, heads, anchor_share + block_tokens, head_dim) in ``query.dtype``. Zeros in the last layer, whose
+    output is not used: prefill leaves only keys and values behind.
     """
     plan = state.plan
     start, stop = state.anchor_share
@@ -90,7 +90,7 @@ def _merge_with(
     others: tuple[Tensor, Tensor],
     output: Tensor,
 ) -> None:
-    """Merge the local causal part with unmasked attention to the keys and values of others, into `output`."""
+    """Merge the local causal part with unmasked attention to other blocks' keys and values, into `output`."""
     if local is None:
         return
     keys, values = others
@@ -158,7 +158,7 @@ def _passing_blocks(
 ) -> PassingBlocks:
     """Yield what the compressor sees of each block that passes something on.
 
-    The layer's projections are let go of when the last block has been read: attention needs the memory.
+    The layer's projections are released once the last block has been read, since attention needs the memory.
     """
     plan = state.plan
     of_hosts = zip(state.hosts, blocks, state.take_projections(), strict=True)
@@ -182,7 +182,7 @@ def _passing_blocks(
 
 
 def _joined(projections: tuple[Tensor, ...] | None) -> Tensor | None:
-    """Return what was projected of one block as one tensor, (1, block_tokens, channels)."""
+    """Return one block's projections as one tensor, (1, block_tokens, channels)."""
     if projections is None or len(projections) == 1:
         return None if projections is None else projections[0]
     return torch.cat(projections, dim=-1)

@@ -1,4 +1,4 @@
-"""Exact attention of new tokens over the sharded cache: every rank attends to its shard, and the parts are merged."""
+"""Exact attention of new tokens over the sharded cache: each rank attends to its shard, then outputs are merged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def attend_shards(tools: Tools, kernel: Kernel, query: Tensor, keys: Tensor, val
 
 
 def merge_ranks(tools: Tools, output: Tensor, lse: Tensor) -> Tensor:
-    """Merge what each rank's shard gives, in one collective.
+    """Merge the ranks' partial outputs, in one collective.
 
     Parameters
     ----------

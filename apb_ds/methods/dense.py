@@ -18,7 +18,7 @@ def prefill(tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, ke
 
     Returns
     -------
-    (1, heads, n, head_dim) in ``query.dtype``. Zeros in the last layer, whose output nobody uses.
+    (1, heads, n, head_dim) in ``query.dtype``. Zeros in the last layer, whose output is not used.
     """
     state.store_block(layer_idx, key, value)
     output = torch.zeros_like(query)

@@ -66,7 +66,7 @@ class PassedStates:
 
 
 class SentStates(PassedStates):
-    """What ranks send each other, in one buffer, so that what a host sees is one slice of it.
+    """What ranks send each other, in one buffer: what a host sees is one slice of it.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ class SentStates(PassedStates):
     def __init__(self, plan: Plan, like: Tensor) -> None:
         super().__init__(plan)
         _, kv_heads, _, head_dim = like.shape
-        # The last host's compressed block is passed to nobody.
+        # The last host passes nothing.
         self._buffer = like.new_empty((2, kv_heads, plan.anchor_length + plan.kept_offsets[plan.hosts - 1], head_dim))
 
     def start_anchor(self, group: SequenceGroup, keys: Tensor, values: Tensor) -> Arrival:
@@ -112,8 +112,8 @@ class SentStates(PassedStates):
     def place_all(self, spans: Sequence[Span], everyone: Tensor) -> None:
         """Put each rank's message, of (ranks, 2, kv_heads, longest, head_dim), keys first, at its span of tokens.
 
-        Messages of full length that follow each other, in the order of the ranks or against it, are put there at once:
-        every copy is a launch.
+        Neighbouring messages of full length, in ascending or descending rank order, are copied at once: every copy is a
+        kernel launch.
         """
         longest = everyone.shape[3]
         for ranks in _runs(spans, longest):
@@ -130,7 +130,7 @@ class SentStates(PassedStates):
 
 
 def _runs(spans: Sequence[Span], longest: int) -> list[list[int]]:
-    """Return the ranks with anything to place, by their spans, in runs that are full and follow each other."""
+    """Return the ranks with tokens to place, sorted by span, grouped into runs of neighbouring full messages."""
     runs: list[list[int]] = []
     for rank in sorted(
         (rank for rank, (start, stop) in enumerate(spans) if stop > start), key=lambda rank: spans[rank]
@@ -159,7 +159,7 @@ def _empty_messages(like: Tensor, number: int, length: int) -> Tensor:
 
 
 class OwnStates(PassedStates):
-    """What one rank passes to itself: its cache has every block, so places are kept, and states gathered when seen.
+    """What a single rank passes to itself: its cache has every block, so it keeps indices and gathers states on use.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ class OwnStates(PassedStates):
         self._nothing = like.new_empty((2, like.shape[1], 0, like.shape[3]))
         self._anchor = self._nothing
         self._num_places = 0
-        # Every earlier token is passed: what a host sees is the cache as it is.
+        # If every earlier token is passed, a host sees the cache as it is.
         self._is_whole = plan.anchor_length == 0 and plan.kept_lengths[:-1] == tuple(
             plan.block_length(host) for host in range(plan.hosts - 1)
         )
@@ -196,10 +196,10 @@ class OwnStates(PassedStates):
 
     def keep_anchor(self, keys: Tensor, values: Tensor) -> None:
         """Keep the anchor's keys and values, (1, kv_heads, tokens, head_dim) each."""
-        self._anchor = torch.cat([keys, values])  # views would keep all that was projected with them
+        self._anchor = torch.cat([keys, values])  # views would keep the whole projections alive
 
     def keep(self, places: Tensor, start: int) -> None:
-        """Keep which tokens of the block from `start` on are passed, (kv_heads, tokens) int64, in document order."""
+        """Keep the indices of a block's passed tokens, (kv_heads, tokens) int64 in document order, from `start` on."""
         if self._is_whole:
             return
         stop = self._num_places + places.shape[1]

@@ -1,10 +1,9 @@
-"""Exact attention around a ring of ranks (arXiv 2310.01889), with work evened out.
+"""Exact attention around a ring of ranks (arXiv 2310.01889), with balanced work.
 
-The document is cut into 2W blocks, and rank r has blocks r and 2W-1-r: an early one, to which much attends, and a late
-one, which attends to much. Keys and values travel around the ring; while the next ones are under way, a rank attends to
-those that it has. What comes from an earlier rank is seen by both of its blocks, but only the early half of it; what
-comes from a later rank is seen by its late block alone, but all of it. So every step costs every rank the same, and
-only square causal and unmasked attention is needed.
+The document is cut into 2W blocks, and rank r has blocks r and 2W-1-r: an early one, which sees little, and a late one,
+which sees much. Keys and values travel around the ring; while the next ones are in flight, a rank attends to those it
+has. From an earlier rank, both of its blocks see the early half; from a later rank, its late block sees everything. So
+every step costs every rank the same, and the kernels need only square causal and unmasked attention.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def prefill(tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, ke
 
     Returns
     -------
-    (1, heads, early + late, head_dim) in ``query.dtype``. Zeros in the last layer, whose output nobody uses.
+    (1, heads, early + late, head_dim) in ``query.dtype``. Zeros in the last layer, whose output is not used.
     """
     plan, group = state.plan, tools.group
     state.store_block(layer_idx, key, value)

@@ -1,7 +1,7 @@
 """Exact attention by DeepSpeed's sequence parallelism (Ulysses, arXiv 2309.14509).
 
 Every rank has a share of the tokens. DeepSpeed's all-to-all turns that into a share of the heads with all tokens, and
-back. It wants as many tokens on every rank: the document's tail is padded, which causality hides from all other tokens.
+back. It needs equally many tokens on every rank, so the document's tail is padded; causality hides the padding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def prefill(tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, ke
 
     Returns
     -------
-    (1, heads, block_tokens + padding, head_dim) in ``query.dtype``. Zeros in the last layer, whose output nobody uses.
+    (1, heads, block_tokens + padding, head_dim) in ``query.dtype``. Zeros in the last layer, whose output is not used.
 
     Raises
     ------
