@@ -1,8 +1,9 @@
-"""Run the commands that README.md shows.
+"""Run the commands that README.md and the pages in docs/ show.
 
 A fenced block marked ``bash`` or ``python`` whose opening fence follows a line ``<!-- run -->`` is run from the
 repository's root, in the virtual environment of the interpreter that runs this script. A block fails at the first
-command that fails, or after ``--timeout`` seconds; the script runs all blocks and exits with 1 if any failed.
+command that fails, or after ``--timeout`` seconds; the script runs all blocks and exits with 1 if any failed, or if
+there was none.
 """
 
 from __future__ import annotations
@@ -79,17 +80,23 @@ def run_block(block: Block, timeout_s: float) -> int:
         process.wait()
 
 
+def pages() -> list[Path]:
+    """Return README.md and the pages in docs/, in the order in which their blocks run."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def main() -> int:
-    """Run the blocks of a file; return 1 if any failed, else 0."""
+    """Run the blocks of all files; return 1 if any failed or there was none, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("file", nargs="?", type=Path, default=ROOT / "README.md")
+    parser.add_argument("files", nargs="*", type=Path, help="Markdown files (default: README.md and docs/*.md)")
     parser.add_argument("--list", action="store_true", help="print the blocks instead of running them")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for each block (default: %(default)s)")
     arguments = parser.parse_args()
-    blocks = read_blocks(arguments.file.read_text(encoding="utf-8"))
+    files = arguments.files or pages()
+    blocks = [(file.name, block) for file in files for block in _read_file(file)]
     failed = []
-    for block in blocks:
-        where = f"{arguments.file.name}:{block.line}"
+    for name, block in blocks:
+        where = f"{name}:{block.line}"
         print(f"--- {where}\n{block.text}", flush=True)
         if arguments.list:
             continue
@@ -100,8 +107,15 @@ def main() -> int:
             failed.append(where)
     verb = "listed" if arguments.list else "ran"
     outcome = f"; failed: {', '.join(failed)}" if failed else ""
-    print(f"{verb} {len(blocks)} blocks of {arguments.file.name}{outcome}")
+    print(f"{verb} {len(blocks)} blocks of {len(files)} files{outcome}")
     return 1 if failed or not blocks else 0
+
+
+def _read_file(file: Path) -> list[Block]:
+    try:
+        return read_blocks(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.name}, {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The script that runs README's commands: what it finds, what it runs, and that it fails where a command does."""
+"""The script that runs the commands of README and docs: what it finds and runs, and that it fails with a command."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "readme_commands.py"
 
 
-def run(tmp_path: Path, text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    file = tmp_path / "page.md"
-    file.write_text(text, encoding="utf-8")
-    command = [sys.executable, str(SCRIPT), str(file), *arguments]
+NUM_COMMANDS = 8  # that run in CI: each takes up to a minute, so one that is added replaces another
+
+
+def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def write(directory: Path, name: str, text: str) -> Path:
+    file = directory / name
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def run(tmp_path: Path, text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_script(write(tmp_path, "page.md", text), *arguments)
 
 
 def test_runs_marked_blocks_only(tmp_path: Path) -> None:
@@ -48,7 +59,24 @@ def test_malformed_page_fails(tmp_path: Path, text: str) -> None:
     assert run(tmp_path, text).returncode == 1
 
 
-def test_readme_has_commands_to_run() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--list"], capture_output=True, text=True, timeout=60)
+def test_runs_the_blocks_of_several_files_and_names_the_one_that_failed(tmp_path: Path) -> None:
+    first = write(tmp_path, "first.md", "<!-- run -->\n```bash\nfalse\n```\n")
+    second = write(tmp_path, "second.md", "no block at all\n")
+    third = write(tmp_path, "third.md", "\n<!-- run -->\n```bash\nexpr 20 + 22\n```\n")
+    done = run_script(first, second, third)
+    assert done.returncode == 1
+    assert "\n42\n" in done.stdout
+    assert "ran 2 blocks of 3 files; failed: first.md:2\n" in done.stdout
+
+
+def test_malformed_block_is_named_with_its_file(tmp_path: Path) -> None:
+    done = run(tmp_path, "\n<!-- run -->\nwords\n")
+    assert "page.md, line 3" in done.stderr
+
+
+def test_readme_and_docs_have_commands_to_run() -> None:
+    done = run_script("--list")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "make demo" in done.stdout
+    assert "README.md:" in done.stdout and "make demo" in done.stdout
+    assert "command_line.md:" in done.stdout and "task=batch" in done.stdout
+    assert f"listed {NUM_COMMANDS} blocks" in done.stdout
