@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "docs" / "results" / "README.md",
     ROOT / "benchmarks" / "README.md",
 ]
+CARDS = sorted({*(ROOT / "docs" / "results").glob("*/**/README.md"), *(ROOT / "apb_ds").glob("**/README.md")})
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 # A file or folder of the repository, as pages write it; not a pattern, and not a link to elsewhere.
@@ -53,7 +55,7 @@ def linked_pages(page: Path) -> set[Path]:
     return {(page.parent / link.partition("#")[0]).resolve() for link in links if "://" not in link}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     assert list(dead_links(page, page.read_text(encoding="utf-8"))) == []
 
