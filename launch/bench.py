@@ -1,15 +1,20 @@
-"""Measure methods over lengths, hosts and kernels: ``python launch/bench.py``, or under a launcher.
+"""Measure methods over lengths, hosts and kernels: ``python launch/bench.py``, under a launcher, or ``apb-bench``.
 
-Writes bench.json as it goes, so that a benchmark that is stopped keeps what it has measured, and at the end figures
-where matplotlib is installed, beside the table that it prints.
+Writes bench.json after every case, so that a stopped benchmark keeps its measurements, and prints a table at the end.
+Draws figures if matplotlib is installed.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import common
+if __spec__ is None:  # started as a file of a checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from launch import common
+else:
+    from . import common
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -17,11 +22,8 @@ if TYPE_CHECKING:
     from apb_ds.session import Job
 
 
-class Benchmark:
-    """The jobs of a benchmark, and whether all went well."""
-
-    def __init__(self) -> None:
-        self.has_failed = False
+class Benchmark(common.Jobs):
+    """Benchmarks, one a job."""
 
     def run(self, config: DictConfig) -> None:
         from apb_ds.bench import run_bench
@@ -53,20 +55,15 @@ class Benchmark:
             print(f"Record: {job.run_dir / 'bench.json'}", flush=True)
 
     def bad_job(self, job: Job, why: str) -> None:
-        """Say what is wrong with a job; those of a sweep that follow are run."""
+        """Report the job; the sweep goes on."""
         self.has_failed = True
         if common.rank() == 0:
             print(f"Error: {why}", file=sys.stderr, flush=True)
 
-    def finish(self) -> bool:
-        """Leave the group; return whether all jobs went well."""
-        import torch
 
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        return not self.has_failed
+def main() -> int:
+    return common.run_hydra("bench", Benchmark())
 
 
 if __name__ == "__main__":
-    benchmark = Benchmark()
-    sys.exit(common.run_hydra("bench", benchmark.run, benchmark.finish, benchmark.bad_job))
+    sys.exit(main())

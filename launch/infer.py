@@ -1,14 +1,19 @@
-"""Answer a question about a long document: ``deepspeed launch/infer.py``, ``torchrun ... launch/infer.py`` or python.
+"""Answer a question about a long document: ``deepspeed launch/infer.py``, ``torchrun``, ``python`` or ``apb-infer``.
 
-Everything is configured by configs/infer.yaml and its groups; ``-m`` with comma-separated values runs a sweep.
+configs/infer.yaml and its groups hold every setting; ``-m`` with comma-separated values runs a sweep.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import common
+if __spec__ is None:  # started as a file of a checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from launch import common
+else:
+    from . import common
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -16,26 +21,26 @@ if TYPE_CHECKING:
     from apb_ds.session import Job, Session
 
 
-class Inference:
-    """The session that all jobs of a run share, made when the first one starts."""
+class Inference(common.Jobs):
+    """Jobs that share one session, which the first of them starts."""
 
     def __init__(self, session: Session | None = None) -> None:
+        super().__init__()
         self.session = session
 
     def run(self, config: DictConfig) -> None:
         self._started().run(common.job_of(config))
 
     def bad_job(self, job: Job, why: str) -> None:
-        """Count a job of a sweep that cannot be run."""
+        """Record the failure; the sweep goes on."""
         self._started().fail(job, why)
 
     def abandon(self, why: str) -> None:
-        """Keep what this rank has, where it cannot go on; sends nothing."""
         if self.session is not None:
             self.session.abandon(why)
 
     def finish(self) -> bool:
-        """Close the session; return whether all jobs went well."""
+        """Close the session; return whether all jobs succeeded."""
         if self.session is None:
             return True
         self.session.close()
@@ -49,6 +54,9 @@ class Inference:
         return self.session
 
 
+def main() -> int:
+    return common.run_hydra("infer", Inference())
+
+
 if __name__ == "__main__":
-    inference = Inference()
-    sys.exit(common.run_hydra("infer", inference.run, inference.finish, inference.bad_job, inference.abandon))
+    sys.exit(main())

@@ -1,47 +1,42 @@
-"""Train retaining heads for a model: ``deepspeed launch/train_heads.py +exp=smollm2_heads``.
+"""Train retaining heads for a model: ``deepspeed launch/train_heads.py +exp=smollm2_heads`` or ``apb-train-heads``.
 
-Everything is configured by configs/train_heads.yaml. A run that was stopped goes on with the same command.
+configs/train_heads.yaml holds every setting. To continue a stopped run, repeat the command.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import common
+if __spec__ is None:  # started as a file of a checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from launch import common
+else:
+    from . import common
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from apb_ds.session import Job
 
 
-class Training:
-    """The jobs of a run, and whether all went well."""
+def train(job: Job) -> dict[str, Any]:
+    from apb_ds.training.heads.train import train_heads
 
-    def __init__(self) -> None:
-        self.has_failed = False
+    return train_heads(job.values, common.task_arguments())
 
-    def run(self, config: DictConfig) -> None:
-        from apb_ds.training.heads.train import train_heads
 
-        job = common.job_of(config)
-        record = common.train(lambda: train_heads(job.values, common.task_arguments()))
-        if record is None:
-            self.has_failed = True
-        elif common.rank() == 0:
-            last = record["curve"][-1]
-            output = record["settings"]["train"]["output"]
-            print(
-                f"Heads: {output}/heads (held out: loss {last['loss']}, overlap {last['overlap']}, attention mass "
-                f"{last['mass']}, at random {last['mass_random']}; {record['seconds']} s)",
-                flush=True,
-            )
+def summarise(record: dict[str, Any]) -> str:
+    last = record["curve"][-1]
+    return (
+        f"Heads: {record['settings']['train']['output']}/heads (held out: loss {last['loss']}, overlap "
+        f"{last['overlap']}, attention mass {last['mass']}, at random {last['mass_random']}; "
+        f"{record['seconds']} s)"
+    )
 
-    def finish(self) -> bool:
-        """Leave the group; return whether all jobs went well."""
-        common.leave_training_group()
-        return not self.has_failed
+
+def main() -> int:
+    return common.run_hydra("train_heads", common.Trainings(train, summarise))
 
 
 if __name__ == "__main__":
-    training = Training()
-    sys.exit(common.run_hydra("train_heads", training.run, training.finish))
+    sys.exit(main())

@@ -1,42 +1,38 @@
-"""Train an evaluation instrument: ``deepspeed launch/train_instrument.py +exp=smollm2_ruler``.
+"""Train a small model to solve RULER: ``deepspeed launch/train_instrument.py +exp=smollm2_ruler``.
 
-Everything is configured by configs/train_instrument.yaml. A run that was stopped goes on with the same command.
+configs/train_instrument.yaml holds every setting. To continue a stopped run, repeat the command.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import common
+if __spec__ is None:  # started as a file of a checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from launch import common
+else:
+    from . import common
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from apb_ds.session import Job
 
 
-class Training:
-    """The jobs of a run, and whether all went well."""
+def train(job: Job) -> dict[str, Any]:
+    from apb_ds.training.instrument import train_instrument
 
-    def __init__(self) -> None:
-        self.has_failed = False
+    return train_instrument(job.values)
 
-    def run(self, config: DictConfig) -> None:
-        from apb_ds.training.instrument import train_instrument
 
-        job = common.job_of(config)
-        record = common.train(lambda: train_instrument(job.values))
-        if record is None:
-            self.has_failed = True
-        elif common.rank() == 0:
-            output = record["settings"]["train"]["output"]
-            print(f"Adapter: {output}/adapter (loss {record['last_loss']}, {record['seconds']} s)", flush=True)
+def summarise(record: dict[str, Any]) -> str:
+    output = record["settings"]["train"]["output"]
+    return f"Adapter: {output}/adapter (loss {record['last_loss']}, {record['seconds']} s)"
 
-    def finish(self) -> bool:
-        """Leave the group; return whether all jobs went well."""
-        common.leave_training_group()
-        return not self.has_failed
+
+def main() -> int:
+    return common.run_hydra("train_instrument", common.Trainings(train, summarise))
 
 
 if __name__ == "__main__":
-    training = Training()
-    sys.exit(common.run_hydra("train_instrument", training.run, training.finish))
+    sys.exit(main())

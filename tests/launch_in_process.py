@@ -75,7 +75,7 @@ def run_infer(
         inference = infer.Inference(session)
         began = time.perf_counter()
         try:
-            code = common.run_hydra(config, inference.run, inference.finish, inference.bad_job)
+            code = common.run_hydra(config, inference)
         except SystemExit as end:
             code = end.code
         except KeyboardInterrupt:
@@ -86,9 +86,9 @@ def run_infer(
 
 
 def _launch_modules() -> tuple[Any, Any]:
-    if str(ROOT / "launch") not in sys.path:
-        sys.path.insert(0, str(ROOT / "launch"))
-    return importlib.import_module("infer"), importlib.import_module("common")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module("launch.infer"), importlib.import_module("launch.common")
 
 
 @contextlib.contextmanager

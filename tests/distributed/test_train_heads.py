@@ -198,21 +198,20 @@ def test_what_is_there_is_not_mixed_with_something_else(
 
 def launch(rank: int, world_size: int, arguments: list[str]) -> tuple[Any, str, str]:
     """Run launch/train_heads.py within the group that exists; return exit code, standard output and errors."""
-    if str(ROOT / "launch") not in sys.path:
-        sys.path.insert(0, str(ROOT / "launch"))
-    script, common = importlib.import_module("train_heads"), importlib.import_module("common")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    script, common = importlib.import_module("launch.train_heads"), importlib.import_module("launch.common")
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_as_rank(rank, world_size))
         stack.enter_context(mock.patch.dict(os.environ, {"LOCAL_RANK": str(rank)}))
         stack.enter_context(mock.patch.object(common, "FIRST_RANK_GRACE_S", 0))
-        stack.enter_context(mock.patch.object(common, "leave_training_group", lambda: None))  # it is the pool's
+        stack.enter_context(mock.patch.object(common, "leave_group", lambda: None))  # it is the pool's
         stack.enter_context(mock.patch.object(sys, "argv", ["train_heads.py", *arguments]))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
-        training = script.Training()
         try:
-            code = common.run_hydra("train_heads", training.run, training.finish)
+            code = script.main()
         except SystemExit as end:
             code = end.code
     return code, out.getvalue(), err.getvalue()

@@ -32,9 +32,9 @@ def infer(model_path: Path, run_dir: Path, *overrides: str) -> Ended:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("task.query=What is ${HOME}?", ("Interpolation key 'HOME' not found", "task.query", r"written with \${")),
+        ("task.query=What is ${HOME}?", ("Interpolation key 'HOME' not found", "task.query", r"\${")),
         ("model=5", ("must be a string",)),
-        ("hydra.run.dir=/dev/null/run", ("directory cannot be written", "/dev/null", "hydra.run.dir")),
+        ("hydra.run.dir=/dev/null/run", ("run directory", "/dev/null", "hydra.run.dir")),
         (f"seed={MAX_SEED + 1}", (f"seed={MAX_SEED + 1}", f"at most {MAX_SEED}")),
     ],
 )

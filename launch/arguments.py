@@ -1,0 +1,61 @@
+"""Command-line arguments as Hydra takes them: flags first, the launcher's removed, no files from ranks other than 0."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+LOCAL_RANK = ("--local_rank", "--local-rank")
+SWEEP = ("-m", "--multirun")
+CONFIG_DIRECTORY = ("-cd", "--config-dir")
+LEAVES_FILES = (
+    "hydra/job_logging=",
+    "hydra/hydra_logging=",
+    "hydra.run.dir=",
+    "hydra.sweep.dir=",
+    "hydra.output_subdir=",
+)
+
+
+def for_hydra(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments without what the launcher adds, -m and --config-dir first.
+
+    Hydra's parser rejects overrides that follow a flag that follows overrides.
+    """
+    flags: list[str] = []
+    others: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name = argument.partition("=")[0]
+        if name in LOCAL_RANK:
+            continue
+        if argument in CONFIG_DIRECTORY:
+            value = list(itertools.islice(remaining, 1))
+            (flags if value else others).extend([argument, *value])
+        elif argument in SWEEP or name in CONFIG_DIRECTORY:
+            flags.append(argument)
+        else:
+            others.append(argument)
+    return [*flags, *others]
+
+
+def without_files(arguments: Sequence[str], scratch: Path) -> list[str]:
+    """Return the arguments for a rank that leaves no run directory and no log behind."""
+    return [
+        *(argument for argument in arguments if not argument.startswith(LEAVES_FILES)),
+        f"hydra.run.dir={scratch}",
+        f"hydra.sweep.dir={scratch}",
+        "hydra.output_subdir=null",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+    ]
+
+
+def overrides_of(arguments: Sequence[str]) -> dict[str, str]:
+    """Return what command-line arguments change, by config path."""
+    overrides = {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        overrides[name.lstrip("+~")] = value
+    return overrides
