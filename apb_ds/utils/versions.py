@@ -27,10 +27,15 @@ def versions() -> dict[str, str | None]:
 
 @functools.cache
 def source_digest() -> str:
-    """Return a hash of this package's own source files: a clone that was not updated has the same version."""
+    """Return a hash of this package's own source files: a clone that was not updated has the same version.
+
+    An installed package also contains configs and launch, which lie outside of it in a checkout: they are left out.
+    """
     folder = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
+        if file.relative_to(folder).parts[0] in ("configs", "launch"):
+            continue
         digest.update(f"{file.relative_to(folder)}\0".encode())
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:DIGEST_LENGTH]
