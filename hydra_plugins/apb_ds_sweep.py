@@ -1,6 +1,6 @@
-"""A sweep that goes on when the config of one of its jobs cannot be composed. Hydra finds it by its folder's name.
+"""A sweep that goes on when one job's config does not compose. Hydra finds plugins by the name of this folder.
 
-Hydra's own sweeper composes every job first, and refuses all of them for one bad name.
+Hydra's own sweeper composes all jobs first and rejects the whole sweep if one of them fails.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _on_failure: Failure | None = None
 
 
 def on_failure(tell: Failure | None) -> None:
-    """Set what is called for a job that cannot be composed: with its number, overrides, directory and the error."""
+    """Set what is called for a job that does not compose, with its number, overrides, directory and error."""
     global _on_failure
     _on_failure = tell
 
 
 class OneByOneSweeper(BasicSweeper):
-    """Leaves the composition of each job to the launcher."""
+    """Leaves composing each job to the launcher."""
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Refuse nothing yet."""
+        """Accept everything: the launcher checks each job."""
 
 
 class OneByOneLauncher(BasicLauncher):
-    """Runs jobs in this process one after the other; one that cannot be composed is reported and left out."""
+    """Runs jobs in this process, one after the other; reports and skips a job that does not compose."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Return what the jobs that could be composed have returned."""
+        """Return the results of the jobs that composed."""
         assert self.config is not None
         returned: list[JobReturn] = []
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
@@ -51,7 +51,7 @@ class OneByOneLauncher(BasicLauncher):
 
 
 _STORE = ConfigStore.instance()
-# Plain mappings: Hydra runs this module before it is known by its name, which dataclasses would look up.
+# Plain mappings, not dataclasses, which look up their module in sys.modules: Hydra adds it there only after running it.
 _STORE.store(
     group="hydra/sweeper",
     name="one_by_one",
