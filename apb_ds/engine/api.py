@@ -70,13 +70,14 @@ def init_inference(
     with shared_validation(group, "init_inference") as comparison:
         _check_served(model, config, group.world_size)
         heads = heads_for(model, config, retaining_heads)
+        engine = APBEngine(model, config, group, heads)
         comparison.facts = {
             **describe_software(),
             **{f"method.{name}": value for name, value in config.resolved().items()},
             "model": model,
             "retaining heads": heads,
         }
-    return APBEngine(model, config, group, heads)
+    return engine
 
 
 def _check_served(model: PreTrainedModel, config: APBConfig, world_size: int) -> None:

@@ -90,14 +90,14 @@ class DecodeStep:
     def run(self, model: nn.Module, cache: ShardedCache, call: ActiveCall, token: Tensor) -> Tensor:
         """Feed one token, (1, 1) int64; return its logits, (1, vocab), float32, to be read before the next step."""
         self._set(token, cache)
-        if self._graph is None:
-            self._logits = self.forward(model, cache, call)
+        if self._graph is None or self._logits is None:
+            logits = self.forward(model, cache, call)
         else:
             self._graph.replay()
             self._group.count_bytes(self._bytes_sent)
+            logits = self._logits
         cache.advance()
-        assert self._logits is not None
-        return self._logits
+        return logits
 
     def forward(self, model: nn.Module, cache: ShardedCache, call: ActiveCall) -> Tensor:
         """Run the model on what the inputs hold; the cache does not count the token."""

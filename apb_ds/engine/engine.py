@@ -28,7 +28,8 @@ from apb_ds.engine.prefill import run_rounds
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator
 from apb_ds.hf.architecture import attention_sizes, check_supported
 from apb_ds.hf.interface import apb_attention
-from apb_ds.hf.rotary import buffers_keep_their_dtype, warn_of_rough_frequencies
+from apb_ds.hf.probe import probe_model
+from apb_ds.hf.rotary import warn_of_rough_frequencies
 from apb_ds.hf.tiled_mlps import check_tile
 from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.methods.state import PrefillState
@@ -57,8 +58,11 @@ class APBEngine(InferenceEngine):
     ----------
     apb_config : the options in force; change them with `configure`
     group : the ranks that share a request
+    windows : by layer, the windows of layers that attend within one, in tokens
     stats : where the time of the last `prefill` or `generate` went
     """
+
+    module: Any  # the PreTrainedModel
 
     def __init__(
         self,
@@ -69,10 +73,12 @@ class APBEngine(InferenceEngine):
     ) -> None:
         check_supported(model)
         warn_of_rough_frequencies(model)
-        with buffers_keep_their_dtype(model):
-            super().__init__(model, DeepSpeedInferenceConfig(dtype=model.dtype, max_out_tokens=NO_TOKEN_LIMIT))
-        # The base class sets an instance attribute, which would hide the method below.
-        self.__dict__.pop("generate", None)
+        _move_to_accelerator(model)
+        # DeepSpeed's constructor converts, moves and empties the module that it is given, so it gets an empty one.
+        dtype = model.dtype if model.dtype in get_accelerator().supported_dtypes() else torch.float32
+        super().__init__(nn.Module(), DeepSpeedInferenceConfig(dtype=dtype, max_out_tokens=NO_TOKEN_LIMIT))
+        self.module, self.config = model, model.config
+        self.windows = probe_model(model)
         self.group = group
         self.stats = RequestStats()
         self.sizes = attention_sizes(model)
@@ -140,7 +146,7 @@ class APBEngine(InferenceEngine):
 
     @property
     def _validator(self) -> Validator:
-        return Validator(self.module, self.apb_config, self.attention, self.group)
+        return Validator(self.module, self.apb_config, self.attention, self.group, self.windows)
 
     @property
     def _recorded(self) -> RecordedSteps | None:
@@ -390,3 +396,12 @@ class APBEngine(InferenceEngine):
     def _now(self) -> float:
         self._synchronize()
         return time.perf_counter()
+
+
+def _move_to_accelerator(model: PreTrainedModel) -> None:
+    """Move a model that is whole on another device to this rank's, unless a device map or a quantiser placed it."""
+    target = torch.device(get_accelerator().current_device_name())
+    devices = {parameter.device for parameter in model.parameters()}
+    is_placed = getattr(model, "hf_device_map", None) or getattr(model, "hf_quantizer", None)
+    if not is_placed and len(devices) == 1 and devices != {target}:
+        nn.Module.to(model, target)

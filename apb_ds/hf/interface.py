@@ -27,7 +27,7 @@ IMPLEMENTATION = "apb"
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 
 # Arguments of attention functions that make it something other than plain softmax attention.
-CHANGES_ATTENTION = ("softcap", "s_aux", "position_bias", "head_mask")
+CHANGES_ATTENTION = ("attention_mask", "softcap", "s_aux", "position_bias", "head_mask")
 
 
 class PrefillComplete(Exception):
@@ -124,6 +124,7 @@ def attention_forward(
     call = _ACTIVE.get()
     if call is None:
         raise RuntimeError("attn_implementation='apb' works only inside an APBEngine; use apb_ds.init_inference.")
+    kwargs["attention_mask"] = attention_mask
     for name in CHANGES_ATTENTION:
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} passes {name} to its attention, which APB does not support.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,32 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apb_ds.hf.architecture import check_positions
+from apb_ds.hf.architecture import NO_WINDOWS, check_positions
 
 logger = logging.getLogger(__name__)
 
 # Rotary embeddings that pick their frequencies from the largest position of each forward.
 POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-
-@contextmanager
-def buffers_keep_their_dtype(module: nn.Module) -> Iterator[None]:
-    """Restore floating-point buffers on leaving, even if the whole module was converted meanwhile.
-
-    DeepSpeed's inference engine converts it, with ``module.bfloat16()``. Models keep their rotary frequencies as
-    float32 buffers: with 8 bits of mantissa, angles at position 10,000 are off by up to three turns.
-    """
-    before = [
-        (owner, name, buffer)
-        for owner in module.modules()
-        for name, buffer in owner.named_buffers(recurse=False)
-        if buffer.is_floating_point()
-    ]
-    yield
-    for owner, name, buffer in before:
-        now = owner._buffers[name]
-        if now is not None and now.dtype != buffer.dtype:
-            owner._buffers[name] = buffer.to(now.device)
 
 
 def warn_of_rough_frequencies(model: nn.Module) -> None:
@@ -115,15 +95,18 @@ def _drop_last_position(module: nn.Module, args: Any, output: tuple[Tensor, Tens
     return cos[..., :-1, :], sin[..., :-1, :]
 
 
-def check_reach(model: PreTrainedModel, max_positions: int, num_positions: int) -> None:
+def check_reach(
+    model: PreTrainedModel, max_positions: int, num_positions: int, windows: Mapping[int, int] = NO_WINDOWS
+) -> None:
     """Refuse a turn that needs rotary frequencies other than those its context was prefilled with.
 
     Parameters
     ----------
     max_positions : positions that the context's frequencies were chosen for
     num_positions : positions that the turn needs, the document's included
+    windows : see `check_positions`
     """
-    check_positions(model, num_positions)
+    check_positions(model, num_positions, windows)
     rotary = [module for module in model.modules() if is_position_dependent_rope(module)]
     rotary = [module for module in rotary if _frequencies_differ(module, max_positions, num_positions)]
     if num_positions > max_positions and rotary:
