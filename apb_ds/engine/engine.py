@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,8 +25,8 @@ from apb_ds.config import APBConfig
 from apb_ds.engine.acceleration import Acceleration
 from apb_ds.engine.context import Context
 from apb_ds.engine.cuda_graph import RecordedSteps
-from apb_ds.engine.decoding import LockstepDecoder, RequestStats
-from apb_ds.engine.generation_settings import arguments_for_loop
+from apb_ds.engine.decoding import LockstepDecoder, RequestStats, ended_after_errors
+from apb_ds.engine.generation_settings import arguments_for_loop, warn_of_overrides
 from apb_ds.engine.prefill import run_rounds
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator
 from apb_ds.hf.architecture import attention_sizes, check_supported
@@ -51,8 +54,9 @@ NO_TOKEN_LIMIT = 2**31
 class APBEngine(InferenceEngine):
     """Serves one model over the ranks of a group. Made by `init_inference` or `attach`.
 
-    All ranks of the group call the same methods with the same arguments. Outside of these calls the model is as
-    transformers made it: ``engine.module(input_ids)`` is plain, dense and local.
+    All ranks of the group call the same methods with the same arguments, in the same order. Outside of these calls, and
+    in other threads meanwhile, the model is as transformers made it: ``engine.module(input_ids)`` is plain, dense and
+    local. Calls from several threads to engines of one model wait for each other.
 
     Attributes
     ----------
@@ -73,6 +77,8 @@ class APBEngine(InferenceEngine):
     ) -> None:
         check_supported(model)
         warn_of_rough_frequencies(model)
+        if group.is_first:
+            warn_of_overrides(model)
         _move_to_accelerator(model)
         # DeepSpeed's constructor converts, moves and empties the module that it is given, so it gets an empty one.
         dtype = model.dtype if model.dtype in get_accelerator().supported_dtypes() else torch.float32
@@ -155,7 +161,22 @@ class APBEngine(InferenceEngine):
     def _kernels_of(self, attention: APBAttention) -> KernelChoice:
         return attention.kernels_for(self.device, self.module.dtype, self.sizes.head_dim)
 
-    @torch.no_grad()
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Run one call on the model at a time, in eval mode, without gradients.
+
+        Not in inference mode either, even if the caller is: what a context holds is changed later, perhaps outside.
+        """
+        with _lock_of(self.module), torch.inference_mode(False), torch.no_grad():
+            training = [module for module in self.module.modules() if module.training]
+            for module in training:
+                module.training = False
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
+
     def prefill(
         self,
         document_ids: Tensor,
@@ -188,10 +209,11 @@ class APBEngine(InferenceEngine):
         torch.OutOfMemoryError
             On the rank that runs out of memory, with advice.
         """
-        with shared_validation(self.group, "prefill", self.device) as comparison:
-            request = self._validator.prefill(document_ids, query_ids, max_positions)
-            comparison.facts = request.facts
-        return self._run_prefill(request, comparison.digest, progress)
+        with self._call():
+            with shared_validation(self.group, "prefill", self.device) as comparison:
+                request = self._validator.prefill(document_ids, query_ids, max_positions)
+                comparison.facts = request.facts
+            return self._run_prefill(request, comparison.digest, progress)
 
     def _run_prefill(self, request: PrefillRequest, key: str, progress: Progress | None) -> Context:
         plan, num_tokens = request.plan, request.document_ids.shape[1]
@@ -232,7 +254,6 @@ class APBEngine(InferenceEngine):
             key=key,
         )
 
-    @torch.no_grad()
     def generate(
         self,
         document_ids: Tensor | None = None,
@@ -278,21 +299,21 @@ class APBEngine(InferenceEngine):
         call = GenerateCall(
             document_ids, query_ids, max_new_tokens, context, append, input_ids, query_length, generate_arguments
         )
-        with shared_validation(self.group, "generate", self.device) as comparison:
-            request = self._validator.generate(call)
-            # Ranks record decode steps together, or not at all.
-            comparison.facts = request.facts | {"recorded": self.kernel_names.get("recorded")}
-        prefill_s = 0.0
-        if isinstance(request.source, PrefillRequest):
-            context = self._run_prefill(request.source, comparison.digest, progress)
-            prefill_s = context.prefill_s
-        else:
-            context = request.source
-        tokens = self._decode(request, context)
-        self.stats.prefill_s = prefill_s
-        return tokens if input_ids is None else torch.cat([input_ids.to(tokens.device), tokens], dim=-1)
+        with self._call(), ended_after_errors(generate_arguments.get("streamer")):
+            with shared_validation(self.group, "generate", self.device) as comparison:
+                request = self._validator.generate(call)
+                # Ranks record decode steps together, or not at all.
+                comparison.facts = request.facts | {"recorded": self.kernel_names.get("recorded")}
+            prefill_s = 0.0
+            if isinstance(request.source, PrefillRequest):
+                context = self._run_prefill(request.source, comparison.digest, progress)
+                prefill_s = context.prefill_s
+            else:
+                context = request.source
+            tokens = self._decode(request, context)
+            self.stats.prefill_s = prefill_s
+            return tokens if input_ids is None else torch.cat([input_ids.to(tokens.device), tokens], dim=-1)
 
-    @torch.no_grad()
     def query_logits(self, query_ids: Tensor, *, context: Context) -> Tensor:
         """Return the logits of every query token; the context stays as it was.
 
@@ -304,29 +325,30 @@ class APBEngine(InferenceEngine):
         -------
         (1, q, vocab), float32, the same on every rank
         """
-        with shared_validation(self.group, "query_logits", self.device) as comparison:
-            request = self._validator.logits(query_ids, context)
-            comparison.facts = request.facts
-        num_query = request.ids.shape[1]
-        cached = context.num_cached
-        fed = torch.cat([context.token_ids[:, cached:], request.ids], dim=-1)
-        positions = torch.arange(cached, cached + fed.shape[1], device=self.device).unsqueeze(0)
-        try:
-            with (
-                self._acceleration.in_decoding(),
-                apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions),
-            ):
-                output = self.module(
-                    input_ids=fed,
-                    position_ids=positions,
-                    past_key_values=context.cache,
-                    use_cache=True,
-                    logits_to_keep=num_query,
-                )
-        finally:
-            context.cache.crop_to(cached)
-        place.enter(place.BETWEEN)
-        return self.group.broadcast(output.logits[:, -num_query:].float().contiguous())
+        with self._call():
+            with shared_validation(self.group, "query_logits", self.device) as comparison:
+                request = self._validator.logits(query_ids, context)
+                comparison.facts = request.facts
+            num_query = request.ids.shape[1]
+            cached = context.num_cached
+            fed = torch.cat([context.token_ids[:, cached:], request.ids], dim=-1)
+            positions = torch.arange(cached, cached + fed.shape[1], device=self.device).unsqueeze(0)
+            try:
+                with (
+                    self._acceleration.in_decoding(),
+                    apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions),
+                ):
+                    output = self.module(
+                        input_ids=fed,
+                        position_ids=positions,
+                        past_key_values=context.cache,
+                        use_cache=True,
+                        logits_to_keep=num_query,
+                    )
+            finally:
+                context.cache.crop_to(cached)
+            place.enter(place.BETWEEN)
+            return self.group.broadcast(output.logits[:, -num_query:].float().contiguous())
 
     def destroy(self) -> None:
         """Free what the engine holds besides the model: a recorded step with its cache, and retaining heads.
@@ -380,7 +402,7 @@ class APBEngine(InferenceEngine):
         self.stats = decoder.stats
         if request.append:
             context.token_ids = everything
-        return everything[:, prompt.shape[1] :]
+        return everything[:, prompt.shape[1] :].clone()  # the caller may change it; the context keeps the original
 
     def _warn_if_exact(self, exact: bool, num_tokens: int) -> None:
         if exact and not self.apb_config.is_exact_method and not self._warned_exact and self.group.is_first:
@@ -396,6 +418,16 @@ class APBEngine(InferenceEngine):
     def _now(self) -> float:
         self._synchronize()
         return time.perf_counter()
+
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def _lock_of(model: nn.Module) -> threading.RLock:
+    """Return the lock of a model, the same for all engines that serve it."""
+    with _locks_lock:
+        return _locks.setdefault(model, threading.RLock())
 
 
 def _move_to_accelerator(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
@@ -9,8 +10,12 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from apb_ds.config import suggest
 
 DEFAULT_NEW_TOKENS = 20  # transformers' own default
+MODELS_FILE = "the model's generation_config.json"
 
-# Generation settings that the engine fixes: name -> the only value it takes.
+logger = logging.getLogger(__name__)
+
+# Generation settings that the engine fixes: name -> the only value it takes. Other values are refused if the caller
+# asks for them, and overridden if the model's own generation_config.json has them.
 FIXED_SETTINGS: dict[str, Any] = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -38,11 +43,21 @@ KNOWN_ARGUMENTS = (
     "tokenizer",
     "attention_mask",
 )
+# Overriding these changes answers, so it is logged.
+ANSWERS_DEPEND_ON = (
+    "num_beams",
+    "penalty_alpha",
+    "dola_layers",
+    "constraints",
+    "force_words_ids",
+    "guidance_scale",
+    "token_healing",
+)
 FIXED_ARGUMENTS = ("assistant_model", "past_key_values", "custom_generate", "synced_gpus", "inputs_embeds", "inputs")
 
 
 def check_generate_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments for `generate`, without a mask that hides nothing.
+    """Return the arguments for `generate`: without a mask that hides nothing, with what the engine overrides.
 
     Raises
     ------
@@ -53,11 +68,14 @@ def check_generate_arguments(model: PreTrainedModel, arguments: dict[str, Any]) 
     if mask is not None and not bool((mask == 1).all()):
         raise ValueError("attention_mask hides tokens; pass one unpadded sequence.")
     for name, allowed in FIXED_SETTINGS.items():
-        value = _setting(model, arguments, name)
+        value = _asked(arguments, name)
         if value is not None and value != allowed:
             raise ValueError(
                 f"{name}={value!r} is not supported: the engine decodes one sequence with {name}={allowed}."
             )
+    sequences = getattr(model.generation_config, "num_return_sequences", None)
+    if sequences not in (None, 1):  # transformers' own generate fails on it before it looks at arguments
+        raise ValueError(f"num_return_sequences={sequences} in {MODELS_FILE} is not supported; set it to 1 there.")
     for name in FIXED_ARGUMENTS:
         if arguments.get(name) is not None:
             raise ValueError(f"{name} is not supported: the engine sets it itself, or decodes without it.")
@@ -66,16 +84,35 @@ def check_generate_arguments(model: PreTrainedModel, arguments: dict[str, Any]) 
         if name not in known:
             raise ValueError(f"{name} is not an argument of generate that the engine knows.{suggest(name, known)}")
     if _setting(model, arguments, "stop_strings") is not None and arguments.get("tokenizer") is None:
-        raise ValueError("stop_strings needs tokenizer=..., so that text can be compared.")
-    return {name: value for name, value in arguments.items() if name != "attention_mask"}
+        origin = "" if _asked(arguments, "stop_strings") is not None else f" (from {MODELS_FILE})"
+        raise ValueError(f"stop_strings{origin} needs tokenizer=..., so that text can be compared.")
+    return {name: value for name, value in arguments.items() if name != "attention_mask"} | _overrides(model)
+
+
+def _overrides(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the fixed settings that the model's own generation config sets otherwise, with the engine's values."""
+    values = {name: getattr(model.generation_config, name, None) for name in FIXED_SETTINGS}
+    return {name: FIXED_SETTINGS[name] for name, value in values.items() if value not in (None, FIXED_SETTINGS[name])}
+
+
+def warn_of_overrides(model: PreTrainedModel) -> None:
+    """Log which settings of the model's own generation config the engine ignores, if answers depend on them."""
+    ignored = [name for name in _overrides(model) if name in ANSWERS_DEPEND_ON]
+    if ignored:
+        shown = ", ".join(f"{name}={getattr(model.generation_config, name)!r}" for name in ignored)
+        logger.warning("The engine decodes one sequence and ignores %s of %s.", shown, MODELS_FILE)
+
+
+def _asked(arguments: dict[str, Any], name: str) -> Any:
+    """Return a setting as the caller gave it: the argument, else that of generation_config."""
+    value = arguments.get(name)
+    return getattr(arguments.get("generation_config"), name, None) if value is None else value
 
 
 def _setting(model: PreTrainedModel, arguments: dict[str, Any], name: str) -> Any:
-    """Return a setting as `generate` resolves it: the argument, else generation_config's, else the model's."""
-    if arguments.get(name) is not None:
-        return arguments[name]
-    configs = (arguments.get("generation_config"), model.generation_config)
-    return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+    """Return a setting as `generate` resolves it: the caller's, else the model's."""
+    value = _asked(arguments, name)
+    return getattr(model.generation_config, name, None) if value is None else value
 
 
 def arguments_for_loop(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -96,9 +133,17 @@ def count_new_tokens(model: PreTrainedModel, max_new_tokens: int | None, argumen
     """Return how many tokens may be generated after `known` ones, as `generate` will understand its arguments."""
     if max_new_tokens is None:
         max_new_tokens = _setting(model, arguments, "max_new_tokens")
+    max_length = _setting(model, arguments, "max_length")
+    if max_new_tokens is None and max_length is not None:
+        origin = "" if _asked(arguments, "max_length") is not None else f" (from {MODELS_FILE})"
+        if max_length <= known:
+            raise ValueError(
+                f"max_length={max_length}{origin} leaves no room after {known} tokens of document and query; pass "
+                "max_new_tokens."
+            )
+        return int(max_length - known)
     if max_new_tokens is None:
-        max_length = _setting(model, arguments, "max_length")
-        max_new_tokens = max_length - known if max_length is not None else DEFAULT_NEW_TOKENS
+        return DEFAULT_NEW_TOKENS
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer of at least 1.")
     return max_new_tokens

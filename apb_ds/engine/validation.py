@@ -176,7 +176,7 @@ class Validator:
 
 
 def check_ids(model: PreTrainedModel, name: str, ids: Tensor | None) -> Tensor:
-    """Return the ids on the model's device.
+    """Return a copy of the ids on the model's device.
 
     Raises
     ------
@@ -198,7 +198,7 @@ def check_ids(model: PreTrainedModel, name: str, ids: Tensor | None) -> Tensor:
             f"{name} has token ids from {lowest} to {highest}; the model's vocabulary is 0 to {vocabulary - 1}. "
             "Does the tokenizer belong to this model?"
         )
-    return ids.to(next(model.parameters()).device)
+    return ids.to(next(model.parameters()).device, copy=True)  # the caller may change its own later
 
 
 def split_query(model: PreTrainedModel, input_ids: Tensor, query_length: int | None) -> tuple[Tensor, Tensor]:

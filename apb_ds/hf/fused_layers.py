@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from apb_ds.hf.architecture import attention_modules
+from apb_ds.hf.overrides import forward_replacement, has_other_forward, overridden
 from apb_ds.ops.compiled import can_compile, compiled, rms_norm
 
 EPSILONS = ("variance_epsilon", "eps")
@@ -56,20 +57,13 @@ class FusedLayers:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Have the model compute with fused layers; restore it on leaving."""
-        replaced = [(module, forward) for module, forward in self._forwards if "forward" not in module.__dict__]
-        rotations = [(space, space[ROTATION]) for space in self._namespaces]
-        try:
-            for module, forward in replaced:
-                module.forward = forward
-            for space, function in rotations:
-                space[ROTATION] = compiled(function)
+        """Have the model compute with fused layers in this context; restore it on leaving."""
+        layers = [
+            forward_replacement(module, forward) for module, forward in self._forwards if not has_other_forward(module)
+        ]
+        rotations = [(space, ROTATION, space[ROTATION], compiled) for space in self._namespaces]
+        with overridden([*layers, *rotations]):
             yield
-        finally:
-            for module, _ in replaced:
-                module.__dict__.pop("forward", None)
-            for space, function in rotations:
-                space[ROTATION] = function
 
 
 def _norm_forward(module: nn.Module) -> Forward | None:

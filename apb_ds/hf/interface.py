@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from apb_ds.attention import APBAttention, Phase
 from apb_ds.hf.architecture import attention_modules, attention_sizes
+from apb_ds.hf.overrides import attention_implementation
 from apb_ds.hf.rotary import fixed_rotary_frequencies
 from apb_ds.methods.state import PrefillState
 
@@ -72,7 +73,7 @@ class ActiveCall:
 
     def keep_projection(self, layer_idx: int, output: Tensor) -> None:
         """Keep what a layer has projected until its attention is called, if tokens are scored there."""
-        if self.state is not None and self.state.needs_scores(layer_idx):
+        if _ACTIVE.get() is self and self.state is not None and self.state.needs_scores(layer_idx):
             self.projections.append(output)
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -196,18 +197,9 @@ def own_attention(model: PreTrainedModel, name: str, function: Callable[..., Any
         AttentionInterface._global_mapping.pop(name, None)
 
 
-@contextmanager
-def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    all_configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in all_configs if hasattr(config, "_attn_implementation_internal")}
-    before = [(config, config._attn_implementation_internal) for config in configs.values()]
-    try:
-        for config, _ in before:
-            config._attn_implementation_internal = name
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
+def _implementation(model: PreTrainedModel, name: str) -> AbstractContextManager[None]:
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return attention_implementation([config for config in configs if isinstance(config, PretrainedConfig)], name)
 
 
 @contextmanager

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apb_ds.hf.overrides import forward_replacement, has_other_forward, overridden
+
 # Memory that reordered copies of the weights may take during a prefill.
 MAX_REORDERED_BYTES = 2**30
 
 
 @contextmanager
 def onednn_linears(model: nn.Module, num_tokens: int) -> Iterator[None]:
-    """Compute the model's float32 linear layers on CPU with oneDNN; restore them on leaving.
+    """Compute the model's float32 linear layers on CPU with oneDNN, in this context; restore them on leaving.
 
     Other devices and dtypes are left alone, as is everything where ``torch.backends.mkldnn`` is off or missing.
 
@@ -32,16 +34,15 @@ def onednn_linears(model: nn.Module, num_tokens: int) -> Iterator[None]:
     is_possible = _is_enabled() and next(model.parameters()).device.type == "cpu"
     linears: list[Any] = [module for module in model.modules() if _is_eligible(module)] if is_possible else []
     reorder = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears) <= MAX_REORDERED_BYTES
-    try:
-        for linear in linears:
-            weight = linear.weight.detach()
-            if reorder:
-                weight = torch.ops.mkldnn._reorder_linear_weight(weight, num_tokens)
-            linear.forward = _forward_of(linear, weight)
+    overrides = []
+    for linear in linears:
+        weight = linear.weight.detach()
+        if reorder:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, num_tokens)
+        forward = _forward_of(linear, weight)
+        overrides.append(forward_replacement(linear, forward))
+    with overridden(overrides):
         yield
-    finally:
-        for linear in linears:
-            linear.__dict__.pop("forward", None)
 
 
 def _is_enabled() -> bool:
@@ -49,10 +50,11 @@ def _is_enabled() -> bool:
 
 
 def _is_eligible(module: nn.Module) -> bool:
-    # Subclasses (quantized, sharded) compute something else, as may a forward that was replaced already.
+    # Subclasses (quantised, sharded), of the weights too, compute something else, as may a forward that was replaced.
     return (
         type(module) is nn.Linear
-        and "forward" not in module.__dict__
+        and type(module.weight) is nn.Parameter
+        and not has_other_forward(module)
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apb_ds.hf.architecture import NO_WINDOWS, check_positions
+from apb_ds.hf.overrides import Function, forward_override, overridden
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def warn_of_rough_frequencies(model: nn.Module) -> None:
 
 @contextmanager
 def fixed_rotary_frequencies(model: PreTrainedModel, max_positions: int) -> Iterator[None]:
-    """Have rotary modules choose their frequencies for position ``max_positions - 1`` in every forward.
+    """Have rotary modules choose their frequencies for position ``max_positions - 1`` in every forward of this context.
 
     This concerns only scalings that depend on a forward's positions; the modules are restored on leaving.
     """
@@ -45,8 +46,9 @@ def fixed_rotary_frequencies(model: PreTrainedModel, max_positions: int) -> Iter
         for module in rotary:
             stack.callback(_restore_rotary, module, _rotary_state(module))
             _reset_rotary(module)
-            stack.callback(module.register_forward_pre_hook(_appender(max_positions - 1), with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(_drop_last_position).remove)
+        stack.enter_context(
+            overridden(forward_override(module, _with_last_position(max_positions - 1)) for module in rotary)
+        )
         yield
 
 
@@ -76,23 +78,18 @@ def _reset_rotary(module: Any) -> None:
         module.max_seq_len_cached = module.original_max_seq_len
 
 
-def _appender(position: int) -> Any:
-    def append(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden, *rest = args
-        position_ids = kwargs.pop("position_ids", None)
-        if position_ids is None:
-            position_ids, *rest = rest
-        extended = torch.cat([position_ids, position_ids.new_full((*position_ids.shape[:-1], 1), position)], dim=-1)
-        return (hidden, extended, *rest), kwargs
+def _with_last_position(position: int) -> Callable[[Function], Function]:
+    """Return what makes a rotary module's forward see one more position, the last one, and drop its rotation."""
 
-    return append
+    def make(forward: Function) -> Function:
+        def run(hidden: Tensor, position_ids: Tensor, *rest: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            last = position_ids.new_full((*position_ids.shape[:-1], 1), position)
+            cos, sin = forward(hidden, torch.cat([position_ids, last], dim=-1), *rest, **kwargs)
+            return cos[..., :-1, :], sin[..., :-1, :]
 
+        return run
 
-def _drop_last_position(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    cos, sin = output
-    return cos[..., :-1, :], sin[..., :-1, :]
+    return make
 
 
 def check_reach(

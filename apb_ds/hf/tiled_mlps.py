@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from apb_ds.hf.overrides import forward_override, overridden
+
 Forward = Callable[[Tensor], Tensor]
 
 # The projections of a gated MLP besides `down_proj`.
@@ -49,21 +51,12 @@ def check_tile(model: nn.Module, tile: int | None) -> None:
 
 @contextmanager
 def tiled_mlps(model: nn.Module, tile: int | None) -> Iterator[None]:
-    """Have the model's MLPs compute `tile` tokens at a time (None: all at once); restore them on leaving."""
+    """Have the model's MLPs compute `tile` tokens at a time in this context; restore them on leaving."""
     if tile is None:
         yield
         return
-    before = {module: module.__dict__.get("forward") for module in mlp_modules(model)}
-    try:
-        for module in before:
-            module.__dict__["forward"] = _tiled(module.forward, tile)
+    with overridden(forward_override(module, lambda forward: _tiled(forward, tile)) for module in mlp_modules(model)):
         yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
 
 
 def _tiled(forward: Forward, tile: int) -> Forward:

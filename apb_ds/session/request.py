@@ -123,9 +123,7 @@ class Run:
         arguments : as in `Sample.generate`
         options : ``streamer`` and ``append``, see `APBEngine.generate`
         """
-        arguments = {"do_sample": False, **arguments}
-        if arguments.get("stop_strings"):
-            arguments["tokenizer"] = self.tokenizer
+        arguments = {"do_sample": False, "tokenizer": self.tokenizer, **arguments}
         tokens = self.engine.generate(
             query_ids=query_ids, context=context, max_new_tokens=max_new_tokens, **arguments, **options
         )

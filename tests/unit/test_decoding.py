@@ -346,13 +346,35 @@ def test_refuses_settings(approximate: Any, name: str) -> None:
     assert_refused(approximate, {"input_ids": DOCUMENT, "query_length": 3, **given}, [name])
 
 
-@pytest.mark.parametrize("name", REFUSED_SETTINGS)
-def test_refuses_settings_of_the_models_own_generation_config(name: str) -> None:
-    """transformers fills what a given generation_config leaves open from the model's."""
+def test_several_sequences_in_the_models_own_config_are_refused_before_the_prefill() -> None:
     engine = new_engine(build_model("llama"), **APPROXIMATE)
-    setattr(engine.module.generation_config, name, REFUSED_SETTINGS[name])
-    assert_refused(engine, IDS, [name])
-    assert_refused(engine, {**IDS, "generation_config": GenerationConfig(top_k=7)}, [name])
+    engine.module.generation_config.num_return_sequences = 2
+    assert_refused(engine, IDS, ["num_return_sequences=2", "generation_config.json"])
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED_SETTINGS if name != "num_return_sequences"])
+def test_overrides_settings_of_the_models_own_generation_config(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A checkpoint trained with gradient checkpointing has use_cache=false there, for example."""
+    expected = new_engine(build_model("llama"), **APPROXIMATE).generate(**IDS, max_new_tokens=5, do_sample=False)
+    model = build_model("llama")
+    setattr(model.generation_config, name, REFUSED_SETTINGS[name])
+    with caplog.at_level("WARNING", logger="apb_ds"):
+        engine = new_engine(model, **APPROXIMATE)
+    for given in ({"do_sample": False}, {"generation_config": GenerationConfig(do_sample=False)}):
+        assert torch.equal(engine.generate(**IDS, max_new_tokens=5, **given), expected)
+    assert getattr(model.generation_config, name) == REFUSED_SETTINGS[name], "the model's own config stays"
+    told = [record.getMessage() for record in caplog.records if name in record.getMessage()]
+    assert len(told) == (name in ("num_beams", "guidance_scale"))
+
+
+def test_a_max_length_that_the_document_exceeds() -> None:
+    engine = new_engine(build_model("llama"), **APPROXIMATE)
+    with pytest.raises(ValueError, match=r"max_length=20 leaves no room.*max_new_tokens"):
+        engine.generate(**IDS, max_length=20)
+    engine.module.generation_config.max_length = 20
+    with pytest.raises(ValueError, match=r"max_length=20 .*generation_config\.json.*max_new_tokens"):
+        engine.generate(**IDS)
+    assert engine.generate(**IDS, max_new_tokens=2).shape == (1, 2)
 
 
 def test_new_tokens_of_the_models_own_generation_config() -> None:
