@@ -52,7 +52,7 @@ class ShardedCacheLayer(CacheLayerMixin):
         made_of = (key_states, value_states)
         given, self.given = self.given, None
         if given is None or not all(map(self._is_like, given, made_of)):
-            given = self._buffer_like(key_states), self._buffer_like(value_states)
+            given = self._buffer_like(key_states, self.capacity), self._buffer_like(value_states, self.capacity)
         self.keys, self.values = given
         self.is_initialized = True
 
@@ -158,24 +158,24 @@ class ShardedCacheLayer(CacheLayerMixin):
         """Make the buffers longer if they do not hold `num_tokens` tokens."""
         if num_tokens <= self.capacity:
             return
-        keys, values = self.buffers()
         # An eighth more than needed keeps the copies rare without doubling a long shard.
-        self.capacity = _stepped(num_tokens + max(GROWTH_TOKENS, num_tokens // 8))
-        self.keys, self.values = self._grown(keys), self._grown(values)
+        capacity = _stepped(num_tokens + max(GROWTH_TOKENS, num_tokens // 8))
+        grown = [self._grown(buffer, capacity) for buffer in self.buffers()]
+        # Changed once both exist: memory may run out, and a caller may then try again.
+        self.keys, self.values = grown
+        self.capacity = capacity
 
-    def _buffer_like(self, states: Tensor) -> Tensor:
-        return states.new_empty(self._buffer_shape(states))
-
-    def _buffer_shape(self, states: Tensor) -> tuple[int, ...]:
+    def _buffer_like(self, states: Tensor, capacity: int) -> Tensor:
         batch, kv_heads, _, head_dim = states.shape
-        return batch, kv_heads, self.capacity, head_dim
+        return states.new_empty((batch, kv_heads, capacity, head_dim))
 
     def _is_like(self, buffer: Tensor, states: Tensor) -> bool:
         same = buffer.dtype == states.dtype and buffer.device == states.device
-        return same and tuple(buffer.shape) == self._buffer_shape(states)
+        shape = (*states.shape[:2], self.capacity, states.shape[3])
+        return same and tuple(buffer.shape) == shape
 
-    def _grown(self, buffer: Tensor) -> Tensor:
-        grown = self._buffer_like(buffer)
+    def _grown(self, buffer: Tensor, capacity: int) -> Tensor:
+        grown = self._buffer_like(buffer, capacity)
         grown[:, :, : self.local_length] = buffer[:, :, : self.local_length]
         return grown
 

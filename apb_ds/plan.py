@@ -24,6 +24,8 @@ Span = tuple[int, int]  # [start, stop)
 
 # Tokens of a model forward that keep a GPU busy; shorter blocks are computed several at a time.
 FORWARD_TOKENS = 16_384
+# Two hosts share a forward only up to so many tokens together, since an MLP's intermediate states grow with them.
+MAX_SHARED_FORWARD_TOKENS = 65_536
 
 
 def split_evenly(num_tokens: int, parts: int) -> tuple[Span, ...]:
@@ -52,12 +54,14 @@ def schedule_rounds(hosts: int, world_size: int, schedule: str, per_round: int =
 def default_hosts_per_round(block_length: int, world_size: int, forward_tokens: int | None) -> int:
     """Return how many blocks a rank computes in one forward: as many as have `forward_tokens` tokens together.
 
-    Several ranks take at least two: they wait for each other in every layer, and the late host of a zigzag pair has
-    more to attend to than the early one. None means one, for CPUs, where neither matters.
+    Several ranks take at least two, up to `MAX_SHARED_FORWARD_TOKENS`: they wait for each other in every layer, and the
+    late host of a zigzag pair has more to attend to than the early one. None means one, for CPUs, where neither
+    matters.
     """
     if forward_tokens is None:
         return 1
-    return max(forward_tokens // block_length, 1 if world_size == 1 else 2)
+    balances = world_size > 1 and 2 * block_length <= MAX_SHARED_FORWARD_TOKENS
+    return max(forward_tokens // block_length, 2 if balances else 1)
 
 
 def check_ranks(config: APBConfig, world_size: int) -> None:

@@ -158,6 +158,8 @@ class RecordedSteps:
         model = self._model[0]
         if num_done == 1 and not self._all(self._step is not None and self._step.serves(model, cache), token.device):
             self._step = None
+        if num_done == 1 and self._step is not None:
+            cache.clear_unused()  # an earlier document or a dropped query may have left NaN behind the tokens
         if self._is_to_record(cache, num_done):
             self._step = None  # the old one's memory first
             self._record(cache, call, token.device)

@@ -9,6 +9,9 @@ from apb_ds.methods.state import Tools
 from apb_ds.ops.kernels import Kernel
 from apb_ds.ops.merge import merge_many, merge_two
 
+FLOAT_BYTES = 4
+MAX_GATHERED_BYTES = 2**28  # of all ranks' partial outputs at a time
+
 
 def attend_shards(tools: Tools, kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attend for new tokens, the same on every rank, over everything cached and causally among themselves.
@@ -27,7 +30,7 @@ def attend_shards(tools: Tools, kernel: Kernel, query: Tensor, keys: Tensor, val
 
 
 def merge_ranks(tools: Tools, output: Tensor, lse: Tensor) -> Tensor:
-    """Merge the ranks' partial outputs, in one collective.
+    """Merge the ranks' partial outputs, in one collective; in several for a query of many thousand tokens.
 
     Parameters
     ----------
@@ -40,9 +43,14 @@ def merge_ranks(tools: Tools, output: Tensor, lse: Tensor) -> Tensor:
     """
     if tools.group.world_size == 1:
         return output
-    packed = torch.cat([output.float(), lse.unsqueeze(-1)], dim=-1)
-    gathered = tools.group.all_gather(packed)
-    return merge_many(gathered[..., :-1], gathered[..., -1]).to(output.dtype)
+    bytes_per_token = tools.group.world_size * output.shape[1] * (output.shape[3] + 1) * FLOAT_BYTES
+    piece = max(1, MAX_GATHERED_BYTES // bytes_per_token)
+    merged = []
+    for outputs, lses in zip(output.split(piece, dim=2), lse.split(piece, dim=2), strict=True):
+        packed = torch.cat([outputs.float(), lses.unsqueeze(-1)], dim=-1)
+        gathered = tools.group.all_gather(packed)
+        merged.append(merge_many(gathered[..., :-1], gathered[..., -1]).to(output.dtype))
+    return torch.cat(merged, dim=2) if len(merged) > 1 else merged[0]
 
 
 def _attend_shard(

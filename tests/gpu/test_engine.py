@@ -198,8 +198,8 @@ def test_recorded_decode_steps(family: str, name: str, monkeypatch: pytest.Monke
         records += 1
         record(*arguments)
 
-    def poisoned(self: Any, states: Tensor) -> Tensor:
-        return states.new_full(self._buffer_shape(states), torch.nan)
+    def poisoned(self: Any, states: Tensor, capacity: int) -> Tensor:
+        return states.new_full((*states.shape[:2], capacity, states.shape[3]), torch.nan)
 
     monkeypatch.setattr(ShardedCacheLayer, "_buffer_like", poisoned)  # as memory may come
     monkeypatch.setattr(DecodeStep, "record", counted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -193,3 +195,28 @@ def test_dtype_follows_what_is_stored_and_reset_frees_it() -> None:
     assert cache.num_bytes == 0 and cache.get_seq_length() == 0
     cache.update(*states(0, 3), 0)
     assert tokens_in(cache.layer(0)) == [0, 1, 2]
+
+
+def test_memory_that_runs_out_while_growing_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ShardedCache(1, stores_new=True, shard_tokens=4)
+    layer = cache.layer(0)
+    keys, values = states(0, 4)
+    layer.store_block(keys, values)
+    cache.set_length(4)
+    capacity = layer.capacity
+    grown, calls = ShardedCacheLayer._grown, []
+
+    def second_fails(self: ShardedCacheLayer, *args: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return grown(self, *args)
+
+    monkeypatch.setattr(ShardedCacheLayer, "_grown", second_fails)
+    more = states(4, 4 + capacity)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer.update(*more)
+    assert (layer.capacity, layer.local_length, layer.global_length) == (capacity, 4, 4)
+    found_keys, found_values = layer.update(*more)
+    assert torch.equal(found_keys, torch.cat([keys, more[0]], dim=2))
+    assert torch.equal(found_values, torch.cat([values, more[1]], dim=2))

@@ -67,8 +67,8 @@ def answer(engine: Any, context: Any, num_new: int = NEW, **given: Any) -> list[
 def test_what_new_buffers_hold_changes_nothing(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel weighs whole tiles of a buffer, and what is behind the last key, which may be anything, with nothing."""
 
-    def poisoned(self: Any, states: torch.Tensor) -> torch.Tensor:
-        return states.new_full(self._buffer_shape(states), torch.nan)
+    def poisoned(self: Any, states: torch.Tensor, capacity: int) -> torch.Tensor:
+        return states.new_full((*states.shape[:2], capacity, states.shape[3]), torch.nan)
 
     def weigh_whole_buffers(
         self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_keys: torch.Tensor, scale: float
@@ -86,6 +86,30 @@ def test_what_new_buffers_hold_changes_nothing(counts: Counts, monkeypatch: pyte
     recording = new_engine()
     assert answer(recording, recording.prefill(document, query)) == expected
     assert counts.run > 0
+
+
+def test_nan_that_was_left_behind_the_tokens_reaches_no_later_answer(
+    counts: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier document's buffers, or a query that was dropped, may hold anything there."""
+    document, query = request_ids(101, 5)
+    usual, recording = new_engine(cuda_graph=False), new_engine()
+    expected = answer(usual, usual.prefill(document, query))
+    context = recording.prefill(document, query)
+    assert answer(recording, context) == expected and counts.recorded == 1
+    seen = []
+    run = DecodeStep.run
+
+    def look(self: Any, model: Any, cache: Any, *arguments: Any) -> Any:
+        for buffer in cache.buffers(1):
+            seen.append(bool(buffer[:, :, cache.local_length :].isfinite().all()))
+        return run(self, model, cache, *arguments)
+
+    for buffer in context.cache.buffers(1):
+        buffer[:, :, context.cache.local_length :] = torch.nan
+    monkeypatch.setattr(DecodeStep, "run", look)
+    assert answer(recording, context) == expected
+    assert seen and all(seen)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])

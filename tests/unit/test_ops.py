@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -148,3 +150,30 @@ def test_gather_tokens_picks_per_head() -> None:
         gather_tokens(states[:, :, 1:], indices[:, :1]),
         states[:, :, 1:].contiguous()[:, [0, 1], indices[:, 0]][:, :, None],
     )
+
+
+def test_a_long_query_is_merged_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers, and as many messages as keep what is gathered below the limit."""
+    from apb_ds.methods import decode
+
+    class Group:
+        world_size = 2
+
+        def __init__(self) -> None:
+            self.sizes: list[int] = []
+
+        def all_gather(self, tensor: Tensor) -> Tensor:
+            self.sizes.append(tensor.shape[2])
+            return torch.stack([tensor, tensor * 0.5])
+
+    generator = torch.Generator().manual_seed(0)
+    output, lse = torch.randn(1, 2, 7, 4, generator=generator), torch.randn(1, 2, 7, generator=generator)
+    whole = SimpleNamespace(group=Group())
+    expected = decode.merge_ranks(whole, output, lse)
+    monkeypatch.setattr(decode, "MAX_GATHERED_BYTES", 7 * 2 * 2 * 5 * 4)
+    assert torch.equal(decode.merge_ranks(whole, output, lse), expected)
+    assert whole.group.sizes == [7, 7]
+    monkeypatch.setattr(decode, "MAX_GATHERED_BYTES", 3 * 2 * 2 * 5 * 4)
+    pieces = SimpleNamespace(group=Group())
+    merged = decode.merge_ranks(pieces, output, lse)
+    assert pieces.group.sizes == [3, 3, 1] and torch.allclose(merged, expected, atol=1e-6)

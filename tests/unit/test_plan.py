@@ -291,3 +291,12 @@ def test_a_rank_may_have_nothing_to_do() -> None:
 )
 def test_split_evenly(n: int, parts: int, spans: tuple[tuple[int, int], ...]) -> None:
     assert split_evenly(n, parts) == spans
+
+
+def test_two_hosts_share_a_forward_only_where_both_are_short() -> None:
+    def hosts_a_round(num_tokens: int) -> int:
+        return len(plan_request(APBConfig(hosts=8), num_tokens, 0, 4, forward_tokens=16_384).served(0, 0))
+
+    assert hosts_a_round(131_072) == 2
+    assert hosts_a_round(8 * 32_768) == 2
+    assert hosts_a_round(1_048_576) == 1, "an MLP's intermediate states of 256K tokens would take tens of GiB"
