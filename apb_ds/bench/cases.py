@@ -14,7 +14,7 @@ from apb_ds.bench.config import (
     PLAIN_METHODS,
     BenchConfig,
 )
-from apb_ds.config import EXECUTION_DEFAULTS, APBConfig
+from apb_ds.config import EXECUTION_DEFAULTS, APBConfig, from_mapping
 from apb_ds.plan import plan_request
 
 # What other methods take over from the settings of the one under ``method``: how work is shared, not how much there is.
@@ -109,9 +109,8 @@ def _settings(name: str, method: APBConfig, changes: dict[str, Any]) -> APBConfi
     if method.settings.method == wanted:
         return replace(method, **changes)
     shared = tuple(EXECUTION_DEFAULTS) if name not in METHODS_WITH_HOSTS or method.is_exact_method else SHARED_SETTINGS
-    return APBConfig.from_dict(
-        {"method": wanted, **{key: getattr(method, key) for key in shared}, **changes}, f"bench.settings.{name}"
-    )
+    values = {"method": wanted, **{key: getattr(method, key) for key in shared}, **changes}
+    return from_mapping(APBConfig, values, f"bench.settings.{name}")
 
 
 def _check(config: APBConfig, bench: BenchConfig, name: str, length: int, ranks: int) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from apb_ds.config import APBConfig, check_bool, check_choice, check_integer
 
-# What transformers computes alone, on one rank.
+# Plain transformers, on one rank.
 PLAIN_METHODS = ("dense", "dense_onednn")
-# What the engine computes, and what it calls these methods.
+# The engine's methods, and their names in `APBConfig`.
 ENGINE_METHODS = {"dense_engine": "dense", "apb": "apb", "star": "star", "ring": "ring", "ulysses": "ulysses"}
 METHODS = (*PLAIN_METHODS, *ENGINE_METHODS)
 ONE_RANK_METHODS = (*PLAIN_METHODS, "dense_engine")
@@ -20,37 +20,38 @@ METHODS_WITH_HOSTS = ("apb", "star")
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What to measure: every method at every length; ``apb`` and ``star`` with every number of hosts, and whatever the
-    engine computes with every kernel.
+    """The grid to measure: every method at every length, ``apb`` and ``star`` with every number of hosts, and each of
+    the engine's methods with every kernel.
+
+    A list may also be given as a single value, as Hydra's sweeps do.
 
     Parameters
     ----------
     methods : list of str
-        ``dense``: the plain transformers model with sdpa. ``dense_onednn``: the same with the linear layers that the
-        engine uses on CPU. ``dense_engine``, ``ring``, ``ulysses``: the engine's exact methods. ``apb`` and ``star``.
-        The three dense ones run on one rank. The first one is what the others are compared with.
+        ``dense``: plain transformers with sdpa. ``dense_onednn``: the same with the linear layers that the engine uses
+        on CPU. ``dense_engine``, ``ring``, ``ulysses``: the engine's exact methods. ``apb`` and ``star``. The three
+        dense ones run on one rank. Speedups are relative to the first.
     lengths : list of int, tokens
-        Lengths of the document; by default the task's.
+        Document lengths. Default: the task's.
     hosts, kernels : list
-        By default those under ``method``.
+        Default: those under ``method``.
     settings : dict
-        By method, fields of `APBConfig` that differ from those under ``method``.
+        For each method, the fields of `APBConfig` that differ from those under ``method``.
     query_tokens, decode_tokens : int
-        The query's length, and how many tokens are decoded after the first. With 0 of these a prefill is all.
+        Length of the query, and tokens decoded after the first. 0 `decode_tokens` measures the prefill alone.
     repeats, warmup : int
-        Timed runs of each case, in turns, so that a drift of the machine meets all of them; and runs before that.
+        Timed runs of each case, taken in turns so that drift affects all cases alike; and untimed runs before them.
     breakdown : bool
         Whether to run each case once more under a profiler, for the time of its parts.
     emulate_ranks : int, optional
-        Run each rank's share of a prefill over so many ranks in turn, in this process; nothing but a prefill then.
+        Run the prefill share of each of so many ranks in turn, in this process. Measures the prefill alone.
     link_gb_per_s, link_latency_us : float
-        The link model of an emulation: 10**9 bytes per second that a rank sends, and microseconds that each collective
-        takes besides.
+        Link model of an emulation: 10**9 bytes per second sent by a rank, and microseconds added by each collective.
 
     Raises
     ------
     ValueError
-        For a value out of its range, naming the field, the value and what is allowed.
+        For a value out of range, naming the field, the value and what is allowed.
     """
 
     methods: tuple[str, ...] = ("dense", "apb")
@@ -68,6 +69,9 @@ class BenchConfig:
     link_latency_us: float = 20.0
 
     def __post_init__(self) -> None:
+        for name in ("methods", "lengths", "hosts", "kernels"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, (list, tuple)) else (value,))
         if not self.methods:
             raise ValueError(f"bench.methods is empty; use some of {', '.join(METHODS)}.")
         _check_list("bench.methods", self.methods, lambda name, method: check_choice(name, method, METHODS))
@@ -89,32 +93,16 @@ class BenchConfig:
                 check_choice(f"bench.settings.{method} key", key, APBConfig.__dataclass_fields__)
 
     @property
-    def num_new(self) -> int:
-        """Tokens that are generated: the first one, and those decoded; none where there is a prefill alone."""
+    def num_new_tokens(self) -> int:
+        """Tokens to generate: the first one and those decoded; 0 if the prefill alone is measured."""
         return self.decode_tokens + 1 if self.decode_tokens else 0
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> BenchConfig:
-        """Build from a mapping; null is the default, an unknown key a ValueError that names the nearest one.
-
-        What takes a list takes a single value, too, as Hydra's sweeps give it.
-        """
-        given: dict[str, Any] = {}
-        for key, value in values.items():
-            check_choice("bench key", key, cls.__dataclass_fields__)
-            if value is None:
-                continue
-            if key in ("methods", "lengths", "hosts", "kernels"):
-                value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-            given[key] = value
-        return cls(**given)
 
 
 def _check_list(name: str, values: tuple[Any, ...], check: Callable[[str, Any], None]) -> None:
     for value in values:
         check(name, value)
     if len(set(values)) < len(values):
-        raise ValueError(f"{name}={list(values)} names something twice; leave one out.")
+        raise ValueError(f"{name}={list(values)} has a duplicate; remove it.")
 
 
 def _check_name(name: str, value: Any) -> None:

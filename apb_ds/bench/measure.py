@@ -164,12 +164,12 @@ class Runner:
         (prefill_s,) = watch.laps()
         prefill_peak = peak_memory_bytes(device)
         query_s, decode_s = None, None
-        if self.bench.num_new:
-            query_s, decode_s = plain.answer(model, cache, query_ids, self.bench.num_new)
+        if self.bench.num_new_tokens:
+            query_s, decode_s = plain.answer(model, cache, query_ids, self.bench.num_new_tokens)
         return Run(prefill_s, query_s, decode_s, prefill_peak, peak_memory_bytes(device))
 
     def _run_engine(self, sample: Sample) -> Run:
-        engine, num_new = self.engine, self.bench.num_new
+        engine, num_new = self.engine, self.bench.num_new_tokens
         document_ids, query_ids = sample.document_ids.to(engine.device), sample.query_ids.to(engine.device)
         reset_peak_memory(engine.device)
         watch = Stopwatch(engine.device)

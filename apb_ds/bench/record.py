@@ -99,7 +99,7 @@ def _real_record(bench: BenchConfig, runs: Runs) -> Record:
         "prefill_bytes_sent": [run.prefill_bytes_sent for run in last],
         "answer_bytes_sent": [run.answer_bytes_sent for run in last],
     }
-    if bench.num_new:
+    if bench.num_new_tokens:
         per_token = [1000 * seconds / bench.decode_tokens for seconds in slowest("decode_s")]
         record["query"] = Spread.of(slowest("query_s")).as_dict("s")
         record["decode"] = Spread.of(per_token).as_dict("ms_per_token")

@@ -16,7 +16,7 @@ from apb_ds.bench.emulate import slowest_rank
 from apb_ds.bench.measure import Runner, Runs
 from apb_ds.bench.record import make_record
 from apb_ds.compressors.base import needs_heads
-from apb_ds.config import APBConfig
+from apb_ds.config import APBConfig, from_mapping
 from apb_ds.engine.api import init_inference
 from apb_ds.hf.architecture import check_positions
 from apb_ds.loading import LoadedModel, load_model
@@ -54,7 +54,7 @@ def run_bench(values: dict[str, Any], keep: Keep | None = None) -> tuple[dict[st
         For settings that cannot be measured, before anything is.
     """
     values = dict(values)
-    bench = BenchConfig.from_dict(dict(values.pop("bench", None) or {}))
+    bench = from_mapping(BenchConfig, values.pop("bench", None) or {}, "bench")
     settings = read_settings(values)
     lengths = bench.lengths or _task_lengths(settings)
     group = world_group(settings.timeout_s)
@@ -64,7 +64,7 @@ def run_bench(values: dict[str, Any], keep: Keep | None = None) -> tuple[dict[st
     all_runs = []
     for case in cases:
         runner.set_up(case)  # what cannot be served is refused before anything is measured
-        check_positions(loaded.model, case.length + bench.query_tokens + bench.num_new)
+        check_positions(loaded.model, case.length + bench.query_tokens + bench.num_new_tokens)
         all_runs.append(Runs(case, runner.kernels(case)))
     runner.forget()
 
@@ -124,7 +124,7 @@ def _measure_length(
 def make_sample(bench: BenchConfig, length: int, vocab_size: int, seed: int, repeat: int) -> Sample:
     """Return the document of a repeat, of random ids: another one in each, the same for every case and in every run."""
     drawn = random.Random(f"{seed}/{length}/{repeat}").getrandbits(32)
-    return random_sample(length, bench.query_tokens, vocab_size, drawn, bench.num_new)
+    return random_sample(length, bench.query_tokens, vocab_size, drawn, bench.num_new_tokens)
 
 
 def _run_once(runner: Runner, runs: Runs, sample: Sample, is_timed: bool) -> None:
