@@ -4,33 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from apb_ds.ops.profiling import PARTS
-from apb_ds.report.table import ABSENT, format_bytes, format_count, format_number
+from apb_ds.report.fitting import ABSENT, Column, FittedTable
+from apb_ds.report.formats import format_bytes, format_count, format_number, format_seconds
 
 Record = dict[str, Any]
 EMULATED = "emulated"
-LEFT = ("method", "kernel", "of")
-WHOLE = (*LEFT, "ranks", "peak", "sent")  # columns whose cells stay on one line
-
 SHORT = {"compressor": "compr.", "communication": "comm.", "attention": "attn.", "o_projection": "o"}
 
 
-def bench_tables(record: Record) -> list[Table]:
-    """Return the tables of a benchmark's record, those with something in them."""
-    cases = [case for case in record["cases"] if case["status"] == "ok"]
+def bench_tables(record: Record) -> list[FittedTable]:
+    """Return the tables of a benchmark's record that have any rows."""
+    measured = [case for case in record["cases"] if case["status"] == "ok"]
+    emulated = [case for case in measured if case["emulated"]]
+    broken_down = [case for case in measured if case["breakdown"]]
     tables = [_case_table(record)]
-    if any(case["emulated"] for case in cases):
-        tables.append(_rank_table(record, [case for case in cases if case["emulated"]]))
-    if any(case["breakdown"] for case in cases):
-        tables.append(_breakdown_table([case for case in cases if case["breakdown"]]))
+    tables += [_rank_table(record, emulated)] if emulated else []
+    tables += [_breakdown_table(broken_down)] if broken_down else []
     return tables
 
 
 def title(record: Record) -> str:
-    """Return what was measured, in a few words: also that it is emulated, or that layers or weights are not real."""
+    """Return in a few words what was measured, and whether ranks are emulated or layers missing."""
     layers = record["model"]["layers"]
     parts = [str(record["model"]["source"]), record["model"]["dtype"]]
     if layers["measured"] != layers["of"]:
@@ -46,19 +41,37 @@ def slowest_breakdown(case: Record) -> Record:
     return max(case["breakdown"], key=lambda parts: sum(parts["parts_s"].values()))
 
 
-def _case_table(record: Record) -> Table:
-    versus = f"vs {record['baseline']}"
-    names = ("tokens", "method", "hosts", "ranks", "kernel", "prefill s", "min", "max", versus)
-    rows = [_case_cells(case) for case in record["cases"]]
-    table = _table(title(record), (*names, "query s", "ms/token", "peak", "sent"), rows)
-    notes = []
-    if any(case["emulated"] for case in record["cases"]):
-        notes.append(f"{EMULATED}: computation of the slowest rank alone, nothing but a prefill")
-    if any(_is_too_short(case) for case in record["cases"]):
-        notes.append("exact: too short for anything to be saved")
-    failed = [case for case in record["cases"] if case["status"] != "ok"]
-    notes += [f"{case['name']}, {case['document_tokens']} tokens: {case['error']}" for case in failed]
-    table.caption = "\n".join(notes) or None
+def _case_table(record: Record) -> FittedTable:
+    cases = record["cases"]
+    several_hosts = len({(case["settings"] or {}).get("hosts") for case in cases} - {None}) > 1
+    several_kernels = len({case["kernels"]["prefill"] for case in cases if case["settings"]}) > 1
+    columns = [
+        Column("tokens"),
+        Column("method", is_text=True),
+        Column("hosts", drop=0 if several_hosts else 8),
+        Column("ranks", is_text=True),
+        Column("kernel", is_text=True, drop=0 if several_kernels else 9),
+        Column("prefill s"),
+        Column("min", drop=6),
+        Column("max", drop=7),
+        Column("speedup", drop=1),
+        Column("query s", drop=3),
+        Column("ms/token", drop=2),
+        Column("peak", drop=4),
+        Column("sent", drop=5),
+    ]
+    table = FittedTable(columns, title=title(record))
+    for case in cases:
+        table.add_row(*_case_cells(case))
+    if any(case["speedup"] for case in cases):
+        table.notes.append(f"speedup: over {record['baseline']} at the same length")
+    if any(case["emulated"] for case in cases):
+        table.notes.append(f"{EMULATED}: computation of the slowest rank alone, prefill only")
+    if any(_is_too_short(case) for case in cases):
+        table.notes.append("exact: the document is too short for the method to save anything")
+    for case in cases:
+        if case["status"] != "ok":
+            table.notes.append(f"{case['name']}, {format_count(case['document_tokens'])} tokens: {case['error']}")
     return table
 
 
@@ -78,8 +91,8 @@ def _case_cells(case: Record) -> list[str]:
         *cells,
         *(format_seconds(case["prefill"][name]) for name in ("median_s", "min_s", "max_s")),
         ABSENT if case["speedup"] is None else f"{case['speedup']:.2f}x",
-        format_seconds(case["query"]["median_s"]) if "query" in case else ABSENT,
-        format_number(case["decode"]["median_ms_per_token"]) if "decode" in case else ABSENT,
+        format_seconds(case.get("query", {}).get("median_s")),
+        format_number(case.get("decode", {}).get("median_ms_per_token")),
         format_bytes(case["peak_memory_bytes"]),
         format_bytes(sent) if sent else ABSENT,
     ]
@@ -90,77 +103,65 @@ def _is_too_short(case: Record) -> bool:
     return bool(case.get("exact")) and case["method"] in ("apb", "star")
 
 
-def _rank_table(record: Record, cases: list[Record]) -> Table:
-    """Return every emulated rank's computation, and what sending would take by the link model."""
-    names = ("tokens", "of", "rank", "hosts", "compute s", "rounds s", "sent", "collectives", "sending s")
-    rows = [
-        [
-            format_count(case["document_tokens"]),
-            case["name"],
-            str(rank["rank"]),
-            " ".join(map(str, rank["hosts"])),
-            format_seconds(rank["compute"]["median_s"]),
-            " + ".join(map(format_seconds, rank["round_median_s"])),
-            format_bytes(rank["bytes_sent"]),
-            str(rank["collectives"]),
-            format_seconds(rank["communication_s"]),
-        ]
-        for case in cases
-        for rank in case["emulated_ranks"]
+def _rank_table(record: Record, cases: list[Record]) -> FittedTable:
+    """Return every emulated rank's computation, and the time to send its bytes by the link model."""
+    columns = [
+        Column("tokens"),
+        Column("case", is_text=True),
+        Column("rank"),
+        Column("hosts", is_text=True, drop=4),
+        Column("compute s"),
+        Column("rounds s", is_text=True, drop=3),
+        Column("sent", drop=2),
+        Column("collectives", drop=5),
+        Column("sending s", drop=1),
     ]
-    table = _table(f"{EMULATED} ranks", names, rows)
-    link = record["link"]
-    lines = [
-        f"sending: {link['gb_per_s']:g} GB/s for each rank, {link['latency_us']:g} us for each collective; a model"
-    ]
+    table = FittedTable(columns, title=f"{EMULATED} ranks")
     for case in cases:
-        hidden, open_ = case["estimate_s"]
-        lines.append(
-            f"{case['name']}, {format_count(case['document_tokens'])} tokens: rounds in step "
-            f"{format_seconds(hidden)} s; with nothing of the sending hidden {format_seconds(open_)} s"
+        for rank in case["emulated_ranks"]:
+            table.add_row(
+                format_count(case["document_tokens"]),
+                case["name"],
+                str(rank["rank"]),
+                " ".join(map(str, rank["hosts"])),
+                format_seconds(rank["compute"]["median_s"]),
+                " + ".join(map(format_seconds, rank["round_median_s"])),
+                format_bytes(rank["bytes_sent"]),
+                str(rank["collectives"]),
+                format_seconds(rank["communication_s"]),
+            )
+    link = record["link"]
+    table.notes.append(
+        f"sending, by a link model: {link['gb_per_s']:g} GB/s per rank and {link['latency_us']:g} us per collective"
+    )
+    for case in cases:
+        hidden, exposed = map(format_seconds, case["estimate_s"])
+        table.notes.append(
+            f"{case['name']}, {format_count(case['document_tokens'])} tokens: {hidden} s with rounds in step and all "
+            f"sending hidden, {exposed} s with none hidden"
         )
-    table.caption = "\n".join(lines)
     return table
 
 
-def _breakdown_table(cases: list[Record]) -> Table:
-    """Return the share of each part in the time of all parts."""
-    rows = []
+def _breakdown_table(cases: list[Record]) -> FittedTable:
+    """Return each part's share of the time of all parts."""
+    columns = [Column("tokens"), Column("case", is_text=True), Column("rank", drop=1), Column("parts s", drop=1)]
+    columns += [Column(SHORT.get(name, name), drop=1) for name in PARTS]
+    table = FittedTable([*columns, Column("over products", drop=1)], title="where a prefill's time goes", split=True)
     for case in cases:
         parts = slowest_breakdown(case)
         seconds, over = parts["parts_s"], parts["prefill_over_products"]
         total = sum(seconds.values())
-        rows.append(
-            [
-                format_count(case["document_tokens"]),
-                case["name"],
-                str(parts["rank"]) if case["ranks"] > 1 else ABSENT,
-                format_seconds(total),
-                *(f"{100 * seconds[name] / total:.1f}%" if total and seconds[name] else ABSENT for name in PARTS),
-                ABSENT if over is None else f"{over:.2f}",
-            ]
+        table.add_row(
+            format_count(case["document_tokens"]),
+            case["name"],
+            str(parts["rank"]) if case["ranks"] > 1 else ABSENT,
+            format_seconds(total),
+            *(f"{100 * seconds[name] / total:.1f}%" if total and seconds[name] else ABSENT for name in PARTS),
+            ABSENT if over is None else f"{over:.2f}",
         )
-    names = ("tokens", "of", "rank", "parts s", *(SHORT.get(name, name) for name in PARTS), "over products")
-    table = _table("where a prefill's time goes", names, rows)
-    table.caption = (
-        f"time of the {slowest_breakdown(cases[0])['clock']}, under a profiler; over products: the prefill without "
-        "one, over qkv, o, ffn and attn."
+    table.notes.append(
+        f"{slowest_breakdown(cases[0])['clock']} time, under a profiler; over products: the prefill time without the "
+        "profiler, over the time of qkv, o, ffn and attn."
     )
     return table
-
-
-def _table(title: str, names: tuple[str, ...], rows: list[list[str]]) -> Table:
-    """Return a table without the columns in which nothing is."""
-    table = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 0, 0, 1))
-    used = [index for index in range(len(names)) if any(row[index] != ABSENT for row in rows)]
-    for index in used:
-        left = names[index] in LEFT
-        table.add_column(names[index], justify="left" if left else "right", no_wrap=names[index] in WHOLE)
-    for row in rows:
-        table.add_row(*(row[index] for index in used))
-    return table
-
-
-def format_seconds(seconds: float) -> str:
-    """Return seconds to three digits at least, where they are few."""
-    return f"{seconds:.2f}" if seconds >= 10 else f"{seconds:.3f}" if seconds >= 0.1 else f"{seconds:.4f}"

@@ -1,32 +1,37 @@
-"""Tables of evaluations side by side: means, paired differences, ratios of divergences, and means along a setting."""
+"""Tables of several evaluations: means, paired differences, ratios of divergences, and means along a setting."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from apb_ds.report.figures import label_text, mean_and_interval
-from apb_ds.report.table import ABSENT, format_tflop
+from apb_ds.report.fitting import ABSENT, Column, FittedTable
+from apb_ds.report.formats import format_tflop
+from apb_ds.report.table import format_prefill
 
-MAX_PAIR_ROWS = 40  # with more, only what is over all labels is shown; the JSON has everything
+MAX_PAIR_ROWS = 40  # beyond that only the differences over all labels are shown; the JSON has everything
 
 
-def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
+def comparison_tables(comparison: dict[str, Any]) -> list[FittedTable]:
     """Return the tables of what `compare_results` returns."""
     tables = [_mean_table(comparison), _pair_table(comparison)]
-    if comparison["ratios"]:
-        tables.append(_ratio_table(comparison["ratios"]))
-    return tables
+    return [*tables, _ratio_table(comparison["ratios"])] if comparison["ratios"] else tables
 
 
-def curve_table(curves: dict[str, Any]) -> Table:
+def curve_table(curves: dict[str, Any]) -> FittedTable:
     """Return the table of what `gather_curves` returns: a row for each value."""
     measure = curves["measure"]
-    columns = ("job", curves["against"], measure, "95% interval", "samples", "prefill TFLOP", "prefill s")
-    table = _new_table(f"{curves['task']}: {measure} against {curves['against']}", columns, left=("job",))
+    columns = [
+        Column("job", is_text=True),
+        Column(curves["against"]),
+        Column(measure),
+        Column("95% interval", is_text=True, drop=1),
+        Column("samples", drop=2),
+        Column("prefill TFLOP", drop=4),
+        Column("prefill s", drop=3),
+    ]
+    table = FittedTable(columns, title=f"{curves['task']}: {measure} against {curves['against']}")
     points = [(line["name"], point) for line in curves["lines"] for point in line["points"]]
     for name, point in [*points, *((level["name"], level) for level in curves["levels"])]:
         flops = point["prefill_flops"]
@@ -37,93 +42,97 @@ def curve_table(curves: dict[str, Any]) -> Table:
             _interval(point["interval"], measure),
             str(point["samples"]),
             format_tflop(flops and flops["total"]),
-            ABSENT if point["prefill_s"] is None else f"{point['prefill_s']:.2f}",
+            format_prefill(point["prefill_s"]),
         )
     return table
 
 
-def _mean_table(comparison: dict[str, Any]) -> Table:
-    """Return means by labels, a column for each job, and below them what a prefill costs."""
-    measure, jobs = comparison["measures"][0], [job["name"] for job in comparison["jobs"]]
+def _job_table(title: str, labels: Sequence[str], jobs: Sequence[str]) -> FittedTable:
+    """Return a table with a column for each job, continued below where they do not fit."""
+    columns = [*(Column(name, is_text=True) for name in labels), *(Column(job, drop=1) for job in jobs)]
+    return FittedTable(columns, title=title, split=True, keep_empty=True)
+
+
+def _mean_table(comparison: dict[str, Any]) -> FittedTable:
+    """Return means by labels, and below them the cost of a prefill."""
+    measure, jobs = comparison["measures"][0], comparison["jobs"]
     cells = comparison["cells"]
     names = list(dict.fromkeys(name for cell in cells for name in cell["labels"] or ()))
-    table = _new_table(f"{comparison['task']}: {measure}", (*(names or [""]), *jobs), left=names or ("",))
+    table = _job_table(f"{comparison['task']}: {measure}", names or [""], [job["name"] for job in jobs])
     for cell in cells if names else cells[-1:]:
         labels = cell["labels"]
-        head = ["all", *[""] * (len(names) - 1)] if labels is None else [str(labels.get(name, "")) for name in names]
-        means = [mean_and_interval(cell["jobs"][job], measure)[0] if job in cell["jobs"] else None for job in jobs]
-        table.add_row(*head, *(_number(mean, measure) for mean in means), end_section=cell is cells[-2])
-    flops = [job.get("prefill_flops") for job in comparison["jobs"]]
-    fill = [""] * max(0, len(names) - 1)
+        if labels is None and names:
+            table.add_section()
+        head = _head("all", names) if labels is None else [str(labels.get(name, "")) for name in names]
+        found = [cell["jobs"].get(job["name"]) for job in jobs]
+        table.add_row(*head, *(_number(one and mean_and_interval(one, measure)[0], measure) for one in found))
+    flops = [job.get("prefill_flops") for job in jobs]
     if any(flops):
-        table.add_row("prefill TFLOP", *fill, *(format_tflop(one and one["total"]) for one in flops))
-    seconds = [job["prefill_s"] for job in comparison["jobs"]]
-    table.add_row("prefill s", *fill, *(ABSENT if one is None else f"{one:.2f}" for one in seconds))
+        table.add_row(*_head("prefill TFLOP", names), *(format_tflop(one and one["total"]) for one in flops))
+    table.add_row(*_head("prefill s", names), *(format_prefill(job["prefill_s"]) for job in jobs))
     return table
 
 
-def _pair_table(comparison: dict[str, Any]) -> Table:
-    """Return the paired differences to the baseline, and how many samples are not in them."""
-    pairs = comparison["pairs"]
-    measures = comparison["measures"]
+def _head(text: str, names: Sequence[str]) -> list[str]:
+    return [text, *[""] * (len(names) - 1)]
+
+
+def _pair_table(comparison: dict[str, Any]) -> FittedTable:
+    """Return the paired differences to the baseline, and how many samples are left out of them."""
+    pairs, measures = comparison["pairs"], comparison["measures"]
     if len(measures) > 1 or len(pairs) > MAX_PAIR_ROWS or not any(pair["labels"] for pair in pairs):
         pairs = [pair for pair in pairs if pair["labels"] is None]
-    what = "measure" if len(measures) > 1 else "of"
-    columns = ["job", what, "paired", "difference", "95% interval", "failed", "exact", "unpaired"]
+    columns = [
+        Column("job", is_text=True),
+        Column("measure" if len(measures) > 1 else "labels", is_text=True),
+        Column("paired", drop=2),
+        Column("difference"),
+        Column("95% interval", is_text=True, drop=1),
+        Column("failed", drop=4),
+        Column("exact", drop=3),
+        Column("unpaired", drop=5),
+    ]
     title = f"difference to {comparison['baseline']}, over the samples that both answered"
-    table = _new_table(title, columns, left=("job", what))
-    last = ""
+    table = FittedTable(columns, title=title)
+    last = None
     for pair in pairs:
-        if pair["job"] != last:
+        measure, is_next = pair["measure"], pair["job"] != last
+        if is_next and last is not None:
             table.add_section()
-        counts = [str(pair[name]) for name in ("failed", "exact", "unpaired")]
-        measure = pair["measure"]
+        last = pair["job"]
         table.add_row(
-            "" if pair["job"] == last else pair["job"],
+            pair["job"] if is_next else "",
             measure if len(measures) > 1 else label_text(pair["labels"]),
             str(pair["samples"]),
             _number(pair["difference"], measure, signed=True),
             _interval(pair["interval"], measure, signed=True),
-            *counts,
+            *(str(pair[name]) for name in ("failed", "exact", "unpaired")),
         )
-        last = pair["job"]
     return table
 
 
-def _ratio_table(ratios: Sequence[dict[str, Any]]) -> Table:
+def _ratio_table(ratios: Sequence[dict[str, Any]]) -> FittedTable:
     """Return ratios of divergences: a row for each combination of labels, a column for each job."""
-    table = _new_table(
-        f"{ratios[0]['measure']} over that of {ratios[0]['reference']}",
-        ("of", *(ratio["job"] for ratio in ratios)),
-        left=("of",),
-    )
+    title = f"{ratios[0]['measure']} over that of {ratios[0]['reference']}"
+    table = _job_table(title, ["labels"], [ratio["job"] for ratio in ratios])
     by_labels: dict[str, list[str]] = {}
-    for place, ratio in enumerate(ratios):
+    for index, ratio in enumerate(ratios):
         for cell in ratio["cells"]:
             row = by_labels.setdefault(label_text(cell["labels"]), [ABSENT] * len(ratios))
-            row[place] = _ratio(cell["ratio"])
+            row[index] = _ratio(cell["ratio"])
     for name, row in by_labels.items():
         table.add_row(name, *row)
     table.add_section()
     table.add_row("largest", *(_ratio(ratio["largest"]) for ratio in ratios))
-    overall = []
-    for ratio in ratios:
-        interval = ratio["interval"]
-        overall.append(_ratio(ratio["ratio"]) + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""))
-    table.add_row("of means (95% interval)", *overall)
+    table.add_row("of means", *(_ratio(ratio["ratio"]) for ratio in ratios))
+    intervals = (ratio["interval"] for ratio in ratios)
+    table.add_row("95% interval", *(" to ".join(map(_ratio, ends)) if ends else ABSENT for ends in intervals))
     table.add_row("texts", *(str(ratio["samples"]) for ratio in ratios))
     return table
 
 
-def _new_table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for name in columns:
-        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
-    return table
-
-
 def _number(value: float | None, measure: str, *, signed: bool = False) -> str:
-    """Return a score in percent, or in points where signed; any other measure as it is."""
+    """Return a score in percent, a difference of scores in points, and any other measure as it is."""
     if value is None:
         return ABSENT
     plus = "+" if signed else ""
@@ -131,10 +140,7 @@ def _number(value: float | None, measure: str, *, signed: bool = False) -> str:
 
 
 def _interval(interval: Sequence[float] | None, measure: str, *, signed: bool = False) -> str:
-    if interval is None:
-        return ABSENT
-    low, high = (_number(end, measure, signed=signed) for end in interval)
-    return f"{low} to {high}"
+    return " to ".join(_number(end, measure, signed=signed) for end in interval) if interval else ABSENT
 
 
 def _ratio(value: float | None) -> str:
