@@ -324,7 +324,7 @@ def random_block(num_tokens: int, device: torch.device, dtype: torch.dtype, is_f
         layer_idx=0,
         scale=LLAMA.head_dim**-0.5,
         anchor_queries=draw(LLAMA.heads, OBSERVERS, LLAMA.head_dim),
-        projections=draw(num_tokens, LLAMA.input_size),
+        projections=draw(num_tokens, LLAMA.qkv_size),
         fused=is_fused,
     )
 

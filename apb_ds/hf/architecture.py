@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -13,29 +12,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from apb_ds.utils.sizes import AttentionSizes, read_attention_sizes
+
 NO_WINDOWS: Mapping[int, int] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class AttentionSizes:
-    """Sizes of a decoder's attention."""
-
-    num_layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
 
 
 def attention_sizes(model: PreTrainedModel) -> AttentionSizes:
     """Read the attention's sizes from the model's config."""
-    config = model.config
-    heads = config.num_attention_heads
-    return AttentionSizes(
-        num_layers=config.num_hidden_layers,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
+    return read_attention_sizes(model.config)
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:

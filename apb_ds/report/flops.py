@@ -1,11 +1,11 @@
 """Floating-point operations of a prefill, counted from a model's sizes and a `Plan`. Pure functions, no torch.
 
-Two for each multiply-add of a matrix product: linear layers, attention (queries with keys, weights with values) and
-the scores of compressors that have any. Causal attention counts the pairs of tokens that see each
-other, whatever a kernel computes besides. Norms, activations, softmax, rotations and merging are not counted.
+Every multiply-add of a matrix product counts as two: in linear layers, in attention (queries with keys, weights with
+values) and in compressors that score by products. Causal attention counts the pairs of tokens that see each other,
+whatever else a kernel computes. Norms, activations, softmax, rotations and merging are not counted.
 
-Counted is what the engine does. A prefill ends with the last layer's keys and values: there, the projections before
-attention are computed, and nothing after them.
+The counts are of the engine's work: a prefill ends with the last layer's keys and values, so that layer computes only
+the projections before its attention.
 """
 
 from __future__ import annotations
@@ -15,45 +15,33 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from apb_ds.plan import Plan
+from apb_ds.utils.sizes import AttentionSizes, read_attention_sizes
 
 # Multiply-adds of the matrix products that score a block of so many tokens in one layer.
 ScoreProducts = Callable[[int], int]
+SIZE_NAMES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size")
 
 
 @dataclass(frozen=True)
-class ModelSizes:
+class ModelSizes(AttentionSizes):
     """Sizes of a decoder whose layers are attention and a gated MLP (gate, up and down)."""
 
-    num_layers: int
     hidden_size: int
     intermediate_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocab_size: int
 
     @classmethod
     def from_config(cls, config: Any) -> ModelSizes | None:
-        """Read the sizes from a transformers config; None where it lacks one."""
-        names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-        found: list[Any] = [getattr(config, name, None) for name in names]
+        """Read the sizes from a transformers config; None if it lacks one."""
+        found: list[Any] = [getattr(config, name, None) for name in SIZE_NAMES]
         if not all(isinstance(size, int) and size > 0 for size in found):
             return None
-        layers, hidden, intermediate, heads, vocab = found
-        return cls(
-            num_layers=layers,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or hidden // heads,
-            vocab_size=vocab,
-        )
+        return cls(**vars(read_attention_sizes(config)), **dict(zip(SIZE_NAMES[2:], found[2:], strict=True)))
 
     @property
     def before_attention(self) -> int:
         """Weights of one layer's projections to queries, keys and values."""
-        return self.hidden_size * (self.heads + 2 * self.kv_heads) * self.head_dim
+        return self.hidden_size * self.qkv_size
 
     @property
     def after_attention(self) -> int:
@@ -62,7 +50,7 @@ class ModelSizes:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of all layers' linear layers, the head over the vocabulary not included."""
+        """Weights of all layers' linear layers, without the language model head."""
         return self.num_layers * (self.before_attention + self.after_attention)
 
     @property
@@ -79,13 +67,13 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class RankFlops:
-    """Operations of one rank. The first seven make up its prefill.
+    """Operations of one rank. The first seven fields make up its prefill.
 
     Attributes
     ----------
     document_linear : linear layers on the document's tokens (and ulysses' padding)
     anchor_linear : linear layers on the anchor's tokens
-    block_attention : attention within the blocks; for ring and ulysses all of it
+    block_attention : attention within blocks; all attention of ring and ulysses
     anchor_attention : attention of the anchor's tokens to each other
     to_anchor, to_passed : attention of the blocks' tokens to the anchor and to the passing blocks
     scoring : the compressor's matrix products
@@ -108,7 +96,7 @@ class RankFlops:
 
 @dataclass(frozen=True)
 class PrefillFlops:
-    """Operations of one prefill, by rank; `total` and `slowest_rank` are without the query's pass."""
+    """Operations of one prefill, by rank; `total` and `slowest_rank` exclude the query's pass."""
 
     ranks: tuple[RankFlops, ...]
 
@@ -125,7 +113,7 @@ class PrefillFlops:
         return sum(getattr(rank, name) for rank in self.ranks)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return totals and parts as JSON has them."""
+        """Return totals and parts, for JSON."""
         parts = {field.name: self.part(field.name) for field in fields(RankFlops)}
         query = parts.pop("query")
         return {"total": self.total, "slowest_rank": self.slowest_rank, "query": query, "parts": parts}
@@ -145,8 +133,8 @@ def count_flops(
     ----------
     score_products : callable, optional
         Multiply-adds of the compressor's matrix products for a block of so many tokens in one layer.
-    query_length : tokens of the query that is asked afterwards; 0 for none
-    num_logits : for how many of its tokens logits are computed
+    query_length : tokens of the query asked after the prefill; 0 for none
+    num_logits : how many of its tokens get logits
     """
     count = {"ring": _count_ring, "ulysses": _count_ulysses}.get(plan.method, _count_blocks)
     ranks = []
@@ -180,12 +168,12 @@ def _count_blocks(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:
 
 
 def _score_products(plan: Plan, rank: int, products: ScoreProducts) -> int:
-    """Return the products of the blocks that are scored: where all that may be kept is kept, none are."""
+    """Return the products of the blocks that are scored; a block that keeps everything eligible is not."""
     return sum(products(plan.block_length(host)) for host in plan.hosts_of(rank) if plan.is_scored(host))
 
 
 def _count_ring(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:
-    """Count ring: both blocks see an earlier rank's early block, the late one both blocks of a later rank."""
+    """Count ring: both blocks see an earlier rank's early block; only the late one sees a later rank's two blocks."""
     early, late = (plan.block_length(host) for host in plan.served(rank, 0))
     pairs = _causal_pairs(early + late)
     for source in range(plan.world_size):
@@ -198,7 +186,7 @@ def _count_ring(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:
 
 
 def _count_ulysses(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:
-    """Count ulysses: every rank attends for all tokens, padding included, with its share of the heads."""
+    """Count ulysses: every rank attends over all tokens, padding included, with its share of the heads."""
     num_tokens = plan.num_forward_tokens(rank, 0)
     pairs = _causal_pairs(num_tokens * plan.world_size)
     return {
@@ -208,7 +196,7 @@ def _count_ulysses(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:
 
 
 def _count_query(sizes: ModelSizes, plan: Plan, rank: int, num_query: int, num_logits: int) -> int:
-    """Count the query's pass on one rank: every rank feeds all of it, attends to its shard, the last one to it, too."""
+    """Count the query's pass on one rank: all of the query over the rank's shard; on the last rank also over itself."""
     if num_query == 0:
         return 0
     pairs = num_query * plan.shard_length(rank)

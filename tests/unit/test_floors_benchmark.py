@@ -51,7 +51,7 @@ def test_rates_are_of_the_later_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rates_of_this_machine() -> None:
-    sizes = floors.ModelSizes(2, 64, 96, 4, 2, 16, 100)
+    sizes = floors.ModelSizes(2, 4, 2, 16, hidden_size=64, intermediate_size=96, vocab_size=100)
     rates = floors.measure_rates(sizes, 64, 2**20, 0.01, torch.device("cpu"))
     assert all(rates[name] > 0 for name in ("products", "causal", "unmasked", "bandwidth"))
     assert rates["products"] == max(rates["measured"]["products"].values()) and rates["kernel"] == "cpu_flash"

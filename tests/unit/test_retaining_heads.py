@@ -88,7 +88,7 @@ def test_the_scores_are_those_of_the_formula(checkpoint: dict[str, Any]) -> None
     compressor = RetainingHeadsCompressor(_heads_from(checkpoint, SIZES))
     slow = retaining_heads(checkpoint, torch.nn.functional.silu)
     for tokens in (1, 3, 40):
-        projections = torch.randn(1, tokens, SIZES.input_size, generator=generator)
+        projections = torch.randn(1, tokens, SIZES.qkv_size, generator=generator)
         keys, queries = torch.zeros(1, 2, tokens, 16), torch.zeros(1, 4, tokens, 16)
         block = BlockStates(queries, keys, keys, 0, 1, 1.0, projections=projections)
         expected = slow(ScoreInput(queries[0], keys[0], queries[0], torch.arange(tokens), 1.0, 1, 0, projections[0]))
@@ -107,7 +107,7 @@ def test_the_scores_with_the_window_are_those_of_the_formula(checkpoint: dict[st
     compressor = HeadsAndWindowCompressor(_heads_from(checkpoint, SIZES))
     slow = heads_and_window(checkpoint, torch.nn.functional.silu)
     for tokens in (1, 3, 40, 70):
-        projections = torch.randn(1, tokens, SIZES.input_size, generator=generator)
+        projections = torch.randn(1, tokens, SIZES.qkv_size, generator=generator)
         keys, queries = (torch.randn(1, heads, tokens, 16, generator=generator) for heads in (2, 4))
         values = projections[0, :, -32:].unflatten(1, (2, 16)).transpose(0, 1).unsqueeze(0)
         block = BlockStates(queries, keys, values, 0, 1, 0.25, projections=projections)
@@ -432,7 +432,7 @@ def test_what_a_head_sees(family: str) -> None:
         bias = 0 if linear.bias is None else linear.bias
         torch.testing.assert_close(output, hidden @ linear.weight.T + bias)
         assert (linear.bias is not None) == (family == "qwen2")
-    assert torch.cat(seen[1], dim=-1).shape == (1, 20, head_sizes(model).input_size)
+    assert torch.cat(seen[1], dim=-1).shape == (1, 20, head_sizes(model).qkv_size)
 
 
 def test_models_with_other_projections_are_refused(heads_file: Path) -> None:

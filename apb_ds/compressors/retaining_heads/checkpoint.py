@@ -87,7 +87,7 @@ def check_state(state: Mapping[str, Tensor], sizes: HeadSizes) -> dict[str, Tens
 def _check_shapes(found: dict[str, Tensor], sizes: HeadSizes) -> None:
     matrices = (found[weight_key(layer, "fc1")] for layer in range(sizes.num_layers))
     hidden = next((tensor.shape[0] for tensor in matrices if tensor.dim() == 2), 0)
-    expected = {"fc1": (hidden, sizes.input_size), "fc2": (sizes.kv_heads, hidden)}
+    expected = {"fc1": (hidden, sizes.qkv_size), "fc2": (sizes.kv_heads, hidden)}
     wrong = defaultdict(list)
     for key, tensor in found.items():
         name = key.split(".")[-2]
@@ -98,7 +98,7 @@ def _check_shapes(found: dict[str, Tensor], sizes: HeadSizes) -> None:
         listed = "; ".join(f"{_list(keys)} {what}" for what, keys in wrong.items())
         raise ValueError(
             f"{listed}. The model has {sizes.heads} heads and {sizes.kv_heads} KV heads of {sizes.head_dim}, so "
-            f"[q; k; v] has {sizes.input_size} channels; use heads that were made for this model."
+            f"[q; k; v] has {sizes.qkv_size} channels; use heads that were made for this model."
         )
 
 

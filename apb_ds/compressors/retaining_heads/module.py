@@ -10,26 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from apb_ds.utils.sizes import AttentionSizes
+
 
 @dataclass(frozen=True)
-class HeadSizes:
-    """What a model asks of its heads.
+class HeadSizes(AttentionSizes):
+    """What the heads depend on: a model's attention and its activation, by its name in transformers."""
 
-    Attributes
-    ----------
-    activation : name of the model's activation, as in transformers
-    """
-
-    num_layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     activation: str
-
-    @property
-    def input_size(self) -> int:
-        """Channels of a token's queries, keys and values together."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
 
 
 class RetainingHead(nn.Module):
@@ -89,7 +77,7 @@ class RetainingHeads(nn.Module):
             return (2 * torch.rand(rows, columns, generator=generator) - 1) / math.sqrt(columns)
 
         weights = [
-            (draw(hidden_size, sizes.input_size), draw(sizes.kv_heads, hidden_size)) for _ in range(sizes.num_layers)
+            (draw(hidden_size, sizes.qkv_size), draw(sizes.kv_heads, hidden_size)) for _ in range(sizes.num_layers)
         ]
         return cls(weights, sizes.activation)
 
