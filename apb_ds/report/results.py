@@ -89,11 +89,11 @@ def name_settings(all_settings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, by dotted paths."""
+    """Return nested mappings as one, by dotted path."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{prefix}{key}"
-        flat |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
+        flat |= flatten(value, f"{path}.") if isinstance(value, dict) and value else {path: value}
     return flat
 
 

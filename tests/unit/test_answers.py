@@ -195,18 +195,18 @@ def test_error_of_another_question_goes(path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (line_of(0) + b'{"id": "c", "fing\n' + line_of(1), 'line 2 is no result of a batch: \'{"id": "c", "fing'),
-        (line_of(0) + b"{\n", "line 2 is no result of a batch"),  # whole, so no kill left it
-        (line_of(0) + b"My notes", "line 2 is no result of a batch: 'My notes'"),
-        (b"My notes", "line 1 is no result of a batch: 'My notes'"),
-        (b'{"lr": 0.1}', "line 1 is no result of a batch"),  # somebody's file, not torn
-        (b'{"id": 1, "document": "d", "query": "q"}\n', "line 1 is no result of a batch"),
-        (b'{"id": "a", "answer": "x"}\n', "line 1 is no result of a batch"),
-        (b'{"id": true, "fingerprint": "f1", "answer": "x"}\n', "line 1 is no result of a batch"),
-        (b'{"id": "a", "fingerprint": "f1", "answer": "x", "error": "y"}\n', "line 1 is no result of a batch"),
-        (b'\xff\xfe{"id"\n', "line 1 is no result of a batch"),
-        (line_of(0) + line_of(1) + line_of(0), "lines 1 and 3 are both of id 'a'"),
-        (line_of(1) + line_of(1).replace(b'"id": 2', b'"id": "2"'), "lines 1 and 2 are both of id '2'"),
+        (line_of(0) + b'{"id": "c", "fing\n' + line_of(1), 'line 2 is not a result of a batch: \'{"id": "c", "fing'),
+        (line_of(0) + b"{\n", "line 2 is not a result of a batch"),  # whole, so no kill left it
+        (line_of(0) + b"My notes", "line 2 is not a result of a batch: 'My notes'"),
+        (b"My notes", "line 1 is not a result of a batch: 'My notes'"),
+        (b'{"lr": 0.1}', "line 1 is not a result of a batch"),  # somebody's file, not torn
+        (b'{"id": 1, "document": "d", "query": "q"}\n', "line 1 is not a result of a batch"),
+        (b'{"id": "a", "answer": "x"}\n', "line 1 is not a result of a batch"),
+        (b'{"id": true, "fingerprint": "f1", "answer": "x"}\n', "line 1 is not a result of a batch"),
+        (b'{"id": "a", "fingerprint": "f1", "answer": "x", "error": "y"}\n', "line 1 is not a result of a batch"),
+        (b'\xff\xfe{"id"\n', "line 1 is not a result of a batch"),
+        (line_of(0) + line_of(1) + line_of(0), "lines 1 and 3 both have id 'a'"),
+        (line_of(1) + line_of(1).replace(b'"id": 2', b'"id": "2"'), "lines 1 and 2 both have id '2'"),
     ],
 )
 def test_broken_output_is_refused_and_left(path: Path, content: bytes, message: str) -> None:
@@ -333,7 +333,7 @@ def test_path_that_cannot_be_written(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, message in [
         (tmp_path, "is a directory; name a file"),
-        (tmp_path / "pipe", "is no file; name a file"),
+        (tmp_path / "pipe", "is not a regular file; name a file"),
         (tmp_path / "file" / "out.jsonl", f"cannot be written ([Errno 17] File exists: '{tmp_path / 'file'}'); name"),
         (tmp_path / ("n" * 300), "cannot be written ([Errno 36] File name too long"),
     ]:
