@@ -47,6 +47,11 @@ def check_choice(field: str, value: object, allowed: Iterable[str]) -> None:
         raise ValueError(f"{field}={value!r} is not known; use one of {', '.join(names)}.{suggest(value, names)}")
 
 
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite number (true and false are not)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_integer(field: str, value: object, minimum: int) -> None:
     """Raise ValueError unless `value` is an integer of at least `minimum`; a bool is not an integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

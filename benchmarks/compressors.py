@@ -1,39 +1,36 @@
-"""How much of the attention paid to a block its passed tokens hold, for each compressor, and what choosing them costs.
+"""The share of attention that each compressor's passed tokens hold, and the time it takes to choose them.
 
     python benchmarks/compressors.py --out docs/results/attention_mass.json [--heads heads.pt] [text files]
 
 The plain model reads document and judged tokens once. In every layer each compressor chooses, from the model's own
-states, what a prefill passes on: of each block but the last, of tokens that the anchor does not hold, as many as the
-plan says. Recall is the share of attention paid to all tokens that may be passed on which falls on those that are, for
-two kinds of observers:
+states, what a prefill would pass on: in each block but the last, among the tokens that the anchor does not hold, as
+many as the plan says. Recall is the share of the attention paid to all tokens that may be passed on that goes to those
+which are, for two kinds of observers:
 
-    judged        the tokens behind the document
-    later_blocks  the document's tokens, every 16th of them, each observing the blocks before its own
+    judged        the tokens after the document
+    later_blocks  every 16th token of the document, each observing the blocks before its own
 
 It is taken over all blocks together for each layer and KV head, then averaged over these. The last layer is left out: a
-prefill passes on nothing there. ``query`` observes with the document's last 64 tokens, at their own positions. Two rows
-are no compressors: ``best`` keeps the tokens that hold most, ``mean`` is what tokens kept at random hold on average.
+prefill passes nothing on there. ``query`` observes with the document's last 64 tokens, at their own positions. Two rows
+are not compressors: ``best`` keeps the tokens that hold most, and ``mean`` is what random tokens hold on average.
 
-Milliseconds are those of scoring, choosing and gathering one block of one layer, on random states of Llama-3.1-8B's
-geometry, launches included.
+Milliseconds are for scoring, choosing and gathering one block of one layer of Llama-3.1-8B's sizes, on random states,
+launches included.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
-import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,22 +48,12 @@ from apb_ds.loading.heads import head_sizes, load_heads
 from apb_ds.ops.compiled import can_compile
 from apb_ds.ops.selection import select_top
 from apb_ds.plan import Plan, plan_request, split_evenly
-from apb_ds.report.figures import EXTRA
+from apb_ds.report.fitting import ABSENT, Column, FittedTable
 from apb_ds.report.record import environment, write_json
-from apb_ds.report.table import ABSENT, make_console
+from apb_ds.report.table import make_console
 from apb_ds.training.heads.labels import View, attention_received, make_view
 from apb_ds.training.heads.observe import observe_layers
-from benchmarks.fidelity import (
-    DEFAULT_MODEL,
-    DEFAULT_TEXTS,
-    OBSERVERS,
-    SEEDS,
-    UNTRAINED,
-    check_found,
-    describe_heads,
-    paired_interval,
-    read_texts,
-)
+from benchmarks import common
 
 LATER_STEP = 16
 BEST, MEAN = "best", "mean"
@@ -87,7 +74,7 @@ class Layer:
     queries : (1, heads, tokens, head_dim), rotated
     keys, values : (1, kv_heads, tokens, head_dim), keys rotated
     scale : factor on the logits
-    num_document : the first so many tokens are the document
+    num_document : length of the document, which comes first
     """
 
     index: int
@@ -99,8 +86,8 @@ class Layer:
     num_document: int
 
     def block(self, start: int, stop: int) -> BlockStates:
-        """Return what a compressor is given of the document's tokens from `start` to `stop`."""
-        first_observer = max(0, self.num_document - OBSERVERS)
+        """Return the states of the document's tokens from `start` to `stop`, as a compressor gets them."""
+        first_observer = max(0, self.num_document - common.OBSERVERS)
         return BlockStates(
             queries=self.queries[:, :, start:stop],
             keys=self.keys[:, :, start:stop],
@@ -119,9 +106,9 @@ def _new_compressor(**options: Any) -> Compressor:
     return build_compressor(settings)
 
 
-def make_rows(heads: RetainingHeads | None, seeds: int = SEEDS) -> Rows:
-    """Return the compressors to compare; `heads`, if any, are on the device and in the dtype of the states."""
-    rows: Rows = {name: [_new_compressor(compressor=name)] for name in UNTRAINED}
+def make_rows(heads: RetainingHeads | None, seeds: int = common.SEEDS) -> Rows:
+    """Return the compressors to compare; `heads`, if any, have the device and dtype of the states."""
+    rows: Rows = {name: [_new_compressor(compressor=name)] for name in common.UNTRAINED}
     if heads is not None:
         rows[RETAINING_HEADS] = [RetainingHeadsCompressor(heads)]
         rows["heads_and_window"] = [HeadsAndWindowCompressor(heads)]
@@ -130,13 +117,7 @@ def make_rows(heads: RetainingHeads | None, seeds: int = SEEDS) -> Rows:
 
 
 def make_plans(num_tokens: int, hosts: int, ratios: Sequence[float]) -> dict[str, Plan]:
-    """Return for each ratio what a prefill without a query in its anchor passes on.
-
-    Raises
-    ------
-    ValueError
-        If nothing is passed on.
-    """
+    """Return for each ratio what a prefill without a query in its anchor passes on; ValueError if that is nothing."""
     plans = {
         f"{ratio:g}": plan_request(APBConfig(hosts=hosts, compression_ratio=ratio), num_tokens, 0) for ratio in ratios
     }
@@ -147,14 +128,11 @@ def make_plans(num_tokens: int, hosts: int, ratios: Sequence[float]) -> dict[str
 
 
 def make_views(num_document: int, judged: int, hosts: int, device: torch.device) -> dict[str, View]:
-    """Return who observes the document: the judged tokens all of it, and some of its own what is in earlier blocks."""
+    """Return who observes what: judged tokens the whole document, some of its own tokens the blocks before theirs."""
     second_block = split_evenly(num_document, hosts)[1][0]
-    return {
-        "judged": make_view(torch.arange(num_document, num_document + judged, device=device), num_document),
-        "later_blocks": make_view(
-            torch.arange(second_block, num_document, LATER_STEP, device=device), num_document, hosts
-        ),
-    }
+    after = torch.arange(num_document, num_document + judged, device=device)
+    later = torch.arange(second_block, num_document, LATER_STEP, device=device)
+    return {"judged": make_view(after, num_document), "later_blocks": make_view(later, num_document, hosts)}
 
 
 def layer_recall(layer: Layer, plans: dict[str, Plan], views: dict[str, View], rows: Rows) -> dict[Key, Tensor]:
@@ -163,29 +141,29 @@ def layer_recall(layer: Layer, plans: dict[str, Plan], views: dict[str, View], r
     for name, view in views.items():
         observed = attention_received(view, layer.queries, layer.keys, layer.scale)
         received[name] = F.pad(observed, (0, layer.num_document - view.num_scored))
-    kept: dict[Key, Tensor] = {}
+    shares: dict[Key, Tensor] = {}
     for ratio, plan in plans.items():
-        totals = {name: torch.zeros_like(mass[:, 0]) for name, mass in received.items()}
-        held: dict[Key, Tensor] = defaultdict(lambda: torch.zeros(1, device=layer.keys.device))
+        totals: dict[str, Any] = dict.fromkeys(received, 0.0)
+        held: dict[Key, Any] = defaultdict(float)
         for host in filter(plan.is_passed_on, range(plan.hosts)):
             (start, stop), count, eligible = plan.blocks[host], plan.kept_lengths[host], plan.num_eligible(host)
             block = layer.block(start, stop)
-            places = {row: [each.choose(block, count, eligible) for each in of_row] for row, of_row in rows.items()}
+            chosen = {row: [each.choose(block, count, eligible) for each in of_row] for row, of_row in rows.items()}
             for name, mass in received.items():
                 of_block, allowed = mass[:, start:stop], mass[:, stop - eligible : stop].contiguous()
                 total = allowed.sum(dim=1)
-                totals[name] = totals[name] + total
-                held[name, ratio, BEST] = held[name, ratio, BEST] + _sum_at(allowed, [select_top(allowed, count)])
-                held[name, ratio, MEAN] = held[name, ratio, MEAN] + (total * count / eligible).unsqueeze(0)
-                for row, of_row in places.items():
-                    held[name, ratio, row] = held[name, ratio, row] + _sum_at(of_block, of_row)
-        kept |= {key: mass / totals[key[0]] for key, mass in held.items()}
-    return kept
+                totals[name] += total
+                held[name, ratio, BEST] += _sum_at(allowed, [select_top(allowed, count)])
+                held[name, ratio, MEAN] += (total * count / eligible).unsqueeze(0)
+                for row, of_row in chosen.items():
+                    held[name, ratio, row] += _sum_at(of_block, of_row)
+        shares |= {key: mass / totals[key[0]] for key, mass in held.items()}
+    return shares
 
 
-def _sum_at(mass: Tensor, places: Sequence[Tensor]) -> Tensor:
+def _sum_at(mass: Tensor, choices: Sequence[Tensor]) -> Tensor:
     """Return the sums of mass, (kv_heads, tokens), over each of several choices, (choices, kv_heads)."""
-    return torch.stack([mass.gather(1, chosen).sum(dim=1) for chosen in places])
+    return torch.stack([mass.gather(1, chosen).sum(dim=1) for chosen in choices])
 
 
 def text_recall(
@@ -195,7 +173,7 @@ def text_recall(
 
     Parameters
     ----------
-    tokens : (1, tokens), int64, the document and what is judged
+    tokens : (1, tokens), int64, document and judged tokens
     """
     found: dict[Key, list[Tensor]] = defaultdict(list)
 
@@ -216,18 +194,16 @@ def summarise(by_text: dict[str, dict[Key, Tensor]]) -> dict[str, Any]:
     ----------
     by_text : what `text_recall` gives, by the text's name
     """
+    stacked = {
+        key: torch.stack([shares[key] for shares in by_text.values()]).double() for key in next(iter(by_text.values()))
+    }
+    means = {key: shares.flatten(1).mean(dim=1).tolist() for key, shares in stacked.items()}
     summary: dict[str, Any] = {}
-    for key in next(iter(by_text.values())):
-        observers, ratio, row = key
-        shares = torch.stack([of_text[key] for of_text in by_text.values()]).double()
-        random = torch.stack([of_text[observers, ratio, "random"] for of_text in by_text.values()]).double()
-        ours, others = (each.flatten(1).mean(dim=1).tolist() for each in (shares, random))
+    for (observers, ratio, row), shares in stacked.items():
+        ours = means[observers, ratio, row]
         numbers = {
-            "mean": statistics.mean(ours),
-            "minus_random": {
-                "mean": statistics.mean(ours) - statistics.mean(others),
-                "interval_95": paired_interval(ours, others),
-            },
+            "mean": fmean(ours),
+            "minus_random": common.mean_difference(ours, means[observers, ratio, "random"]),
             "by_text": dict(zip(by_text, ours, strict=True)),
             "by_layer": shares.mean(dim=(0, 2, 3)).tolist(),
         }
@@ -246,12 +222,12 @@ def measure_recall(arguments: argparse.Namespace, loaded: LoadedModel) -> dict[s
     if arguments.heads is not None:
         heads = load_heads(str(arguments.heads), head_sizes(loaded.model)).placed(device, loaded.dtype)
     rows = make_rows(heads)
-    by_text, texts = {}, []
-    for text in read_texts(loaded, arguments.texts or DEFAULT_TEXTS, num_document + arguments.judged):
-        by_text[text.name] = text_recall(loaded.model, text.tokens, num_document, plans, views, rows)
-        texts.append(text.described())
-        print(f"{text.name}: done", flush=True)
-    check_found(len(texts))
+    samples, sources = common.read_texts(arguments, loaded)
+    by_text = {}
+    for sample in samples:
+        tokens = torch.cat((sample.document_ids, sample.query_ids), dim=1).to(device)
+        by_text[sample.labels["text"]] = text_recall(loaded.model, tokens, num_document, plans, views, rows)
+        print(f"{sample.labels['text']}: done", flush=True)
     return {
         "what": "share of the attention paid to tokens that may be passed on which those hold that are passed on; over "
         "all blocks but the last, mean over KV heads and all layers but the last",
@@ -259,7 +235,7 @@ def measure_recall(arguments: argparse.Namespace, loaded: LoadedModel) -> dict[s
             "judged": f"the {arguments.judged} tokens behind the document",
             "later_blocks": f"every {LATER_STEP}th token of the document from the second block on, of earlier blocks",
         },
-        "texts": texts,
+        "texts": sources,
         "document_tokens": num_document,
         "judged_tokens": arguments.judged,
         "hosts": arguments.hosts,
@@ -267,7 +243,7 @@ def measure_recall(arguments: argparse.Namespace, loaded: LoadedModel) -> dict[s
         "recall": summarise(by_text),
         "model": Path(arguments.model).name,
         "dtype": str(loaded.dtype),
-        "heads": describe_heads(arguments.heads),
+        "heads": common.describe_heads(arguments.heads),
     }
 
 
@@ -301,7 +277,7 @@ def measure_times(arguments: argparse.Namespace, device: torch.device) -> dict[s
         "clock": "CUDA events" if device.type == "cuda" else "the process's clock, on the CPU",
         "geometry": asdict(LLAMA),
         "block_tokens": arguments.block,
-        "query_observers": OBSERVERS,
+        "query_observers": common.OBSERVERS,
         "heads_hidden": arguments.heads_hidden,
         "dtype": str(dtype),
         "fused": is_fused,
@@ -310,7 +286,7 @@ def measure_times(arguments: argparse.Namespace, device: torch.device) -> dict[s
 
 
 def random_block(num_tokens: int, device: torch.device, dtype: torch.dtype, is_fused: bool) -> BlockStates:
-    """Return random states of one block, of Llama-3.1-8B's geometry."""
+    """Return random states of one block, of Llama-3.1-8B's sizes."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -323,7 +299,7 @@ def random_block(num_tokens: int, device: torch.device, dtype: torch.dtype, is_f
         start=0,
         layer_idx=0,
         scale=LLAMA.head_dim**-0.5,
-        anchor_queries=draw(LLAMA.heads, OBSERVERS, LLAMA.head_dim),
+        anchor_queries=draw(LLAMA.heads, common.OBSERVERS, LLAMA.head_dim),
         projections=draw(num_tokens, LLAMA.qkv_size),
         fused=is_fused,
     )
@@ -341,31 +317,31 @@ def time_compressor(compressor: Compressor, block: BlockStates, count: int) -> S
     return Spread.of([1000 * lap for lap in watch.laps()])
 
 
-def make_table(record: dict[str, Any]) -> Table:
+def make_table(record: dict[str, Any]) -> FittedTable:
     """Return a row for each compressor: recall by observers and ratio, and milliseconds by ratio."""
     recall, times = record["attention_mass"]["recall"], record["milliseconds"]["times"]
-    columns = [(observers, ratio) for observers, by_ratio in recall.items() for ratio in by_ratio]
-    table = Table(box=box.SIMPLE_HEAD, title="share of attention that passed tokens hold, and ms of one block")
-    table.add_column("compressor")
-    for observers, ratio in columns:
-        table.add_column(f"{observers.replace('_', ' ')}, 1/{ratio}", justify="right")
-    for ratio in times:
-        table.add_column(f"ms, 1/{ratio}", justify="right")
+    keys = [(observers, ratio) for observers, by_ratio in recall.items() for ratio in by_ratio]
+    names = [f"{observers.replace('_', ' ')}, 1/{ratio}" for observers, ratio in keys]
+    columns = [
+        Column("compressor"),
+        *(Column(name, drop=1) for name in (*names, *(f"ms, 1/{ratio}" for ratio in times))),
+    ]
+    table = FittedTable(columns, title="share of attention that passed tokens hold, and ms of one block", split=True)
     for name in _sorted_rows(recall):
-        shares = [f"{recall[observers][ratio][name]['mean']:.1%}" for observers, ratio in columns]
+        shares = [f"{recall[observers][ratio][name]['mean']:.1%}" for observers, ratio in keys]
         timed = [f"{of_ratio[name]['median_ms']:.3f}" if name in of_ratio else ABSENT for of_ratio in times.values()]
         table.add_row(name, *shares, *timed)
     return table
 
 
 def _sorted_rows(recall: dict[str, Any]) -> list[str]:
-    """Return the rows, those first that hold most of what the first observers look at, at the first ratio."""
+    """Return the rows by recall for the first observers at the first ratio, the highest first."""
     first = next(iter(next(iter(recall.values())).values()))
     return sorted(first, key=lambda name: -first[name]["mean"])
 
 
 def draw_recall(path: Path, part: dict[str, Any]) -> None:
-    """Draw the recall of each compressor as bars, and that of tokens kept at random as a line, as PNG.
+    """Draw each compressor's recall as bars, and that of random tokens as a line, as PNG.
 
     Parameters
     ----------
@@ -376,17 +352,14 @@ def draw_recall(path: Path, part: dict[str, Any]) -> None:
     recall = part["recall"]
     names = [name for name in _sorted_rows(recall) if name != MEAN]
     figure = Figure(figsize=(6 * len(recall), 4.5), layout="constrained")
-    for axes, (observers, by_ratio) in zip(
-        figure.subplots(1, len(recall), squeeze=False, sharey=True)[0], recall.items(), strict=True
-    ):
+    panels = figure.subplots(1, len(recall), squeeze=False, sharey=True)[0]
+    for axes, (observers, by_ratio) in zip(panels, recall.items(), strict=True):
         width = 0.8 / len(by_ratio)
         for number, (ratio, rows) in enumerate(by_ratio.items()):
-            lefts = [place + (number - (len(by_ratio) - 1) / 2) * width for place in range(len(names))]
-            color = f"C{number}"
-            label = f"one in {ratio} kept" if axes.get_subplotspec().is_first_col() else None
-            axes.bar(lefts, [100 * rows[name]["mean"] for name in names], width, color=color, label=label)
-            label = f"one in {ratio}, at random" if axes.get_subplotspec().is_first_col() else None
-            axes.axhline(100 * rows[MEAN]["mean"], color=color, linestyle="--", label=label)
+            lefts = [index + (number - (len(by_ratio) - 1) / 2) * width for index in range(len(names))]
+            bars, line = (f"one in {ratio} kept", f"one in {ratio}, at random") if axes is panels[0] else (None, None)
+            axes.bar(lefts, [100 * rows[name]["mean"] for name in names], width, color=f"C{number}", label=bars)
+            axes.axhline(100 * rows[MEAN]["mean"], color=f"C{number}", linestyle="--", label=line)
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axes.set_title(f"observers: {part['observers'][observers]}", fontsize="small", wrap=True)
         axes.set_ylabel("attention on passed tokens, %")
@@ -397,25 +370,15 @@ def draw_recall(path: Path, part: dict[str, Any]) -> None:
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return what the command line says, by default this process's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="*", type=Path, help="text files, before --ratios; by default as in fidelity.py")
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--heads", type=Path, metavar="FILE", help="checkpoint of retaining heads to compare")
-    parser.add_argument("--ratios", nargs="+", type=float, default=[8, 16], help="compression ratios")
-    parser.add_argument("--hosts", type=int, default=8)
-    parser.add_argument("--num-tokens", type=int, default=7424)
-    parser.add_argument("--judged", type=int, default=256)
+    """Parse the command line, by default this process's."""
+    parser = common.make_parser(__doc__)
+    common.add_text_arguments(parser)
+    parser.add_argument("--ratios", nargs="+", type=float, default=[8, 16], help="compression ratios, after the texts")
     parser.add_argument("--block", type=int, default=8192, help="tokens of the block that is timed")
     parser.add_argument("--heads-hidden", type=int, default=1024, help="hidden size of the random heads that are timed")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw it (needs matplotlib)")
-    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(given)
-    if arguments.heads is not None and not arguments.heads.is_file():
-        parser.error(f"--heads={str(arguments.heads)!r}: there is no such file.")
-    if arguments.figure is not None and importlib.util.find_spec("matplotlib") is None:
-        parser.error(f"--figure needs matplotlib, which is not installed: pip install 'apb_ds[{EXTRA}]'.")
+    common.check_arguments(parser, arguments)
     return arguments
 
 
@@ -430,7 +393,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure as the command line says; print and write the record, and draw it."""
+    """Measure; write the record, draw the figure and print the table."""
     arguments = parse_arguments()
     record = measure(arguments)
     write_json(arguments.out, record)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from apb_ds.config import APBConfig, check_bool, check_choice, check_integer
+from apb_ds.config import APBConfig, check_bool, check_choice, check_integer, is_number
 
 # Plain transformers, on one rank.
 PLAIN_METHODS = ("dense", "dense_onednn")
@@ -111,6 +110,5 @@ def _check_name(name: str, value: Any) -> None:
 
 
 def _check_number(name: str, value: Any, *, above_zero: bool = False) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < 0 or (above_zero and value == 0):
+    if not is_number(value) or value < 0 or (above_zero and value == 0):
         raise ValueError(f"{name}={value!r} must be a number {'above' if above_zero else 'of at least'} 0.")

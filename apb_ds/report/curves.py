@@ -6,16 +6,16 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from apb_ds.config import DEFAULT_COMPRESSION_RATIO, suggest
+from apb_ds.config import DEFAULT_COMPRESSION_RATIO, is_number, suggest
 from apb_ds.report.figures import mean_and_interval
 from apb_ds.report.pairing import DIVERGENCE, measures_of
-from apb_ds.report.results import Result, name_settings
+from apb_ds.report.results import Result, check_same_task, name_settings
 
 RATIO = "method.compression_ratio"
 
 
 def gather_curves(results: Sequence[Result], against: str) -> dict[str, Any]:
-    """Return means of evaluations along a setting; samples need not be the same.
+    """Return means of evaluations along a setting; their samples may differ.
 
     Parameters
     ----------
@@ -24,8 +24,9 @@ def gather_curves(results: Sequence[Result], against: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``lines``: name and points (value, mean, interval, samples, prefill_flops, directory). ``levels``: the same of
-        evaluations without that setting, as dense has no hosts. ``measure``: ``score``, or ``kl`` of the fidelity task.
+        ``lines``: name and points (value, mean, interval, samples, prefill_flops, directory). ``levels``: the same for
+        evaluations without that setting; dense, for example, has no hosts. ``measure``: ``score``, or ``kl`` for the
+        fidelity task.
 
     Raises
     ------
@@ -33,18 +34,17 @@ def gather_curves(results: Sequence[Result], against: str) -> dict[str, Any]:
         If the setting is unknown or the same everywhere, tasks differ, or two evaluations have the same settings.
     """
     values = [_value(result, against) for result in results]
-    known = sorted({path for result in results for path in result.settings})
+    known = list(dict.fromkeys(path for result in results for path in result.settings))
     if against not in known:
-        raise ValueError(f"--against {against!r} is no setting of these evaluations.{suggest(against, known)}")
+        raise ValueError(f"--against {against!r} is not a setting of these evaluations.{suggest(against, known)}")
     given = {json.dumps(value) for value in values if value is not None}
     if len(given) < 2:
+        differing = [path for path in known if len({json.dumps(result.settings.get(path)) for result in results}) > 1]
         raise ValueError(
             f"--against {against} needs two values or more, and there is {', '.join(sorted(given)) or 'none'}; "
-            f"what differs: {', '.join(_differing(results)) or 'nothing'}."
+            f"these differ: {', '.join(differing) or 'nothing'}."
         )
-    tasks = sorted({result.task for result in results})
-    if len(tasks) > 1:
-        raise ValueError(f"these are evaluations of several tasks ({', '.join(tasks)}); draw one task at a time.")
+    check_same_task(results)
     measures = measures_of(results)
     measure = DIVERGENCE if DIVERGENCE in measures else measures[0]
     others = [{path: value for path, value in result.settings.items() if path != against} for result in results]
@@ -56,7 +56,7 @@ def gather_curves(results: Sequence[Result], against: str) -> dict[str, Any]:
         else:
             lines.setdefault(name, []).append(_point(result, measure, value))
     return {
-        "task": tasks[0],
+        "task": results[0].task,
         "against": against,
         "measure": measure,
         "lines": [{"name": name, "points": _in_order(name, points, against)} for name, points in lines.items()],
@@ -65,15 +65,10 @@ def gather_curves(results: Sequence[Result], against: str) -> dict[str, Any]:
 
 
 def _value(result: Result, against: str) -> Any:
-    """Return the setting's value; a default that is a number counts as that, any other as none."""
+    """Return the setting's value, or its default if that is a number; else None."""
     value = result.settings.get(against)
     is_default = value is None and not result.is_exact_method and result.settings.get("method.passing_length") is None
     return DEFAULT_COMPRESSION_RATIO if against == RATIO and is_default else value
-
-
-def _differing(results: Sequence[Result]) -> list[str]:
-    paths = dict.fromkeys(path for result in results for path in result.settings)
-    return [path for path in paths if len({json.dumps(result.settings.get(path)) for result in results}) > 1]
 
 
 def _point(result: Result, measure: str, value: Any) -> dict[str, Any]:
@@ -98,11 +93,5 @@ def _in_order(name: str, points: list[dict[str, Any]], against: str) -> list[dic
             raise ValueError(
                 f"{before} and {point['directory']} are both {name} at {against}={point['value']}; leave one out."
             )
-    if all(is_number(point["value"]) for point in points):
-        return sorted(points, key=lambda point: point["value"])
-    return points
-
-
-def is_number(value: Any) -> bool:
-    """Whether a setting's value is a number (true and false are none)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_numeric = all(is_number(point["value"]) for point in points)
+    return sorted(points, key=lambda point: point["value"]) if is_numeric else points

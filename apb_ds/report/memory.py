@@ -15,11 +15,11 @@ _RESET_PEAK = "5"
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new peak, where the system can: a job of a sweep should not report the peak of an earlier one."""
+    """Start a new peak, so that a job does not report the peak of an earlier one."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError):  # Linux only, and not in every container
+    with contextlib.suppress(OSError):  # needs Linux, and is not allowed in every container
         _CLEAR_REFS.write_text(_RESET_PEAK)
 
 
@@ -36,5 +36,5 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def peak_memory_kind(device: torch.device) -> str:
-    """Return what `peak_memory_bytes` counts on this device, for the record."""
+    """Return what `peak_memory_bytes` counts on this device."""
     return "cuda allocated" if device.type == "cuda" else "resident"

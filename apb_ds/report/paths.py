@@ -1,7 +1,7 @@
-"""Keeping places on this machine out of what a run leaves behind: records and logs are passed on, paths are not.
+"""Keep this machine's paths out of records and logs, which are passed on.
 
-Within the run's own directory and the directory that it was started in, paths become relative; the user's home becomes
-``~``; of any other absolute path only the last name stays, as ``.../name``.
+Paths within the run's directory and the working directory become relative, and the home directory becomes ``~``. Of any
+other absolute path only the last name stays, as ``.../name``.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# What somebody has written, or a model: whatever looks like a path there is text.
+# Written by a person or a model: what looks like a path there is text.
 TEXTS = ("document", "query", "question", "answer", "prediction", "ground_truth")
 FILE_MARK = "@"
-# Not after a letter, dot, slash or ~: "and/or", "./x", "https://x" and "~/x" are no absolute paths.
+# Not after a letter, dot, slash or ~: "and/or", "./x", "https://x" and "~/x" are not absolute paths.
 ABSOLUTE = re.compile(r"(?<![\w./~])/(?:[\w.+@%=-]+/)*[\w.+@%=-]+")
 HIDDEN = "..."
 
 
 def hide_paths(values: Any, run_dir: Path | None = None) -> Any:
-    """Return a record (dicts, lists, strings) in which places on this machine are hidden.
+    """Return a record (dicts, lists, strings) without this machine's paths.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def hide_paths(values: Any, run_dir: Path | None = None) -> Any:
 
 
 class PathHidingFormatter(logging.Formatter):
-    """A formatter of log lines in which places on this machine are hidden."""
+    """Formats log lines without this machine's paths."""
 
     def format(self, record: logging.LogRecord) -> str:
         return _hider(None)(super().format(record))
@@ -58,13 +58,12 @@ def _names_a_file(value: Any) -> bool:
 
 
 def _hider(run_dir: Path | None) -> Callable[[str], str]:
-    """Return what replaces absolute paths in a text."""
-    places = [(path, short) for path, short in ((run_dir, "."), (Path.cwd(), "."), (_home(), "~")) if path is not None]
-    # Longest first: the run's directory is mostly in the other two.
-    known = [(str(path.absolute()), short) for path, short in places]
+    """Return a function that replaces absolute paths in a text."""
+    roots = ((run_dir, "."), (Path.cwd(), "."), (_home(), "~"))
+    known = [(str(path.absolute()), short) for path, short in roots if path is not None]
     patterns = [
         (re.compile(rf"(?<![\w./~]){re.escape(path)}(?![\w.+@%=-])"), short)
-        for path, short in sorted(known, key=lambda item: -len(item[0]))
+        for path, short in sorted(known, key=lambda item: -len(item[0]))  # the longest first: they nest
         if path != "/"
     ]
 
@@ -79,5 +78,5 @@ def _hider(run_dir: Path | None) -> Callable[[str], str]:
 def _home() -> Path | None:
     try:
         return Path.home()
-    except RuntimeError:  # nobody's
+    except RuntimeError:  # a user without an entry in the password file
         return None

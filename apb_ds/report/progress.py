@@ -1,44 +1,66 @@
-"""Progress for people: a bar while a document is prefilled, a bar or now and then a line while a batch runs."""
+"""Progress for people: a bar while a document is prefilled, a bar or an occasional line while a batch runs."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-LINE_EVERY_S = 10.0  # where the output is no terminal
+from apb_ds.report.formats import format_count
+
+LINE_EVERY_S = 10.0  # where the output is not a terminal
 
 Report = Callable[[int, int], None]
 
 
 @contextlib.contextmanager
-def prefill_progress(console: Console, *, shown: bool = True) -> Iterator[Report | None]:
-    """Yield a callback ``(done, total)`` that moves the bar, or None where no one would see it.
-
-    Parameters
-    ----------
-    console : Console
-        Nothing is shown unless it is a terminal: a log file has no use for a bar.
-    shown : bool
-        False on all ranks but the first.
-    """
+def _progress(console: Console, name: str, *, shown: bool, done: int = 0) -> Iterator[Report | None]:
+    """Yield a callback ``(done, total)`` that moves a bar, or None unless the console is a terminal."""
     if not shown or not console.is_terminal:
         yield None
         return
     with _bar(console) as progress:
-        bar = progress.add_task("Prefill", total=None)
+        bar = progress.add_task(name, total=None, completed=done)
         yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+def prefill_progress(console: Console, *, shown: bool = True) -> AbstractContextManager[Report | None]:
+    """Yield a callback ``(done, total)`` that moves a bar, or None if nobody would see it.
+
+    Parameters
+    ----------
+    shown : False on all ranks but the first
+    """
+    return _progress(console, "Prefill", shown=shown)
+
+
+@contextlib.contextmanager
+def steps_progress(
+    console: Console, num_steps: int, done: int, *, shown: bool = True
+) -> Iterator[Callable[[int], None] | None]:
+    """Yield a callback that takes the number of finished steps and moves a bar, or None if nobody would see it.
+
+    Parameters
+    ----------
+    done : steps finished before
+    shown : False on all ranks but the first
+    """
+    with _progress(console, "Training", shown=shown, done=done) as report:
+        if report is not None:
+            report(done, num_steps)
+        yield None if report is None else lambda step: report(step, num_steps)
 
 
 class BatchProgress:
     """How far a batch is: lines done, document tokens per second, time left.
 
-    The time left is that of the documents still to be prefilled, by their bytes (their tokens are not known before),
-    and of the lines still to be answered.
+    The time left covers the documents still to be prefilled, by their bytes (their tokens are not known before), and
+    the lines still to be answered.
 
     Parameters
     ----------
@@ -63,7 +85,7 @@ class BatchProgress:
         self._bytes_now = 0.0
         self._prefill_s = 0.0
         self._prefill_began: float | None = None
-        self._began = self._said = time.monotonic()
+        self._began = self._printed_at = time.monotonic()
         self._progress = progress
         self._bar: Any = None if progress is None else progress.add_task(self.text(), total=1.0)
 
@@ -87,7 +109,7 @@ class BatchProgress:
         self._show()
 
     def line_done(self, *, failed: bool) -> None:
-        """Count a line that has been answered, or could not be."""
+        """Count a line that was answered, or that failed."""
         self.lines_done += 1
         self.lines_failed += int(failed)
         self._show()
@@ -99,14 +121,14 @@ class BatchProgress:
         if self.lines_failed:
             parts.append(f"{self.lines_failed} failed")
         if self.tokens and seconds > 0:
-            parts.append(f"{self.tokens / seconds:,.0f} tokens/s".replace(",", " "))
+            parts.append(f"{format_count(self.tokens / seconds)} tokens/s")
         left = self.time_left_s()
         if left is not None and self.lines_done < self.num_lines:
             parts.append(f"{_clock(left)} left")
         return ", ".join(parts)
 
     def time_left_s(self) -> float | None:
-        """Return the seconds left if it goes on as before, None before there is anything to go by."""
+        """Return the seconds left at the pace so far; None before anything is prefilled."""
         done = self._bytes_before + self._bytes_now
         if not done:
             return None
@@ -127,38 +149,17 @@ class BatchProgress:
             left = self.time_left_s()
             share = 0.0 if left is None else (now - self._began) / max(now - self._began + left, 1e-9)
             self._progress.update(self._bar, completed=share, description=self.text())
-        elif now - self._said >= LINE_EVERY_S or self.lines_done == self.num_lines:
-            self._said = now
+        elif now - self._printed_at >= LINE_EVERY_S or self.lines_done == self.num_lines:
+            self._printed_at = now
             self.console.print(f"{self.text()}, {_clock(now - self._began)} so far")
 
 
 @contextlib.contextmanager
 def batch_progress(console: Console, num_lines: int, num_bytes: int, unit: str) -> Iterator[BatchProgress]:
-    """Yield the progress of a batch: a bar on a terminal, elsewhere a line every ten seconds."""
-    if not console.is_terminal:
-        yield BatchProgress(console, num_lines, num_bytes, None, unit)
-        return
-    with _bar(console, time_left=False) as progress:
+    """Yield the progress of a batch: a bar on a terminal, elsewhere a line every `LINE_EVERY_S` seconds."""
+    bar = _bar(console, time_left=False) if console.is_terminal else contextlib.nullcontext()
+    with bar as progress:
         yield BatchProgress(console, num_lines, num_bytes, progress, unit)
-
-
-@contextlib.contextmanager
-def steps_progress(
-    console: Console, num_steps: int, done: int, *, shown: bool = True
-) -> Iterator[Callable[[int], None] | None]:
-    """Yield a callback that takes the number of steps that are done and moves a bar, or None where no one would see it.
-
-    Parameters
-    ----------
-    done : steps that are done before it begins
-    shown : False on all ranks but the first
-    """
-    if not shown or not console.is_terminal:
-        yield None
-        return
-    with _bar(console) as progress:
-        bar = progress.add_task("Training", total=num_steps, completed=done)
-        yield lambda step: progress.update(bar, completed=step)
 
 
 def _bar(console: Console, *, time_left: bool = True) -> Progress:

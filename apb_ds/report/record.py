@@ -1,4 +1,4 @@
-"""The record of a job: what ran, on what, with which versions, and what came out. Written as JSON."""
+"""Records as JSON: writing a file whole, and the environment that numbers depend on."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def environment(device: Any) -> dict[str, Any]:
-    """Return what a number depends on besides the config: versions, hardware and commit."""
+    """Return what numbers depend on besides the config: versions, hardware and commit."""
     return {"versions": versions(), "hardware": hardware(device), "git": git_state()}
 
 
 def hardware(device: Any) -> dict[str, Any]:
-    """Return the machine of this rank: its accelerator, or its processor and the threads that torch uses."""
+    """Return this rank's processor, the threads torch uses, and its GPU."""
     import torch
 
-    found: dict[str, Any] = {"device": device.type, "cores": _num_cores(), "cpu": _cpu_name()}
-    found["threads"] = torch.get_num_threads()
+    found: dict[str, Any] = {
+        "device": device.type,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
@@ -39,13 +43,13 @@ def hardware(device: Any) -> dict[str, Any]:
 
 
 def git_state(repository: Path = _REPOSITORY) -> dict[str, Any]:
-    """Return the commit of the source tree and whether it has changes.
+    """Return the source tree's commit, and whether it has uncommitted changes.
 
-    For a copy of the tree on another machine, ``APB_DS_COMMIT`` says which commit it is of.
+    ``APB_DS_COMMIT`` gives the commit of a copy of the tree without a repository.
     """
     told = os.environ.get("APB_DS_COMMIT")
     top = _git(repository, "rev-parse", "--show-toplevel")
-    # An installed package may lie inside somebody else's repository.
+    # An installed package may lie inside another repository.
     if told or top is None or Path(top).resolve() != repository:
         return {"commit": told or None, "dirty": None}
     status = _git(repository, "status", "--porcelain")
@@ -56,7 +60,7 @@ def git_state(repository: Path = _REPOSITORY) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` so that the file is there whole or not at all."""
+    """Write `content` whole or not at all."""
     with replace_file(path) as stream:
         json.dump(content, stream, indent=2, default=_jsonable, allow_nan=False)
         stream.write("\n")
@@ -64,14 +68,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[TextIO]:
-    """Yield a stream whose text becomes the file at `path` at the end, whole; after an error nothing has changed."""
+    """Yield a stream whose text replaces the file at `path` at the end; after an error nothing has changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SCRATCH_SUFFIX, dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())  # or a power cut may leave the name with nothing in it
+            os.fsync(stream.fileno())  # else a power cut may leave an empty file
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(scratch, 0o666 & ~umask)
@@ -84,7 +88,7 @@ def replace_file(path: Path) -> Iterator[TextIO]:
 
 
 def sync_directory(path: Path) -> None:
-    """Have the names in a directory on the disk too, where its file system can say so."""
+    """Flush a directory's names to disk, if its file system can."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems refuse
@@ -94,13 +98,13 @@ def sync_directory(path: Path) -> None:
 
 
 def remove_scratch(path: Path) -> None:
-    """Remove what `replace_file` had begun for `path` in a process that was killed; nobody else may be writing it."""
+    """Remove what a killed process left of `replace_file` for `path`; no other process may be writing it."""
     for scratch in path.parent.glob(f".{glob.escape(path.name)}.*{SCRATCH_SUFFIX}"):
         scratch.unlink(missing_ok=True)
 
 
 def rate(count: float, seconds: float) -> float | None:
-    """Return count per second, None where there is nothing to divide."""
+    """Return count per second, None if either is 0."""
     return count / seconds if seconds > 0 and count > 0 else None
 
 
@@ -111,7 +115,7 @@ def _jsonable(value: Any) -> Any:
         return sorted(value)
     if hasattr(value, "item"):
         return value.item()
-    raise TypeError(f"{type(value).__name__} does not belong into a record: {value!r}")
+    raise TypeError(f"{type(value).__name__} does not belong in a record: {value!r}")
 
 
 def _git(repository: Path, *arguments: str) -> str | None:
@@ -126,10 +130,6 @@ def _git(repository: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

@@ -17,19 +17,19 @@ FIGURE_NAME = "scores.png"
 METHOD = "method.method"
 
 Labels = dict[str, Any]
-Key = tuple[str, str, int]  # labels as JSON, the prompt's hash, and its number among equal ones
+Key = tuple[str, str, int]  # labels as JSON, the prompt's hash, and a number among equal prompts
 
 
 @dataclass
 class Result:
-    """One evaluation as its directory has it.
+    """One evaluation as read from its directory.
 
     Attributes
     ----------
     settings : what the answers depend on, by dotted path
     summary : the content of ``summary.json``
     samples : the lines of ``samples.jsonl``
-    name : a short one, different from those of the results that it was read with
+    name : a short name, unique among the results read together
     """
 
     directory: Path
@@ -59,21 +59,32 @@ def read_results(directories: Sequence[str | Path]) -> list[Result]:
     ValueError
         If a file is missing or is not what an evaluation writes.
     """
-    unique = list({Path(directory).expanduser().resolve(): Path(directory).expanduser() for directory in directories})
-    results = [_read_result(directory) for directory in unique]
+    unique = {Path(directory).expanduser().resolve(): Path(directory).expanduser() for directory in directories}
+    results = [_read_result(directory) for directory in unique.values()]
     name_results(results)
     return results
 
 
+def check_same_task(results: Sequence[Result]) -> None:
+    """Raise ValueError unless all results are of one task."""
+    first = results[0]
+    for result in results:
+        if result.task != first.task:
+            raise ValueError(
+                f"{first.directory} is of task={first.task} and {result.directory} of task={result.task}; give "
+                "evaluations of one task."
+            )
+
+
 def name_results(results: Sequence[Result]) -> None:
-    """Name each result by what tells it from the others, or by its directory where nothing else does."""
+    """Name each result by the settings that tell it from the others, or else also by its directory."""
     names = name_settings([result.settings for result in results])
     for result, name in zip(results, names, strict=True):
         result.name = f"{name} ({result.directory})" if names.count(name) > 1 else name
 
 
 def name_settings(all_settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Return for each settings its method and what differs: of a method's settings, between results of that method."""
+    """Return for each settings the method and what differs; a method's own settings are compared within the method."""
     names = []
     for settings in all_settings:
         method = settings.get(METHOD)
@@ -81,7 +92,8 @@ def name_settings(all_settings: Sequence[dict[str, Any]]) -> list[str]:
         parts = [] if method is None else [str(method)]
         for path in settings:
             others = peers if path.startswith("method.") else all_settings
-            # What a result does not have is no difference: another of its settings says so, as the compressor of heads.
+            # A setting that only one of them has is no difference: another setting shows it, as the compressor does
+            # for its heads.
             if any(path in other and _text(other[path]) != _text(settings[path]) for other in others):
                 parts.append(f"{path.rpartition('.')[2]}={_shown(path, settings[path])}")
         names.append(", ".join(parts) or "all")
@@ -113,14 +125,14 @@ def _read_result(directory: Path) -> Result:
     settings = flatten(found) if isinstance(found, dict) else {}
     parts = ("task", "settings", "all", "cells")
     if not all(part in summary for part in parts) or METHOD not in settings:
-        raise ValueError(f"{directory / SUMMARY_NAME} is no summary of launch/eval.py, which has {', '.join(parts)}.")
+        raise ValueError(f"{directory / SUMMARY_NAME} is not a summary of launch/eval.py: it needs {', '.join(parts)}.")
     samples: dict[Key, dict[str, Any]] = {}
     seen: Counter[tuple[str, str]] = Counter()
     for number, line in enumerate(_read(directory, SAMPLES_NAME).splitlines(), start=1):
         where = f"{directory / SAMPLES_NAME}, line {number},"
         sample = _parse(where, line)
         if "labels" not in sample or "fingerprint" not in sample:
-            raise ValueError(f"{where} is no sample of launch/eval.py: labels or fingerprint is missing.")
+            raise ValueError(f"{where} is not a sample of launch/eval.py: labels or fingerprint is missing.")
         same = _text(sample["labels"]), str(sample["fingerprint"])
         samples[(*same, seen[same])] = sample
         seen[same] += 1
@@ -132,8 +144,8 @@ def _read(directory: Path, name: str) -> str:
         return (directory / name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{directory / name} cannot be read ({error}); name the directory that launch/eval.py said (Results: ...). "
-            "An evaluation that was stopped has no summary: the same command again finishes it."
+            f"{directory / name} cannot be read ({error}); name the directory that launch/eval.py printed (Results: "
+            "...). An interrupted evaluation has no summary: rerun the same command to finish it."
         ) from error
 
 
@@ -141,7 +153,7 @@ def _parse(where: str | Path, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON ({error}).") from error
+        raise ValueError(f"{where} is not JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{where} is no JSON object.")
+        raise ValueError(f"{where} is not a JSON object.")
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,17 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Parameters
     ----------
-    results : one mapping a sample, with ``labels`` and either ``score`` (0 to 1, or None), ``exact`` and ``seconds``,
-        or ``error``; ``approximate`` says whether the method is one that runs short documents exact
+    results : one mapping per sample, with ``labels`` and either ``score`` (0 to 1, or None), ``exact`` and ``seconds``,
+        or ``error``; ``approximate`` says whether the method is approximate, and so runs only short documents exact
 
     Returns
     -------
     dict
-        ``all``: the numbers over all samples. ``cells``: for each combination of labels the labels and the same
-        numbers. A sample that failed counts as failed and has no score. A sample that an approximate method ran exact
-        is counted (``exact``) and left out of the score, since it says nothing about the approximation;
-        ``score_with_exact`` has it in. ``measures``: mean and interval of each number in the results' ``measures``.
-        ``prefill_flops``: mean operations of a prefill, over all ranks and of the slowest one.
+        ``all``: the numbers over all samples. ``cells``: for each combination of labels, the labels and the same
+        numbers. A failed sample has no score. A sample that an approximate method ran exact counts as ``exact`` and is
+        left out of ``score``, since it says nothing about the approximation; ``score_with_exact`` includes it.
+        ``measures``: mean and interval of each number in the results' ``measures``. ``prefill_flops``: mean operations
+        of a prefill, of all ranks and of the slowest one.
     """
     cells: dict[tuple[tuple[str, Any], ...], list[dict[str, Any]]] = {}
     for result in results:
@@ -43,7 +44,7 @@ def _numbers(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     answered = [result for result in results if "error" not in result]
     scored = [result for result in answered if result["score"] is not None]
     approximated = [result for result in answered if not (result["exact"] and result["approximate"])]
-    telling = [result["score"] for result in approximated if result["score"] is not None]
+    counted = [result["score"] for result in approximated if result["score"] is not None]
     names = dict.fromkeys(name for result in approximated for name in result.get("measures", ()))
     measures = {}
     for name in names:
@@ -54,8 +55,8 @@ def _numbers(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "samples": len(results),
         "failed": len(results) - len(answered),
         "exact": sum(result["exact"] and result["approximate"] for result in answered),
-        "score": _mean(telling),
-        "interval": bootstrap_interval(telling),
+        "score": _mean(counted),
+        "interval": bootstrap_interval(counted),
         "score_with_exact": _mean([result["score"] for result in scored]),
         "prefill_flops": _mean_flops(answered),
         "prefill_s": _mean([result["prefill_s"] for result in answered]),
@@ -64,33 +65,30 @@ def _numbers(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _mean_flops(answered: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """Return the mean operations of a prefill over the samples where they were counted."""
-    counted = [result["flops"] for result in answered if result.get("flops")]
-    if not counted:
-        return None
-    names = ("total", "slowest_rank")
-    return {name: sum(flops[name] for flops in counted) / len(counted) for name in names}
+    """Return the mean operations of a prefill, over the samples for which they were counted."""
+    counts = [result["flops"] for result in answered if result.get("flops")]
+    return {name: fmean(flops[name] for flops in counts) for name in ("total", "slowest_rank")} if counts else None
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the 95% bootstrap interval of the mean (percentiles of resampled means); None for fewer than two values.
 
-    Always the same for the same values: resampling has a seed of its own.
+    The same values always give the same interval: resampling has a fixed seed.
     """
     return _interval(np.asarray(values, dtype=np.float64), lambda drawn: drawn.mean(axis=1))
 
 
 def bootstrap_ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
-    """Return the 95% bootstrap interval of ``mean(first) / mean(second)`` over pairs, which are drawn as pairs.
+    """Return the 95% bootstrap interval of ``mean(first) / mean(second)``, resampling whole pairs.
 
-    None for fewer than two pairs. The second numbers are positive.
+    None for fewer than two pairs. The second numbers must be positive.
     """
     numbers = np.asarray(pairs, dtype=np.float64)
     return _interval(numbers, lambda drawn: drawn[..., 0].mean(axis=1) / drawn[..., 1].mean(axis=1))
 
 
 def _interval(numbers: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float] | None:
-    """Return percentiles of a statistic of resampled rows; it takes (resamples, rows, ...)."""
+    """Return percentiles of a statistic over resampled rows; `statistic` takes (resamples, rows, ...)."""
     if len(numbers) < 2:
         return None
     generator = np.random.default_rng(SEED)
@@ -101,4 +99,4 @@ def _interval(numbers: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    return fmean(values) if values else None

@@ -282,7 +282,7 @@ def test_figures_say_what_is_emulated(emulated: Record, tmp_path: Path) -> None:
 def test_no_figure_without_matplotlib(
     measured: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("apb_ds.report.bench_figures.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("apb_ds.report.figures.importlib.util.find_spec", lambda name: None)
     assert draw_bench(tmp_path, measured) == [] and "matplotlib is not installed" in caplog.text
 
 

@@ -187,11 +187,11 @@ def test_names_of_a_legend_fit(tmp_path: Path) -> None:
         ({"lines": [line("a", 1.0)], "task": "ruler"}, ("task=passkey", "task=ruler")),
         (None, ("two evaluations", "there is 1")),
         ("samples.jsonl", ("samples.jsonl cannot be read", "launch/eval.py")),
-        ("summary.json", ("summary.json cannot be read", "same command again")),
-        ({"samples.jsonl": "{torn"}, ("samples.jsonl, line 1,", "no JSON")),
+        ("summary.json", ("summary.json cannot be read", "same command")),
+        ({"samples.jsonl": "{torn"}, ("samples.jsonl, line 1,", "not JSON")),
         ({"samples.jsonl": "{}"}, ("line 1,", "fingerprint")),
-        ({"summary.json": "[]"}, ("summary.json is no JSON object",)),
-        ({"summary.json": "{}"}, ("no summary of launch/eval.py", "settings")),
+        ({"summary.json": "[]"}, ("summary.json is not a JSON object",)),
+        ({"summary.json": "{}"}, ("not a summary of launch/eval.py", "settings")),
     ],
 )
 def test_what_cannot_be_compared(

@@ -69,7 +69,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], against
     [
         ("method.hots", {"hosts": 4}, ("'method.hots'", "method.hosts")),
         ("method.hosts", {"compressor": "knorm"}, ("two values", "there is 8", "method.compressor")),
-        ("method.hosts", {"hosts": 4, "task": "ruler"}, ("passkey, ruler",)),
+        ("method.hosts", {"hosts": 4, "task": "ruler"}, ("task=passkey", "task=ruler")),
     ],
 )
 def test_what_cannot_be_drawn(

@@ -40,5 +40,5 @@ def test_what_is_not_a_part_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
         assert message in capsys.readouterr().err
     part = write_result(tmp_path / "part", [line("b", 1.0)], tasks=["y"])
     assert main([str(one), str(part), "--out", str(tmp_path / "one")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

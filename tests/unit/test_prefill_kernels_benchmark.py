@@ -5,13 +5,15 @@ from __future__ import annotations
 import apb_ds
 from apb_ds.parallel.emulated import emulated_groups
 from benchmarks import prefill_kernels as kernels
+from benchmarks.common import Event
 from tests.models import llama, request_ids
 
 
 def test_gaps_are_where_nothing_runs() -> None:
     spans = [(0.0, 10.0, "a"), (12.0, 20.0, "b"), (15.0, 40.0, "c"), (18.0, 30.0, "d"), (50.0, 51.0, "a")]
-    assert kernels.idle_gaps(spans[::-1]) == {("c", "a"): [10.0]}
-    assert kernels.idle_gaps([*spans, (60.0, 61.0, "a"), (70.0, 71.0, "a")])["a", "a"] == [9.0, 9.0]
+    events = [Event(*span) for span in spans]
+    assert kernels.idle_gaps(events[::-1]) == {("c", "a"): [10.0]}
+    assert kernels.idle_gaps([*events, Event(60.0, 61.0, "a"), Event(70.0, 71.0, "a")])["a", "a"] == [9.0, 9.0]
     assert kernels.idle_gaps([]) == {}
 
 

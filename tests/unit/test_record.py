@@ -46,7 +46,7 @@ def test_write_json_is_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "record.json"
     write_json(path, {"a": Path("x"), "b": {3, 1}, "c": torch.tensor(2)})
     assert json.loads(path.read_text()) == {"a": "x", "b": [1, 3], "c": 2}
-    with pytest.raises(TypeError, match="does not belong into a record"):
+    with pytest.raises(TypeError, match="does not belong in a record"):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text())["a"] == "x"
     assert [item.name for item in path.parent.iterdir()] == ["record.json"]
