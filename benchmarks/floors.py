@@ -1,20 +1,19 @@
-"""How long a prefill and a decode step of ``launch/bench.py`` would take if the device did nothing but the inevitable.
+"""The least time that a prefill and a decode step of ``launch/bench.py`` can take on a device.
 
     python benchmarks/floors.py --out docs/results/floors.json [bench.json ...]
 
-Measured are the rates of the device: matrix products of the model's linear layers, attention causal and not, and
-reading memory; each for as long as a prefill works, since a device at its power limit slows down. From them and the
-counted operations and bytes of each case in the benchmarks' records follow two floors: operations over rates for
-a prefill, and weights and cache over bandwidth for a decode step.
+First the device's rates are measured: matrix products of the model's linear layers, causal and unmasked attention, and
+reading memory; each for as long as a prefill lasts, since a device at its power limit slows down. Each case in the
+records then has two floors: counted operations over rates for a prefill, and bytes of weights and cache over
+bandwidth for a decode step.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,12 +24,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from apb_ds import APBConfig
+from apb_ds.bench.timing import Stopwatch
 from apb_ds.compressors.base import build_compressor
 from apb_ds.config import BlockSettings
 from apb_ds.ops.kernels import choose_kernels
 from apb_ds.plan import plan_request
 from apb_ds.report.flops import ModelSizes, PrefillFlops, RankFlops, count_flops
 from apb_ds.report.record import environment, write_json
+from benchmarks import common
 
 LLAMA_8B = ModelSizes(
     num_layers=32, hidden_size=4096, intermediate_size=14336, heads=32, kv_heads=8, head_dim=128, vocab_size=128256
@@ -41,25 +42,19 @@ PRODUCT_PARTS = ("document_linear", "anchor_linear", "scoring")
 
 
 def sustained(work: Callable[[], object], seconds: float, device: torch.device) -> float:
-    """Return the seconds of one call, in the second half of as many as take about `seconds`."""
+    """Return the seconds of one call, in the second half of a series that takes about `seconds`."""
 
     def timed(calls: int) -> float:
-        _wait(device)
-        began = time.perf_counter()
+        watch = Stopwatch(device)
         for _ in range(calls):
             work()
-        _wait(device)
-        return (time.perf_counter() - began) / calls
+        watch.mark()
+        return watch.laps()[0] / calls
 
     timed(2)
     calls = max(2, int(seconds / 2 / timed(2)))
     timed(calls)
     return timed(calls)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure_rates(
@@ -70,14 +65,14 @@ def measure_rates(
     Parameters
     ----------
     tokens : of a block
-    buffer_bytes : of what is read to measure bandwidth; more than any cache holds
+    buffer_bytes : read to measure bandwidth; more than any cache holds
     seconds : for each measurement
 
     Returns
     -------
     dict
-        ``products``, ``causal``, ``unmasked``: operations a second, and ``bandwidth``: bytes a second, the best of what
-        was measured; ``measured``: all of it; ``kernel``
+        ``products``, ``causal``, ``unmasked``: operations per second, and ``bandwidth``: bytes per second, the best
+        measured; ``measured``: all measurements; ``kernel``
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
@@ -87,7 +82,7 @@ def measure_rates(
 
     channels = sizes.heads * sizes.head_dim
     shapes = {
-        "qkv": (sizes.hidden_size, channels + 2 * sizes.kv_heads * sizes.head_dim),
+        "qkv": (sizes.hidden_size, sizes.qkv_size),
         "o": (channels, sizes.hidden_size),
         "gate or up": (sizes.hidden_size, sizes.intermediate_size),
         "down": (sizes.intermediate_size, sizes.hidden_size),
@@ -95,19 +90,15 @@ def measure_rates(
     products = {}
     for name, (before, after) in shapes.items():
         left, right = draw(tokens, before), draw(after, before) / before**0.5
-        one = sustained(lambda left=left, right=right: left @ right.T, seconds, device)  # type: ignore[misc]
-        products[name] = 2 * tokens * before * after / one
+        products[name] = 2 * tokens * before * after / sustained(partial(torch.matmul, left, right.T), seconds, device)
     kernel = choose_kernels("auto", device, dtype, sizes.head_dim).prefill
     attention = {}
     for name, causal in (("causal", True), ("unmasked", False)):
-        query, key, value = (draw(1, tokens, heads, sizes.head_dim).transpose(1, 2) for heads in _heads(sizes))
-        one = sustained(
-            lambda q=query, k=key, v=value, c=causal: kernel(q, k, v, c, sizes.head_dim**-0.5),  # type: ignore[misc]
-            seconds,
-            device,
-        )
+        heads = (sizes.heads, sizes.kv_heads, sizes.kv_heads)
+        states = (draw(1, tokens, count, sizes.head_dim).transpose(1, 2) for count in heads)
+        attend = partial(kernel, *states, causal, sizes.head_dim**-0.5)
         pairs = tokens * (tokens + 1) // 2 if causal else tokens * tokens
-        attention[name] = 4 * sizes.heads * sizes.head_dim * pairs / one
+        attention[name] = 4 * sizes.heads * sizes.head_dim * pairs / sustained(attend, seconds, device)
     source = torch.ones(buffer_bytes // 4, dtype=torch.float32, device=device)
     reading = source.numel() * 4 / sustained(source.sum, seconds, device)
     half = source.numel() // 2
@@ -122,10 +113,6 @@ def measure_rates(
     }
 
 
-def _heads(sizes: ModelSizes) -> tuple[int, int, int]:
-    return sizes.heads, sizes.kv_heads, sizes.kv_heads
-
-
 def prefill_floor(flops: RankFlops, rates: dict[str, Any]) -> float:
     """Return the seconds of a rank's prefill at the measured rates."""
     groups = (("products", PRODUCT_PARTS), ("causal", CAUSAL_PARTS), ("unmasked", UNMASKED_PARTS))
@@ -133,13 +120,13 @@ def prefill_floor(flops: RankFlops, rates: dict[str, Any]) -> float:
 
 
 def step_bytes(sizes: ModelSizes, cached_tokens: int, itemsize: int) -> int:
-    """Return the bytes that a decode step must read: every weight but the embedding's, and keys and values."""
+    """Return the bytes that a decode step must read: all weights but the embedding, and keys and values."""
     cache = 2 * cached_tokens * sizes.num_layers * sizes.kv_heads * sizes.head_dim
     return itemsize * (sizes.linear_weights + sizes.hidden_size * sizes.vocab_size + cache)
 
 
 def floors_of(record: dict[str, Any], rates: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what each case of a benchmark's record took over its floors.
+    """Return each case of a benchmark's record with its times over their floors.
 
     Parameters
     ----------
@@ -187,21 +174,20 @@ def _flops(sizes: ModelSizes, case: dict[str, Any], query_tokens: int) -> Prefil
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.make_parser(__doc__)
     parser.add_argument("records", nargs="*", type=Path, help="bench.json of launch/bench.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=16384, help="of a block")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement")
-    parser.add_argument("--buffer-gib", type=float, default=8.0, help="what is read to measure bandwidth")
-    parser.add_argument("--rates", type=Path, help="a record of this script, whose rates are taken instead")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--buffer-gib", type=float, default=8.0, help="size of the memory read to measure bandwidth")
+    parser.add_argument("--rates", type=Path, help="an earlier record of this script; take its rates")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if arguments.rates:
         record = json.loads(arguments.rates.read_text())
     else:
         rates = measure_rates(LLAMA_8B, arguments.tokens, int(arguments.buffer_gib * 2**30), arguments.seconds, device)
-        record = {"what": "operations and bytes a second; times over what they alone would take", "rates": rates}
+        record = {"what": "operations and bytes per second; times over their floors", "rates": rates}
         record |= environment(device)
     rates = record["rates"]
     record["cases"] = {str(path): floors_of(json.loads(path.read_text()), rates) for path in arguments.records}

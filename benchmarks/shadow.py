@@ -1,4 +1,4 @@
-"""An engine's attention computed a second time, by the reference, from the very same queries, keys and values."""
+"""An engine's attention computed a second time by the reference, from the same queries, keys and values."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from apb_ds.methods.state import PrefillState
 
 
 class Shadow:
-    """What the reference gives for what an engine's attention is given, and how far that is from what it gave.
+    """Runs the reference on the inputs of an engine's attention, and keeps the errors of the engine's outputs.
 
     Parameters
     ----------
     engine : on one rank
-    compressor : chooses for the reference; it should choose what the engine's does
+    compressor : chooses for the reference; it must choose the same tokens as the engine's
     kernel : the reference's name
     """
 
@@ -35,22 +35,22 @@ class Shadow:
         self._squares: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
     def compare(self, output: Tensor, states: tuple[Tensor, ...], given: dict[str, Any]) -> None:
-        """Compute again in float32 what the attention made `output` of, and keep how far apart they are."""
+        """Compute in float32 what the attention should have returned for `states`, and keep the error of `output`."""
         state: PrefillState | None = given.pop("state", None)
         given.pop("num_keys", None)
         expected = self._attention(*(each.float() for each in states), state=self._own(state), **given)
         if state is not None and state.is_last_layer(given["layer_idx"]):
-            return  # nobody needs it, and nobody computed it
+            return  # not needed, so the engine has not computed it
         difference = (output.float() - expected).square().sum()
         self._squares[given["layer_idx"]].append((difference, expected.square().sum()))
 
     def errors(self) -> list[float]:
-        """Return each layer's relative error, of all numbers together: in prefill, and for the query's tokens."""
+        """Return each layer's relative error, over prefill and the query's tokens."""
         sums = (torch.tensor(squares).sum(dim=0) for _, squares in sorted(self._squares.items()))
         return [float((difference / expected).sqrt()) for difference, expected in sums]
 
     def _own(self, state: PrefillState | None) -> PrefillState | None:
-        """Return the reference's state of a prefill, in the round that the engine is in."""
+        """Return the reference's state of a prefill, in the engine's current round."""
         if state is None:
             return None
         if id(state) not in self._states:
@@ -63,7 +63,7 @@ class Shadow:
 
 @contextmanager
 def shadowed(engine: APBEngine, compressor: Compressor, kernel: str) -> Iterator[Shadow]:
-    """Have the reference follow the engine's attention; on leaving, the engine is as it was."""
+    """Have the reference follow the engine's attention; leaving restores the engine."""
     shadow = Shadow(engine, compressor, kernel)
     attention = engine.attention
     attend = attention.forward
