@@ -37,7 +37,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from apb_ds import APBConfig
-from apb_ds.bench.timing import Spread, Stopwatch
+from apb_ds.bench.timing import Stopwatch, spread
 from apb_ds.compressors import BlockStates, Compressor, build_compressor
 from apb_ds.compressors.base import RETAINING_HEADS
 from apb_ds.compressors.heads_and_window import HeadsAndWindowCompressor
@@ -268,7 +268,7 @@ def measure_times(arguments: argparse.Namespace, device: torch.device) -> dict[s
     for ratio in arguments.ratios:
         count = math.ceil(arguments.block / ratio)
         times[f"{ratio:g}"] = {
-            name: {"kept_tokens": count, **time_compressor(compressor, block, count).as_dict("ms")}
+            name: {"kept_tokens": count, **time_compressor(compressor, block, count)}
             for name, (compressor, *_) in make_rows(heads, seeds=1).items()
         }
     return {
@@ -305,7 +305,7 @@ def random_block(num_tokens: int, device: torch.device, dtype: torch.dtype, is_f
     )
 
 
-def time_compressor(compressor: Compressor, block: BlockStates, count: int) -> Spread:
+def time_compressor(compressor: Compressor, block: BlockStates, count: int) -> dict[str, Any]:
     """Return the milliseconds that `compress` takes."""
     into = block.keys.new_empty((2, block.kv_heads, count, block.keys.shape[3]))
     for _ in range(WARM_UP):
@@ -314,7 +314,7 @@ def time_compressor(compressor: Compressor, block: BlockStates, count: int) -> S
     for _ in range(REPEATS):
         compressor.compress(block, count, block.num_tokens, into)
         watch.mark()
-    return Spread.of([1000 * lap for lap in watch.laps()])
+    return spread([1000 * lap for lap in watch.laps()], "ms")
 
 
 def make_table(record: dict[str, Any]) -> FittedTable:

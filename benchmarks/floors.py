@@ -95,8 +95,8 @@ def measure_rates(
     attention = {}
     for name, causal in (("causal", True), ("unmasked", False)):
         heads = (sizes.heads, sizes.kv_heads, sizes.kv_heads)
-        states = (draw(1, tokens, count, sizes.head_dim).transpose(1, 2) for count in heads)
-        attend = partial(kernel, *states, causal, sizes.head_dim**-0.5)
+        query, key, value = (draw(1, tokens, count, sizes.head_dim).transpose(1, 2) for count in heads)
+        attend = partial(kernel, query, key, value, causal, sizes.head_dim**-0.5)
         pairs = tokens * (tokens + 1) // 2 if causal else tokens * tokens
         attention[name] = 4 * sizes.heads * sizes.head_dim * pairs / sustained(attend, seconds, device)
     source = torch.ones(buffer_bytes // 4, dtype=torch.float32, device=device)

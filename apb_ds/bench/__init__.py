@@ -1,4 +1,4 @@
-"""Benchmarks: prefill, first token, decoding, memory and traffic of methods over lengths, hosts and kernels."""
+"""Benchmarks of methods over lengths, hosts and kernels: prefill, first token, decoding, memory and traffic."""
 
 from apb_ds.bench.config import BenchConfig
 from apb_ds.bench.run import run_bench

@@ -1,6 +1,6 @@
-"""Where the time of a prefill goes: projections, compressor, communication, attention, FFN, by the profiler's ranges.
+"""Where a prefill's time goes: projections, compressor, communication, attention, FFN, by profiler ranges.
 
-On CUDA a part's time is that of the kernels that were launched within its range; on CPU it is the range's own time.
+On CUDA a part's time is that of the kernels launched within its range; on CPU it is the range's own time.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ PROFILED_SDPA = "apb_ds_profiled_sdpa"
 
 
 def measure_parts(model: PreTrainedModel, work: Callable[[], Any], *, is_plain: bool = False) -> dict[str, Any]:
-    """Run `work` under a profiler and return the time of its parts, as JSON has it.
+    """Run `work` under a profiler and return the time of its parts, for JSON.
 
     Parameters
     ----------
-    model : whose forwards `work` runs, on its device
-    is_plain : whether its attention is transformers' own sdpa and not the engine's
+    model : the model that `work` runs
+    is_plain : whether its attention is transformers' sdpa, not the engine's
 
     Returns
     -------
     dict
-        ``parts_s``: seconds by the names of `apb_ds.ops.profiling.PARTS`; ``clock``: whose time that is;
-        ``unattributed_s``: that part of ``other`` whose kernels the profiler links to no operation.
+        ``parts_s``: seconds by the names of `apb_ds.ops.profiling.PARTS`; ``clock``: of the CPU or of CUDA kernels;
+        ``unattributed_s``: time in ``other`` of kernels that the profiler does not link to an operation.
     """
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
@@ -57,7 +57,7 @@ def measure_parts(model: PreTrainedModel, work: Callable[[], Any], *, is_plain: 
 
 @contextmanager
 def submodule_ranges(model: PreTrainedModel) -> Iterator[None]:
-    """Have the projections and MLPs of a model be parts; on leaving, no hook is left."""
+    """Measure the projections and MLPs of a model as parts; leaving removes all hooks."""
     with ExitStack() as stack:
         for module, name in named_submodules(model):
             for handle in _put_in_range(module, name):
@@ -66,7 +66,7 @@ def submodule_ranges(model: PreTrainedModel) -> Iterator[None]:
 
 
 def named_submodules(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
-    """Return the model's submodules that are a part by themselves, with its name."""
+    """Return the submodules that make up parts, each with its part's name."""
     attentions = set(attention_modules(model).values())
     found = []
     for layer in model.modules():
@@ -79,18 +79,18 @@ def named_submodules(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
 
 
 def attribute(events: Iterable[Any], *, on_cuda: bool) -> dict[str, Any]:
-    """Give the time of a profiler's events to the innermost range around each.
+    """Attribute the time of a profiler's events to the innermost range around each.
 
     Parameters
     ----------
     events : of torch.profiler (``FunctionEvent``), with their parents
-    on_cuda : whether kernels' time counts, and not the host's
+    on_cuda : whether to count the kernels' time instead of the host's
     """
     microseconds = dict.fromkeys(profiling.PARTS, 0.0)
     all_kernels = 0.0
     for event in events:
         if event.device_type != DeviceType.CPU:
-            # The profiler shows ranges on the device's time line, too: these are no kernels.
+            # The profiler shows ranges on the device's timeline, too; they are not kernels.
             is_range = event.name.startswith(profiling.PREFIX) or getattr(event, "is_user_annotation", False)
             all_kernels += 0.0 if is_range else event.time_range.elapsed_us()
             continue
@@ -110,7 +110,7 @@ def attribute(events: Iterable[Any], *, on_cuda: bool) -> dict[str, Any]:
 
 
 def _part_of(event: Any) -> str | None:
-    """Return the part of the innermost range around an event, or of the event itself; None outside of all."""
+    """Return the part of the innermost range around an event, or of the event itself; None outside all ranges."""
     while event is not None:
         if event.name.startswith(profiling.PREFIX):
             name = event.name.removeprefix(profiling.PREFIX)
@@ -130,7 +130,7 @@ def _put_in_range(module: nn.Module, name: str) -> list[Any]:
     def leave(*_: Any) -> None:
         entered.pop().__exit__(None, None, None)
 
-    # Also after an error, which may be how a prefill ends.
+    # Leave after an error, too: a prefill may end with one.
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 

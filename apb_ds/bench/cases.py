@@ -17,21 +17,21 @@ from apb_ds.bench.config import (
 from apb_ds.config import EXECUTION_DEFAULTS, APBConfig, from_mapping
 from apb_ds.plan import plan_request
 
-# What other methods take over from the settings of the one under ``method``: how work is shared, not how much there is.
+# What other methods take over from the one under ``method``: how work is shared, not how much there is.
 SHARED_SETTINGS = ("hosts", "schedule", "hosts_per_round", "shard_anchor", "query_position", *EXECUTION_DEFAULTS)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure.
+    """One cell of the grid to measure.
 
     Attributes
     ----------
     method : a name of `bench.methods`
     length : tokens of the document
     config : the engine's settings, None for the plain model
-    ranks : that share the document
-    emulated : whether these are run in turn by one process
+    ranks : number of ranks that share the document
+    emulated : whether one process runs them in turn
     """
 
     method: str
@@ -63,17 +63,17 @@ def make_cases(bench: BenchConfig, method: APBConfig, lengths: tuple[int, ...], 
     Parameters
     ----------
     method : the settings under ``method``
-    world_size : ranks that there are; an emulation needs a single one
+    world_size : number of real ranks; an emulation needs a single one
 
     Raises
     ------
     ValueError
-        For what cannot be measured on so many ranks, or cannot be emulated, or settings that do not fit a length.
+        For methods that do not run on so many ranks or cannot be emulated, and settings that do not fit a length.
     """
     if bench.emulate_ranks is not None and world_size > 1:
         raise ValueError(
             f"bench.emulate_ranks={bench.emulate_ranks} runs all ranks in one process, and there are {world_size}; "
-            "start it without a launcher, or leave it out."
+            "run without a launcher, or leave it out."
         )
     for name in ONE_RANK_METHODS:
         if name in bench.methods and world_size > 1:
@@ -104,7 +104,7 @@ def _configs(bench: BenchConfig, name: str, method: APBConfig) -> list[APBConfig
 
 
 def _settings(name: str, method: APBConfig, changes: dict[str, Any]) -> APBConfig:
-    """Return a method's settings: those under ``method`` where it is that one, else what the two have in common."""
+    """Return a method's settings: those under ``method`` if that is the method, else those the two share."""
     wanted = ENGINE_METHODS[name]
     if method.settings.method == wanted:
         return replace(method, **changes)

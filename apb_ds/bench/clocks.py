@@ -1,4 +1,4 @@
-"""The clock of the GPU when it has just worked: a number that a time on it depends on."""
+"""The GPU's clock right after it has worked, which timings on it depend on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TIMEOUT_S = 10
 
 
 def read_clocks(device: torch.device) -> dict[str, float | None] | None:
-    """Return what nvidia-smi says of the device now; None on other devices and where it cannot be asked."""
+    """Return nvidia-smi's current numbers for the device; None on other devices, or if it cannot be run."""
     if device.type != "cuda":
         return None
     identity = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    # nvidia-smi counts all GPUs, torch those that this process may see; without an identity they may differ.
+    # nvidia-smi numbers all GPUs, torch only those visible to this process: prefer the identity over the index.
     chosen = str(device.index or 0) if identity is None else f"GPU-{str(identity).removeprefix('GPU-')}"
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits", "-i", chosen]
     try:
@@ -28,7 +28,7 @@ def read_clocks(device: torch.device) -> dict[str, float | None] | None:
 
 
 def parse_clocks(text: str) -> dict[str, float | None] | None:
-    """Return the numbers of one line of nvidia-smi, by `NAMES`; None for what it does not know."""
+    """Return the numbers of one line of nvidia-smi by `NAMES`, with None for those it does not know."""
     fields = [field.strip() for field in text.strip().splitlines()[0].split(",")] if text.strip() else []
     if len(fields) != len(NAMES):
         return None
@@ -36,7 +36,7 @@ def parse_clocks(text: str) -> dict[str, float | None] | None:
 
 
 def summarise_clocks(readings: list[dict[str, float | None] | None]) -> dict[str, Any] | None:
-    """Return the smallest and the largest of each number over the runs; None where nothing was read."""
+    """Return the smallest and largest of each number over the runs; None if nothing was read."""
     known = [reading for reading in readings if reading is not None]
     if not known:
         return None

@@ -1,16 +1,17 @@
-"""A prefill over ranks that are not there: each rank's share in turn, in one process; and what sending would take."""
+"""A prefill over emulated ranks: each rank's share in turn, in one process; and by a model the time to send."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from torch import Tensor
 
 from apb_ds.bench.config import BenchConfig
-from apb_ds.bench.timing import Spread, Stopwatch
+from apb_ds.bench.timing import Stopwatch, spread
 from apb_ds.engine.engine import APBEngine
 from apb_ds.parallel.emulated import EmulatedGroup
 from apb_ds.plan import Plan
@@ -18,13 +19,13 @@ from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
 
 
 @dataclass(frozen=True)
-class RankRun:
-    """One rank's share of one prefill.
+class EmulatedTimes:
+    """One emulated rank's share of one prefill.
 
     Attributes
     ----------
-    round_s : seconds of each round, all of them computation
-    round_collectives : how many collectives each round has
+    round_s : seconds of computation in each round
+    round_collectives : number of collectives in each round
     bytes_sent : what a real rank would send
     peak_memory_bytes : of this rank alone
     plan : how the document was split
@@ -46,8 +47,8 @@ class RankRun:
         return sum(self.round_collectives)
 
 
-def run_rank(engine: APBEngine, document_ids: Tensor, query_ids: Tensor) -> RankRun:
-    """Prefill as the rank that `engine.group` is, an `EmulatedGroup`."""
+def time_emulated_rank(engine: APBEngine, document_ids: Tensor, query_ids: Tensor) -> EmulatedTimes:
+    """Prefill as the rank of `engine.group`, an `EmulatedGroup`."""
     group = engine.group
     assert isinstance(group, EmulatedGroup)
     num_layers = engine.sizes.num_layers
@@ -61,7 +62,7 @@ def run_rank(engine: APBEngine, document_ids: Tensor, query_ids: Tensor) -> Rank
             collectives.append(group.num_collectives)
 
     context = engine.prefill(document_ids, query_ids, progress=progress)
-    return RankRun(
+    return EmulatedTimes(
         rank=group.rank,
         round_s=tuple(watch.laps()),
         round_collectives=tuple(after - before for before, after in itertools.pairwise(collectives)),
@@ -71,68 +72,65 @@ def run_rank(engine: APBEngine, document_ids: Tensor, query_ids: Tensor) -> Rank
     )
 
 
-def communication_s(bench: BenchConfig, run: RankRun) -> float:
-    """Return what sending would take by the link model: every byte over the link, and a latency per collective."""
-    return run.bytes_sent / (bench.link_gb_per_s * 1e9) + run.num_collectives * bench.link_latency_us / 1e6
+def communication_s(bench: BenchConfig, times: EmulatedTimes) -> float:
+    """Return the seconds of sending by the link model: every byte over the link, and a latency per collective."""
+    return times.bytes_sent / (bench.link_gb_per_s * 1e9) + times.num_collectives * bench.link_latency_us / 1e6
 
 
-def in_step_s(ranks: Sequence[RankRun]) -> float:
-    """Return the computation of one prefill whose ranks wait for each other, as collectives make them do.
+def in_step_s(ranks: Sequence[EmulatedTimes]) -> float:
+    """Return the seconds of computation of one prefill in which collectives keep the ranks in step.
 
-    A round with collectives has some in every layer, so it begins when all are there and is as slow as its slowest
-    rank. Through a round without any, each rank goes on by itself.
+    A round with collectives has some in every layer, so it starts when all ranks are there and takes as long as its
+    slowest rank. In a round without any, each rank goes on by itself.
     """
     clocks = [0.0] * len(ranks)
     for index in range(len(ranks[0].round_s)):
-        times = [run.round_s[index] for run in ranks]
-        if any(run.round_collectives[index] for run in ranks):
+        times = [rank.round_s[index] for rank in ranks]
+        if any(rank.round_collectives[index] for rank in ranks):
             clocks = [max(clocks) + max(times)] * len(ranks)
         else:
             clocks = [clock + time for clock, time in zip(clocks, times, strict=True)]
     return max(clocks)
 
 
-def summarise_ranks(bench: BenchConfig, runs: Sequence[Sequence[RankRun]]) -> dict[str, Any]:
-    """Return what an emulated case says, as JSON has it.
+def summarise_ranks(bench: BenchConfig, repeats: Sequence[Sequence[EmulatedTimes]]) -> dict[str, Any]:
+    """Return the record of an emulated case.
 
-    ``prefill``: the computation of the slowest rank, in each run. ``in_step``: see `in_step_s`. ``estimate_s``: from a
-    prefill whose communication hides behind computation to one that hides none of it.
+    ``prefill``: the slowest rank's computation, in each repeat. ``in_step``: see `in_step_s`. ``estimate_s``: the time
+    of a prefill that hides all communication behind computation, and of one that hides none.
 
     Parameters
     ----------
-    runs : by repeat, then by rank
+    repeats : by repeat, then by rank
     """
-    slowest = Spread.of([max(run.compute_s for run in ranks) for ranks in runs])
-    in_step = Spread.of([in_step_s(ranks) for ranks in runs])
-    last = runs[-1]
-    sending = [communication_s(bench, run) for run in last]
+    in_step = spread([in_step_s(ranks) for ranks in repeats], "s")
+    sending = [communication_s(bench, times) for times in repeats[-1]]
     return {
-        "prefill": slowest.as_dict("s"),
-        "in_step": in_step.as_dict("s"),
+        "prefill": spread([max(times.compute_s for times in ranks) for ranks in repeats], "s"),
+        "in_step": in_step,
         "communication_s": max(sending),
-        "estimate_s": [in_step.median, in_step.median + max(sending)],
-        "prefill_bytes_sent": [run.bytes_sent for run in last],
-        "peak_memory_bytes": max(run.peak_memory_bytes for ranks in runs for run in ranks),
+        "estimate_s": [in_step["median_s"], in_step["median_s"] + max(sending)],
+        "prefill_bytes_sent": [times.bytes_sent for times in repeats[-1]],
+        "peak_memory_bytes": max(times.peak_memory_bytes for ranks in repeats for times in ranks),
         "emulated_ranks": [
             {
                 "rank": rank,
-                "hosts": list(last[rank].plan.hosts_of(rank)),
-                "compute": Spread.of([ranks[rank].compute_s for ranks in runs]).as_dict("s"),
+                "hosts": list(of_rank[-1].plan.hosts_of(rank)),
+                "compute": spread([times.compute_s for times in of_rank], "s"),
                 "round_median_s": [
-                    Spread.of([ranks[rank].round_s[index] for ranks in runs]).median
-                    for index in range(len(last[rank].round_s))
+                    median(of_round) for of_round in zip(*(times.round_s for times in of_rank), strict=True)
                 ],
-                "bytes_sent": last[rank].bytes_sent,
-                "collectives": last[rank].num_collectives,
+                "bytes_sent": of_rank[-1].bytes_sent,
+                "collectives": of_rank[-1].num_collectives,
                 "communication_s": sending[rank],
-                "peak_memory_bytes": max(ranks[rank].peak_memory_bytes for ranks in runs),
+                "peak_memory_bytes": max(times.peak_memory_bytes for times in of_rank),
             }
-            for rank in range(len(last))
+            for rank, of_rank in enumerate(zip(*repeats, strict=True))
         ],
     }
 
 
-def slowest_rank(runs: Sequence[Sequence[RankRun]]) -> int:
-    """Return the rank whose computation takes longest, by its median."""
-    medians = [Spread.of([ranks[rank].compute_s for ranks in runs]).median for rank in range(len(runs[-1]))]
+def slowest_rank(repeats: Sequence[Sequence[EmulatedTimes]]) -> int:
+    """Return the rank with the longest median computation."""
+    medians = [median(times.compute_s for times in of_rank) for of_rank in zip(*repeats, strict=True)]
     return medians.index(max(medians))

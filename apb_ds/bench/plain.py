@@ -1,4 +1,4 @@
-"""The plain transformers model, timed as the engine is: a prefill, the first token of an answer, and decoding."""
+"""The plain transformers model, timed like the engine: a prefill, the first token of an answer, and decoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apb_ds.hf.onednn_linears import onednn_linears
 
 @contextmanager
 def linears_of(model: PreTrainedModel, method: str, num_tokens: int) -> Iterator[None]:
-    """Have the linear layers that a plain method uses."""
+    """Install the linear layers that a plain method uses."""
     if method == "dense_onednn":
         with onednn_linears(model, num_tokens):
             yield
@@ -26,25 +26,25 @@ def linears_of(model: PreTrainedModel, method: str, num_tokens: int) -> Iterator
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, document_ids: Tensor) -> Any:
-    """Return the cache of the document, (1, n) on the model's device, after a forward with the last logits alone."""
+    """Return the cache of a document, (1, n) on the model's device, after a forward that computes the last logits."""
     return model(input_ids=document_ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
 @torch.no_grad()
 def answer(model: PreTrainedModel, cache: Any, query_ids: Tensor, num_new: int) -> tuple[float, float]:
-    """Generate greedily after a query, (1, q); return the seconds until the first token, and of all further ones."""
+    """Generate greedily after a query, (1, q); return the seconds to the first token, and of all further ones."""
     watch = Stopwatch(query_ids.device)
     token = _next(model, cache, query_ids)
     watch.mark()
     for _ in range(num_new - 1):
         token = _next(model, cache, token)
-        token.item()  # as any loop that looks for an end does
+        token.item()  # as any loop that checks for an end does
     watch.mark()
     first, further = watch.laps()
     return first, further
 
 
 def _next(model: PreTrainedModel, cache: Any, ids: Tensor) -> Tensor:
-    """Return the likeliest token after those fed, (1, 1)."""
+    """Return the likeliest next token, (1, 1)."""
     output: Any = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1].argmax(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""A benchmark from its config to its record: cases in turns, a fresh document for every repeat."""
+"""A benchmark from its config to its record: cases take turns, each repeat has a new document."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import gc
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from apb_ds.bench.cases import Case, make_cases
 from apb_ds.bench.config import BenchConfig
-from apb_ds.bench.emulate import slowest_rank
-from apb_ds.bench.measure import Runner, Runs
+from apb_ds.bench.measure import CaseResult, Runner
 from apb_ds.bench.record import make_record
 from apb_ds.compressors.base import needs_heads
 from apb_ds.config import APBConfig, from_mapping
@@ -27,9 +26,6 @@ from apb_ds.session import Settings, read_settings
 from apb_ds.tasks import Sample
 from apb_ds.tasks.base import random_sample
 
-Result = TypeVar("Result")
-
-
 Keep = Callable[[dict[str, Any]], None]
 
 
@@ -38,13 +34,13 @@ def run_bench(values: dict[str, Any], keep: Keep | None = None) -> tuple[dict[st
 
     Parameters
     ----------
-    keep : called on the group's first rank after each run with the record of what has been measured so far, so that
-        a benchmark that is stopped loses no more than what it was at
+    keep : called on the group's first rank after each run with the record so far, so that an interrupted benchmark
+        loses only its current run
 
     Returns
     -------
     dict
-        The record, the same on every rank but for the machine; see `apb_ds.bench.record`.
+        The record, the same on every rank but for the hardware; see `apb_ds.bench.record`.
     SequenceGroup
         The ranks that took part.
 
@@ -61,23 +57,22 @@ def run_bench(values: dict[str, Any], keep: Keep | None = None) -> tuple[dict[st
     cases = make_cases(bench, settings.method_for(1), lengths, group.world_size)
     loaded = load_model(settings.model)
     runner = _make_runner(bench, settings, loaded, group, cases)
-    all_runs = []
+    results = []
     for case in cases:
-        runner.set_up(case)  # what cannot be served is refused before anything is measured
+        results.append(CaseResult(case, runner.set_up(case)))  # refuses what cannot be served
         check_positions(loaded.model, case.length + bench.query_tokens + bench.num_new_tokens)
-        all_runs.append(Runs(case, runner.kernels(case)))
     runner.forget()
 
     def keep_so_far() -> None:
-        measured = [runs for runs in all_runs if runs.is_measured]
+        measured = [result for result in results if result.is_measured]
         if keep is not None and group.is_first and measured:
             keep(make_record(values, bench, settings, loaded, measured, is_complete=False))
 
     for length in lengths:
-        of_length = [runs for runs in all_runs if runs.case.length == length]
-        _measure_length(runner, of_length, loaded, settings.seed, keep_so_far)
+        of_length = [result for result in results if result.case.length == length]
+        _measure_length(runner, of_length, settings.seed, keep_so_far)
         runner.forget()
-    return make_record(values, bench, settings, loaded, all_runs), group
+    return make_record(values, bench, settings, loaded, results), group
 
 
 def _task_lengths(settings: Settings) -> tuple[int, ...]:
@@ -100,59 +95,40 @@ def _make_runner(
     return Runner(init_inference(loaded.model, config, group=group, retaining_heads=given), group, bench, heads)
 
 
-def _measure_length(
-    runner: Runner, all_runs: Sequence[Runs], loaded: LoadedModel, seed: int, keep_so_far: Callable[[], None]
-) -> None:
+def _measure_length(runner: Runner, results: Sequence[CaseResult], seed: int, keep_so_far: Callable[[], None]) -> None:
     """Run the cases of one length in turns."""
-    bench, group = runner.bench, runner.group
-    vocab_size = loaded.model.get_input_embeddings().num_embeddings
+    bench = runner.bench
+    vocab_size = runner.engine.module.get_input_embeddings().num_embeddings
+    length = results[0].case.length
     for repeat in range(-bench.warmup, bench.repeats):
-        for runs in all_runs:
-            sample = make_sample(bench, runs.case.length, vocab_size, seed, repeat)
-            _attempt(runs, group, partial(_run_once, runner, runs, sample, is_timed=repeat >= 0))
+        for result in results:
+            sample = make_sample(bench, length, vocab_size, seed, repeat)
+            _attempt(result, runner.group, partial(runner.run, result, sample, is_timed=repeat >= 0))
             if repeat >= 0:
                 keep_so_far()
-    if not bench.breakdown:
-        return
-    sample = make_sample(bench, all_runs[0].case.length, vocab_size, seed, bench.repeats)
-    for runs in all_runs:
-        rank = slowest_rank(runs.emulated) if runs.emulated else 0
-        parts = _attempt(runs, group, partial(runner.break_down, runs.case, sample, rank))
-        runs.breakdown = parts or []
+    if bench.breakdown:
+        sample = make_sample(bench, length, vocab_size, seed, bench.repeats)
+        for result in results:
+            _attempt(result, runner.group, partial(runner.break_down, result, sample))
 
 
 def make_sample(bench: BenchConfig, length: int, vocab_size: int, seed: int, repeat: int) -> Sample:
-    """Return the document of a repeat, of random ids: another one in each, the same for every case and in every run."""
+    """Return a repeat's document of random ids: new in each repeat, the same for every case and in every benchmark."""
     drawn = random.Random(f"{seed}/{length}/{repeat}").getrandbits(32)
     return random_sample(length, bench.query_tokens, vocab_size, drawn, bench.num_new_tokens)
 
 
-def _run_once(runner: Runner, runs: Runs, sample: Sample, is_timed: bool) -> None:
-    allocated = runner.allocated_bytes()
-    if runs.case.emulated:
-        ranks = runner.run_emulated(runs.case, sample)
-        if is_timed:
-            runs.emulated.append(ranks)
-    else:
-        measured = runner.run(runs.case, sample)
-        if is_timed:
-            runs.ranks.append(measured)
-    if is_timed:
-        runs.clocks.append(runner.clocks())
-        runs.allocated_before_bytes = allocated
-
-
-def _attempt(runs: Runs, group: SequenceGroup, work: Callable[[], Result]) -> Result | None:
-    """Do the work, unless the case has failed; on one rank, a case that runs out of memory is left out from then on."""
-    if runs.error is not None:
-        return None
+def _attempt(result: CaseResult, group: SequenceGroup, work: Callable[[], None]) -> None:
+    """Do the work unless the case has failed. On a single rank, running out of memory ends the case alone."""
+    if result.error is not None:
+        return
     try:
-        return work()
+        work()
+        return
     except (RuntimeError, MemoryError) as error:
         if group.world_size > 1 or not is_out_of_memory(error):
-            raise  # of several ranks, the others are in a collective: the launcher ends them
-        runs.error = f"out of memory: {error}"
+            raise  # other ranks are in a collective: the launcher ends them
+        result.error = f"out of memory: {error}"
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return None

@@ -1,20 +1,20 @@
-"""Time on the device that does the work, and what many timings say."""
+"""Time on the device that does the work, and a summary of repeated timings."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 
 class Stopwatch:
-    """Marks between which time is taken: CUDA events on CUDA, the process's clock elsewhere.
+    """Times laps between marks: with CUDA events on CUDA, with the process's clock elsewhere.
 
-    Nothing waits for the device but the making of the watch and `laps`.
+    Only creating the watch and `laps` wait for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,9 +33,9 @@ class Stopwatch:
         self._marks.append(event)
 
     def laps(self) -> list[float]:
-        """Return the seconds of each lap; waits for the device."""
+        """Return the seconds of each lap."""
         self._synchronize()
-        pairs = zip(self._marks[:-1], self._marks[1:], strict=True)
+        pairs = itertools.pairwise(self._marks)
         if self._device.type != "cuda":
             return [after - before for before, after in pairs]
         return [before.elapsed_time(after) / 1000 for before, after in pairs]
@@ -45,34 +45,18 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """What many timings say; all in the unit of the runs.
+def spread(runs: Sequence[float], unit: str) -> dict[str, Any]:
+    """Summarise one timing or more as a record has them: all runs, their median, extremes, and quartiles.
 
-    Attributes
+    Parameters
     ----------
-    first_quartile, third_quartile : between them is the middle half of the runs
+    unit : ends each name, such as ``s``
     """
-
-    runs: tuple[float, ...]
-    median: float
-    minimum: float
-    maximum: float
-    first_quartile: float
-    third_quartile: float
-
-    @classmethod
-    def of(cls, runs: Sequence[float]) -> Spread:
-        """Summarise one run or more."""
-        quartiles = statistics.quantiles(runs, n=4, method="inclusive") if len(runs) > 1 else [runs[0]] * 3
-        return cls(tuple(runs), statistics.median(runs), min(runs), max(runs), quartiles[0], quartiles[2])
-
-    def as_dict(self, unit: str) -> dict[str, Any]:
-        """Return it as JSON has it; `unit` ends each name, such as ``s``."""
-        return {
-            f"runs_{unit}": list(self.runs),
-            f"median_{unit}": self.median,
-            f"min_{unit}": self.minimum,
-            f"max_{unit}": self.maximum,
-            f"quartiles_{unit}": [self.first_quartile, self.third_quartile],
-        }
+    first, _, third = statistics.quantiles(runs, n=4, method="inclusive") if len(runs) > 1 else [runs[0]] * 3
+    return {
+        f"runs_{unit}": list(runs),
+        f"median_{unit}": statistics.median(runs),
+        f"min_{unit}": min(runs),
+        f"max_{unit}": max(runs),
+        f"quartiles_{unit}": [first, third],
+    }

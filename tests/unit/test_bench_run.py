@@ -14,7 +14,7 @@ from rich.console import Console
 
 from apb_ds.bench import BenchConfig, plain, run_bench
 from apb_ds.bench.config import METHODS
-from apb_ds.bench.emulate import RankRun, communication_s, in_step_s, slowest_rank, summarise_ranks
+from apb_ds.bench.emulate import EmulatedTimes, communication_s, in_step_s, slowest_rank, summarise_ranks
 from apb_ds.bench.run import make_sample
 from apb_ds.config import APBConfig
 from apb_ds.engine.engine import APBEngine
@@ -219,13 +219,13 @@ def test_the_slowest_rank_is_broken_down(emulated: Record) -> None:
             assert parts["parts_s"]["communication"] > 0
 
 
-def rank_run(rank: int, *round_s: float, collectives: tuple[int, ...] = (50, 50)) -> RankRun:
-    return RankRun(rank, round_s, collectives, 10**9, 7 + rank, plan_request(APBConfig(hosts=4), 1000, 0, 2))
+def rank_times(rank: int, *round_s: float, collectives: tuple[int, ...] = (50, 50)) -> EmulatedTimes:
+    return EmulatedTimes(rank, round_s, collectives, 10**9, 7 + rank, plan_request(APBConfig(hosts=4), 1000, 0, 2))
 
 
 def test_ranks_in_step_wait_in_every_round() -> None:
     bench = BenchConfig(emulate_ranks=2, link_gb_per_s=10, link_latency_us=1000)
-    runs = [[rank_run(0, 1.0, 5.0), rank_run(1, 4.0, 1.5)], [rank_run(0, 1.0, 5.0), rank_run(1, 4.0, 3.0)]]
+    runs = [[rank_times(0, 1.0, 5.0), rank_times(1, 4.0, 1.5)], [rank_times(0, 1.0, 5.0), rank_times(1, 4.0, 3.0)]]
     summary = summarise_ranks(bench, runs)
     assert summary["prefill"]["runs_s"] == [6.0, 7.0]
     assert summary["in_step"]["runs_s"] == [9.0, 9.0]
@@ -240,7 +240,7 @@ def test_ranks_wait_only_where_there_is_something_to_wait_for() -> None:
     times = ((1.0, 5.0, 1.0), (4.0, 1.5, 2.0))
 
     def in_step(*collectives: int) -> float:
-        return in_step_s([rank_run(rank, *times[rank], collectives=collectives) for rank in range(2)])
+        return in_step_s([rank_times(rank, *times[rank], collectives=collectives) for rank in range(2)])
 
     assert in_step(0, 0, 0) == 7.5  # the slower of both sums
     assert in_step(3, 0, 0) == 4 + 6

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from apb_ds.bench import clocks
-from apb_ds.bench.timing import Spread, Stopwatch
+from apb_ds.bench.timing import Stopwatch, spread
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -56,10 +56,7 @@ def test_on_cuda_events_are_asked_and_the_device_waited_for_at_both_ends(monkeyp
 
 
 def test_spread() -> None:
-    spread = Spread.of([4.0, 1.0, 2.0, 3.0, 100.0])
-    assert (spread.median, spread.minimum, spread.maximum) == (3.0, 1.0, 100.0)
-    assert (spread.first_quartile, spread.third_quartile) == (2.0, 4.0)
-    assert spread.as_dict("s") == {
+    assert spread([4.0, 1.0, 2.0, 3.0, 100.0], "s") == {
         "runs_s": [4.0, 1.0, 2.0, 3.0, 100.0],
         "median_s": 3.0,
         "min_s": 1.0,
@@ -69,8 +66,13 @@ def test_spread() -> None:
 
 
 def test_spread_of_one_run() -> None:
-    spread = Spread.of([2.5])
-    assert {spread.median, spread.minimum, spread.maximum, spread.first_quartile, spread.third_quartile} == {2.5}
+    assert spread([2.5], "ms") == {
+        "runs_ms": [2.5],
+        "median_ms": 2.5,
+        "min_ms": 2.5,
+        "max_ms": 2.5,
+        "quartiles_ms": [2.5, 2.5],
+    }
 
 
 def test_clocks_are_parsed() -> None:
