@@ -1,4 +1,4 @@
-"""A benchmark in small: the composed config of launch/bench.py over a tiny random model."""
+"""A small benchmark: the composed config of launch/bench.py for a tiny random model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 
 def tiny(**bench: Any) -> dict[str, Any]:
-    """Return the config of a tiny benchmark; `bench` are settings under ``bench`` that differ."""
+    """Return the config of a tiny benchmark with the given settings under ``bench``."""
     values = composed(*(f"{path}={value}" for path, value in TINY.items()))
     values["bench"] |= bench
     return values

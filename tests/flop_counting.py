@@ -1,4 +1,4 @@
-"""What an engine computes, as torch counts its matrix products and a kernel the pairs that it is asked for."""
+"""An engine's operations: matrix products counted by torch, pairs of tokens by a kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUERY = 6
 
 
 class CountingKernel(Kernel):
-    """Computes nothing, and counts the pairs of tokens that it should have: operations depend on no value."""
+    """Counts the pairs of tokens it is given instead of computing: operations do not depend on values."""
 
     name = "counting"
 
@@ -38,7 +38,7 @@ class CountingKernel(Kernel):
 def run_counted(
     rank: int, world_size: int, family: str, n: int, given: dict[str, Any], kv_heads: int = 2
 ) -> tuple[int, int, dict[str, Any] | None]:
-    """Return what one rank computed for a prefill and for the query after it, and what was counted for all ranks.
+    """Return one rank's operations for a prefill and for the query after it, and the count for all ranks.
 
     Parameters
     ----------

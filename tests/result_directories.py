@@ -1,4 +1,4 @@
-"""Directories as launch/eval.py leaves them, made by hand."""
+"""Result directories of launch/eval.py, made by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def failed(prompt: str) -> dict[str, Any]:
 def write_result(
     directory: Path, lines: Sequence[dict[str, Any]], method: str = "apb", task: str = "passkey", **settings: Any
 ) -> Path:
-    """Write a result directory; `settings` are under ``method``, but for ``seed`` and ``tasks``."""
+    """Write a result directory; `settings` go under ``method``, except ``seed`` and ``tasks``."""
 
     seed, tasks = settings.pop("seed", 0), settings.pop("tasks", None)
     heads = settings.pop("retaining_heads", None)

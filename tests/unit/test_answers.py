@@ -1,4 +1,4 @@
-"""The output of a batch: what is kept, what is refused, and that no answer is lost."""
+"""The output of a batch: what is kept, what is refused, and no answer is ever lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ids(path: Path) -> list[str | int]:
 
 
 def answer(path: Path, *indices: int, lines: list[tuple[str | int, str]] = LINES, **more: Any) -> None:
-    """Answer the lines at these places, as one run that does not finish."""
+    """Answer the lines at these indices in a run that does not finish."""
     with AnswerFile(path, lines, SETTINGS, **more) as file:
         for index in indices:
             file.append(index, {"answer": f"answer {index}"})
@@ -88,7 +88,7 @@ def test_resumes_after_a_kill(path: Path, tail: bytes) -> None:
     assert path.read_bytes() == b"".join(line_of(index) for index in range(4))
 
 
-def test_keeps_a_last_line_that_lacks_only_its_end(path: Path) -> None:
+def test_keeps_a_last_line_without_its_newline(path: Path) -> None:
     answer(path, 0, 1)
     path.write_bytes(path.read_bytes().removesuffix(b"\n"))
     answer(path, 2)
@@ -105,11 +105,11 @@ def test_killed_while_answering(path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=root, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
-    with AnswerFile(path, LINES, SETTINGS) as file:  # its lock went with it
+    with AnswerFile(path, LINES, SETTINGS) as file:  # the lock went with the process
         assert sorted(file.kept) == [0, 1]
 
 
-def test_error_is_tried_again_and_lands_in_its_place(path: Path) -> None:
+def test_an_error_is_retried_and_finish_restores_the_order(path: Path) -> None:
     with AnswerFile(path, LINES, SETTINGS) as file:
         file.append(0, {"answer": "answer 0"})
         file.append(1, {"error": "out of memory"})
@@ -125,7 +125,7 @@ def test_error_is_tried_again_and_lands_in_its_place(path: Path) -> None:
     assert path.read_bytes() == b"".join(line_of(index) for index in range(4))
 
 
-def test_finish_writes_only_what_is_not_in_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finish_rewrites_only_if_results_are_out_of_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     plain = answers.replace_file
     monkeypatch.setattr(answers, "replace_file", lambda file: written.append(file.name) or plain(file))
@@ -160,7 +160,7 @@ def test_changed_line_is_answered_again(path: Path) -> None:
     assert path.read_bytes() == before  # until there is something new
     with AnswerFile(path, lines, SETTINGS) as file:
         file.append(1, {"answer": "new"})
-        assert ids(path) == ["a", "c", 2]  # the old one went before the new one came
+        assert ids(path) == ["a", "c", 2]  # the old answer is removed before the new one is written
         file.finish()
     assert [(result["id"], result["answer"]) for result in results(path)] == [
         ("a", "answer 0"),
@@ -182,7 +182,7 @@ def test_answers_to_other_questions_are_refused(path: Path, number_of_ids: int) 
     assert contents(path.parent) == before
 
 
-def test_error_of_another_question_goes(path: Path) -> None:
+def test_an_error_of_a_foreign_question_is_dropped(path: Path) -> None:
     with AnswerFile(path, [*LINES, ("x", "f")], SETTINGS) as file:
         file.append(4, {"error": "no document"})
         file.append(0, {"answer": "answer 0"})
@@ -199,7 +199,7 @@ def test_error_of_another_question_goes(path: Path) -> None:
         (line_of(0) + b"{\n", "line 2 is not a result of a batch"),  # whole, so no kill left it
         (line_of(0) + b"My notes", "line 2 is not a result of a batch: 'My notes'"),
         (b"My notes", "line 1 is not a result of a batch: 'My notes'"),
-        (b'{"lr": 0.1}', "line 1 is not a result of a batch"),  # somebody's file, not torn
+        (b'{"lr": 0.1}', "line 1 is not a result of a batch"),  # another file, not a torn one
         (b'{"id": 1, "document": "d", "query": "q"}\n', "line 1 is not a result of a batch"),
         (b'{"id": "a", "answer": "x"}\n', "line 1 is not a result of a batch"),
         (b'{"id": true, "fingerprint": "f1", "answer": "x"}\n', "line 1 is not a result of a batch"),
@@ -209,7 +209,7 @@ def test_error_of_another_question_goes(path: Path) -> None:
         (line_of(1) + line_of(1).replace(b'"id": 2', b'"id": "2"'), "lines 1 and 2 both have id '2'"),
     ],
 )
-def test_broken_output_is_refused_and_left(path: Path, content: bytes, message: str) -> None:
+def test_broken_output_is_refused_and_left_unchanged(path: Path, content: bytes, message: str) -> None:
     answer(path, 0)
     path.write_bytes(content)
     before = contents(path.parent)
@@ -251,7 +251,7 @@ def test_other_settings_are_refused(path: Path, settings: dict[str, Any], messag
     assert contents(path.parent) == before
 
 
-def test_same_settings_written_otherwise(path: Path) -> None:
+def test_equal_settings_in_another_notation_match(path: Path) -> None:
     answer(path, 0)
     same = changed(method=dict(reversed(SETTINGS["method"].items())) | {"hosts": 8.0}, stop=("x",))
     with AnswerFile(path, LINES, same) as file:
@@ -271,7 +271,7 @@ def test_answers_without_settings_are_refused(path: Path, content: str | None) -
     assert contents(path.parent) == before
 
 
-def test_settings_are_replaced_where_no_answer_stays(path: Path) -> None:
+def test_settings_are_replaced_if_no_answer_is_kept(path: Path) -> None:
     with AnswerFile(path, LINES, SETTINGS) as file:
         file.append(0, {"error": "x"})
         file.append(1, {"answer": "x"})
@@ -290,7 +290,7 @@ def test_overwrite_keeps_the_old_output(path: Path) -> None:
     other = changed(seed=5)
     with AnswerFile(path, LINES, other, overwrite=True) as file:
         assert file.kept == {}
-    with AnswerFile(path, LINES, other, overwrite=True) as file:  # an empty output pushes nothing out
+    with AnswerFile(path, LINES, other, overwrite=True) as file:  # an empty output does not replace the backup
         file.append(3, {"answer": "answer 3"})
     assert path.read_bytes() == line_of(3)
     backup = path.with_name("out.jsonl.bak")
@@ -299,7 +299,7 @@ def test_overwrite_keeps_the_old_output(path: Path) -> None:
         assert sorted(file.kept) == [0, 1]
 
 
-def test_overwrite_takes_what_is_no_output(path: Path) -> None:
+def test_overwrite_accepts_any_file(path: Path) -> None:
     path.write_text("My notes")
     answer(path, 0, overwrite=True)
     assert path.read_bytes() == line_of(0)
@@ -307,28 +307,28 @@ def test_overwrite_takes_what_is_no_output(path: Path) -> None:
     assert not path.with_name("out.jsonl.bak.settings.json").exists()
 
 
-def test_second_run_is_refused(path: Path) -> None:
+def test_a_second_run_on_the_same_output_is_refused(path: Path) -> None:
     with AnswerFile(path, LINES, SETTINGS) as file:
         file.append(0, {"answer": "answer 0"})
         for overwrite in (False, True):
             with pytest.raises(ValueError, match=r"is being written by another run \(out\.jsonl\.lock is locked\)"):
                 AnswerFile(path, LINES, SETTINGS, overwrite=overwrite).__enter__()
-        assert path.with_name("out.jsonl.lock").exists()  # the one that was refused has not removed it
+        assert path.with_name("out.jsonl.lock").exists()  # the refused run has not removed it
         file.append(1, {"answer": "answer 1"})
     assert path.read_bytes() == line_of(0) + line_of(1)
     assert not path.with_name("out.jsonl.lock").exists()
-    path.with_name("out.jsonl.lock").touch()  # as a kill leaves it: nobody holds it
+    path.with_name("out.jsonl.lock").touch()  # left by a killed run: nobody holds it
     answer(path, 2)
     assert len(ids(path)) == 3
 
 
-def test_error_in_the_block_unlocks(path: Path) -> None:
+def test_an_error_in_the_block_releases_the_lock(path: Path) -> None:
     with contextlib.suppress(KeyError), AnswerFile(path, LINES, SETTINGS):
         raise KeyError
     answer(path, 0)
 
 
-def test_path_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_paths_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
     for path, message in [
@@ -349,7 +349,7 @@ def test_folder_without_permission(tmp_path: Path) -> None:
         AnswerFile(tmp_path / "folder" / "out.jsonl", LINES, SETTINGS).__enter__()
 
 
-def test_link_stays_a_link(tmp_path: Path) -> None:
+def test_symlinks_are_kept(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     path = tmp_path / "out.jsonl"
     path.symlink_to(tmp_path / "data" / "out.jsonl")
@@ -382,7 +382,7 @@ def test_files_have_the_usual_mode(path: Path) -> None:
         ({"answer": "x", "seconds": float("nan")}, "not JSON compliant"),
     ],
 )
-def test_result_that_is_none(path: Path, result: dict[str, Any], message: str) -> None:
+def test_malformed_results_are_refused(path: Path, result: dict[str, Any], message: str) -> None:
     answer(path, 0)
     with AnswerFile(path, LINES, SETTINGS) as file:
         with pytest.raises(ValueError, match=message):
@@ -395,7 +395,7 @@ def test_result_that_is_none(path: Path, result: dict[str, Any], message: str) -
     assert path.read_bytes() == line_of(0) + line_of(2)
 
 
-def test_rewriting_that_fails_loses_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_rewrite_loses_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer(path, 2, 0)
     path.write_bytes(path.read_bytes() + b'{"id": "d", "ans')
     before = path.read_bytes()
@@ -416,7 +416,7 @@ def test_rewriting_that_fails_loses_nothing(path: Path, monkeypatch: pytest.Monk
         assert sorted(file.kept) == [0, 2]
 
 
-def test_crash_between_rewriting_and_appending_loses_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_between_rewrite_and_append_loses_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with AnswerFile(path, LINES, SETTINGS) as file:
         file.append(0, {"answer": "answer 0"})
         file.append(1, {"error": "x"})
@@ -437,7 +437,7 @@ def test_crash_between_rewriting_and_appending_loses_nothing(path: Path, monkeyp
     assert path.read_bytes() == line_of(0) + line_of(1) + line_of(2)
 
 
-def test_line_that_could_not_be_written_leaves_no_trace(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_append_leaves_no_trace(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with AnswerFile(path, LINES, SETTINGS) as file:
         file.append(0, {"answer": "answer 0"})
         with monkeypatch.context() as patch:

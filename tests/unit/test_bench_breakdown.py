@@ -1,4 +1,4 @@
-"""Where a prefill's time goes: which range has what, and that measuring it changes nothing."""
+"""Where a prefill's time goes: what each range gets, and measuring changes nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def event(name: str, parent: Any = None, own: float = 0.0, kernels: tuple[tuple[
 
 
 def on_device(name: str, duration: float, *, is_user_annotation: bool = False) -> Any:
-    """An event on the device's time line."""
+    """An event on the device's timeline."""
     return SimpleNamespace(
         name=name,
         time_range=SimpleNamespace(elapsed_us=lambda: duration),
@@ -44,9 +44,9 @@ def on_device(name: str, duration: float, *, is_user_annotation: bool = False) -
 
 
 def profiled() -> list[Any]:
-    """A prefill: an MLP's product within its range, a copy beside it, a kernel that no operation launched."""
+    """A prefill: an MLP's product within its range, a copy outside it, a kernel that no operation launched."""
     root = event("apb_ds.other", own=1e6)
-    # The profiler gives a range what it sees of it on the device, as if that were a kernel.
+    # The profiler lists a range's time on the device as a kernel, too.
     ffn = event("apb_ds.ffn", root, own=2e6, kernels=(("apb_ds.ffn", 9e6),))
     linear = event("aten::linear", ffn, own=3e6)
     product = event("aten::mm", linear, own=4e6, kernels=(("gemm", 5e6), ("splitk", 1e6)))
@@ -63,20 +63,20 @@ def profiled() -> list[Any]:
     return [root, ffn, linear, product, copy, outside, *device]
 
 
-def test_on_the_host_time_belongs_to_the_innermost_range() -> None:
+def test_host_time_belongs_to_the_innermost_range() -> None:
     found = attribute(profiled(), on_cuda=False)
     assert found["clock"] == "cpu" and found["unattributed_s"] == 0
     assert found["parts_s"] == dict.fromkeys(profiling.PARTS, 0) | {"ffn": 2 + 3 + 4, "other": 1 + 5}
 
 
-def test_on_cuda_kernels_belong_to_the_range_that_launched_them() -> None:
+def test_kernels_belong_to_the_range_that_launched_them() -> None:
     found = attribute(profiled(), on_cuda=True)
     assert found["clock"] == "cuda kernels"
     assert found["unattributed_s"] == pytest.approx(0.5)
     assert found["parts_s"] == pytest.approx(dict.fromkeys(profiling.PARTS, 0) | {"ffn": 5 + 1, "other": 2 + 0.5})
 
 
-def test_an_inner_range_takes_its_time_from_the_outer_one() -> None:
+def test_time_of_an_inner_range_is_not_the_outer_ones() -> None:
     root = event("apb_ds.other")
     sending = event("apb_ds.communication", root, own=1e6)
     attention = event("apb_ds.attention", sending, own=2e6)
@@ -85,7 +85,7 @@ def test_an_inner_range_takes_its_time_from_the_outer_one() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "mistral"])
-def test_submodules_of_every_layer(family: str) -> None:
+def test_named_submodules_cover_every_layer(family: str) -> None:
     model = build_model(family)
     layers = model.config.num_hidden_layers
     names = [name for _, name in named_submodules(model)]
@@ -110,7 +110,7 @@ def make_engine(group: SequenceGroup | None = None, **given: Any) -> APBEngine:
         ({"method": "ulysses"}, 2, ("attention", "communication"), ("compressor",)),
     ],
 )
-def test_every_part_has_its_share(
+def test_parts_of_every_method(
     given: dict[str, Any], ranks: int, present: tuple[str, ...], absent: tuple[str, ...]
 ) -> None:
     engine = make_engine(EmulatedGroup(rank=ranks - 1, world_size=ranks), **given)
@@ -134,7 +134,7 @@ def test_the_plain_model() -> None:
 
 
 @pytest.mark.parametrize("given", [APB, {"method": "dense"}])
-def test_results_are_the_same_and_nothing_is_left(given: dict[str, Any]) -> None:
+def test_measuring_changes_no_result_and_leaves_no_hooks(given: dict[str, Any]) -> None:
     engine = make_engine(**given)
     document, query = request_ids(101, 6)
     query_ids = None if engine.apb_config.is_exact_method else query
@@ -147,7 +147,7 @@ def test_results_are_the_same_and_nothing_is_left(given: dict[str, Any]) -> None
     assert not profiling.are_recorded()
 
 
-def test_the_plain_models_cache_is_the_same() -> None:
+def test_measuring_leaves_the_plain_models_cache_unchanged() -> None:
     model = build_model("llama")
     document, _ = request_ids(101, 6)
     before = prefill(model, document)

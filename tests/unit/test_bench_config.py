@@ -1,4 +1,4 @@
-"""A benchmark's settings and the grid that they make."""
+"""A benchmark's settings and its grid of cases."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_settings_by_method_on_the_command_line() -> None:
     assert bench.settings == {"star": {"shard_anchor": False}}
 
 
-def test_single_values_are_lists_of_one() -> None:
+def test_a_single_value_is_a_list_of_one() -> None:
     bench = bench_config({"methods": "apb", "lengths": 100, "hosts": 4, "kernels": "reference"})
     assert (bench.methods, bench.lengths, bench.hosts, bench.kernels) == (("apb",), (100,), (4,), ("reference",))
 
@@ -126,7 +126,7 @@ def test_names_tell_cases_apart() -> None:
     assert names[-1] == "ring, reference, 4 emulated ranks"
 
 
-def test_other_methods_share_how_work_is_shared() -> None:
+def test_other_methods_take_over_how_work_is_shared() -> None:
     method = APBConfig(hosts=4, anchor_length=100, passing_length=20, shard_anchor=False, schedule="natural")
     apb, star, ring = (case.config for case in cases(method, methods=["apb", "star", "ring"]))
     assert apb == method
@@ -134,7 +134,7 @@ def test_other_methods_share_how_work_is_shared() -> None:
     assert ring == APBConfig(method="ring")
 
 
-def test_other_methods_compute_alike() -> None:
+def test_other_methods_take_over_execution_settings() -> None:
     """Fused layers or recorded steps on one side alone would make a comparison unfair."""
     grid = cases(
         APBConfig(fused=False, cuda_graph=False, kernel="reference"), methods=["apb", "star", "dense_engine", "ring"]
@@ -153,12 +153,12 @@ def test_settings_by_method() -> None:
     assert star == APBConfig(method="star", shard_anchor=False)
 
 
-def test_hosts_said_by_method_stay() -> None:
+def test_hosts_given_by_method_are_kept() -> None:
     found = cases(methods=["star", "apb"], hosts=[4, 8], settings={"star": {"hosts": 2}})
     assert [(case.method, case.hosts) for case in found] == [("star", 2), ("apb", 4), ("apb", 8)]
 
 
-def test_an_exact_method_does_not_pass_on_what_it_has_not() -> None:
+def test_an_exact_method_passes_on_only_execution_settings() -> None:
     (apb,) = (case.config for case in cases(APBConfig(method="ring", kernel="reference"), methods=["apb"]))
     assert apb is not None and apb.settings == APBConfig(kernel="reference").settings
 
@@ -171,14 +171,14 @@ def test_dense_needs_one_rank(method: str) -> None:
     assert (case.ranks, case.emulated) == (1, False)
 
 
-def test_what_cannot_be_emulated() -> None:
+def test_impossible_emulations_are_refused() -> None:
     with pytest.raises(ValueError, match=r"bench\.emulate_ranks=4 runs all ranks in one process, and there are 2"):
         cases(world_size=2, methods=["ring"], emulate_ranks=4)
     with pytest.raises(ValueError, match=r"apb, 1000 tokens, ranks: 3: hosts=8 must be a multiple"):
         cases(methods=["apb"], emulate_ranks=3)
 
 
-def test_a_kernel_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apb_ds.ops.kernels.FlashAttn2Kernel.is_installed", classmethod(lambda cls: False))
     with pytest.raises(ValueError, match=r"flash_attn2.* not installed"):
         cases(methods=["apb"], kernels=["flash_attn2"])

@@ -35,7 +35,7 @@ def measured() -> Record:
 
 @pytest.fixture(scope="module")
 def emulated() -> Record:
-    """What can be, over two ranks, and dense."""
+    """Every method that can be emulated, over two ranks, and dense."""
     methods = ["dense", "apb", "star", "ring", "ulysses"]
     return run_bench(tiny(methods=methods, emulate_ranks=2, breakdown=True, repeats=3))[0]
 
@@ -52,7 +52,7 @@ def by_method(record: Record) -> dict[str, Record]:
     return {case["method"]: case for case in record["cases"]}
 
 
-def test_what_was_measured_is_kept_on_the_way() -> None:
+def test_the_record_is_kept_after_each_run() -> None:
     kept: list[Record] = []
 
     def stop_at_the_fifth(record: Record) -> None:
@@ -102,7 +102,7 @@ def test_kernels_and_settings_are_recorded(measured: Record) -> None:
     assert measured["hardware"]["device"] == "cpu" and "commit" in measured["git"]
 
 
-def test_what_is_compared(measured: Record) -> None:
+def test_speedups(measured: Record) -> None:
     for length in (96, 120):
         cases = [case for case in measured["cases"] if case["document_tokens"] == length]
         baseline = cases[0]
@@ -111,13 +111,13 @@ def test_what_is_compared(measured: Record) -> None:
             assert case["speedup"] == baseline["prefill"]["median_s"] / case["prefill"]["median_s"]
 
 
-def test_fewer_layers_are_said(measured: Record) -> None:
+def test_the_title_shows_fewer_layers(measured: Record) -> None:
     assert measured["model"]["layers"] == {"measured": LAYERS, "of": 3}
     assert measured["model"]["random_weights"]
     assert f"{LAYERS} of 3 layers measured" in printed(measured)
 
 
-def test_all_layers_are_not_mentioned() -> None:
+def test_the_title_does_not_mention_all_layers() -> None:
     values = tiny(methods=["apb"], repeats=1, warmup=0)
     values["model"]["num_layers"] = None
     record = run_bench(values)[0]
@@ -132,7 +132,7 @@ def test_the_table_has_a_row_for_each_case(measured: Record) -> None:
     assert "emulated" not in text
 
 
-def test_documents_are_fresh_and_the_same_for_all() -> None:
+def test_each_repeat_has_a_new_document_shared_by_all_cases() -> None:
     bench = BenchConfig()
     seen = [make_sample(bench, 50, 1000, 0, repeat).document_ids for repeat in range(-1, 4)]
     for number, ids in enumerate(seen):
@@ -165,7 +165,7 @@ def test_cases_take_turns_on_the_same_document() -> None:
     assert len({ids for _, ids in asked}) == 3
 
 
-def test_a_prefill_alone() -> None:
+def test_prefill_only() -> None:
     record = run_bench(tiny(methods=["dense", "apb"], repeats=1, warmup=0, decode_tokens=0))[0]
     assert all("query" not in case and "decode" not in case for case in record["cases"])
     assert "ms/token" not in printed(record)
@@ -190,8 +190,8 @@ def test_emulated_ranks(emulated: Record) -> None:
     assert sorted(host for rank in cases["apb"]["emulated_ranks"] for host in rank["hosts"]) == [0, 1, 2, 3]
 
 
-def test_bytes_are_those_of_the_plan(emulated: Record) -> None:
-    """The messages, by hand: keys and values of 2 KV heads of 8, in all layers but the last, to one other rank."""
+def test_bytes_sent_match_a_count_by_hand(emulated: Record) -> None:
+    """Keys and values of 2 KV heads of 8 channels, in all layers but the last, to one other rank."""
     per_token = 2 * 2 * 8 * 4
     cases = by_method(emulated)
     anchor, kept = 12 // 2, 2 * 5
@@ -200,7 +200,7 @@ def test_bytes_are_those_of_the_plan(emulated: Record) -> None:
     assert [rank["collectives"] for rank in cases["apb"]["emulated_ranks"]] == [(LAYERS - 1) * 3] * 2
 
 
-def test_emulated_is_said_everywhere(emulated: Record, tmp_path: Path) -> None:
+def test_tables_and_names_say_emulated(emulated: Record, tmp_path: Path) -> None:
     text = printed(emulated)
     assert "ranks emulated" in text.splitlines()[0] + text.splitlines()[1]
     for method in ("apb", "star", "ring", "ulysses"):
@@ -210,7 +210,7 @@ def test_emulated_is_said_everywhere(emulated: Record, tmp_path: Path) -> None:
     assert "computation of the slowest rank" in text and "50 GB/s" in text
 
 
-def test_the_slowest_rank_is_broken_down(emulated: Record) -> None:
+def test_the_breakdown_is_of_the_slowest_rank(emulated: Record) -> None:
     for case in emulated["cases"]:
         (parts,) = case["breakdown"]
         if case["emulated"]:
@@ -223,7 +223,7 @@ def rank_times(rank: int, *round_s: float, collectives: tuple[int, ...] = (50, 5
     return EmulatedTimes(rank, round_s, collectives, 10**9, 7 + rank, plan_request(APBConfig(hosts=4), 1000, 0, 2))
 
 
-def test_ranks_in_step_wait_in_every_round() -> None:
+def test_ranks_in_step_wait_for_each_other_in_every_round() -> None:
     bench = BenchConfig(emulate_ranks=2, link_gb_per_s=10, link_latency_us=1000)
     runs = [[rank_times(0, 1.0, 5.0), rank_times(1, 4.0, 1.5)], [rank_times(0, 1.0, 5.0), rank_times(1, 4.0, 3.0)]]
     summary = summarise_ranks(bench, runs)
@@ -236,7 +236,7 @@ def test_ranks_in_step_wait_in_every_round() -> None:
     assert slowest_rank(runs) == 1
 
 
-def test_ranks_wait_only_where_there_is_something_to_wait_for() -> None:
+def test_ranks_wait_only_in_rounds_with_collectives() -> None:
     times = ((1.0, 5.0, 1.0), (4.0, 1.5, 2.0))
 
     def in_step(*collectives: int) -> float:
@@ -263,7 +263,7 @@ def test_figures(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> 
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
-def test_figures_say_what_is_emulated(emulated: Record, tmp_path: Path) -> None:
+def test_figures_say_emulated(emulated: Record, tmp_path: Path) -> None:
     figure = pytest.importorskip("matplotlib.figure")
     texts: list[str] = []
     save = figure.Figure.savefig
@@ -286,7 +286,7 @@ def test_no_figure_without_matplotlib(
     assert draw_bench(tmp_path, measured) == [] and "matplotlib is not installed" in caplog.text
 
 
-def test_a_case_that_runs_out_of_memory_is_left_out() -> None:
+def test_out_of_memory_ends_the_case_alone() -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -308,13 +308,13 @@ def test_a_case_that_runs_out_of_memory_is_left_out() -> None:
         ({"methods": ["dense", "apb"], "lengths": [96, 9000]}, "need 9007 positions"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_first(bench: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_refused_before_measuring(bench: dict[str, Any], message: str) -> None:
     with mock.patch("apb_ds.bench.run._measure_length", side_effect=AssertionError), pytest.raises(ValueError) as told:
         run_bench(tiny(**bench))
     assert message in str(told.value)
 
 
-def test_lengths_are_the_tasks_where_none_are_given() -> None:
+def test_lengths_default_to_the_tasks() -> None:
     record = run_bench(tiny(methods=["apb"], repeats=1, warmup=0))[0]
     assert [case["document_tokens"] for case in record["cases"]] == [120]
     values = tiny(methods=["apb"])
@@ -323,7 +323,7 @@ def test_lengths_are_the_tasks_where_none_are_given() -> None:
         run_bench(values)
 
 
-def test_too_short_a_document_is_said_to_run_exact() -> None:
+def test_the_table_marks_documents_that_run_exact() -> None:
     record = run_bench(tiny(methods=["apb"], lengths=[30], repeats=1, warmup=0))[0]
     assert record["cases"][0]["exact"]
     assert "apb (exact)" in printed(record) and "too short" in printed(record)

@@ -1,4 +1,4 @@
-"""What a benchmark reads from clocks, and how it sums up."""
+"""What a benchmark reads from clocks, and how it summarises timings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 
 
-def test_laps_are_what_lies_between_marks() -> None:
+def test_laps_lie_between_marks() -> None:
     watch = Stopwatch(CPU)
     time.sleep(0.02)
     watch.mark()
@@ -27,7 +27,7 @@ def test_laps_are_what_lies_between_marks() -> None:
 
 
 class FakeEvent:
-    """A CUDA event that happens when a made-up stream gets there."""
+    """A CUDA event of a made-up stream."""
 
     now_ms = 0.0
 
@@ -42,7 +42,7 @@ class FakeEvent:
         return other.at_ms - self.at_ms
 
 
-def test_on_cuda_events_are_asked_and_the_device_waited_for_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_uses_events_and_synchronizes_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     waited = []
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
@@ -82,7 +82,7 @@ def test_clocks_are_parsed() -> None:
     assert clocks.parse_clocks("No devices were found") is None
 
 
-def test_clocks_of_the_device_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clocks_are_read_for_the_device_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
     commands = []
 
     def run(command: list[str], **_: Any) -> Any:
@@ -96,7 +96,7 @@ def test_clocks_of_the_device_that_is_used(monkeypatch: pytest.MonkeyPatch) -> N
     assert commands[0][-2:] == ["-i", "GPU-1-2-3"]
 
 
-def test_no_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clocks_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clocks.read_clocks(CPU) is None
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2-3"))
 
@@ -108,7 +108,7 @@ def test_no_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clocks.summarise_clocks([None, None]) is None
 
 
-def test_clocks_over_runs() -> None:
+def test_clocks_are_summarised_over_runs() -> None:
     readings = [clocks.parse_clocks(f"{clock}, 1980, [N/A], 50") for clock in (1700, 1500, 1900)]
     summary = clocks.summarise_clocks([*readings, None])
     assert summary is not None

@@ -67,18 +67,18 @@ def test_pairs_by_labels_and_repeated_prompts(tmp_path: Path) -> None:
         (["star", "apb"], "star"),
     ],
 )
-def test_what_is_compared_with(tmp_path: Path, methods: list[str], baseline: str) -> None:
+def test_baseline(tmp_path: Path, methods: list[str], baseline: str) -> None:
     directories = [write_result(tmp_path / method, [line("a", 1.0)], method) for method in methods]
     assert compare_results(read_results(directories))["baseline"] == baseline
 
 
-def test_exact_methods_are_exact_on_purpose(tmp_path: Path) -> None:
+def test_samples_of_exact_methods_are_not_left_out(tmp_path: Path) -> None:
     lines = [line("a", 1.0, exact=True)]
     directories = [write_result(tmp_path / method, lines, method) for method in ("dense", "ring")]
     assert pair_of(compare_results(read_results(directories)), "ring")["samples"] == 1
 
 
-def test_divergence_over_that_of_star(tmp_path: Path) -> None:
+def test_divergence_relative_to_star(tmp_path: Path) -> None:
     def fidelity(name: str, **kl: float) -> Path:
         return write_result(
             tmp_path / name, [line(text, kl=value) for text, value in kl.items()], name, task="fidelity"
@@ -108,14 +108,14 @@ def test_a_job_whose_samples_all_failed(tmp_path: Path) -> None:
     assert main([str(directory) for directory in directories]) == 0
 
 
-def test_nothing_to_divide_by(tmp_path: Path) -> None:
+def test_no_ratio_over_a_divergence_of_zero(tmp_path: Path) -> None:
     lines = {"star": [line("x", kl=0.0)], "apb": [line("x", kl=0.1), line("y", kl=0.1, exact=True)]}
     directories = [write_result(tmp_path / name, of, name, task="fidelity") for name, of in lines.items()]
     (ratio,) = compare_results(read_results(directories))["ratios"]
     assert (ratio["ratio"], ratio["interval"], ratio["largest"], ratio["unpaired"]) == (None, None, None, 1)
 
 
-def test_interval_of_a_ratio_draws_pairs() -> None:
+def test_the_interval_of_a_ratio_resamples_pairs() -> None:
     draw = random.Random(0)
     seconds = [draw.uniform(1, 9) for _ in range(50)]
     assert bootstrap_ratio([(2 * second, second) for second in seconds]) == pytest.approx((2.0, 2.0))
@@ -125,7 +125,7 @@ def test_interval_of_a_ratio_draws_pairs() -> None:
     assert bootstrap_ratio([(1.0, 1.0)]) is None
 
 
-def test_names_say_what_differs(tmp_path: Path) -> None:
+def test_names_show_the_settings_that_differ(tmp_path: Path) -> None:
     lines = [line("a", 1.0)]
     directories = [
         write_result(tmp_path / "dense", lines, "dense"),
@@ -139,7 +139,7 @@ def test_names_say_what_differs(tmp_path: Path) -> None:
     assert [result.name for result in read_results(same)] == [f"dense ({directory})" for directory in same]
 
 
-def test_names_leave_out_what_only_some_have(tmp_path: Path) -> None:
+def test_names_omit_settings_that_only_some_have(tmp_path: Path) -> None:
     given: dict[str, dict[str, Any]] = {
         "window": {},
         "retaining_heads": {"retaining_heads": "heads"},
@@ -152,7 +152,7 @@ def test_names_leave_out_what_only_some_have(tmp_path: Path) -> None:
     assert read_results([*directories, other])[1].name == "apb, compressor=retaining_heads, retaining_heads=heads"
 
 
-def test_names_of_a_legend_fit(tmp_path: Path) -> None:
+def test_legends_fit_the_figure(tmp_path: Path) -> None:
     figures = pytest.importorskip("matplotlib.figure")
     lines, legends = [line("a", 1.0)], []
     directories = [
@@ -194,7 +194,7 @@ def test_names_of_a_legend_fit(tmp_path: Path) -> None:
         ({"summary.json": "{}"}, ("not a summary of launch/eval.py", "settings")),
     ],
 )
-def test_what_cannot_be_compared(
+def test_incomparable_results_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], second: Any, expected: tuple[str, ...]
 ) -> None:
     directories = [write_result(tmp_path / "a", [line("a", 1.0)])]
@@ -215,7 +215,7 @@ def test_what_cannot_be_compared(
 @pytest.mark.parametrize(
     ("task", "expected"), [("fidelity", ("'stare'", "use one of apb", "star")), ("passkey", ("task=fidelity",))]
 )
-def test_no_such_job_to_divide_by(
+def test_an_unknown_ratio_to_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str, expected: tuple[str, ...]
 ) -> None:
     lines = [line("a", kl=1.0)] if task == "fidelity" else [line("a", 1.0)]
@@ -255,7 +255,7 @@ def record_of(directory: Path) -> dict[str, Any]:
     return {"task": {"directory": str(directory)}, "metrics": {"cells": []}}
 
 
-def test_a_sweep_is_compared_by_its_tasks_settings(tmp_path: Path) -> None:
+def test_a_sweep_is_compared_within_equal_task_settings(tmp_path: Path) -> None:
     directories = [
         write_result(tmp_path / f"{method}{seed}", [line(str(seed), 1.0)], method, seed=seed)
         for seed in (1, 2)

@@ -75,8 +75,8 @@ def by_hand(family_model: Any, ids: Tensor, layer_idx: int) -> tuple[Tensor, Ten
     return found[0], found[1], found[2]
 
 
-def test_recall_is_that_of_whole_attention() -> None:
-    """Every mass anew, from all of a layer's attention, for tokens that are chosen without a compressor."""
+def test_recall_matches_full_attention_by_hand() -> None:
+    """Every mass recomputed from a layer's full attention, for tokens chosen without a compressor."""
     model, layer_idx, ratio = models.llama(), 1, 4
     ids = models.distinct_ids(NUM_TOKENS + JUDGED)
     plans = compressors.make_plans(NUM_TOKENS, HOSTS, [ratio])
@@ -107,7 +107,7 @@ def test_recall_is_that_of_whole_attention() -> None:
         assert (recent - other).abs().max() > 100 * TOLERANCE  # another layer, or other observers, would show
 
 
-def test_layers_are_all_but_the_last() -> None:
+def test_recall_omits_the_last_layer() -> None:
     model = models.llama()
     plans = compressors.make_plans(NUM_TOKENS, HOSTS, [4])
     views = compressors.make_views(NUM_TOKENS, JUDGED, HOSTS, torch.device("cpu"))
@@ -118,7 +118,7 @@ def test_layers_are_all_but_the_last() -> None:
         assert of_row.shape == (layers, common.SEEDS if row == "random" else 1, kv_heads), row
 
 
-def test_a_layers_block_is_what_a_compressor_is_given() -> None:
+def test_block_states_of_a_layer() -> None:
     """`query` observes with the document's last tokens, none of the judged; heads see this block's projections."""
     tokens, channels = NUM_TOKENS + JUDGED, 8
     positions = torch.arange(float(tokens))
@@ -133,7 +133,7 @@ def test_a_layers_block_is_what_a_compressor_is_given() -> None:
         assert given.tolist() == list(range(BLOCK, 2 * BLOCK))
 
 
-def test_the_record_of_the_study(record: dict[str, Any], tiny: dict[str, Path]) -> None:
+def test_record_of_the_study(record: dict[str, Any], tiny: dict[str, Path]) -> None:
     part = record["attention_mass"]
     assert [text["name"] for text in part["texts"]] == ["one.txt", "two.txt"]
     assert part["texts"][0]["sha256"] == hashlib.sha256(tiny["one"].read_bytes()).hexdigest()
@@ -167,7 +167,7 @@ def test_the_record_of_the_study(record: dict[str, Any], tiny: dict[str, Path]) 
     assert "CPU" in record["milliseconds"]["clock"] and record["milliseconds"]["fused"] is False
 
 
-def test_random_holds_its_share(record: dict[str, Any]) -> None:
+def test_random_keeps_its_expected_share(record: dict[str, Any]) -> None:
     for ratio in RATIOS:
         rows = record["attention_mass"]["recall"]["judged"][str(ratio)]
         # The mean over blocks of what may be kept of them: the first has fewer, so a little more than 1/ratio.
@@ -176,8 +176,8 @@ def test_random_holds_its_share(record: dict[str, Any]) -> None:
         assert rows["random"]["mean"] == pytest.approx(rows["mean"]["mean"], rel=0.2)
 
 
-def test_heads_choose_with_their_scores(tiny: dict[str, Path]) -> None:
-    """Heads whose scores are the position keep what `recent` keeps: the checkpoint is what chooses."""
+def test_heads_choose_by_their_scores(tiny: dict[str, Path]) -> None:
+    """Heads that score by position keep what `recent` keeps: the checkpoint makes the choice."""
     vocab_size = len(byte_tokenizer())
     model = models.llama(vocab_size=vocab_size)
     heads = read_heads(tiny["heads"], head_sizes(model))
@@ -222,7 +222,7 @@ def test_a_missing_checkpoint_is_named(command: Any, tiny: dict[str, Path], caps
     assert "--heads='nowhere.pt': file not found" in capsys.readouterr().err
 
 
-def test_what_leaves_nothing_to_measure(tiny: dict[str, Path]) -> None:
+def test_settings_that_leave_nothing_to_measure(tiny: dict[str, Path]) -> None:
     for hosts, num_tokens in ((1, NUM_TOKENS), (HOSTS, 1)):
         with pytest.raises(ValueError, match=f"--hosts={hosts} passes on nothing of --num-tokens={num_tokens};"):
             compressors.make_plans(num_tokens, hosts, RATIOS)

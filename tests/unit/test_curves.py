@@ -20,7 +20,7 @@ def points(content: dict[str, Any]) -> dict[str, list[tuple[Any, Any]]]:
     return {one["name"]: [(point["value"], point["mean"]) for point in one["points"]] for one in content["lines"]}
 
 
-def test_one_line_for_each_other_setting(tmp_path: Path) -> None:
+def test_one_line_for_each_choice_of_other_settings(tmp_path: Path) -> None:
     directories = [
         write_result(
             tmp_path / f"{compressor}{hosts}", [line(str(hosts), hosts / 10)], hosts=hosts, compressor=compressor
@@ -37,7 +37,7 @@ def test_one_line_for_each_other_setting(tmp_path: Path) -> None:
     assert level["interval"] == [0.0, 1.0] and level["prefill_flops"] == {"total": 4e12, "slowest_rank": 2e12}
 
 
-def test_the_default_ratio_has_its_value(tmp_path: Path) -> None:
+def test_the_default_ratio_is_shown_as_a_number(tmp_path: Path) -> None:
     directories = [
         write_result(tmp_path / "default", [line("x", kl=0.5)], task="fidelity"),
         write_result(tmp_path / "2", [line("x", kl=0.25)], task="fidelity", compression_ratio=2),
@@ -72,7 +72,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], against
         ("method.hosts", {"hosts": 4, "task": "ruler"}, ("task=passkey", "task=ruler")),
     ],
 )
-def test_what_cannot_be_drawn(
+def test_bad_curves_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], against: str, second: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
     directories = [write_result(tmp_path / "a", LINES), write_result(tmp_path / "b", LINES, **second)]
@@ -81,7 +81,7 @@ def test_what_cannot_be_drawn(
     assert all(part in said for part in expected), said
 
 
-def test_two_results_at_one_value(tmp_path: Path) -> None:
+def test_two_results_at_one_value_are_refused(tmp_path: Path) -> None:
     directories = [write_result(tmp_path / name, LINES, hosts=hosts) for name, hosts in (("a", 2), ("b", 4), ("c", 4))]
     with pytest.raises(ValueError, match=r"b and .*c are both apb at method.hosts=4"):
         gather_curves(read_results(directories), "method.hosts")

@@ -39,7 +39,7 @@ def test_floors_of_a_record() -> None:
     assert floors.floors_of(emulated, changed)[1]["prefill_floor_s"] > apb["prefill_floor_s"]
 
 
-def test_rates_are_of_the_later_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_measured_in_the_second_half(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
     monkeypatch.setattr("apb_ds.bench.timing.time.perf_counter", lambda: clock)
 
@@ -50,7 +50,7 @@ def test_rates_are_of_the_later_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert floors.sustained(work, 40, torch.device("cpu")) == 2.0
 
 
-def test_rates_of_this_machine() -> None:
+def test_measure_rates() -> None:
     sizes = floors.ModelSizes(2, 4, 2, 16, hidden_size=64, intermediate_size=96, vocab_size=100)
     rates = floors.measure_rates(sizes, 64, 2**20, 0.01, torch.device("cpu"))
     assert all(rates[name] > 0 for name in ("products", "causal", "unmasked", "bandwidth"))

@@ -1,4 +1,4 @@
-"""Operations of a prefill: against what torch counts, against the mask of the reference, and by hand."""
+"""Operations of a prefill: against torch's count, against the reference's mask, and by hand."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ APB: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5}
     ],
     ids=["dense", "apb", "query", "no anchor", "star", "exact", "few tokens"],
 )
-def test_as_torch_counts_them(family: str, n: int, given: dict[str, Any]) -> None:
+def test_matches_torchs_count(family: str, n: int, given: dict[str, Any]) -> None:
     prefilled, asked, counted = run_counted(0, 1, family, n, given)
     assert counted is not None
     assert (counted["total"], counted["slowest_rank"], counted["query"]) == (prefilled, prefilled, asked)
@@ -48,13 +48,13 @@ def test_as_torch_counts_them(family: str, n: int, given: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("compressor", compressor_names())
-def test_every_compressors_products(compressor: str) -> None:
+def test_scoring_of_every_compressor(compressor: str) -> None:
     prefilled, _, counted = run_counted(0, 1, "llama", 101, APB | {"compressor": compressor})
     assert counted is not None and counted["total"] == prefilled
 
 
 @pytest.mark.parametrize("given", [APB, {"hosts": 3, "anchor_length": "block", "passing_length": 0}])
-def test_pairs_are_those_of_the_mask(given: dict[str, Any]) -> None:
+def test_pairs_match_the_mask(given: dict[str, Any]) -> None:
     document, query = request_ids(101, 6)
     judge = run_reference(build_model("llama"), document, query, **given)
     masks = judge.masks[0][0]
@@ -68,7 +68,7 @@ def test_pairs_are_those_of_the_mask(given: dict[str, Any]) -> None:
 
 
 def test_parts_by_hand() -> None:
-    """Two hosts with 10 tokens each, an anchor of 4, 3 passed; the last layer has its first projections alone."""
+    """Two hosts with 10 tokens each, an anchor of 4, 3 passed; the last layer computes its first projections only."""
     sizes = ModelSizes(num_layers=2, hidden_size=8, intermediate_size=16, heads=2, kv_heads=1, head_dim=4, vocab_size=5)
     config = APBConfig(hosts=2, anchor_length=4, passing_length=3, schedule="natural", shard_anchor=False)
     before, after = 8 * 8 + 2 * 8 * 4, 8 * 8 + 3 * 8 * 16
@@ -102,7 +102,7 @@ def test_a_shared_anchor_is_counted_once() -> None:
     assert counts[True].slowest_rank < counts[False].slowest_rank
 
 
-def test_models_that_are_not_counted() -> None:
+def test_configs_without_sizes_are_not_counted() -> None:
     engine: Any = SimpleNamespace(module=models.llama(), attention=SimpleNamespace(compressor=None))
     context: Any = SimpleNamespace(plan=plan_request(APBConfig(method="dense"), 8, 0))
     assert count_prefill(engine, context, 2) is not None
@@ -111,7 +111,7 @@ def test_models_that_are_not_counted() -> None:
     assert ModelSizes.from_config(SimpleNamespace(num_attention_heads=4, hidden_size=64)) is None
 
 
-def test_a_question_says_what_its_prefill_takes(tmp_path: Path) -> None:
+def test_a_question_records_its_flops(tmp_path: Path) -> None:
     model_path = save_checkpoint(tmp_path / "model")
     arguments = [f"model.path={model_path}", "model.device=cpu", "method.hosts=2", "task=prompt", "task.query=hi"]
     arguments += ["task.document='A lamp stands on the pier, and nobody comes.'", f"hydra.run.dir={tmp_path}/run"]
@@ -123,6 +123,6 @@ def test_a_question_says_what_its_prefill_takes(tmp_path: Path) -> None:
     assert f"prefill TFLOP, all ranks / slowest {shown} / {shown}" in " ".join(ended.stdout.split())
 
 
-def test_needs_no_torch() -> None:
+def test_does_not_import_torch() -> None:
     script = "import sys, apb_ds.report.flops; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0

@@ -46,7 +46,7 @@ SEVERAL = record(
 OTHER = record(case("apb", 2000, 1.0, hosts=8), gpu="another")
 
 
-def test_rows_are_compared_at_their_length() -> None:
+def test_rows_are_compared_at_the_same_length() -> None:
     rows = join.rows_of([ONE, SEVERAL, OTHER], "dense_engine")
     assert [(row["document_tokens"], join.name_of(row), row["speedup"]) for row in rows] == [
         (1000, "dense_engine, 1 rank, one", 1.0),

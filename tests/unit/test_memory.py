@@ -1,4 +1,4 @@
-"""What is said when memory runs out, and that nothing else is taken for it."""
+"""The message when memory runs out, and no other error mistaken for it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_is_out_of_memory(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
 
 
-def test_the_hosts_own_error_is_recognised() -> None:
-    """The words are torch's, and may change with it."""
+def test_torchs_host_allocation_error_is_recognised() -> None:
+    """The message is torch's, and may change with its version."""
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)
@@ -66,7 +66,7 @@ def test_other_errors_pass_unchanged(error: BaseException) -> None:
     assert raised.value is error
 
 
-def test_levers_name_what_the_plan_has() -> None:
+def test_levers_match_the_plan() -> None:
     config = apb_ds.APBConfig(hosts=4, hosts_per_round=2)
     joint, alone = (apb_ds.plan_request(each, 1000, 0) for each in (config, apb_ds.APBConfig(hosts=4)))
     assert "hosts_per_round=1 instead of 2" in levers(joint, torch.float32, is_prefill=True)

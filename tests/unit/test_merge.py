@@ -1,4 +1,4 @@
-"""Evaluations of a benchmark's tasks that ran side by side, made one."""
+"""Merging evaluations of a benchmark's tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apb_ds.report.results import read_results
 from tests.result_directories import failed, line, write_result
 
 
-def test_merged_is_what_one_evaluation_would_have_left(tmp_path: Path) -> None:
+def test_a_merge_equals_one_evaluation(tmp_path: Path) -> None:
     first = [line("a", 1.0), line("b", 0.0, exact=True), failed("c")]
     second = [line("d", 0.5, labels={"length": 16})]
     parts = [
@@ -27,7 +27,7 @@ def test_merged_is_what_one_evaluation_would_have_left(tmp_path: Path) -> None:
     assert compare_results([merged, expected])["pairs"][-1]["difference"] == 0.0
 
 
-def test_what_is_not_a_part_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluations_that_do_not_fit_together_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write_result(tmp_path / "one", [line("a", 1.0)], tasks=["x"])
     others = {
         "differ in method.hosts": write_result(tmp_path / "hosts", [line("a", 1.0)], tasks=["y"], hosts=4),

@@ -52,7 +52,7 @@ def all_errors(measured: dict[str, Any]) -> list[float]:
     return [*measured["attention_output_error"], measured["logits_error"]]
 
 
-def test_half_precision_is_near_the_reference(
+def test_half_precision_is_close_to_the_reference(
     numerics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "numerics.json"
@@ -61,7 +61,7 @@ def test_half_precision_is_near_the_reference(
     record = json.loads(out.read_text(encoding="utf-8"))
     for name in numerics.MEASUREMENTS:
         errors = all_errors(record[name])
-        # Half precision has 8 bits: much nearer, and the two would not be two; much further, and one would be wrong.
+        # Half precision has 8 bits: smaller errors mean that both are the same, larger ones that one is wrong.
         assert len(errors) == NUM_LAYERS + 1 and all(1e-4 < error < HALF_ERROR for error in errors), (name, errors)
     same_states = record["attention_alone"]["attention_output_error"]
     assert len(same_states) == NUM_LAYERS
@@ -82,14 +82,14 @@ def test_half_precision_is_near_the_reference(
     assert [line.split()[0] for line in printed[-len(numerics.MEASUREMENTS) :]] == list(numerics.MEASUREMENTS)
 
 
-def test_the_same_precision_has_no_error(numerics: Any, tmp_path: Path) -> None:
+def test_equal_precision_has_rounding_errors_only(numerics: Any, tmp_path: Path) -> None:
     record = numerics.measure(numerics.parse_arguments(arguments("float32", tmp_path / "unused")))
     for name in ("per_layer", "end_to_end", "plain_model", "plain_model_per_layer"):
         assert max(all_errors(record[name])) < FLOAT32_ERROR, (name, record[name])
     assert max(record["attention_alone"]["attention_output_error"]) < FLOAT32_ERROR
 
 
-def test_a_wrong_scale_shows_in_its_own_layer(numerics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_scale_shows_in_its_layer(numerics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong_layer = APBAttention.forward, 1
 
     def wrong(self: APBAttention, *states: Tensor, layer_idx: int, scale: float, **others: Any) -> Tensor:
@@ -108,7 +108,7 @@ def test_a_wrong_scale_shows_in_its_own_layer(numerics: Any, tmp_path: Path, mon
     assert max(all_errors(record["plain_model"])) < FLOAT32_ERROR
 
 
-def test_hidden_states_of_other_forwards_are_refused(numerics: Any, tmp_path: Path) -> None:
+def test_hidden_states_of_mismatched_forwards_are_refused(numerics: Any, tmp_path: Path) -> None:
     model = numerics.make_model(numerics.parse_arguments(arguments("float32", tmp_path / "unused")), torch.float32)
     ids = torch.arange(12).unsqueeze(0)
     hidden = numerics.run_plain(model, ids, 2).hidden

@@ -18,7 +18,7 @@ EVENTS = [
 ]
 
 
-def test_what_is_hidden_and_what_is_not() -> None:
+def test_hidden_and_exposed_communication() -> None:
     assert overlap.summarise(EVENTS) == {
         "span_ms": 3.0,
         "computing_ms": 2.4,
@@ -49,7 +49,7 @@ def test_kernels_are_classified_by_name(name: str, kind: str) -> None:
     assert overlap.kind_of(name) == kind
 
 
-def test_the_figure_shows_the_middle(tmp_path: Path) -> None:
+def test_the_figure_shows_the_middle_of_a_prefill(tmp_path: Path) -> None:
     events = [
         Event(100.0 * index + delay, 100.0 * index + 80.0, name, stream)
         for index in range(10)

@@ -1,4 +1,4 @@
-"""Records and logs: no places on this machine."""
+"""Records and logs without this machine's paths."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.tiny_checkpoint import save_checkpoint
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with a project in it, in which the run was started."""
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home directory with a project in it, the working directory."""
     (tmp_path / "jo" / "project" / "run").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path / "jo"))
     monkeypatch.chdir(tmp_path / "jo" / "project")
@@ -41,12 +41,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("50% of 3 // 4", None),
     ],
 )
-def test_texts(place: Path, text: str, hidden: str | None) -> None:
-    text = text.replace("{home}", str(place))
-    assert hide_paths(text, place / "project" / "run") == (text if hidden is None else hidden)
+def test_texts(home: Path, text: str, hidden: str | None) -> None:
+    text = text.replace("{home}", str(home))
+    assert hide_paths(text, home / "project" / "run") == (text if hidden is None else hidden)
 
 
-def test_what_somebody_wrote_stays(place: Path) -> None:
+def test_written_text_is_kept(home: Path) -> None:
     record = {
         "config": {"task": {"document": "see /etc/hosts", "query": "@/home/jo/q.txt"}, "model": {"path": "/m/x"}},
         "task": {"prediction": "/bin/sh", "turns": [{"question": "/a/b?", "answer": "/c", "error": "/d/e"}], "n": 3},
@@ -63,29 +63,29 @@ def test_what_somebody_wrote_stays(place: Path) -> None:
     }
 
 
-def test_log_lines(place: Path) -> None:
+def test_log_lines(home: Path) -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(PathHidingFormatter("[%(levelname)s] %(message)s"))
     logger = logging.Logger("test_log_lines")
     logger.addHandler(handler)
-    logger.warning("cannot keep it in %s (%s)", place / ".cache", "/mnt/disk/x")
+    logger.warning("cannot keep it in %s (%s)", home / ".cache", "/mnt/disk/x")
     assert stream.getvalue() == "[WARNING] cannot keep it in ~/.cache (.../x)\n"
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_record(place: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-    directory = save_checkpoint(place / "models" / "good")
-    (place / "text.txt").write_text("A lamp stands on the pier. " * 8)
+def test_a_record(home: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    directory = save_checkpoint(home / "models" / "good")
+    (home / "text.txt").write_text("A lamp stands on the pier. " * 8)
     session = Session(console=Console(file=io.StringIO()))
-    task = {"name": "prompt", "document": f"@{place}/text.txt", "query": "What?", "max_new_tokens": 2}
+    task = {"name": "prompt", "document": f"@{home}/text.txt", "query": "What?", "max_new_tokens": 2}
     if fails:
         (directory / "config.json").write_text("{")
     values = {"model": {"path": str(directory), "device": "cpu"}, "method": {"hosts": 2}, "task": task}
-    run_dir = place / "project" / "run"
+    run_dir = home / "project" / "run"
     record = session.run(Job(values, run_dir, {"model.path": str(directory)}))
     assert (record["status"] == "failed") is fails
     text = (run_dir / "record.json").read_text()
-    assert str(place) not in text and str(place.parent) not in text
+    assert str(home) not in text and str(home.parent) not in text
     assert "~/models/good" in text and "@~/text.txt" in text
     assert str(directory) in str(record), "whoever started it is told in full"

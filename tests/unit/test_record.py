@@ -59,7 +59,7 @@ def test_environment() -> None:
     assert git_state(Path("/")) == {"commit": None, "dirty": None}
 
 
-def test_a_copy_of_the_tree_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_gives_the_commit_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APB_DS_COMMIT", "abc")
     assert git_state() == git_state(Path("/")) == {"commit": "abc", "dirty": None}
 
@@ -67,7 +67,7 @@ def test_a_copy_of_the_tree_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) 
 def test_peak_memory_is_of_this_job() -> None:
     reset_peak_memory(CPU)
     before = peak_memory_bytes(CPU)
-    with mmap.mmap(-1, SIZE) as held:  # of its own: torch may be given what other tests have left
+    with mmap.mmap(-1, SIZE) as held:  # not by torch, which may reuse memory of other tests
         held.write(b"x" * SIZE)
     assert peak_memory_bytes(CPU) - before > SIZE // 2
 
@@ -76,7 +76,7 @@ def test_format_bytes() -> None:
     assert [format_bytes(number) for number in (0, 1536, 3 << 20, 5 << 30)] == ["0 B", "1.5 KiB", "3.0 MiB", "5.00 GiB"]
 
 
-def test_no_bar_where_nobody_sees_it() -> None:
+def test_no_bar_without_a_terminal() -> None:
     with prefill_progress(Console(file=io.StringIO())) as progress:
         assert progress is None
     console = Console(file=io.StringIO(), force_terminal=True)
@@ -142,7 +142,7 @@ def test_ranks_that_cannot_join(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "port 29500" in said and "--master_port" in said and "advice" not in said and "Traceback" not in said
 
 
-def test_another_model_is_loaded_anew(session: Session) -> None:
+def test_a_changed_model_config_reloads_the_model(session: Session) -> None:
     session.run(Job(values()))
     first = session._loaded
     changed = values()

@@ -1,4 +1,4 @@
-"""What a killed process leaves behind is removed by the next one: directories of ranks, files begun."""
+"""The next process removes what a killed one left: directories of ranks, unfinished files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apb_ds.report.record import remove_scratch, replace_file
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_directories_of_ranks_that_were_killed(tmp_path: Path) -> None:
+def test_directories_of_killed_ranks_are_removed(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for name in (f"apb_ds-{ended.pid}-old", f"apb_ds-{os.getpid()}-alive", "apb_ds-users", f"other-{ended.pid}-x"):
@@ -25,7 +25,7 @@ def test_directories_of_ranks_that_were_killed(tmp_path: Path) -> None:
     assert left == sorted([f"apb_ds-{os.getpid()}-alive", "apb_ds-users", f"other-{ended.pid}-x"])
 
 
-def test_files_that_were_begun(tmp_path: Path) -> None:
+def test_unfinished_files_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "answers[1].jsonl"
     with replace_file(path) as stream:
         stream.write("old\n")

@@ -73,7 +73,7 @@ def test_operations_of_a_prefill() -> None:
     assert summary["cells"][1]["prefill_flops"] is None
 
 
-def test_a_cell_without_measures_has_its_place_in_the_table() -> None:
+def test_a_cell_without_measures_keeps_its_row() -> None:
     results = [result(None, measures={"kl": 0.25, "top1": 1.0}), result(None, labels={"length": 16}, exact=True)]
     summary = summarise(results)
     out = io.StringIO()
@@ -81,7 +81,7 @@ def test_a_cell_without_measures_has_its_place_in_the_table() -> None:
     assert "16 1 - - 0 1 1.00" in " ".join(out.getvalue().split())
 
 
-def test_interval_covers_the_mean_as_often_as_it_says() -> None:
+def test_the_interval_has_its_nominal_coverage() -> None:
     draw = random.Random(0)
     hits = 0
     for _ in range(60):
@@ -90,7 +90,7 @@ def test_interval_covers_the_mean_as_often_as_it_says() -> None:
     assert 50 <= hits <= 60  # 95% of 60 is 57
 
 
-def test_interval_is_the_same_each_time_and_needs_two_values() -> None:
+def test_the_interval_is_deterministic_and_needs_two_values() -> None:
     values = [0.0, 1.0, 1.0, 0.5]
     assert bootstrap_interval(values) == bootstrap_interval(values)
     assert bootstrap_interval([1.0]) is None and bootstrap_interval([]) is None
