@@ -161,16 +161,8 @@ def _flops(sizes: ModelSizes, case: dict[str, Any], query_tokens: int) -> Prefil
     config = APBConfig(**{name: value for name, value in case["settings"].items() if value is not None})
     plan = plan_request(config, case["document_tokens"], query_tokens, case["ranks"])
     settings = config.settings
-    if not isinstance(settings, BlockSettings):
-        return count_flops(sizes, plan)
-    compressor = build_compressor(settings)
-    return count_flops(
-        sizes,
-        plan,
-        score_products=lambda tokens: compressor.score_products(
-            tokens, plan.anchor_query_length, sizes.heads, sizes.head_dim
-        ),
-    )
+    compressor = build_compressor(settings) if isinstance(settings, BlockSettings) else None
+    return count_flops(sizes, plan, compressor=compressor)
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ class FittedTable:
         for group in groups:
             yield self._table(group, width)
         names = ", ".join(self.columns[index].name for index in dropped)
-        for note in (*self.notes, *([f"Too narrow for: {names}."] if dropped else [])):
+        for note in (*self.notes, *([f"Not shown at this width: {names}."] if dropped else [])):
             yield Text(_wrap(note, width), style="dim italic")
 
     def _choose(self, used: list[int], width: int) -> tuple[list[list[int]], list[int]]:

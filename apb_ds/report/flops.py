@@ -10,15 +10,12 @@ the projections before its attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from apb_ds.plan import Plan
 from apb_ds.utils.sizes import AttentionSizes, read_attention_sizes
 
-# Multiply-adds of the matrix products that score a block of so many tokens in one layer.
-ScoreProducts = Callable[[int], int]
 SIZE_NAMES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size")
 
 
@@ -123,7 +120,7 @@ def count_flops(
     sizes: ModelSizes,
     plan: Plan,
     *,
-    score_products: ScoreProducts | None = None,
+    compressor: Any = None,
     query_length: int = 0,
     num_logits: int = 1,
 ) -> PrefillFlops:
@@ -131,8 +128,7 @@ def count_flops(
 
     Parameters
     ----------
-    score_products : callable, optional
-        Multiply-adds of the compressor's matrix products for a block of so many tokens in one layer.
+    compressor : Compressor, optional
     query_length : tokens of the query asked after the prefill; 0 for none
     num_logits : how many of its tokens get logits
     """
@@ -140,8 +136,13 @@ def count_flops(
     ranks = []
     for rank in range(plan.world_size):
         parts = count(sizes, plan, rank)
-        if count is _count_blocks and score_products is not None:
-            parts["scoring"] = 2 * (sizes.num_layers - 1) * _score_products(plan, rank, score_products)
+        if count is _count_blocks and compressor is not None:
+            scored = [plan.block_length(host) for host in plan.hosts_of(rank) if plan.is_scored(host)]
+            products = (
+                compressor.score_products(tokens, plan.anchor_query_length, sizes.heads, sizes.head_dim)
+                for tokens in scored
+            )
+            parts["scoring"] = 2 * (sizes.num_layers - 1) * sum(products)
         parts["query"] = _count_query(sizes, plan, rank, query_length, num_logits)
         ranks.append(RankFlops(**parts))
     return PrefillFlops(tuple(ranks))
@@ -165,11 +166,6 @@ def _count_blocks(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:
         "to_anchor": sizes.per_pair * plan.anchor_length * sum(lengths[host] for host in hosts if host > 0),
         "to_passed": sizes.per_pair * sum(lengths[host] * plan.kept_offsets[host] for host in hosts),
     }
-
-
-def _score_products(plan: Plan, rank: int, products: ScoreProducts) -> int:
-    """Return the products of the blocks that are scored; a block that keeps everything eligible is not."""
-    return sum(products(plan.block_length(host)) for host in plan.hosts_of(rank) if plan.is_scored(host))
 
 
 def _count_ring(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:

@@ -186,12 +186,7 @@ def count_prefill(engine: Any, context: Context, num_query: int, *, num_logits: 
     if sizes is None or sum(linear.in_features * linear.out_features for linear in linears) != sizes.linear_weights:
         return None
     compressor = engine.attention.compressor
-
-    def products(block_tokens: int) -> int:
-        return compressor.score_products(block_tokens, plan.anchor_query_length, sizes.heads, sizes.head_dim)
-
-    score = None if compressor is None else products
-    return count_flops(sizes, plan, score_products=score, query_length=num_query, num_logits=num_logits).as_dict()
+    return count_flops(sizes, plan, compressor=compressor, query_length=num_query, num_logits=num_logits).as_dict()
 
 
 def plan_metrics(context: Context, group: SequenceGroup) -> dict[str, Any]:

@@ -80,7 +80,8 @@ def test_parts_by_hand() -> None:
         anchor_attention=10 * pair,
         scoring=2 * 7 * 10,
     )
-    first, second = count_flops(sizes, plan_request(config, 20, 0, 2), score_products=lambda tokens: 7 * tokens).ranks
+    compressor = SimpleNamespace(score_products=lambda tokens, *_: 7 * tokens)
+    first, second = count_flops(sizes, plan_request(config, 20, 0, 2), compressor=compressor).ranks
     assert first == expected
     assert second == RankFlops(
         **vars(expected) | {"to_anchor": 10 * 4 * pair, "to_passed": 10 * 3 * pair, "scoring": 0}
