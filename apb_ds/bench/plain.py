@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,14 +13,9 @@ from apb_ds.bench.timing import Stopwatch
 from apb_ds.hf.onednn_linears import onednn_linears
 
 
-@contextmanager
-def linears_of(model: PreTrainedModel, method: str, num_tokens: int) -> Iterator[None]:
+def linears_of(model: PreTrainedModel, method: str, num_tokens: int) -> AbstractContextManager[Any]:
     """Install the linear layers that a plain method uses."""
-    if method == "dense_onednn":
-        with onednn_linears(model, num_tokens):
-            yield
-    else:
-        yield
+    return onednn_linears(model, num_tokens) if method == "dense_onednn" else nullcontext()
 
 
 @torch.no_grad()
