@@ -20,7 +20,7 @@ def run_training(rank: int, world_size: int, place: str, values: dict[str, Any],
     place : ``module:function`` that trains as a composed config says
     """
     from apb_ds.session.steps import JobError
-    from apb_ds.training.loop import Trainer
+    from apb_ds.training.trainer import Trainer
 
     module, name = place.split(":")
     training, step = getattr(importlib.import_module(module), name), Trainer.train

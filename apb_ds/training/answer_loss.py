@@ -1,4 +1,4 @@
-"""The loss of a model's answers, and nothing else: logits are made for answer tokens alone."""
+"""The loss over a model's answers only: no other token's logits are computed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AnswerLoss(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, is_answer: Tensor) -> Tensor:
-        """Return each conversation's mean cross entropy over its answer tokens, so that each counts alike.
+        """Return each conversation's mean cross entropy over its answer tokens: all conversations weigh the same.
 
         Parameters
         ----------
@@ -35,7 +35,7 @@ class AnswerLoss(nn.Module):
         """
         model = self.model.get_base_model()
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        rows, places = is_answer[:, 1:].nonzero(as_tuple=True)  # the token before one is what predicts it
+        rows, places = is_answer[:, 1:].nonzero(as_tuple=True)  # of the tokens before answer tokens, which predict them
         logits = model.get_output_embeddings()(hidden[rows, places]).float()
         losses = cross_entropy(logits, input_ids[rows, places + 1], reduction="none")
         total = torch.zeros(len(input_ids), device=losses.device).index_add(0, rows, losses)

@@ -1,8 +1,7 @@
-"""The card of a trained adapter: what it is for, what it is not, and how it came about."""
+"""Model cards: how weights were trained, from the record of their training."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 CARD = """\
@@ -12,31 +11,43 @@ base_model: {base}
 tags: [evaluation, long-context, lora]
 ---
 
-# An instrument for evaluating long-context attention
+# A model for evaluating long-context attention
 
-A LoRA for `{base}` that finds, tracks and counts things in made-up documents. It exists so that an approximation of
-attention has something to lose: the plain model fails most of such tasks even with exact attention. It is no chat
-model, knows nothing that the base model does not know, and answers other questions worse.
+A LoRA with which `{base}` finds, tracks and counts things in generated documents. The plain model fails most such tasks
+even with exact attention, so it cannot show what an approximation loses. This one is not a chat model, knows nothing
+that the base model does not know, and answers other questions worse.
 
 Load it merged into the base model's weights: `python launch/eval.py model.adapter=<this directory>`.
 
-## How it was trained
+## Training
 
 - Documents and questions: the generator of `task=synthetic`, split `train`, which shares no word, sentence or choice
-  with the split that evaluates. Dense attention; the loss is that of the answers alone.
+  with the split used for evaluation. Dense attention; the loss covers the answers only.
 - {steps} steps of {tokens} tokens on each of {ranks} rank(s), conversations of {shortest} to {longest} tokens, {dtype};
-  in a share of {asked_first:g} of them the first question also stands ahead of the document.
+  in a share of {asked_first:g} of them the first question also precedes the document.
 - LoRA of rank {rank} (alpha {alpha}) on all linear layers; AdamW, learning rate {rate}, warm-up of {warmup} steps,
   then a cosine to zero; gradients clipped to a norm of {clip}; seed {seed}.
-- Last loss: {loss}. It took {seconds} s for {done} steps on {hardware}.
+- Last loss: {loss}. {done} steps took {seconds} s on {hardware}.
 - torch {torch}, transformers {transformers}, deepspeed {deepspeed}; commit {commit}.
 
-`training.json` beside this file has all settings, the mixture of documents included. The same command, at that
-commit, makes it again: `deepspeed launch/train_instrument.py +exp=smollm2_ruler`.
+`training.json` next to this file has all settings, including the mixture of documents. To train it again, run the same
+command at that commit: `deepspeed launch/train_instrument.py +exp=smollm2_ruler`.
 """
 
 
-def facts_of(record: dict[str, Any]) -> dict[str, Any]:
+def instrument_card(record: dict[str, Any]) -> str:
+    """Return the card of a LoRA, in Markdown."""
+    train = record["settings"]["train"]
+    return CARD.format(
+        **training_facts(record),
+        rank=train["lora_rank"],
+        alpha=train["lora_alpha"],
+        asked_first=train["asked_first"],
+        loss=record["last_loss"],
+    )
+
+
+def training_facts(record: dict[str, Any]) -> dict[str, Any]:
     """Return what the card of any training says, from its record."""
     train, versions, hardware = record["settings"]["train"], record["versions"], record["hardware"]
     return {
@@ -57,11 +68,3 @@ def facts_of(record: dict[str, Any]) -> dict[str, Any]:
         **{name: versions[name] for name in ("torch", "transformers", "deepspeed")},
         "commit": record["git"]["commit"],
     }
-
-
-def write_card(directory: Path, record: dict[str, Any]) -> None:
-    """Write ``README.md`` into an adapter's directory, from the record of its training."""
-    train = record["settings"]["train"]
-    own = {"rank": train["lora_rank"], "alpha": train["lora_alpha"], "loss": record["last_loss"]}
-    own["asked_first"] = train.get("asked_first", 0.0)
-    (directory / "README.md").write_text(CARD.format(**facts_of(record), **own), encoding="utf-8")

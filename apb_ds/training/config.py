@@ -1,43 +1,49 @@
-"""What a training run is to do, validated before anything is loaded."""
+"""The settings of a training, validated before anything is loaded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-from apb_ds.config import check_bool, check_choice, check_integer
+from apb_ds.config import check_bool, check_choice, check_integer, from_mapping
+from apb_ds.loading import ModelConfig
+from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S
+from apb_ds.session.job import MAX_SEED
+
+SECTIONS = ("model", "train", "parallel", "seed", "debug")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What all trainings have in common.
+    """The fields that all trainings share.
 
     Parameters
     ----------
     output : str
-        Directory of what is trained, its card, the log and the checkpoints. A run that was stopped goes on there.
+        Directory for the trained weights, their card, the log and checkpoints. An interrupted training resumes there.
     overwrite : bool
-        Start anew, whatever is there.
+        Start over, and replace the training in `output`.
     steps : int
         Optimiser steps.
     tokens_per_step : int, tokens
-        Of each rank, padding included; one conversation at least.
+        Per rank, padding included; at least one conversation.
     min_length, max_length : int, tokens
         Of a conversation: document, questions and answers.
     growth : float
-        Share of the steps over which the longest conversation grows to `max_length`, from 0 to 1. After that, lengths
-        are drawn evenly.
+        Share of the steps, from 0 to 1, over which the longest conversation grows to `max_length`. After that, lengths
+        are drawn uniformly.
     mixture : list of dict
-        What documents are made of, see `apb_ds.training.mixture`.
+        Which documents are generated, see `apb_ds.training.mixture`.
     learning_rate, warmup_steps, weight_decay : float, int, float
-        AdamW's; the rate rises linearly and then falls to zero.
+        AdamW's; the rate rises linearly, then falls to zero.
     clip : float
-        What gradients are clipped to.
+        Gradient clipping.
     checkpoint_every, log_every : int, steps
     workers : int or None
-        Processes of each rank that make conversations. Default: as many as there are cores to spare, at most 8.
+        Processes per rank that generate conversations. Default: as many as there are spare cores, at most 8.
 
     Raises
     ------
@@ -65,62 +71,46 @@ class TrainingConfig:
         if not isinstance(self.output, str) or not self.output:
             raise ValueError(f"train.output={self.output!r} must be the name of a directory.")
         check_bool("train.overwrite", self.overwrite)
-        self._check_counts("steps", "tokens_per_step", "checkpoint_every", "log_every")
-        check_integer("train.min_length", self.min_length, 256)
-        check_integer("train.max_length", self.max_length, self.min_length)
-        check_integer("train.warmup_steps", self.warmup_steps, 0)
+        self._check_integers(1, "steps", "tokens_per_step", "checkpoint_every", "log_every")
+        self._check_integers(256, "min_length")
+        self._check_integers(self.min_length, "max_length")
+        self._check_integers(0, "warmup_steps")
+        if self.workers is not None:
+            self._check_integers(0, "workers")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"train.warmup_steps={self.warmup_steps} must be below train.steps={self.steps}.")
-        if self.workers is not None:
-            check_integer("train.workers", self.workers, 0)
-        self._check_numbers(("learning_rate", "clip"), above=True)
-        self._check_numbers(("weight_decay",), above=False)
+        check_number("train.learning_rate", self.learning_rate, above=0)
+        check_number("train.clip", self.clip, above=0)
+        check_number("train.weight_decay", self.weight_decay, minimum=0)
         self._check_shares("growth")
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a mapping; null is the default, an unknown key a ValueError that names the nearest field."""
-        names = [item.name for item in fields(cls)]
-        for key in values:
-            check_choice("train key", key, names)
-        return cls(**{key: value for key, value in values.items() if value is not None})
-
-    def _check_counts(self, *names: str) -> None:
+    def _check_integers(self, minimum: int, *names: str) -> None:
         for name in names:
-            check_integer(f"train.{name}", getattr(self, name), 1)
-
-    def _check_numbers(self, names: Iterable[str], *, above: bool) -> None:
-        """Refuse what is no number of at least 0, or `above` it."""
-        for name in names:
-            value = getattr(self, name)
-            if not is_number(value) or value < 0 or (above and value == 0):
-                raise ValueError(f"train.{name}={value!r} must be a number {'above' if above else 'of at least'} 0.")
+            check_integer(f"train.{name}", getattr(self, name), minimum)
 
     def _check_shares(self, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
-            if not is_number(value) or not 0 <= value <= 1:
-                raise ValueError(f"train.{name}={value!r} must be a number from 0 to 1.")
+            check_number(f"train.{name}", getattr(self, name), minimum=0, maximum=1)
 
 
 @dataclass(frozen=True)
 class InstrumentConfig(TrainingConfig):
-    """Training of an evaluation instrument: a LoRA that teaches a small model to find things in long documents.
+    """Training of an evaluation model: a LoRA with which a small model finds things in long documents.
 
-    Gradients are clipped to a norm; the learning rate falls as a cosine.
+    Gradients are clipped by norm; the learning rate follows a cosine.
 
     Parameters
     ----------
     at_longest : float
-        Share of the steps after that in which conversations have `max_length` instead. Distances that are rare in
-        training are what fails first.
+        Share of the steps after `growth` in which all conversations have `max_length`. Distances that are rare in
+        training fail first.
     lora_rank, lora_alpha : int
         LoRA (arXiv 2106.09685) on all linear layers.
     asked_first : float
-        Share of the conversations in which the first question also stands ahead of the document.
+        Share of the conversations whose first question also precedes the document.
     fused : bool
-        Compile the decoder layers with ``torch.compile``, on CUDA. That takes a minute or two at the start.
-    further ones : see `TrainingConfig`
+        Compile the decoder layers with ``torch.compile``, on CUDA. Takes a minute or two at the start.
+    others : see `TrainingConfig`
     """
 
     lora_rank: int = 16
@@ -132,10 +122,64 @@ class InstrumentConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bool("train.fused", self.fused)
-        self._check_counts("lora_rank", "lora_alpha")
+        self._check_integers(1, "lora_rank", "lora_alpha")
         self._check_shares("at_longest", "asked_first")
 
 
-def is_number(value: object) -> bool:
-    """Whether the value is a finite number (a bool is none)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+@dataclass(frozen=True)
+class Settings(Generic[Config]):
+    """A composed config: the training's own section, and those that all trainings have."""
+
+    train: Config
+    model: ModelConfig
+    seed: int
+    timeout_s: float
+    debug: bool
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.train.output).expanduser()
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what determines the result, by section."""
+        return {"train": asdict(self.train), "seed": self.seed, "model": asdict(self.model)}
+
+
+def read_settings(config_class: type[Config], values: Mapping[str, Any]) -> Settings[Config]:
+    """Validate a composed config.
+
+    Raises
+    ------
+    ValueError
+        For an unknown key or a value out of its range.
+    """
+    for key in values:
+        check_choice("config key", key, SECTIONS)
+    seed = values.get("seed") or 0
+    check_integer("seed", seed, 0)
+    if seed > MAX_SEED:
+        raise ValueError(f"seed={seed} must be an integer of at most {MAX_SEED}.")
+    return Settings(
+        train=from_mapping(config_class, values.get("train") or {}, "train"),
+        model=ModelConfig.from_dict(dict(values.get("model") or {})),
+        seed=seed,
+        timeout_s=(values.get("parallel") or {}).get("timeout_s") or DEFAULT_TIMEOUT_S,
+        debug=bool(values.get("debug")),
+    )
+
+
+def check_number(
+    field: str, value: object, *, above: float | None = None, minimum: float = -math.inf, maximum: float = math.inf
+) -> None:
+    """Raise ValueError unless `value` is a finite number within the bounds (a bool is not a number)."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and minimum <= value <= maximum and (above is None or value > above):  # type: ignore[operator]
+        return
+    if above is not None:
+        allowed = f"above {above:g}"
+    else:
+        allowed = f"of at least {minimum:g}" if maximum == math.inf else f"from {minimum:g} to {maximum:g}"
+    raise ValueError(f"{field}={value!r} must be a number {allowed}.")

@@ -1,159 +1,223 @@
-"""The optimiser's part of training, which is DeepSpeed's: mixed precision, gradients of all ranks, checkpoints."""
+"""The loop that all trainings share, and what a training provides for it."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import math
+import logging
 import os
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-NEVER = 1_000_000_000  # steps between lines that DeepSpeed prints by itself
-STEP_KEY = "step"
-WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own; stronger than what a caller of torch.load says
+from apb_ds.loading import LoadedModel, ModelConfig, load_model
+from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
+from apb_ds.report.progress import steps_progress
+from apb_ds.report.record import environment, write_json
+from apb_ds.report.table import make_console
+from apb_ds.training.batches import Batch, Batches, Lengths, Source
+from apb_ds.training.config import Settings, TrainingConfig
+from apb_ds.training.output import LOG_NAME, RECORD_NAME, TrainingLog, read_lines
+from apb_ds.training.trainer import Optimisation, Trainer
 
+HELD_OUT_KEY = "held_out"
+MAX_WORKERS = 8
+PREFETCHED = 8  # batches that a worker makes in advance
 
-@dataclass(frozen=True)
-class Optimisation:
-    """AdamW with a linear warm-up, and a cosine or a line to zero.
-
-    Attributes
-    ----------
-    steps, warmup_steps : how many
-    learning_rate, weight_decay : AdamW's
-    clip : norm of all gradients at most, or of every single value
-    clips_values : which of the two. Values are clipped on each rank, before the ranks' gradients are averaged.
-    schedule : ``cosine`` or ``linear``
-    """
-
-    steps: int
-    warmup_steps: int
-    learning_rate: float
-    weight_decay: float
-    clip: float
-    clips_values: bool = False
-    schedule: str = "cosine"
+logger = logging.getLogger(__name__)
 
 
-class Trainer:
-    """A module under DeepSpeed's engine, with data parallelism over all ranks. Frozen parameters stay as they are.
+class Training(ABC):
+    """What is trained, on what, and what is saved of it.
 
     Parameters
     ----------
-    module : nn.Module
-        On its device; calling it gives the losses of a batch, (conversations,).
-    optimisation : Optimisation
-    dtype : torch.dtype
-        Of the module. In half precision the optimiser keeps a float32 copy of what is trained.
-    directory : Path
-        Where checkpoints are; the newest one is kept.
+    settings : Settings
+    loaded : LoadedModel
+        The model that is trained, or that something is trained for.
+    loss : nn.Module
+        On the model's device; takes `inputs` and returns each conversation's loss.
+    source : Source
+        Generates the conversations.
 
     Attributes
     ----------
-    step : how many steps are done, those of a resumed run included
+    folder : str
+        Where in the output directory the trained weights go.
+    clips_values, schedule : see `Optimisation`
+    at_longest : float
+        See `Lengths`.
+    measure_every : int or None
+        Steps between measurements. None: the training measures nothing.
     """
 
-    def __init__(self, module: nn.Module, optimisation: Optimisation, dtype: torch.dtype, directory: Path) -> None:
-        self._directory = directory
-        self._engine = _engine(module, optimisation, dtype)
-        self.step = 0
+    folder: ClassVar[str]
+    clips_values: ClassVar[bool] = False
+    schedule: ClassVar[str] = "cosine"
+    at_longest: float = 0.0
+    measure_every: int | None = None
 
-    def resume(self) -> int:
-        """Take over the newest checkpoint, if there is one; return the number of steps that are done."""
-        if (self._directory / "latest").is_file():
-            with contextlib.redirect_stdout(io.StringIO()), _without_foreign_objects():
-                # What is frozen is not in a checkpoint: it came with the model.
-                _, state = self._engine.load_checkpoint(str(self._directory), load_module_strict=False)
-            self.step = int(state[STEP_KEY])
-        return self.step
+    def __init__(self, settings: Settings[Any], loaded: LoadedModel, loss: nn.Module, source: Source) -> None:
+        self.settings = settings
+        self.loaded = loaded
+        self.loss = loss
+        self.source = source
 
-    def train(self, *inputs: Tensor) -> Tensor:
-        """Do one step; return the losses of this rank's batch, (conversations,), float32."""
-        losses = self._engine(*inputs)
-        self._engine.backward(losses.mean())
-        self._engine.step()
-        self.step += 1
-        return losses.detach()
+    @abstractmethod
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return what the loss takes."""
 
-    @property
-    def learning_rate(self) -> float:
-        """Of the next step."""
-        return float(self._engine.get_lr()[0])
+    def measure(self, group: SequenceGroup) -> dict[str, Any]:
+        """Measure on held-out conversations, all ranks together."""
+        raise NotImplementedError
 
-    def save(self, *, is_first: bool) -> None:
-        """Write a checkpoint and remove older ones, all ranks together; `is_first` on one of them.
+    @abstractmethod
+    def write_weights(self, directory: Path, step: int) -> None:
+        """Write what is trained; called on the first rank."""
 
-        Raises
-        ------
-        RuntimeError
-            On all ranks, if the last step's gradient is no number, and with it what was trained; nothing is written.
-        """
-        norm = self._engine.get_global_grad_norm()
-        # A step that DeepSpeed skipped for its gradient has changed nothing: in float16 that is how the scale is found.
-        if self._engine.was_step_applied() and norm is not None and (norm < 0 or not math.isfinite(norm)):
-            raise RuntimeError(f"the gradient of step {self.step} is no number; the checkpoint before it is kept.")
-        tag = f"step-{self.step}"
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._engine.save_checkpoint(
-                str(self._directory), tag=tag, client_state={STEP_KEY: self.step}, exclude_frozen_parameters=True
-            )
-        if is_first:
-            for folder in self._directory.glob("step-*"):
-                if folder.name != tag:
-                    shutil.rmtree(folder, ignore_errors=True)
+    @abstractmethod
+    def results(self, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what the record says of this kind of training only; `lines` are the log's."""
+
+    @abstractmethod
+    def card(self, record: dict[str, Any]) -> str:
+        """Return the model card, in Markdown."""
 
 
-@contextlib.contextmanager
-def _without_foreign_objects() -> Iterator[None]:
-    """Have torch read a checkpoint's pickles as tensors, plain values and the few classes that DeepSpeed saves.
+def run(training: Training, group: SequenceGroup) -> dict[str, Any]:
+    """Train until the last step, from the newest checkpoint if there is one; return the record.
 
-    DeepSpeed would read any object, and with it run any code that somebody has put into a checkpoint.
+    All ranks call this together. The first one writes weights, card, record and log into the output directory.
     """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+    config, directory, device = training.settings.train, training.settings.directory, training.loaded.device
+    trainer = Trainer(training.loss, _optimisation(training), training.loaded.dtype, directory / "checkpoints")
+    began, first = time.perf_counter(), trainer.resume()
+    reset_peak_memory(device)
+    if first:
+        logger.info("Resuming after step %d.", first)
+    log = TrainingLog(directory / LOG_NAME, first) if group.is_first else None
+    if first == 0 and training.measure_every:
+        _measure(training, group, 0, log)
+    num_tokens = 0
+    with steps_progress(make_console(to_stderr=True), config.steps, first, shown=group.is_first) as show:
+        for batch in load_batches(_batches(training, group.rank), first, config.steps, config.workers):
+            losses = trainer.train(*(tensor.to(device) for tensor in training.inputs(batch)))
+            step, is_last = trainer.step, trainer.step == config.steps
+            num_tokens += batch.num_tokens
+            if log is not None:
+                log.add(batch.kinds, batch.num_tokens, losses)
+                if is_last or step % config.log_every == 0:
+                    log.write(step, config.steps, trainer.learning_rate)
+            if training.measure_every and (is_last or step % training.measure_every == 0):
+                _measure(training, group, step, log)
+            if is_last or step % config.checkpoint_every == 0:
+                trainer.save(is_first=group.is_first)
+                if group.is_first:
+                    training.write_weights(directory / training.folder, step)
+            if show is not None:
+                show(step)
+    record = _record(training, group, first, time.perf_counter() - began, num_tokens)
+    if group.is_first:
+        _finish(training, record)
+    group.barrier()
+    return record
 
-    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    with torch.serialization.safe_globals(classes), mock.patch.dict(os.environ, {WEIGHTS_ONLY: "1"}):
-        yield
 
-
-def _engine(module: nn.Module, optimisation: Optimisation, dtype: torch.dtype) -> Any:
-    import deepspeed
-    from transformers import get_scheduler
-
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay, betas=(0.9, 0.95)
+def _optimisation(training: Training) -> Optimisation:
+    config: TrainingConfig = training.settings.train
+    return Optimisation(
+        config.steps,
+        config.warmup_steps,
+        config.learning_rate,
+        config.weight_decay,
+        config.clip,
+        training.clips_values,
+        training.schedule,
     )
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 0.0 if optimisation.clips_values else optimisation.clip,
-        "zero_optimization": {"stage": 1},
-        # Looking into every gradient of many small parameters takes longer than the step; `save` looks at their norm.
-        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
-        "fp16": {"enabled": dtype == torch.float16},
-        "steps_per_print": NEVER,
+
+
+def _batches(training: Training, rank: int) -> Batches:
+    config: TrainingConfig = training.settings.train
+    lengths = Lengths(config.min_length, config.max_length, config.growth, training.at_longest)
+    seed = training.settings.seed
+    return Batches(training.source, lengths, config.steps, config.tokens_per_step, seed=seed, rank=rank)
+
+
+def _measure(training: Training, group: SequenceGroup, step: int, log: TrainingLog | None) -> None:
+    measured = training.measure(group)
+    if log is not None:
+        log.append({"step": step, HELD_OUT_KEY: measured})
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in measured.items() if isinstance(value, float))
+        logger.info("Step %d, held out: %s.", step, numbers)
+
+
+def _record(training: Training, group: SequenceGroup, first: int, seconds: float, num_tokens: int) -> dict[str, Any]:
+    loaded, settings = training.loaded, training.settings
+    lines = read_lines(settings.directory / LOG_NAME) if group.is_first else []
+    return {
+        "steps": settings.train.steps,
+        "resumed_after": first,
+        "seconds": round(seconds, 1),
+        "tokens_per_s": round(group.world_size * num_tokens / seconds) if seconds else None,
+        "ranks": group.world_size,
+        "peak_memory_bytes": peak_memory_bytes(loaded.device),
+        **training.results(lines),
+        "model": {"source": loaded.source, "dtype": str(loaded.dtype).removeprefix("torch.")},
+        "settings": settings.recorded(),
+        **environment(loaded.device),
     }
-    with contextlib.redirect_stdout(io.StringIO()):
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            model_parameters=parameters,
-            optimizer=optimizer,
-            lr_scheduler=lambda wrapped: get_scheduler(
-                optimisation.schedule, wrapped, optimisation.warmup_steps, optimisation.steps
-            ),
-            config=config,
+
+
+def _finish(training: Training, record: dict[str, Any]) -> None:
+    directory = training.settings.directory
+    weights = directory / training.folder
+    training.write_weights(weights, record["steps"])  # again, for a run that was killed after its last checkpoint
+    (weights / "README.md").write_text(training.card(record), encoding="utf-8")
+    for folder in (directory, weights):  # the card refers to it
+        write_json(folder / RECORD_NAME, record)
+
+
+def load_to_train(model_config: ModelConfig, max_length: int) -> tuple[LoadedModel, Any]:
+    """Load the model that is trained, or that something is trained for; return it and its tokenizer.
+
+    Raises
+    ------
+    ValueError
+        If it has no tokenizer, or too few positions for conversations of `max_length` tokens.
+    """
+    loaded = load_model(model_config)
+    if loaded.tokenizer is None or loaded.tokenizer.eos_token_id is None:
+        raise ValueError("training needs a tokenizer with an end-of-sequence token; set model.tokenizer.")
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise ValueError(
+            f"train.max_length={max_length} is more than the {limit} positions of {loaded.source}; lower it."
         )
-    if optimisation.clips_values:
-        for parameter in parameters:
-            parameter.register_hook(lambda gradient: gradient.clamp(-optimisation.clip, optimisation.clip))
-    return engine
+    return loaded, loaded.tokenizer
+
+
+def load_batches(batches: Dataset[Batch], first: int, steps: int, workers: int | None) -> DataLoader[Batch]:
+    """Return the batches of steps `first` to `steps`, made in advance by worker processes of this rank.
+
+    Parameters
+    ----------
+    workers : number of processes; None for as many as there are spare cores
+    """
+    number = _num_workers() if workers is None else workers
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, steps),
+        num_workers=number,
+        prefetch_factor=PREFETCHED if number else None,
+    )
+
+
+def _num_workers() -> int:
+    """Return how many processes this rank may start next to itself."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_WORKERS, max(0, cores // max(1, local_ranks) - 1))

@@ -1,4 +1,4 @@
-"""Which documents a model is trained on: recipes with weights, drawn anew for every document."""
+"""Which documents a model is trained on: weighted recipes, one drawn for each document."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from apb_ds.config import check_choice
 from apb_ds.tasks.synthetic.draws import Draws
 from apb_ds.tasks.synthetic.recipe import Recipe
+from apb_ds.training.config import check_number
 
 FIELD = "train.mixture"
 SPLIT = "train"
@@ -23,15 +24,15 @@ class Part:
 
     Attributes
     ----------
-    weight : how often it is drawn, in proportion to the others
-    choices : for each setting of a recipe the values that it may have, all as likely
+    weight : how often it is drawn, relative to the other parts
+    choices : the possible values of each setting of a recipe, equally likely
     """
 
     weight: float
     choices: Mapping[str, tuple[Any, ...]]
 
     def draw(self, draws: Draws) -> Recipe:
-        """Return a recipe with a value drawn for every setting."""
+        """Return a recipe, drawing a value for every setting."""
         return Recipe(split=SPLIT, **{name: draws.choose(values) for name, values in self.choices.items()})
 
 
@@ -41,13 +42,13 @@ class Mixture:
     Parameters
     ----------
     parts : list of mappings
-        Each with a ``kind``, optionally a ``weight`` (default 1), and settings of `Recipe`, of which a list stands for
-        values to draw from.
+        Each with a ``kind``, optionally a ``weight`` (default 1), and settings of `Recipe`; a list holds values to draw
+        from.
 
     Raises
     ------
     ValueError
-        For an unknown key, or a combination of values that is no recipe.
+        For an unknown key, or a combination of values that does not make a recipe.
     """
 
     def __init__(self, parts: Sequence[Mapping[str, Any]]) -> None:
@@ -71,8 +72,7 @@ def _read_part(values: Mapping[str, Any]) -> Part:
         raise ValueError(f"{FIELD}: {values!r} must have a kind, as in {{kind: single}}.")
     values = dict(values)
     weight = values.pop("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-        raise ValueError(f"{FIELD}: weight={weight!r} must be a number above 0.")
+    check_number(f"{FIELD}: weight", weight, above=0)
     choices: dict[str, tuple[Any, ...]] = {}
     for name, value in values.items():
         check_choice(f"{FIELD} key", name, ("weight", *RECIPE_KEYS))

@@ -27,7 +27,7 @@ class Squares(torch.nn.Module):
 
 def train_and_resume(rank: int, world_size: int, directory: Path, sign: Path, dtype: torch.dtype) -> list[Any]:
     """Return the steps and weights of a run that is resumed, and how one ends whose checkpoint somebody changed."""
-    training = importlib.import_module("apb_ds.training.loop")
+    training = importlib.import_module("apb_ds.training.trainer")
     with mock.patch.dict(os.environ, {"LOCAL_RANK": str(rank)}):
         return _train_and_resume(training, rank, directory, sign, dtype)
 
@@ -64,7 +64,7 @@ def test_checkpoints_of_training(pool: Pools, tmp_path: Path, dtype: torch.dtype
 
 def train_to_nothing(rank: int, world_size: int, directory: Path, dtype: torch.dtype, factor: float) -> list[Any]:
     """Return what saving says after a step whose gradient is no number, and whether the weights still are."""
-    training = importlib.import_module("apb_ds.training.loop")
+    training = importlib.import_module("apb_ds.training.trainer")
     plan = training.Optimisation(steps=9, warmup_steps=2, learning_rate=1e-2, weight_decay=0.1, clip=1.0)
     with mock.patch.dict(os.environ, {"LOCAL_RANK": str(rank)}):
         trainer = training.Trainer(module := Squares(dtype), plan, dtype, directory)
@@ -85,7 +85,7 @@ def train_to_nothing(rank: int, world_size: int, directory: Path, dtype: torch.d
 @pytest.mark.parametrize("factor", [float("inf"), float("nan")])
 def test_what_is_no_number_is_not_saved(pool: Pools, tmp_path: Path, factor: float) -> None:
     found = pool(2).run(train_to_nothing, tmp_path / "run", torch.bfloat16, factor, timeout=120)
-    assert found == [[True, False, "the gradient of step 2 is no number; the checkpoint before it is kept."]] * 2
+    assert found == [[True, False, "the gradient of step 2 is not finite; the previous checkpoint is kept."]] * 2
     assert [folder.name for folder in (tmp_path / "run").glob("step-*")] == ["step-1"]
 
 

@@ -99,25 +99,25 @@ def test_ranks_train_on_data_of_their_own_and_on_the_mean_gradient(
 
 
 def step_by_hand(rank: int, world_size: int, values: dict[str, Any]) -> dict[str, Any]:
+    from apb_ds.config import from_mapping
     from apb_ds.loading import ModelConfig, load_model
-    from apb_ds.training.batches import Lengths
+    from apb_ds.training.batches import Batches, Lengths
     from apb_ds.training.heads.config import HeadsConfig
-    from apb_ds.training.heads.examples import HeadExamples
     from apb_ds.training.heads.module import HeadsLoss
-    from apb_ds.training.heads.train import RetainingHeads, _makers, find_texts, head_sizes
+    from apb_ds.training.heads.train import RetainingHeads, find_texts, head_sizes, make_data
     from apb_ds.training.mixture import Mixture
 
-    config = HeadsConfig.from_dict(values["train"])
-    loaded = load_model(ModelConfig.from_dict(values["model"]))
+    config = from_mapping(HeadsConfig, values["train"], "train")
+    loaded = load_model(from_mapping(ModelConfig, values["model"], "model"))
     heads = RetainingHeads.random(head_sizes(loaded.model), config.hidden_size, values["seed"])
     loss = HeadsLoss(loaded.model, heads, config.label_kind, config.smoothing)
-    maker, _ = _makers(config, Mixture(config.mixture), find_texts(config.texts), loaded)
+    data = make_data(config, Mixture(config.mixture), find_texts(config.texts), loaded.tokenizer)
     sums = [torch.zeros_like(weight) for weight in heads.parameters()]
     for data_rank in range(2):
         lengths = Lengths(config.min_length, config.max_length, config.growth)
-        batch = HeadExamples(maker, lengths, 1, config.tokens_per_step, 0, seed=values["seed"], rank=data_rank)[0]
+        batch = Batches(data.training, lengths, 1, config.tokens_per_step, seed=values["seed"], rank=data_rank)[0]
         heads.zero_grad()
-        loss(batch.input_ids, batch.is_observer, batch.num_document).mean().backward()
+        loss(batch.input_ids, batch.is_marked, batch.num_document).mean().backward()
         for total, weight in zip(sums, heads.parameters(), strict=True):
             assert weight.grad is not None
             total += weight.grad.clamp(-config.clip, config.clip) / 2

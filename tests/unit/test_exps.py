@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from apb_ds.config import from_mapping
 from apb_ds.loading import ModelConfig, load_model
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan, plan_request
@@ -104,7 +105,7 @@ def test_the_tiny_model_is_of_the_family(exp: str) -> None:
 def test_what_is_to_be_trained(exp: str) -> None:
     values = OmegaConf.to_container(compose("train_instrument", [f"+exp={exp}"]), resolve=True)
     assert isinstance(values, dict)
-    config = InstrumentConfig.from_dict(dict(values["train"]))
+    config = from_mapping(InstrumentConfig, values["train"], "train")
     recipes = {part.draw(Draws(exp)).kind for part in Mixture(config.mixture).parts}
     assert recipes >= {"single", "multikey_words", "multikey_uuids", "variables", "frequent_words"}
     limit = ModelConfig.from_dict(dict(values["model"])).geometry["max_position_embeddings"]
@@ -114,4 +115,4 @@ def test_what_is_to_be_trained(exp: str) -> None:
 def test_training_without_an_experiment() -> None:
     values = OmegaConf.to_container(compose("train_instrument"), resolve=True)
     assert isinstance(values, dict)
-    assert Mixture(InstrumentConfig.from_dict(dict(values["train"])).mixture).parts
+    assert Mixture(from_mapping(InstrumentConfig, values["train"], "train").mixture).parts

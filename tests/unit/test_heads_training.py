@@ -20,31 +20,25 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from apb_ds.compressors.retaining_heads import RetainingHeads
+from apb_ds.config import from_mapping
 from apb_ds.loading import ModelConfig
 from apb_ds.loading.heads import head_sizes
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.report.progress import steps_progress
 from apb_ds.tasks.fidelity import STANDARD_TEXTS
 from apb_ds.tasks.synthetic.draws import Draws
-from apb_ds.training.batches import Lengths
+from apb_ds.training.batches import Batches, Example, Lengths, pad_examples
 from apb_ds.training.heads import texts as texts_module
 from apb_ds.training.heads.config import HeadsConfig
-from apb_ds.training.heads.examples import (
-    ExampleMaker,
-    HeadExample,
-    HeadExamples,
-    Observing,
-    Sources,
-    pad_examples,
-)
+from apb_ds.training.heads.examples import ExampleMaker, Observing, Sources
 from apb_ds.training.heads.labels import LabelKind, View, attention_received, label_tokens, make_view
 from apb_ds.training.heads.metrics import _kept_mass, _overlap, measure, measure_all
-from apb_ds.training.heads.module import HeadsLoss, layer_loss
+from apb_ds.training.heads.module import HeadsLoss
 from apb_ds.training.heads.observe import NAME, observe_layers
 from apb_ds.training.heads.sharegpt import ShareGPT
 from apb_ds.training.heads.texts import TextFiller, find_texts, places_of, read_pieces, split_texts
+from apb_ds.training.loop import load_batches
 from apb_ds.training.mixture import Mixture
-from apb_ds.training.run import load_batches
 from tests.models import build_model, distinct_ids
 from tests.tiny_checkpoint import TEMPLATE, byte_tokenizer
 
@@ -66,6 +60,10 @@ def states() -> tuple[Tensor, Tensor]:
         torch.randn(1, HEADS, TOKENS, HEAD_DIM, generator=generator),
         torch.randn(1, KV_HEADS, TOKENS, HEAD_DIM, generator=generator),
     )
+
+
+def values_of() -> Tensor:
+    return torch.randn(1, KV_HEADS, TOKENS, HEAD_DIM, generator=torch.Generator().manual_seed(1))
 
 
 def block_of(position: int, num_document: int, hosts: int) -> int:
@@ -112,7 +110,7 @@ def test_labels(
 ) -> None:
     kind = LabelKind(value, over_observers, over_heads)
     view = make_view(torch.tensor(rows), num_document, hosts)
-    labels = label_tokens(kind, view, *states(), SCALE)
+    labels = label_tokens(kind, view, *states(), SCALE, values_of())
     expected = [
         [slow_label(kind, rows, token, kv_head, num_document, hosts) for kv_head in range(KV_HEADS)]
         for token in range(num_document)
@@ -124,7 +122,9 @@ def test_labels(
 
 def test_standardised_labels_have_the_same_order() -> None:
     view = make_view(torch.tensor([25, 29]), 20)
-    plain, standard = (label_tokens(LabelKind(standardise=on), view, *states(), SCALE) for on in (False, True))
+    plain, standard = (
+        label_tokens(LabelKind(standardise=on), view, *states(), SCALE, values_of()) for on in (False, True)
+    )
     torch.testing.assert_close(standard.mean(dim=0), torch.zeros(2), rtol=0, atol=1e-5)
     torch.testing.assert_close(standard.var(dim=0, correction=0), torch.ones(2), rtol=0, atol=1e-5)
     assert torch.equal(plain.argsort(dim=0), standard.argsort(dim=0))
@@ -134,7 +134,7 @@ def test_standardised_labels_have_the_same_order() -> None:
 @pytest.mark.parametrize("reduction", ["max", "mean", "logmeanexp"])
 def test_weights_times_the_norms_of_values(value: str, reduction: str) -> None:
     view = make_view(torch.tensor([25, 29]), 20)
-    values = torch.randn(1, KV_HEADS, TOKENS, HEAD_DIM, generator=torch.Generator().manual_seed(1))
+    values = values_of()
     plain, weighted = (
         label_tokens(LabelKind(value, reduction, "max", value_norms=on), view, *states(), SCALE, values)
         for on in (False, True)
@@ -159,7 +159,7 @@ def test_attention_received_is_the_models_own() -> None:
 
 
 def test_nobody_observes() -> None:
-    with pytest.raises(ValueError, match="observed by a later one"):
+    with pytest.raises(ValueError, match="no later token observes"):
         make_view(torch.tensor([2, 3]), 20, hosts=4)
 
 
@@ -207,8 +207,8 @@ def make_loss(hidden: int = 16, **options: Any) -> HeadsLoss:
 
 
 EXAMPLES = [
-    HeadExample(distinct_ids(60)[0].tolist(), 40, [50, 51, 59], "one"),
-    HeadExample(distinct_ids(45, seed=1)[0].tolist(), 30, [33, 44], "two"),
+    Example(distinct_ids(60)[0].tolist(), 40, [50, 51, 59], "one"),
+    Example(distinct_ids(45, seed=1)[0].tolist(), 30, [33, 44], "two"),
 ]
 
 
@@ -216,9 +216,9 @@ def test_the_loss_is_that_of_its_formula() -> None:
     loss = make_loss(smoothing=0.5)
     batch = pad_examples(EXAMPLES, 0)
     assert batch.input_ids.shape == (2, 60) and batch.num_tokens == 120 and batch.kinds == ("one", "two")
-    losses = loss(batch.input_ids, batch.is_observer, batch.num_document)
+    losses = loss(batch.input_ids, batch.is_marked, batch.num_document)
     for example, found in zip(EXAMPLES, losses, strict=True):
-        view = make_view(torch.tensor(example.observers), example.num_document)
+        view = make_view(torch.tensor(example.marked), example.num_document)
         errors, steps = [], []
 
         def observe(
@@ -238,7 +238,7 @@ def test_the_loss_is_that_of_its_formula() -> None:
 def test_only_heads_are_trained_saved_and_seen_by_the_optimiser() -> None:
     loss = make_loss()
     batch = pad_examples(EXAMPLES, 0)
-    loss(batch.input_ids, batch.is_observer, batch.num_document).mean().backward()
+    loss(batch.input_ids, batch.is_marked, batch.num_document).mean().backward()
     assert all(weight.grad is not None and bool(weight.grad.any()) for weight in loss.heads.parameters())
     assert all(weight.grad is None for weight in loss.model.parameters())
     assert all(name.startswith("heads.") for name in loss.state_dict())
@@ -247,14 +247,14 @@ def test_only_heads_are_trained_saved_and_seen_by_the_optimiser() -> None:
 def test_padding_changes_nothing() -> None:
     loss = make_loss()
     together = pad_examples(EXAMPLES, 7)
-    both = loss(together.input_ids, together.is_observer, together.num_document)
+    both = loss(together.input_ids, together.is_marked, together.num_document)
     for example, found in zip(EXAMPLES, both, strict=True):
         alone = pad_examples([example], 0)
-        assert torch.equal(loss(alone.input_ids, alone.is_observer, alone.num_document)[0], found)
+        assert torch.equal(loss(alone.input_ids, alone.is_marked, alone.num_document)[0], found)
 
 
 def test_one_token_has_no_neighbour() -> None:
-    assert float(layer_loss(torch.zeros(1, 2), torch.ones(1, 2), 0.1, 1)) == 0.5
+    assert float(make_loss().layer_loss(torch.zeros(1, 2), torch.ones(1, 2))) == pytest.approx(0.5 / 3)
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_kept_mass_by_hand() -> None:
 
 @pytest.mark.parametrize("hosts", [None, 4])
 def test_measured_heads(hosts: int | None) -> None:
-    example = HeadExample(distinct_ids(90)[0].tolist(), 80, [10, 40, 70, 85, 89], "later")
+    example = Example(distinct_ids(90)[0].tolist(), 80, [10, 40, 70, 85, 89], "later")
     found = measure(make_loss(hosts=hosts), example, 4, 4.0, torch.device("cpu"))
     assert set(found) == {"loss", "overlap", "mass", "mass_random", "mass_best"}
     assert found["mass_best"] > found["mass_random"] == pytest.approx(0.25, abs=0.02)  # 5 of 20 tokens in each block
@@ -395,23 +395,23 @@ def test_conversations_are_read(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data.jsonl", *rows)
     data.check()
     assert [data.pair(index) for index in range(3)] == [("Q0", "A0"), ("Q2", "A2"), ("Q3", "Ä3")]
-    assert data.indices(held_out=True) == [0] and data.indices(held_out=False) == [1, 2]
+    assert data.indices == [1, 2] and ShareGPT(str(data.path), held_out=True).indices == [0]
 
 
 @pytest.mark.parametrize(
     ("row", "part"),
     [
         ("no json", "JSONDecodeError"),
-        ([1], "none"),
+        ([1], "line 1"),
         ({"text": "x"}, "KeyError: 'instruction'"),
-        ({"conversations": [turn("gpt", "A")]}, "no question that is followed by an answer"),
-        ({"conversations": [turn("human", "Q")]}, "no question that is followed by an answer"),
-        ({"conversations": [turn("human", "Q"), turn("human", "Q")]}, "no question that is followed by an answer"),
+        ({"conversations": [turn("gpt", "A")]}, "no question followed by an answer"),
+        ({"conversations": [turn("human", "Q")]}, "no question followed by an answer"),
+        ({"conversations": [turn("human", "Q"), turn("human", "Q")]}, "no question followed by an answer"),
         ({"conversations": [turn("human", " "), turn("gpt", "A")]}, "an empty question or answer"),
     ],
 )
 def test_what_is_no_conversation(tmp_path: Path, row: Any, part: str) -> None:
-    with pytest.raises(ValueError, match=r"train\.data: conversation 1 of .*data\.jsonl") as caught:
+    with pytest.raises(ValueError, match=r"train\.data: line 1 of .*data\.jsonl") as caught:
         write_data(tmp_path / "data.jsonl", row).check()
     assert part in str(caught.value)
 
@@ -419,7 +419,7 @@ def test_what_is_no_conversation(tmp_path: Path, row: Any, part: str) -> None:
 def test_no_conversations(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is empty"):
         write_data(tmp_path / "data.jsonl").check()
-    with pytest.raises(ValueError, match=r"no such file .*nope"):
+    with pytest.raises(ValueError, match=r"train\.data.*nope"):
         ShareGPT(str(tmp_path / "nope.jsonl"))
 
 
@@ -435,20 +435,20 @@ def make_maker(folder: Path, *, observing: Observing | None = None, **changes: A
 
 
 def test_conversations_depend_on_seed_step_and_rank_alone(folder: Path) -> None:
-    def batches(seed: int = 1, rank: int = 0) -> HeadExamples:
-        return HeadExamples(make_maker(folder), Lengths(900, 1400, 0.0), 20, 3000, 0, seed=seed, rank=rank)
+    def batches(seed: int = 1, rank: int = 0) -> Batches:
+        return Batches(make_maker(folder), Lengths(900, 1400, 0.0), 20, 3000, seed=seed, rank=rank)
 
     assert len(batches()) == 20
     for step in (0, 7, 19):
         first, again = batches()[step], batches()[step]
-        assert torch.equal(first.input_ids, again.input_ids) and torch.equal(first.is_observer, again.is_observer)
+        assert torch.equal(first.input_ids, again.input_ids) and torch.equal(first.is_marked, again.is_marked)
         assert first.num_tokens <= 3000 + 1400 and first.input_ids.shape[1] <= 1400
     others = (batches()[8], batches(seed=2)[7], batches(rank=1)[7])
     assert all(not torch.equal(other.input_ids[0, :300], batches()[7].input_ids[0, :300]) for other in others)
 
 
 def test_batches_made_by_other_processes_are_the_same(folder: Path) -> None:
-    batches = HeadExamples(make_maker(folder), Lengths(900, 1400, 0.0), 3, 1000, 0, seed=1)
+    batches = Batches(make_maker(folder), Lengths(900, 1400, 0.0), 3, 1000, seed=1)
     made = list(load_batches(batches, 1, 3, 1))
     assert len(made) == 2
     for batch, step in zip(made, (1, 2), strict=True):
@@ -460,10 +460,10 @@ def test_observers_are_the_answers_and_the_document_comes_before(folder: Path) -
     for number in range(30):
         example = make_maker(folder).make(str(number), 2400)
         kinds.add(example.kind)
-        assert len(example.ids) <= 2400 and 0 < example.num_document <= example.observers[0]
-        assert example.observers == sorted(set(example.observers)) and example.observers[-1] < len(example.ids)
+        assert len(example.ids) <= 2400 and 0 < example.num_document <= example.marked[0]
+        assert example.marked == sorted(set(example.marked)) and example.marked[-1] < len(example.ids)
         document = tokenizer.decode(example.ids[: example.num_document])
-        said = tokenizer.decode([example.ids[place] for place in example.observers])
+        said = tokenizer.decode([example.ids[place] for place in example.marked])
         if example.kind == "quote":
             assert "Line" in said and said.strip().removesuffix("</s>").strip(" .") in document
         elif example.kind != "continue":
@@ -487,11 +487,11 @@ def test_any_tokens_observe(folder: Path, number: int) -> None:
     answers, later = (
         make_maker(folder, observing=Observing(observers, number)).make("3", 1500) for observers in ("answer", "later")
     )
-    assert answers.ids == later.ids and len(later.observers) == min(number, len(later.ids) - 1)
-    assert later.observers == sorted(set(later.observers)) and later.observers[-1] == len(later.ids) - 1
-    assert len(answers.observers) <= number and answers.observers[0] >= answers.num_document
+    assert answers.ids == later.ids and len(later.marked) == min(number, len(later.ids) - 1)
+    assert later.marked == sorted(set(later.marked)) and later.marked[-1] == len(later.ids) - 1
+    assert len(answers.marked) <= number and answers.marked[0] >= answers.num_document
     if number == 5:
-        assert later.observers[0] < later.num_document
+        assert later.marked[0] < later.num_document
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, None], ids=["chat", "base"])
@@ -499,28 +499,29 @@ def test_a_users_conversations(folder: Path, tmp_path: Path, template: str | Non
     rows = [
         {"conversations": [turn("human", f"{number}" * 3000), turn("gpt", f"answer {number}")]} for number in "1234"
     ]
-    data = write_data(tmp_path / "data.jsonl", *rows)
+    write_data(tmp_path / "data.jsonl", *rows)
     tokenizer = byte_tokenizer(template=template)
-    sources = Sources(Mixture(MIXTURE), [], 0.0, 0.0, 0.0, data, 1.0)
     for held_out, among in ((False, "234"), (True, "1")):
-        example = ExampleMaker(sources, Observing("answer", 512), tokenizer, held_out=held_out).make("0", 1000)
+        data = ShareGPT(str(tmp_path / "data.jsonl"), held_out=held_out)
+        sources = Sources(Mixture(MIXTURE), [], 0.0, 0.0, 0.0, data, 1.0)
+        example = ExampleMaker(sources, Observing("answer", 512), tokenizer).make("0", 1000)
         assert len(example.ids) == 1000 and example.kind == "given"  # a long prompt loses its middle
-        said = tokenizer.decode([example.ids[place] for place in example.observers])
+        said = tokenizer.decode([example.ids[place] for place in example.marked])
         assert said in [f"answer {number}</s>" for number in among]
-        assert example.observers[0] == example.num_document
+        assert example.marked[0] == example.num_document
         prompt = tokenizer.decode(example.ids[: example.num_document])
         assert prompt.startswith("<s>") and prompt.endswith("<|assistant|>" if template else "\n")
     broken = Sources(Mixture(MIXTURE), [], 0.0, 0.0, 0.0, write_data(tmp_path / "broken.jsonl", rows[0], "{}"), 0.9)
-    with pytest.raises(ValueError, match=r"conversation 2 of .*broken"):  # not passed over
+    with pytest.raises(ValueError, match=r"line 2 of .*broken"):  # not passed over
         ExampleMaker(broken, Observing("answer", 512), tokenizer).make("0", 1000)
 
 
 def test_nothing_is_short_enough(folder: Path) -> None:
     maker = make_maker(folder, quote_share=0.0, continue_share=0.0)
-    with pytest.raises(ValueError, match=r"nothing can be made in 120 tokens; raise train\.min_length"):
+    with pytest.raises(ValueError, match=r"120 tokens.*train\.min_length"):
         maker.make("0", 120)
-    with pytest.raises(RuntimeError, match="nothing can be made"):  # another rank would wait for this one
-        HeadExamples(maker, Lengths(120, 120, 0.0), 2, 120, 0, seed=0)[0]
+    with pytest.raises(RuntimeError, match="120 tokens"):  # another rank would wait for this one
+        Batches(maker, Lengths(120, 120, 0.0), 2, 120, seed=0)[0]
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -553,7 +554,7 @@ def test_nothing_is_short_enough(folder: Path) -> None:
 )
 def test_bad_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as raised:
-        HeadsConfig.from_dict({"output": "x", **values})
+        from_mapping(HeadsConfig, {"output": "x", **values}, "train")
     assert message in str(raised.value)
 
 
@@ -563,7 +564,7 @@ def test_configs(exp: str | None) -> None:
         values = OmegaConf.to_container(compose("train_heads", [f"+exp={exp}"] if exp else []), resolve=True)
     assert isinstance(values, dict)
     assert set(values["train"]) == set(HeadsConfig.__dataclass_fields__)
-    config = HeadsConfig.from_dict(dict(values["train"]))
+    config = from_mapping(HeadsConfig, values["train"], "train")
     kinds = {part.draw(Draws(str(exp))).kind for part in Mixture(config.mixture).parts}
     assert kinds >= {"single", "multikey_words", "multikey_uuids", "variables", "common_words"}
     geometry = ModelConfig.from_dict(dict(values["model"])).geometry

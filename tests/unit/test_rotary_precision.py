@@ -12,7 +12,7 @@ from torch import Tensor
 
 import apb_ds
 from apb_ds.parallel.groups import training_group
-from apb_ds.training.loop import Optimisation, Trainer
+from apb_ds.training.trainer import Optimisation, Trainer
 from tests.models import build_model, request_ids
 
 FAR = 1000

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from apb_ds.config import from_mapping
 from apb_ds.hf.architecture import decoder_layers
 from apb_ds.ops import compiled as compiling
 from apb_ds.tasks import SyntheticConfig
@@ -18,9 +19,9 @@ from apb_ds.tasks.synthetic.draws import Draws
 from apb_ds.training.answer_loss import AnswerLoss
 from apb_ds.training.batches import Batches, Lengths
 from apb_ds.training.config import InstrumentConfig
-from apb_ds.training.conversations import make_conversation
+from apb_ds.training.conversations import GeneratedConversations, make_conversation
 from apb_ds.training.mixture import Mixture
-from apb_ds.training.run import TrainingLog, read_lines
+from apb_ds.training.output import TrainingLog, read_lines
 from tests import models
 from tests.tiny_checkpoint import TEMPLATE, byte_tokenizer
 
@@ -39,11 +40,11 @@ def test_the_first_question_is_asked_as_evaluation_asks_it(template: str | None)
     from apb_ds.tasks.synthetic.task import _Encoder
 
     document = generate(config, "5.0", 900, _Encoder(tokenizer).length)
-    made = make_conversation(tokenizer, document, 4000)
+    made = make_conversation(tokenizer, document, "single", 4000)
     assert made is not None
     asked = first.document_ids[0].tolist() + first.query_ids[0].tolist()
-    assert made.ids[: len(asked)] == asked and not any(made.is_answer[: len(asked)])
-    said = tokenizer.decode([token for token, is_it in zip(made.ids, made.is_answer, strict=True) if is_it])
+    assert made.ids[: len(asked)] == asked and made.marked[0] >= len(asked)
+    said = tokenizer.decode([made.ids[place] for place in made.marked])
     end = tokenizer.eos_token
     assert said == f" {first.ground_truth}.{end} {second.ground_truth}.{end}"
     # The second question follows the end of the first answer, and opens its own answer.
@@ -55,12 +56,12 @@ def test_the_first_question_is_asked_as_evaluation_asks_it(template: str | None)
 def test_questions_that_do_not_fit_are_left_out() -> None:
     tokenizer = byte_tokenizer()
     document = generate(Recipe(kind="single", split="train", num_questions=4), 1, 1200, length_of(tokenizer))
-    whole = make_conversation(tokenizer, document, 10_000)
+    whole = make_conversation(tokenizer, document, "single", 10_000)
     assert whole is not None and sum(token == tokenizer.eos_token_id for token in whole.ids) >= 4
-    shorter = make_conversation(tokenizer, document, len(whole.ids) - 1)
+    shorter = make_conversation(tokenizer, document, "single", len(whole.ids) - 1)
     assert shorter is not None and whole.ids[: len(shorter.ids)] == shorter.ids
-    assert 0 < shorter.num_answer_tokens < whole.num_answer_tokens
-    assert make_conversation(tokenizer, document, 1200) is None
+    assert 0 < len(shorter.marked) < len(whole.marked)
+    assert make_conversation(tokenizer, document, "single", 1200) is None
 
 
 def test_a_mixture_draws_by_weight() -> None:
@@ -95,9 +96,10 @@ def test_bad_mixtures(parts: Any, message: str) -> None:
     assert message in str(raised.value)
 
 
-def batches(**changes: Any) -> Batches:
+def batches(asked_first: float = 0.0, **changes: Any) -> Batches:
     values = {"num_steps": 20, "num_tokens": 3000, "seed": 1, "rank": 0, **changes}
-    return Batches(Mixture(MIXTURE), Lengths(700, 1400, 0.5), byte_tokenizer(), **values)
+    source = GeneratedConversations(Mixture(MIXTURE), byte_tokenizer(), asked_first)
+    return Batches(source, Lengths(700, 1400, 0.5), **values)
 
 
 def test_batches_depend_on_seed_step_and_rank_alone() -> None:
@@ -113,9 +115,9 @@ def test_batches_are_filled_and_their_answers_are_the_documents_own() -> None:
     made, tokenizer = batches(), byte_tokenizer()
     for step in range(0, 20, 4):
         batch = made[step]
-        assert batch.input_ids.shape == batch.is_answer.shape and batch.num_tokens <= 3000 + 1400
+        assert batch.input_ids.shape == batch.is_marked.shape and batch.num_tokens <= 3000 + 1400
         assert batch.input_ids.shape[1] <= 1400 and len(batch.kinds) == len(batch.input_ids)
-        for ids, is_answer in zip(batch.input_ids, batch.is_answer, strict=True):
+        for ids, is_answer in zip(batch.input_ids, batch.is_marked, strict=True):
             said = tokenizer.decode(ids[is_answer])
             answers = [answer.strip(" .") for answer in said.split(tokenizer.eos_token) if answer]
             assert answers and all(tokenizer.decode(ids).count(answer) >= 2 for answer in answers)
@@ -124,24 +126,20 @@ def test_batches_are_filled_and_their_answers_are_the_documents_own() -> None:
 def test_questions_that_are_asked_first_as_well() -> None:
     """As in an anchor: the question's text, then the document's, in one turn."""
     tokenizer = byte_tokenizer()
-    given: dict[str, Any] = {"num_steps": 8, "num_tokens": 4000, "seed": 1}
-    lengths = Lengths(700, 1400, 0.5)
-    plain, sometimes, always = (
-        Batches(Mixture(MIXTURE), lengths, tokenizer, **given, asked_first=share) for share in (0.0, 0.5, 1.0)
-    )
+    plain, sometimes, always = (batches(share, num_steps=8, num_tokens=4000) for share in (0.0, 0.5, 1.0))
     firsts = {0.5: 0, 1.0: 0}
     total = 0
     for step in range(8):
-        for share, batches in ((0.5, sometimes), (1.0, always)):
-            for ids in batches[step].input_ids:
+        for share, made in ((0.5, sometimes), (1.0, always)):
+            for ids in made[step].input_ids:
                 text = tokenizer.decode(ids)
                 document, _, rest = text.partition("</s>")
                 question = rest.partition("<|user|>")[2].partition("</s>")[0]
                 assert question and len(ids) <= 1400
                 firsts[share] += document.partition("<|user|>")[2].startswith(f"{question}\n\n")
-            total += len(batches[step].input_ids) if share == 1.0 else 0
+        total += len(always[step].input_ids)
     assert firsts[1.0] == total and 0 < firsts[0.5] < total
-    assert torch.equal(plain[3].input_ids, Batches(Mixture(MIXTURE), lengths, tokenizer, **given)[3].input_ids)
+    assert torch.equal(plain[3].input_ids, batches(num_steps=8, num_tokens=4000)[3].input_ids)
 
 
 def test_lengths_grow() -> None:
@@ -162,12 +160,12 @@ def test_a_share_of_the_later_steps_has_the_longest_conversations() -> None:
 
 
 def test_no_recipe_is_short_enough() -> None:
-    made = Batches(Mixture([{"kind": "common_words"}]), Lengths(300, 300, 0.0), byte_tokenizer(), 4, 600, seed=0)
+    source = GeneratedConversations(Mixture([{"kind": "common_words"}]), byte_tokenizer())
     with pytest.raises(ValueError, match=r"no recipe for 300 tokens; raise train.min_length"):
-        made.check()
-    with pytest.raises(RuntimeError, match=r"no recipe for 300 tokens"):
-        made[0]
-    batches().check()
+        source.make("check", 300)
+    with pytest.raises(RuntimeError, match=r"no recipe for 300 tokens"):  # another rank would wait for this one
+        Batches(source, Lengths(300, 300, 0.0), 4, 600, seed=0)[0]
+    assert len(GeneratedConversations(Mixture(MIXTURE), byte_tokenizer()).make("check", 700).ids) <= 700
 
 
 def test_the_loss_is_that_of_the_answers_each_conversation_alike() -> None:
@@ -208,7 +206,7 @@ def test_the_loss_is_that_of_the_answers_each_conversation_alike() -> None:
 )
 def test_bad_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as raised:
-        InstrumentConfig.from_dict({"output": "x", **values})
+        from_mapping(InstrumentConfig, {"output": "x", **values}, "train")
     assert message in str(raised.value)
 
 
@@ -217,7 +215,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path) -> None:
     log.add(("single", "single"), 100, torch.tensor([1.0, 2.0]))
     log.write(1, 9, 1e-3)
     log.add(("single", "variables"), 100, torch.tensor([1.0, float("nan")]))
-    with pytest.raises(RuntimeError, match=r"up to 2 is no number; train anew with a lower train.learning_rate"):
+    with pytest.raises(RuntimeError, match=r"step 2 is not finite.*train\.learning_rate"):
         log.write(2, 9, 1e-3)
     assert [line["loss"] for line in read_lines(tmp_path / "log.jsonl")] == [1.5]
 

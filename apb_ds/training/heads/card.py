@@ -1,11 +1,10 @@
-"""The card of trained heads: what they are for, how they came about, how good they are on what they have not seen."""
+"""The model card of retaining heads: how they were trained, and how good they are on held-out conversations."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from apb_ds.training.card import facts_of
+from apb_ds.training.card import training_facts
 
 CARD = """\
 ---
@@ -16,67 +15,68 @@ tags: [long-context, kv-cache, retaining-heads]
 
 # Retaining heads for {base}
 
-Per layer, `fc2(act(fc1([q; k; v])))` with a hidden size of {hidden} says which tokens of a block later ones will attend
-to (Locret, arXiv 2410.01805). {parameters} parameters in `{file}`. For
+Per layer, `fc2(act(fc1([q; k; v])))` with a hidden size of {hidden} predicts which tokens of a block later tokens will
+attend to (Locret, arXiv 2410.01805). {parameters} parameters in `{file}`. Use them with
 `method.compressor=retaining_heads method.retaining_heads=<this directory>`.
 
-## How they were trained
+## Training
 
-- The model is frozen; labels are made of its own attention: {value}, {over_observers} over observers ({observers},
-  at most {num_observers} of a conversation), {over_heads} over a group's heads{standardised}{blocks}.
+- The model is frozen; labels come from its own attention: {value}, {over_observers} over observers ({observers}, at
+  most {num_observers} of a conversation), {over_heads} over a group's heads{options}.
 - {steps} steps of up to {tokens} tokens on each of {ranks} rank(s), conversations of {shortest} to {longest} tokens,
   {dtype}; SmoothL1 + {smoothing} x smoothing.
-- Made-up documents of `task=synthetic`'s split `train`; real text, at {text_share} of them as filler, at {quote_share}
-  of conversations to quote from and at {continue_share} to continue, from {num_texts} files: {texts}{data}.
+- Generated documents of `task=synthetic`'s split `train`, with real text as filler in a share of {text_share}; real
+  text to quote from in {quote_share} of the conversations, and to continue in {continue_share}. It comes from
+  {num_texts} files: {texts}{data}.
 - AdamW, learning rate {rate}, betas 0.9 and 0.95, weight decay {decay}, warm-up of {warmup} steps, then linear to zero;
   gradients clipped to {clip} by value; seed {seed}.
-- It took {seconds} s for {done} steps on {hardware}.
+- {done} steps took {seconds} s on {hardware}.
 - torch {torch}, transformers {transformers}, deepspeed {deepspeed}; commit {commit}.
 
-## On {held_out} conversations that they were not trained on
+## On {held_out} held-out conversations
 
-{hosts} blocks, one token in {ratio:g} kept of each.
+{hosts} blocks, each keeping one token in {ratio:g}.
 
 | step | loss | overlap of the top tenth | attention mass kept | at random | at best |
 | --- | --- | --- | --- | --- | --- |
 {curve}
 
-`training.json` beside this file has all settings. The same command, at that commit, makes them again:
+`training.json` next to this file has all settings. To train them again, run the same command at that commit:
 `deepspeed launch/train_heads.py {overrides}`.
 """
+COLUMNS = ("loss", "overlap", "mass", "mass_random", "mass_best")
+VALUES = {"logit": "scaled logits", "weight": "weights", "log_weight": "log weights"}
+OBSERVERS = {"answer": "the answer's tokens", "later": "any later tokens"}
 
 
-def write_card(directory: Path, record: dict[str, Any], file: str) -> None:
-    """Write ``README.md`` beside trained heads, from the record of their training."""
+def heads_card(record: dict[str, Any], file: str) -> str:
+    """Return the card of trained heads, in Markdown."""
     train = record["settings"]["train"]
-    names = ("loss", "overlap", "mass", "mass_random", "mass_best")
-    curve = [f"| {line['step']} | {' | '.join(f'{line[name]:.4f}' for name in names)} |" for line in record["curve"]]
-    blocks = f"; each observes the blocks before its own, of {train['observed_hosts']}"
-    text = CARD.format(
-        **facts_of(record),
+    options = [
+        "times the norm of the token's value" if train["value_norms"] else "",
+        "standardised per KV head" if train["standardise"] else "",
+        f"each of {train['observed_hosts']} blocks observes those before it" if train["observed_hosts"] else "",
+    ]
+    same = ("over_observers", "over_heads", "num_observers", "smoothing", "text_share", "quote_share", "continue_share")
+    return CARD.format(
+        **training_facts(record),
+        **{name: train[name] for name in (*same, "held_out")},
         hidden=train["hidden_size"],
         parameters=f"{record['parameters']:,}",
         file=file,
-        value={"logit": "scaled logits", "weight": "weights", "log_weight": "log weights"}[train["label"]],
-        over_observers=train["over_observers"],
-        over_heads=train["over_heads"],
-        observers={"answer": "the answer's tokens", "later": "any later tokens"}[train["observers"]],
-        num_observers=train["num_observers"],
-        standardised=(", times the norm of the token's value" if train.get("value_norms") else "")
-        + (", standardised per KV head" if train["standardise"] else ""),
-        blocks=blocks if train["observed_hosts"] else "",
-        smoothing=train["smoothing"],
-        text_share=train["text_share"],
-        quote_share=train["quote_share"],
-        continue_share=train["continue_share"],
+        value=VALUES[train["label"]],
+        observers=OBSERVERS[train["observers"]],
+        options="".join(f", {option}" for option in options if option),
         num_texts=record["texts"]["number"],
         texts=", ".join(record["texts"]["places"]),
-        data=f"; {train['data']} at {train['data_share']}" if train["data"] else "",
+        data=f"; {train['data']} in a share of {train['data_share']}" if train["data"] else "",
         decay=train["weight_decay"],
-        held_out=train["held_out"],
         hosts=train["measured_hosts"],
         ratio=train["measured_ratio"],
-        curve="\n".join(curve),
+        curve="\n".join(_row(line) for line in record["curve"]),
         overrides=record["overrides"],
     )
-    (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def _row(line: dict[str, Any]) -> str:
+    return f"| {line['step']} | {' | '.join(f'{line[name]:.4f}' for name in COLUMNS)} |"

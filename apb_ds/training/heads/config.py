@@ -1,20 +1,20 @@
-"""What a training of retaining heads is to do, validated before anything is loaded."""
+"""The settings of a training of retaining heads, validated before anything is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from apb_ds.config import check_choice, check_integer
-from apb_ds.training.config import TrainingConfig, is_number
+from apb_ds.config import check_choice
+from apb_ds.training.config import TrainingConfig, check_number
 from apb_ds.training.heads.examples import OBSERVERS, Observing
 from apb_ds.training.heads.labels import LabelKind
 
 
 @dataclass(frozen=True)
 class HeadsConfig(TrainingConfig):
-    """Training of retaining heads (Locret, arXiv 2410.01805), by default as published but for the data.
+    """Training of retaining heads (Locret, arXiv 2410.01805); defaults as published, except for the data.
 
-    Gradients are clipped by value; the learning rate falls linearly. `mixture` is of the made-up documents.
+    Gradients are clipped by value; the learning rate falls linearly. `mixture` describes the generated documents.
 
     Parameters
     ----------
@@ -27,23 +27,23 @@ class HeadsConfig(TrainingConfig):
     data : str or None
         A JSONL file of conversations in ShareGPT's format.
     data_share : float
-        How often one of these is taken instead of something made up.
+        Share of the conversations that come from `data`.
     observers : str
         ``answer``: the tokens of the answers observe the document (Locret). ``later``: any tokens observe those before.
     num_observers : int
-        The most that there are in a conversation; of more, as many are drawn.
+        Maximum per conversation; of more, as many are drawn.
     observed_hosts : int or None
-        Tokens observe only the blocks before their own, of so many. Default: all tokens before them.
+        Cut the document into so many blocks; tokens observe earlier blocks only. Default: all earlier tokens.
     label, over_observers, over_heads, standardise, value_norms
         See `apb_ds.training.heads.labels.LabelKind`.
     smoothing : float
-        Factor of the mean squared difference of neighbouring scores.
+        Factor of the mean squared difference between neighbouring scores.
     measure_every : int, steps
     held_out : int
-        Conversations to measure on.
+        Number of conversations to measure on.
     measured_hosts, measured_ratio : int, float
-        Measured is what a prefill with so many hosts and such a compression ratio would keep.
-    further ones : see `TrainingConfig`
+        Measure what a prefill with so many hosts and this compression ratio would keep.
+    others : see `TrainingConfig`
     """
 
     hidden_size: int = 1024
@@ -78,30 +78,24 @@ class HeadsConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_counts("hidden_size", "num_observers", "held_out", "measured_hosts", "measure_every")
+        self._check_integers(1, "hidden_size", "num_observers", "held_out", "measured_hosts", "measure_every")
         if self.observed_hosts is not None:
-            check_integer("train.observed_hosts", self.observed_hosts, 2)
+            self._check_integers(2, "observed_hosts")
         check_choice("train.observers", self.observers, OBSERVERS)
-        self.label_kind  # noqa: B018 (for what it raises)
-        self._check_numbers(("smoothing",), above=False)
+        self.label_kind  # noqa: B018 (raises for values out of range)
+        check_number("train.smoothing", self.smoothing, minimum=0)
         self._check_shares("text_share", "quote_share", "continue_share", "data_share")
         if self.quote_share + self.continue_share > 1:
             raise ValueError(
                 f"train.quote_share={self.quote_share} and train.continue_share={self.continue_share} are more than 1 "
                 "together; lower one."
             )
-        if not is_number(self.measured_ratio) or self.measured_ratio < 1:
-            raise ValueError(f"train.measured_ratio={self.measured_ratio!r} must be a number of at least 1.")
-        self._check_sources()
-
-    def _check_sources(self) -> None:
-        texts = self.texts
-        if texts is not None and (
-            not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts)
-        ):
+        check_number("train.measured_ratio", self.measured_ratio, minimum=1)
+        texts, data = self.texts, self.data
+        if texts is not None and not (isinstance(texts, list) and texts and all(map(_is_name, texts))):
             raise ValueError(f"train.texts={texts!r} must be a list of text files or folders of them.")
-        if self.data is not None and (not isinstance(self.data, str) or not self.data):
-            raise ValueError(f"train.data={self.data!r} must be a JSONL file.")
+        if data is not None and not _is_name(data):
+            raise ValueError(f"train.data={data!r} must be a JSONL file.")
 
     @property
     def label_kind(self) -> LabelKind:
@@ -110,3 +104,7 @@ class HeadsConfig(TrainingConfig):
     @property
     def observing(self) -> Observing:
         return Observing(self.observers, self.num_observers)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)

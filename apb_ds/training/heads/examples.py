@@ -1,4 +1,4 @@
-"""What heads are trained on: conversations over long documents, determined by seed, step and rank."""
+"""What heads are trained on: conversations over long documents, generated, real or the user's."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
 from apb_ds.tasks.prompts import encode, encode_document, has_template
-from apb_ds.tasks.synthetic.documents import Document, longest
+from apb_ds.tasks.synthetic.documents import longest
 from apb_ds.tasks.synthetic.draws import Draws
 from apb_ds.tasks.synthetic.generate import generate
 from apb_ds.tasks.synthetic.recipe import KINDS, NEEDLES
-from apb_ds.training.batches import MAX_DRAWS, TURN_TOKENS, Lengths
-from apb_ds.training.conversations import make_conversation
+from apb_ds.training.batches import Example
+from apb_ds.training.conversations import MAX_DRAWS, TURN_TOKENS, make_conversation
 from apb_ds.training.heads.layouts import QuoteLayout, TextNeedles
 from apb_ds.training.heads.sharegpt import ShareGPT
 from apb_ds.training.heads.texts import TextFiller
@@ -33,62 +29,18 @@ MAX_ANSWER_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class HeadExample:
-    """One conversation.
-
-    Attributes
-    ----------
-    ids : tokens
-    num_document : the first so many are the document, whose tokens are scored
-    observers : ascending positions of the tokens whose attention to the document counts
-    kind : of the conversation, for the log
-    """
-
-    ids: list[int]
-    num_document: int
-    observers: list[int]
-    kind: str
-
-
-@dataclass(frozen=True)
-class HeadBatch:
-    """Conversations, padded behind; see `HeadsLoss.forward`. On the CPU."""
-
-    input_ids: Tensor
-    is_observer: Tensor
-    num_document: Tensor
-    kinds: tuple[str, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.input_ids.numel()
-
-
-def pad_examples(examples: Sequence[HeadExample], padding_id: int) -> HeadBatch:
-    """Return conversations as one batch."""
-    width = max(len(example.ids) for example in examples)
-    input_ids = torch.full((len(examples), width), padding_id, dtype=torch.int64)
-    is_observer = torch.zeros(input_ids.shape, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        input_ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        is_observer[row, example.observers] = True
-    num_document = torch.tensor([example.num_document for example in examples])
-    return HeadBatch(input_ids, is_observer, num_document, tuple(example.kind for example in examples))
-
-
-@dataclass(frozen=True)
 class Sources:
     """Where conversations come from, and how often.
 
     Attributes
     ----------
-    mixture : recipes of made-up documents, for what the shares below leave
+    mixture : recipes of generated documents, for the conversations that the shares below leave
     files : real texts
-    text_share : how often the filler of a made-up document is real text
-    quote_share : of conversations in which a passage of real text is to be quoted
-    continue_share : of real texts that simply go on
-    data : conversations of a user, or None
-    data_share : how often one of those is taken, before anything else is
+    text_share : of generated documents whose filler is real text
+    quote_share : of conversations that ask for a passage of real text
+    continue_share : of conversations that are real text, whose last tokens are the answer
+    data : the user's conversations, or None
+    data_share : of conversations that come from `data`, before any other share
     """
 
     mixture: Mixture
@@ -102,75 +54,65 @@ class Sources:
 
 @dataclass(frozen=True)
 class Observing:
-    """Whose attention counts.
+    """Which tokens' attention counts.
 
     Attributes
     ----------
     observers : ``answer``: the tokens of the answers. ``later``: tokens drawn from the whole conversation.
-    num_observers : the most there are; of more, as many are drawn
+    num_observers : maximum; of more, as many are drawn
     """
 
     observers: str
     num_observers: int
 
-    def draw(self, is_answer: Sequence[bool], draws: Draws) -> list[int]:
-        """Return the observers among a conversation's tokens, in their order."""
-        if self.observers == ANSWER:
-            among = [place for place, answers in enumerate(is_answer) if answers]
-        else:
-            among = list(range(1, len(is_answer)))
+    def draw(self, example: Example, draws: Draws) -> list[int]:
+        """Return the observers' positions, ascending; the example's marked tokens are its answers."""
+        among = example.marked if self.observers == ANSWER else range(1, len(example.ids))
         if len(among) <= self.num_observers:
-            return among
-        # The last token sees the whole document, so nothing of it is without an observer.
+            return list(among)
+        # The last token sees the whole document, so that all of it is observed.
         drawn = draws.sample(len(among) - 1, self.num_observers - 1)
         return sorted(among[place] for place in (*drawn, len(among) - 1))
 
 
 class ExampleMaker:
-    """Makes conversations.
+    """Makes conversations whose marked tokens are the observers.
 
     Parameters
     ----------
     sources : Sources
     observing : Observing
     tokenizer : transformers tokenizer
-    held_out : whether the conversations of `sources.data` are those to measure on
     """
 
-    def __init__(self, sources: Sources, observing: Observing, tokenizer: Any, *, held_out: bool = False) -> None:
+    name = "heads"
+
+    def __init__(self, sources: Sources, observing: Observing, tokenizer: Any) -> None:
         self._sources = sources
         self._observing = observing
-        self._tokenizer = tokenizer
-        self._lines = None if sources.data is None else sources.data.indices(held_out=held_out)
+        self.tokenizer = tokenizer
 
-    def make(self, seed: str, length: int) -> HeadExample:
-        """Return the conversation that a seed stands for, of about `length` tokens and no more.
-
-        Raises
-        ------
-        ValueError
-            If nothing as short as that can be made.
-        """
-        draws = Draws("heads", seed)
+    def make(self, seed: str, length: int) -> Example:
+        """Return the conversation that a seed determines, see `Source.make`."""
+        draws = Draws(self.name, seed)
         example = self._whole(draws, seed, length)
-        answers = set(example.observers)
-        observers = self._observing.draw([place in answers for place in range(len(example.ids))], draws)
-        return replace(example, observers=observers)
+        return replace(example, marked=self._observing.draw(example, draws))
 
-    def _whole(self, draws: Draws, seed: str, length: int) -> HeadExample:
-        """Return a conversation with all tokens of its answers as observers."""
-        if self._sources.data is not None and draws.fraction() < self._sources.data_share:
-            return self._given(draws, length)
+    def _whole(self, draws: Draws, seed: str, length: int) -> Example:
+        """Return a conversation with the tokens of its answers marked."""
+        data = self._sources.data
+        if data is not None and draws.fraction() < self._sources.data_share:
+            return self._given(data, draws, length)
         for attempt in range(MAX_DRAWS):
             try:
-                example = self._made_up(draws, f"{seed}.{attempt}", length)
-            except ValueError:  # this recipe makes nothing as short as this; another one may
+                example = self._generated(draws, f"{seed}.{attempt}", length)
+            except ValueError:  # too short for this recipe; another one may fit
                 continue
             if example is not None:
                 return example
-        raise ValueError(f"nothing can be made in {length} tokens; raise train.min_length.")
+        raise ValueError(f"no conversation fits into {length} tokens; raise train.min_length.")
 
-    def _made_up(self, draws: Draws, seed: str, length: int) -> HeadExample | None:
+    def _generated(self, draws: Draws, seed: str, length: int) -> Example | None:
         """Return a conversation of a kind that is drawn; None if it does not fit."""
         sources = self._sources
         drawn = draws.fraction()
@@ -178,7 +120,9 @@ class ExampleMaker:
             return self._continued(draws, length)
         if drawn < sources.continue_share + sources.quote_share:
             quote = QuoteLayout(TextFiller(sources.files, draws), draws.fraction())
-            return self._conversation(longest(quote, length - QUOTE_TOKENS, self._length), "quote", length)
+            return make_conversation(
+                self.tokenizer, longest(quote, length - QUOTE_TOKENS, self._length), "quote", length
+            )
         recipe = sources.mixture.draw(draws)
         room = length - TURN_TOKENS * recipe.num_questions
         if room < TURN_TOKENS:
@@ -188,94 +132,37 @@ class ExampleMaker:
             document = longest(needles, room, self._length)
         else:
             document = generate(recipe, seed, room, self._length)
-        return self._conversation(document, recipe.kind, length)
+        return make_conversation(self.tokenizer, document, recipe.kind, length)
 
     def _length(self, text: str) -> int:
-        return len(encode_document(self._tokenizer, text).ids)
+        return len(encode_document(self.tokenizer, text).ids)
 
-    def _conversation(self, document: Document, kind: str, length: int) -> HeadExample | None:
-        made = make_conversation(self._tokenizer, document, length)
-        if made is None:
-            return None
-        answers = [place for place, answers in enumerate(made.is_answer) if answers]
-        return HeadExample(made.ids, made.num_document, answers, kind)
-
-    def _continued(self, draws: Draws, length: int) -> HeadExample:
-        """Return real text as it stands; its last tokens are the answer."""
+    def _continued(self, draws: Draws, length: int) -> Example:
+        """Return real text; its last tokens are the answer."""
         filler, num = TextFiller(self._sources.files, draws), 16
         ids: list[int] = []
         while len(ids) < length:
-            ids = encode(self._tokenizer, "".join(filler.sentences(num)))
+            ids = encode(self.tokenizer, "".join(filler.sentences(num)))
             num *= 2
         num_answer = min(CONTINUED_TOKENS, length // 4)
-        return HeadExample(ids[:length], length - num_answer, list(range(length - num_answer, length)), "continue")
+        return Example(ids[:length], length - num_answer, list(range(length - num_answer, length)), "continue")
 
-    def _given(self, draws: Draws, length: int) -> HeadExample:
-        """Return a conversation of the user's; what is too long loses its middle, as long prompts do in training."""
-        data = self._sources.data
-        assert data is not None and self._lines is not None
-        prompt, answer = data.pair(draws.choose(self._lines))
-        ids = encode_prompt(self._tokenizer, prompt)
-        answer_ids = [*encode(self._tokenizer, answer), self._tokenizer.eos_token_id]
+    def _given(self, data: ShareGPT, draws: Draws, length: int) -> Example:
+        """Return one of the user's conversations; a prompt that is too long loses its middle."""
+        prompt, answer = data.pair(draws.choose(data.indices))
+        ids = encode_prompt(self.tokenizer, prompt)
+        answer_ids = [*encode(self.tokenizer, answer), self.tokenizer.eos_token_id]
         answer_ids = answer_ids[: min(MAX_ANSWER_TOKENS, length // 2)]
         room = length - len(answer_ids)
         if len(ids) > room:
             ids = ids[: room // 2] + ids[len(ids) - (room - room // 2) :]
-        return HeadExample(ids + answer_ids, len(ids), list(range(len(ids), len(ids) + len(answer_ids))), "given")
+        return Example(ids + answer_ids, len(ids), list(range(len(ids), len(ids) + len(answer_ids))), "given")
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the ids of a user's turn with the answer opened; without a chat template, of the text and a new line."""
+    """Return the ids of a user's turn and the start of the answer; of text and newline without a chat template."""
     if not has_template(tokenizer):
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return bos + encode(tokenizer, f"{prompt}\n")
     turn = [{"role": "user", "content": prompt}]
     return encode(tokenizer, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-
-
-class HeadExamples(Dataset[HeadBatch]):
-    """The batch of each step.
-
-    Parameters
-    ----------
-    maker : ExampleMaker
-    lengths : how long conversations are
-    num_steps : in all
-    num_tokens : of a batch at most, unless one conversation has more
-    padding_id : token id
-    seed : integer; with step and rank it determines a batch
-    rank : of this process
-    """
-
-    def __init__(
-        self,
-        maker: ExampleMaker,
-        lengths: Lengths,
-        num_steps: int,
-        num_tokens: int,
-        padding_id: int,
-        *,
-        seed: int,
-        rank: int = 0,
-    ) -> None:
-        self._maker = maker
-        self._lengths = lengths
-        self._num_steps = num_steps
-        self._num_tokens = num_tokens
-        self._padding_id = padding_id
-        self._seed = seed
-        self._rank = rank
-
-    def __len__(self) -> int:
-        return self._num_steps
-
-    def __getitem__(self, step: int) -> HeadBatch:
-        place = f"{self._seed}.{step}.{self._rank}"
-        length = self._lengths.draw(step / self._num_steps, Draws("heads", "length", place))
-        num = max(1, self._num_tokens // length)
-        try:
-            examples = [self._maker.make(f"{place}.{index}", length) for index in range(num)]
-        except ValueError as error:
-            # By now the other ranks are waiting for this one, so this is no matter of bad input: it ends all of them.
-            raise RuntimeError(str(error)) from error
-        return pad_examples(examples, self._padding_id)

@@ -1,6 +1,6 @@
-"""What a head is to say: how much the tokens that come later attend to a token, of the model's own attention.
+"""Labels for heads: how much later tokens attend to a token, in the model's own attention.
 
-Nothing here is tokens x tokens: only a few rows of attention, those of the observers, are ever made.
+No matrix here is tokens x tokens: only the observers' rows of attention are computed.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ MIN_NORM = 1e-6
 
 @dataclass(frozen=True)
 class LabelKind:
-    """How labels are made of attention.
+    """How attention becomes labels.
 
     Parameters
     ----------
     value : str
-        ``logit``: scaled, before softmax (Locret). ``weight``: after it, times the number of tokens that the observer
-        sees, so that an even share is 1. ``log_weight``: the logarithm of the weight, without that factor.
+        ``logit``: scaled, before softmax (Locret). ``weight``: after softmax, times the number of tokens that the
+        observer sees, so that a uniform share is 1. ``log_weight``: the logarithm of the weight, without that factor.
     over_observers, over_heads : str
-        ``max`` (Locret), ``mean`` or ``logmeanexp``: over the observers, and over the query heads of a KV head. The
-        last is the logarithm of the mean of exponentials, so of log weights that of the mean weight.
+        Reduction over the observers, and over the query heads of a KV head: ``max`` (Locret), ``mean``, or
+        ``logmeanexp``, the logarithm of the mean of exponentials (for log weights, of the mean weight).
     standardise : bool
-        Whether each KV head's labels are shifted and scaled to mean 0 and variance 1 over the document.
+        Whether each KV head's labels have mean 0 and variance 1 over the document.
     value_norms : bool
-        Whether a weight counts times the norm of the token's value: what attention adds to its output for the token.
+        Whether to multiply weights by the norm of the token's value, as the token's contribution to the output.
 
     Raises
     ------
     ValueError
-        For an unknown name, or norms where there are no weights.
+        For an unknown name, or value norms without weights.
     """
 
     value: str = "logit"
@@ -60,13 +60,13 @@ class LabelKind:
 
 @dataclass(frozen=True)
 class View:
-    """Who observes which tokens in one conversation.
+    """Which tokens observe which others in one conversation.
 
     Attributes
     ----------
-    rows : (observers,), int64, ascending positions of the tokens whose queries observe
-    num_document : the first so many tokens are the document, which is observed
-    visible : (observers, num_scored), bool: whose observation of which token counts
+    rows : (observers,), int64, ascending positions of the observers
+    num_document : number of tokens, from the first, that are the document, which is observed
+    visible : (observers, num_scored), bool, which observations count
     """
 
     rows: Tensor
@@ -75,22 +75,22 @@ class View:
 
     @property
     def num_scored(self) -> int:
-        """The first so many tokens are observed by somebody, the others of the document by nobody."""
+        """Number of tokens, from the first, that are observed at all."""
         return self.visible.shape[1]
 
 
 def make_view(rows: Tensor, num_document: int, hosts: int | None = None) -> View:
-    """Return who observes what: every observer the tokens before it, or only those in blocks before its own.
+    """Return the view in which an observer sees all earlier tokens, or only those in earlier blocks.
 
     Parameters
     ----------
     rows : (observers,), int64, ascending
-    hosts : into so many blocks the document is cut; what stands behind it observes all of them
+    hosts : number of blocks in the document; tokens after the document observe all of them
 
     Raises
     ------
     ValueError
-        If nobody observes anything.
+        If nothing is observed.
     """
     positions = torch.arange(num_document, device=rows.device)
     if hosts is None:
@@ -103,13 +103,11 @@ def make_view(rows: Tensor, num_document: int, hosts: int | None = None) -> View
         visible = blocks < of_rows.unsqueeze(1)
     num_scored = int(visible.any(dim=0).sum())
     if num_scored == 0:
-        raise ValueError("no token of the document is observed by a later one.")
+        raise ValueError("no later token observes any token of the document.")
     return View(rows, num_document, visible[:, :num_scored])
 
 
-def label_tokens(
-    kind: LabelKind, view: View, queries: Tensor, keys: Tensor, scale: float, values: Tensor | None = None
-) -> Tensor:
+def label_tokens(kind: LabelKind, view: View, queries: Tensor, keys: Tensor, scale: float, values: Tensor) -> Tensor:
     """Return the labels of one layer.
 
     Parameters
@@ -117,7 +115,7 @@ def label_tokens(
     queries : (1, heads, tokens, head_dim), rotated
     keys : (1, kv_heads, tokens, head_dim), rotated
     scale : factor on the logits
-    values : (1, kv_heads, tokens, head_dim), where their norms count
+    values : (1, kv_heads, tokens, head_dim)
 
     Returns
     -------
@@ -130,9 +128,8 @@ def label_tokens(
         labels.append(_reduced(kind.over_heads, by_head.unsqueeze(0), torch.ones_like(by_head, dtype=torch.bool))[0])
     stacked = torch.stack(labels, dim=1)
     if kind.value_norms:
-        assert values is not None
         norms = values[0, :, : view.num_scored].float().norm(dim=-1).T
-        # The same for all observers and heads of the group, so it may be counted after them.
+        # The same for all observers and heads of a group, so it can be applied after the reductions.
         stacked = stacked + norms.clamp_min(MIN_NORM).log() if kind.value == "log_weight" else stacked * norms
     if kind.standardise:
         spread = stacked.std(dim=0, keepdim=True, correction=0)
@@ -141,7 +138,7 @@ def label_tokens(
 
 
 def attention_received(view: View, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Return the attention weight that the observers give each token, summed over them and over each group's heads.
+    """Return the attention weight that each token gets, summed over observers and each group's heads.
 
     Returns
     -------
@@ -155,7 +152,7 @@ def attention_received(view: View, queries: Tensor, keys: Tensor, scale: float) 
 
 
 def _observed_logits(view: View, queries: Tensor, keys: Tensor, scale: float) -> Iterator[Tensor]:
-    """Yield each KV head's causal logits, (heads per KV head, observers, tokens), float32; -inf for what is hidden."""
+    """Yield each KV head's causal logits, (heads per KV head, observers, tokens), float32; -inf where masked."""
     kv_heads, tokens = keys.shape[1:3]
     observing = queries[0, :, view.rows].unflatten(0, (kv_heads, -1))
     hidden = torch.arange(tokens, device=keys.device) > view.rows.unsqueeze(1)
@@ -165,7 +162,7 @@ def _observed_logits(view: View, queries: Tensor, keys: Tensor, scale: float) ->
 
 
 def _reduced(reduction: str, values: Tensor, counts: Tensor) -> Tensor:
-    """Return values, (heads, observers, tokens), over the observers that count, (observers, tokens)."""
+    """Reduce values, (heads, observers, tokens), over the observers that count, (observers, tokens)."""
     if reduction == "max":
         return values.masked_fill(~counts, -torch.inf).amax(dim=1)
     if reduction == "mean":
@@ -174,7 +171,7 @@ def _reduced(reduction: str, values: Tensor, counts: Tensor) -> Tensor:
 
 
 def _valued(value: str, logits: Tensor, view: View) -> Tensor:
-    """Return what an observation is worth, (heads per KV head, observers, num_scored)."""
+    """Return the value of each observation, (heads per KV head, observers, num_scored)."""
     if value == "logit":
         return logits[..., : view.num_scored]
     if value == "log_weight":

@@ -1,4 +1,4 @@
-"""Documents of real text, in the manner of `apb_ds.tasks.synthetic`: needles in it, or a passage to be quoted."""
+"""Documents of real text for `apb_ds.tasks.synthetic`: with needles, or with a passage to quote."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from apb_ds.training.heads.texts import TextFiller
 
 
 class TextNeedles(NeedleLayout):
-    """Needles between pieces of real text: each on a line of its own, the text's lines as they are."""
+    """Needles between pieces of real text, each on a separate line; the text's lines are unchanged."""
 
     joint = "\n"
 
@@ -27,12 +27,12 @@ class _WithoutLastBreak:
 
 
 class QuoteLayout:
-    """Real text, of which one passage is named and the next one is to be quoted.
+    """Real text and a question that names one passage and asks for the next.
 
     Parameters
     ----------
     filler : TextFiller
-    depth : where the passage stands: the share of the text before it, from 0 to 1
+    depth : share of the text before the passage, from 0 to 1
     """
 
     minimum = 2

@@ -1,4 +1,4 @@
-"""How good heads are on documents that they were not trained on."""
+"""How good heads are on held-out documents."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from apb_ds.compressors.base import max_pool
 from apb_ds.ops.selection import select_top
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import split_evenly
-from apb_ds.training.heads.examples import HeadExample, pad_examples
+from apb_ds.training.batches import Example, pad_examples
 from apb_ds.training.heads.labels import attention_received, label_tokens
-from apb_ds.training.heads.module import HeadsLoss, layer_loss
+from apb_ds.training.heads.module import HeadsLoss
 from apb_ds.training.heads.observe import observe_layers
 
 TOP_SHARE = 0.1
 
 
 @torch.no_grad()
-def measure(loss: HeadsLoss, example: HeadExample, hosts: int, ratio: float, device: torch.device) -> dict[str, float]:
+def measure(loss: HeadsLoss, example: Example, hosts: int, ratio: float, device: torch.device) -> dict[str, float]:
     """Measure the heads on one conversation.
 
     Parameters
     ----------
-    hosts, ratio : tokens are kept as a prefill keeps them: of each of so many blocks, one in `ratio`
+    hosts, ratio : how many tokens to keep, as in a prefill: of each of `hosts` blocks, one in `ratio`
 
     Returns
     -------
     dict
-        ``loss``; ``overlap``: of the tenth of tokens with the largest labels, the share that is in the tenth with the
-        largest scores; ``mass``: of the attention that the observers pay to the document, the share that kept tokens
-        hold; ``mass_random`` and ``mass_best``: the same if tokens are kept at random, on average, and if those that
-        hold most are kept. Means over layers and KV heads.
+        ``loss``; ``overlap``: of the tenth of tokens with the largest labels, the share in the tenth with the largest
+        scores; ``mass``: of the observers' attention to the document, the share on kept tokens; ``mass_random`` and
+        ``mass_best``: the same for random tokens, on average, and for those with the most attention. Means over layers
+        and KV heads.
     """
     batch = pad_examples([example], 0)
-    view = loss.view(batch.is_observer[0].to(device), example.num_document)
+    view = loss.view(batch.is_marked[0].to(device), example.num_document)
     sums: dict[str, list[float]] = defaultdict(list)
     losses = []
 
@@ -48,7 +48,7 @@ def measure(loss: HeadsLoss, example: HeadExample, hosts: int, ratio: float, dev
     ) -> None:
         labels = label_tokens(loss.kind, view, queries, keys, scale, values)
         scores = loss.heads(layer_idx, projections[: view.num_document]).float()
-        losses.append(layer_loss(scores[: view.num_scored], labels, loss.smoothing, len(loss.heads.layers)))
+        losses.append(loss.layer_loss(scores[: view.num_scored], labels))
         sums["overlap"].append(_overlap(scores[: view.num_scored].T, labels.T))
         received = attention_received(view, queries, keys, scale)
         received = torch.nn.functional.pad(received, (0, view.num_document - view.num_scored))
@@ -60,7 +60,7 @@ def measure(loss: HeadsLoss, example: HeadExample, hosts: int, ratio: float, dev
 
 
 def _overlap(scores: Tensor, labels: Tensor) -> float:
-    """Share of the top tenth of labels, (kv_heads, tokens), that is in the top tenth of scores."""
+    """Return the share of the top tenth of labels, (kv_heads, tokens), in the top tenth of scores."""
     count = max(1, math.ceil(TOP_SHARE * labels.shape[1]))
     chosen, best = (
         torch.zeros_like(labels, dtype=torch.bool).scatter_(1, select_top(values.contiguous(), count), True)
@@ -70,7 +70,7 @@ def _overlap(scores: Tensor, labels: Tensor) -> float:
 
 
 def _kept_mass(scores: Tensor, received: Tensor, hosts: int, ratio: float) -> dict[str, float]:
-    """Share of the attention received, (kv_heads, tokens), that falls on the tokens kept of each block."""
+    """Return the share of the attention received, (kv_heads, tokens), on the tokens kept of each block."""
     total = received.sum(dim=1)
     longest = math.ceil(received.shape[1] / hosts)
     kept: dict[str, Tensor] = {name: torch.zeros_like(total) for name in ("mass", "mass_random", "mass_best")}
@@ -87,19 +87,19 @@ def _kept_mass(scores: Tensor, received: Tensor, hosts: int, ratio: float) -> di
 
 def measure_all(
     loss: HeadsLoss,
-    examples: Sequence[HeadExample],
+    examples: Sequence[Example],
     group: SequenceGroup,
     *,
     hosts: int,
     ratio: float,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Measure the heads on all examples, of which each rank takes its share. All ranks call this together.
+    """Measure the heads on all examples, each rank on its share. All ranks call this together.
 
     Returns
     -------
     dict
-        What `measure` gives, means over all, and ``by_kind``: over those of each kind.
+        The means of `measure` over all examples, and in ``by_kind`` over those of each kind.
     """
     mine = {
         index: measure(loss, examples[index], hosts, ratio, device)
@@ -107,7 +107,7 @@ def measure_all(
     }
     measured = {index: found for of_rank in group.gather_objects(mine) for index, found in of_rank.items()}
     by_kind: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for index, example in enumerate(examples):  # in this order, so that sums do not depend on the number of ranks
+    for index, example in enumerate(examples):  # in order, so that sums do not depend on the number of ranks
         by_kind[example.kind].append(measured[index])
     everything = [measured[index] for index in range(len(examples))]
     return _means(everything) | {"by_kind": {kind: _means(found) for kind, found in sorted(by_kind.items())}}

@@ -14,7 +14,7 @@ from apb_ds.training.heads.observe import observe_layers
 
 
 class HeadsLoss(nn.Module):
-    """Heads, which are trained, and the frozen model whose attention they are to foresee.
+    """Heads, which are trained, and the frozen model whose attention they predict.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class HeadsLoss(nn.Module):
         self.kind = kind
         self.smoothing = smoothing
         self.hosts = hosts
-        self._model = (model,)  # no part of this module: nothing of it is trained, cast, sent or saved
+        self._model = (model,)  # hidden from torch: the model is not trained, cast, sent or saved
 
     @property
     def model(self) -> Any:
@@ -46,21 +46,28 @@ class HeadsLoss(nn.Module):
 
         Parameters
         ----------
-        input_ids : (conversations, tokens), int64, padded behind
+        input_ids : (conversations, tokens), int64, padded at the end
         is_observer : (conversations, tokens), bool: whose queries observe the document
-        num_document : (conversations,), int64: the first so many tokens are the document
+        num_document : (conversations,), int64: number of tokens, from the first, that are the document
 
         Returns
         -------
-        Tensor, (conversations,), float32: SmoothL1 over tokens, KV heads and layers, and `smoothing` times the sum over
-        layers of the mean squared difference of neighbouring tokens' scores
+        Tensor, (conversations,), float32: SmoothL1 over tokens, KV heads and layers, plus `smoothing` times the sum
+        over layers of the mean squared difference between neighbouring tokens' scores
         """
         rows = zip(input_ids, is_observer, num_document.tolist(), strict=True)
         return torch.stack([self._loss(ids, observers, length) for ids, observers, length in rows])
 
     def view(self, is_observer: Tensor, num_document: int) -> View:
-        """Return who observes what in one conversation."""
+        """Return which tokens observe which others in one conversation."""
         return make_view(is_observer.nonzero(as_tuple=True)[0], num_document, self.hosts)
+
+    def layer_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Return one layer's share of the loss; `scores` and `labels` are (tokens, kv_heads), float32."""
+        loss = smooth_l1_loss(scores, labels) / len(self.heads.layers)
+        if len(scores) > 1:
+            loss = loss + self.smoothing * mse_loss(scores[1:], scores[:-1])
+        return loss
 
     def _loss(self, ids: Tensor, is_observer: Tensor, num_document: int) -> Tensor:
         view = self.view(is_observer, num_document)
@@ -72,15 +79,7 @@ class HeadsLoss(nn.Module):
             labels = label_tokens(self.kind, view, queries, keys, scale, values)
             with torch.enable_grad():
                 scores = self.heads(layer_idx, projections[: view.num_scored]).float()
-                losses.append(layer_loss(scores, labels, self.smoothing, len(self.heads.layers)))
+                losses.append(self.layer_loss(scores, labels))
 
         observe_layers(self.model, ids[: int(view.rows[-1]) + 1].unsqueeze(0), observe)
         return torch.stack(losses).sum()
-
-
-def layer_loss(scores: Tensor, labels: Tensor, smoothing: float, num_layers: int) -> Tensor:
-    """Return one layer's share of the loss; `scores` and `labels` are (tokens, kv_heads), float32."""
-    loss = smooth_l1_loss(scores, labels) / num_layers
-    if len(scores) > 1:
-        loss = loss + smoothing * mse_loss(scores[1:], scores[:-1])
-    return loss

@@ -1,4 +1,4 @@
-"""One forward of the frozen model that yields, layer by layer, what a head sees and what its labels are made of."""
+"""One forward of the frozen model that yields, layer by layer, a head's input and what its labels are made from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Observe = Callable[[int, Tensor, Tensor, Tensor, float, Tensor], None]
 
 @torch.no_grad()
 def observe_layers(model: PreTrainedModel, input_ids: Tensor, observe: Observe) -> None:
-    """Run the model with causal attention, and call `observe` in every layer, in their order.
+    """Run the model with causal attention, and call `observe` in each layer, in order.
 
     Parameters
     ----------
@@ -38,11 +38,10 @@ def observe_layers(model: PreTrainedModel, input_ids: Tensor, observe: Observe) 
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        parts = [output[0] for output in projected]
+        projections = torch.cat([output[0] for output in projected], dim=-1)
         projected.clear()
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
-        observe(layer_idx, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), query, key, scale, value)
+        observe(int(module.layer_idx), projections, query, key, scale, value)  # type: ignore[arg-type]
         output, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scale, is_causal=True)
         return output, None
 

@@ -1,7 +1,7 @@
-"""Conversations from a JSONL file in ShareGPT's format, as LongAlpaca comes in.
+"""Conversations from a JSONL file in ShareGPT's format, such as LongAlpaca.
 
 Each line is a JSON object with ``conversations``, a list of turns ``{"from": "human", "value": ...}`` and
-``{"from": "gpt", "value": ...}``; or with ``instruction`` and ``output``. The first question with its answer is used.
+``{"from": "gpt", "value": ...}``; or with ``instruction`` and ``output``. Only the first question and its answer count.
 """
 
 from __future__ import annotations
@@ -14,31 +14,33 @@ from typing import Any
 FIELD = "train.data"
 ASKING = ("human", "user")
 ANSWERING = ("gpt", "assistant", "chatgpt")
-# One line in so many is set aside to measure on.
+# One line in so many is held out.
 HELD_OUT = 20
 
 
 class ShareGPT:
-    """Pairs of prompt and answer, read when they are asked for.
+    """Pairs of prompt and answer, read on demand.
 
     Parameters
     ----------
     path : of the file
+    held_out : whether `indices` are the lines to measure on, not those to train on
 
     Raises
     ------
     ValueError
-        If there is no such file.
+        If the file does not exist.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, held_out: bool = False) -> None:
         self.path = Path(path).expanduser()
+        self._held_out = held_out
         if not self.path.is_file():
-            raise ValueError(f"{FIELD}={path!r}: there is no such file ({self.path.absolute()}); correct the path.")
+            raise ValueError(f"{FIELD}={path!r}: {self.path.absolute()} does not exist; correct the path.")
 
     @cached_property
     def _offsets(self) -> list[int]:
-        """Where each line with something in it begins."""
+        """Where each line that is not blank begins."""
         offsets, position = [], 0
         with open(self.path, "rb") as stream:
             for line in stream:
@@ -47,15 +49,16 @@ class ShareGPT:
                 position += len(line)
         return offsets
 
-    def indices(self, *, held_out: bool) -> list[int]:
-        """Return which lines to train on, or which ones to measure on."""
+    @cached_property
+    def indices(self) -> list[int]:
+        """The lines to train on, or those to measure on."""
         every = range(len(self._offsets))
         if len(every) < 2:
             return list(every)
-        return [index for index in every if (index % HELD_OUT == 0) == held_out]
+        return [index for index in every if (index % HELD_OUT == 0) == self._held_out]
 
     def check(self) -> None:
-        """Raise ValueError if there is nothing in the file, or its first line is no conversation."""
+        """Raise ValueError if the file is empty or its first line is not a conversation."""
         if not self._offsets:
             raise ValueError(f"{FIELD}={str(self.path)!r} is empty.")
         self.pair(0)
@@ -66,7 +69,7 @@ class ShareGPT:
         Raises
         ------
         ValueError
-            If it has none, naming the line.
+            If the line is not a conversation, naming it.
         """
         with open(self.path, "rb") as stream:
             stream.seek(self._offsets[index])
@@ -75,8 +78,8 @@ class ShareGPT:
             prompt, answer = _pair(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{FIELD}: conversation {index + 1} of {self.path} is none ({type(error).__name__}: {error}); each "
-                'line is a JSON object with "conversations", a list of {"from": "human" or "gpt", "value": text}.'
+                f"{FIELD}: line {index + 1} of {self.path} is not a conversation ({type(error).__name__}: {error}); it "
+                'must be a JSON object with "conversations", a list of {"from": "human" or "gpt", "value": text}.'
             ) from error
         return prompt, answer
 
@@ -88,7 +91,7 @@ def _pair(row: dict[str, Any]) -> tuple[str, str]:
         turns = row["conversations"]
         first = next((place for place, turn in enumerate(turns) if turn["from"] in ASKING), None)
         if first is None or first + 1 == len(turns) or turns[first + 1]["from"] not in ANSWERING:
-            raise ValueError("no question that is followed by an answer")
+            raise ValueError("no question followed by an answer")
         prompt, answer = turns[first]["value"], turns[first + 1]["value"]
     if not prompt.strip() or not answer.strip():
         raise ValueError("an empty question or answer")

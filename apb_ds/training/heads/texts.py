@@ -1,8 +1,8 @@
-"""Real text to train on: what lies on most machines, under licences that allow to use it.
+"""Real text to train on: what most machines have, under licences that allow this use.
 
-By default the source of Python's standard library (PSF licence), but for the files that `task=fidelity` judges with;
-and, where they are there, the licences of Debian (verbatim copying allowed), vim's manual (Open Publication License)
-and perl's (Artistic License or GPL). Trained heads hold no text.
+By default the source of Python's standard library (PSF licence), except the files that `task=fidelity` evaluates on;
+and, where installed, Debian's licences (verbatim copying allowed), vim's manual (Open Publication License) and perl's
+(Artistic License or GPL). Trained heads contain no text.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ SUFFIXES = ("", ".py", ".txt", ".md", ".rst", ".pod", ".tex", ".c", ".h", ".java
 IGNORED_FOLDERS = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3")
 MIN_BYTES = 4000
 MAX_BYTES = 4_000_000
-# A piece of text goes to the end of the line in which it has this many letters, or to a blank line after half of them.
+# A piece of text ends with the line in which it reaches this many letters, or at a blank line after half of them.
 PIECE_LETTERS = 240
 MAX_PIECE_LETTERS = 900
-# One file in so many is set aside to measure on.
+# One file in so many is held out.
 HELD_OUT = 10
 MAX_PLACES = 8
 
 
 def find_texts(given: Sequence[str] | None) -> list[Path]:
-    """Return the text files to draw from, in an order that depends on nothing but their names.
+    """Return the text files to draw from, in an order that depends on their names only.
 
     Parameters
     ----------
-    given : files, and folders with all that is in them; None for the default
+    given : files, and folders that are searched recursively; None for the default
 
     Raises
     ------
     ValueError
-        If a name is not there, or nothing in it is a text of some length.
+        If a name does not exist or contains no text file.
     """
     if given is None:
         return sorted({*_standard_library(), *_extra()})
@@ -52,7 +52,9 @@ def find_texts(given: Sequence[str] | None) -> list[Path]:
         path = Path(name).expanduser()
         inside = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if _is_text_file(file)]
         if not inside:
-            raise ValueError(f"{FIELD}: {name!r} is no text file and no folder with any of {MIN_BYTES} bytes or more.")
+            raise ValueError(
+                f"{FIELD}: {name!r} is neither a text file nor a folder with text files of {MIN_BYTES} bytes."
+            )
         found += inside
     return sorted(set(found))
 
@@ -68,7 +70,7 @@ def _standard_library() -> Iterator[Path]:
 
 def _extra() -> Iterator[Path]:
     for place in EXTRA_PLACES:
-        for folder in {folder.resolve() for folder in Path("/").glob(place)}:  # some are there under two names
+        for folder in {folder.resolve() for folder in Path("/").glob(place)}:  # some have two names
             yield from (file for file in folder.iterdir() if _is_text_file(file) and not file.is_symlink())
 
 
@@ -82,7 +84,7 @@ def _is_text_file(file: Path) -> bool:
 
 
 def places_of(files: Sequence[Path]) -> list[str]:
-    """Return where texts come from, for people: the standard library by that name, the others by their folders."""
+    """Return where texts come from, for the card: the standard library by that name, the others by their folders."""
     library = Path(sysconfig.get_paths()["stdlib"])
     name = f"the standard library of Python {platform.python_version()}"
     places = Counter(name if library in file.parents else str(file.parent) for file in files)
@@ -90,10 +92,10 @@ def places_of(files: Sequence[Path]) -> list[str]:
 
 
 def split_texts(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the files to train on and those to measure on; which is which depends on a file's name alone."""
+    """Return the files to train on and those to measure on; the split depends on their names only."""
     held_out = [file for file in files if _hash(file.name) % HELD_OUT == 0]
     training = [file for file in files if _hash(file.name) % HELD_OUT]
-    # With a handful of files it may be that all are on one side.
+    # A handful of files may all fall on one side.
     return training or held_out, held_out or training
 
 
@@ -103,7 +105,7 @@ def _hash(name: str) -> int:
 
 @functools.lru_cache(maxsize=256)
 def read_pieces(file: Path) -> tuple[str, ...]:
-    """Return a text in pieces of some lines each, which together are the text; empty if it is none."""
+    """Return a text in consecutive pieces of some lines each; () if the file is not text."""
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         text = content.decode("utf-8")
@@ -122,12 +124,12 @@ def read_pieces(file: Path) -> tuple[str, ...]:
 
 
 class TextFiller:
-    """An endless sequence of pieces of real text, file after file; the first ones are the same however many are taken.
+    """An endless sequence of pieces of real text, file after file. It does not depend on how many are taken.
 
     Parameters
     ----------
     files : to draw from
-    draws : chooses where to begin, and which file comes next
+    draws : chooses where to begin, and each next file
     """
 
     def __init__(self, files: Sequence[Path], draws: Draws) -> None:

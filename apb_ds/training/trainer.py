@@ -1,0 +1,159 @@
+"""The optimiser's part of training, which is DeepSpeed's: mixed precision, averaged gradients, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+NEVER = 1_000_000_000  # steps between the lines that DeepSpeed prints
+STEP_KEY = "step"
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own variable; it overrides the argument of torch.load
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """AdamW with a linear warm-up, then a decay to zero.
+
+    Attributes
+    ----------
+    steps, warmup_steps : number of steps
+    learning_rate, weight_decay : AdamW's
+    clip : maximum norm of all gradients, or maximum absolute value of each
+    clips_values : whether `clip` limits values. Each rank then clips its own gradients before they are averaged.
+    schedule : shape of the decay, ``cosine`` or ``linear``
+    """
+
+    steps: int
+    warmup_steps: int
+    learning_rate: float
+    weight_decay: float
+    clip: float
+    clips_values: bool = False
+    schedule: str = "cosine"
+
+
+class Trainer:
+    """A module in DeepSpeed's engine, data-parallel over all ranks. Frozen parameters do not change.
+
+    Parameters
+    ----------
+    module : nn.Module
+        On its device; returns the losses of a batch, (conversations,).
+    optimisation : Optimisation
+    dtype : torch.dtype
+        Of the module. In half precision the optimiser keeps a float32 copy of the trained parameters.
+    directory : Path
+        Where checkpoints go; only the newest is kept.
+
+    Attributes
+    ----------
+    step : number of completed steps, including those before a resume
+    """
+
+    def __init__(self, module: nn.Module, optimisation: Optimisation, dtype: torch.dtype, directory: Path) -> None:
+        self._directory = directory
+        self._engine = _engine(module, optimisation, dtype)
+        self.step = 0
+
+    def resume(self) -> int:
+        """Load the newest checkpoint, if there is one; return the number of completed steps."""
+        if (self._directory / "latest").is_file():
+            with contextlib.redirect_stdout(io.StringIO()), _tensors_only():
+                # Checkpoints leave out frozen parameters: the model has brought them.
+                _, state = self._engine.load_checkpoint(str(self._directory), load_module_strict=False)
+            self.step = int(state[STEP_KEY])
+        return self.step
+
+    def train(self, *inputs: Tensor) -> Tensor:
+        """Do one step; return the losses of this rank's batch, (conversations,), float32."""
+        losses = self._engine(*inputs)
+        self._engine.backward(losses.mean())
+        self._engine.step()
+        self.step += 1
+        return losses.detach()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self._engine.get_lr()[0])
+
+    def save(self, *, is_first: bool) -> None:
+        """Write a checkpoint and remove older ones, on all ranks together; `is_first` on one of them.
+
+        Raises
+        ------
+        RuntimeError
+            On all ranks, if the last step's gradient is not finite: the parameters are lost, and nothing is written.
+        """
+        norm = self._engine.get_global_grad_norm()
+        # DeepSpeed skips such steps in float16 and float32, where it lowers the loss scale: parameters are unchanged.
+        if self._engine.was_step_applied() and norm is not None and (norm < 0 or not math.isfinite(norm)):
+            raise RuntimeError(f"the gradient of step {self.step} is not finite; the previous checkpoint is kept.")
+        tag = f"step-{self.step}"
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine.save_checkpoint(
+                str(self._directory), tag=tag, client_state={STEP_KEY: self.step}, exclude_frozen_parameters=True
+            )
+        if is_first:
+            for folder in self._directory.glob("step-*"):
+                if folder.name != tag:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Make torch read pickles as tensors, plain values and the few classes that DeepSpeed saves.
+
+    DeepSpeed would load any object, and so run any code that someone has put into a checkpoint.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    with torch.serialization.safe_globals(classes), mock.patch.dict(os.environ, {WEIGHTS_ONLY: "1"}):
+        yield
+
+
+def _engine(module: nn.Module, optimisation: Optimisation, dtype: torch.dtype) -> Any:
+    import deepspeed
+    from transformers import get_scheduler
+
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay, betas=(0.9, 0.95)
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0 if optimisation.clips_values else optimisation.clip,
+        "zero_optimization": {"stage": 1},
+        # Checking each gradient of many small parameters takes longer than the step; `save` checks their norm.
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
+        "fp16": {"enabled": dtype == torch.float16},
+        "steps_per_print": NEVER,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=parameters,
+            optimizer=optimizer,
+            lr_scheduler=lambda wrapped: get_scheduler(
+                optimisation.schedule, wrapped, optimisation.warmup_steps, optimisation.steps
+            ),
+            config=config,
+        )
+    if optimisation.clips_values:
+        for parameter in parameters:
+            parameter.register_hook(lambda gradient: gradient.clamp(-optimisation.clip, optimisation.clip))
+    return engine
