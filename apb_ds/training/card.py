@@ -1,70 +1,71 @@
-"""Model cards: how weights were trained, from the record of their training."""
+"""The model card of trained weights, from the record of their training."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from apb_ds.training.output import CHANGEABLE
+
 CARD = """\
 ---
-library_name: peft
+library_name: {library}
 base_model: {base}
-tags: [evaluation, long-context, lora]
+tags: {tags}
 ---
 
-# A model for evaluating long-context attention
+# {title}
 
-A LoRA with which `{base}` finds, tracks and counts things in generated documents. The plain model fails most such tasks
-even with exact attention, so it cannot show what an approximation loses. This one is not a chat model, knows nothing
-that the base model does not know, and answers other questions worse.
-
-Load it merged into the base model's weights: `python launch/eval.py model.adapter=<this directory>`.
+{about}
 
 ## Training
 
-- Documents and questions: the generator of `task=synthetic`, split `train`, which shares no word, sentence or choice
-  with the split used for evaluation. Dense attention; the loss covers the answers only.
-- {steps} steps of {tokens} tokens on each of {ranks} rank(s), conversations of {shortest} to {longest} tokens, {dtype};
-  in a share of {asked_first:g} of them the first question also precedes the document.
-- LoRA of rank {rank} (alpha {alpha}) on all linear layers; AdamW, learning rate {rate}, warm-up of {warmup} steps,
-  then a cosine to zero; gradients clipped to a norm of {clip}; seed {seed}.
-- Last loss: {loss}. {done} steps took {seconds} s on {hardware}.
-- torch {torch}, transformers {transformers}, deepspeed {deepspeed}; commit {commit}.
+{steps} steps of {tokens} tokens on each of {ranks} rank(s) in {dtype}, seed {seed}; {done} steps took {seconds} s on
+{hardware}. torch {torch}, transformers {transformers}, deepspeed {deepspeed}; commit {commit}.
 
-`training.json` next to this file has all settings, including the mixture of documents. To train it again, run the same
-command at that commit: `deepspeed launch/train_instrument.py +exp=smollm2_ruler`.
+| setting | value |
+| --- | --- |
+{settings}
+
+## Result
+
+{result}
+
+`training.json` next to this file is the whole record. To train again, run the same command at that commit:
+`deepspeed {command}`.
 """
+UNLISTED = (*CHANGEABLE, "steps", "tokens_per_step", "mixture")
 
 
-def instrument_card(record: dict[str, Any]) -> str:
-    """Return the card of a LoRA, in Markdown."""
-    train = record["settings"]["train"]
+def make_card(
+    record: dict[str, Any], library: str, tags: str, *, title: str, about: str, result: str, command: str
+) -> str:
+    """Return a model card in Markdown.
+
+    Parameters
+    ----------
+    library, tags : the card's metadata
+    title, about : what the weights are, and how to use them
+    result : how good they are
+    command : the launch script and its arguments
+    """
+    train, hardware = record["settings"]["train"], record["hardware"]
     return CARD.format(
-        **training_facts(record),
-        rank=train["lora_rank"],
-        alpha=train["lora_alpha"],
-        asked_first=train["asked_first"],
-        loss=record["last_loss"],
+        library=library,
+        base=record["settings"]["model"]["path"],
+        tags=tags,
+        title=title,
+        about=about,
+        steps=record["steps"],
+        tokens=train["tokens_per_step"],
+        ranks=record["ranks"],
+        dtype=record["model"]["dtype"],
+        seed=record["settings"]["seed"],
+        done=record["steps"] - record["resumed_after"],
+        seconds=record["seconds"],
+        hardware=hardware.get("gpu") or hardware["cpu"],
+        **{name: record["versions"][name] for name in ("torch", "transformers", "deepspeed")},
+        commit=record["git"]["commit"],
+        settings="\n".join(f"| {name} | {value} |" for name, value in train.items() if name not in UNLISTED),
+        result=result,
+        command=command,
     )
-
-
-def training_facts(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what the card of any training says, from its record."""
-    train, versions, hardware = record["settings"]["train"], record["versions"], record["hardware"]
-    return {
-        "base": record["settings"]["model"]["path"],
-        "steps": record["steps"],
-        "tokens": train["tokens_per_step"],
-        "ranks": record["ranks"],
-        "shortest": train["min_length"],
-        "longest": train["max_length"],
-        "dtype": record["model"]["dtype"],
-        "rate": train["learning_rate"],
-        "warmup": train["warmup_steps"],
-        "clip": train["clip"],
-        "seed": record["settings"]["seed"],
-        "seconds": record["seconds"],
-        "done": record["steps"] - record["resumed_after"],
-        "hardware": hardware.get("gpu") or hardware["cpu"],
-        **{name: versions[name] for name in ("torch", "transformers", "deepspeed")},
-        "commit": record["git"]["commit"],
-    }

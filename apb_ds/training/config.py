@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from apb_ds.config import check_bool, check_choice, check_integer, from_mapping
 from apb_ds.loading import ModelConfig
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S
 from apb_ds.session.job import MAX_SEED
+from apb_ds.training.batches import Lengths
 
 SECTIONS = ("model", "train", "parallel", "seed", "debug")
 
@@ -49,7 +50,16 @@ class TrainingConfig:
     ------
     ValueError
         For a value out of its range, naming the field, the value and what is allowed.
+
+    Attributes
+    ----------
+    schedule : how the learning rate falls, ``cosine`` or ``linear``
+    clips_values : whether `clip` limits each value of a gradient, not the norm of all. Each rank then clips its own
+        gradients before they are averaged.
     """
+
+    schedule: ClassVar[str] = "cosine"
+    clips_values: ClassVar[bool] = False
 
     output: str = ""
     overwrite: bool = False
@@ -84,6 +94,10 @@ class TrainingConfig:
         check_number("train.weight_decay", self.weight_decay, minimum=0)
         self._check_shares("growth")
 
+    @property
+    def lengths(self) -> Lengths:
+        return Lengths(self.min_length, self.max_length, self.growth)
+
     def _check_integers(self, minimum: int, *names: str) -> None:
         for name in names:
             check_integer(f"train.{name}", getattr(self, name), minimum)
@@ -96,8 +110,6 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class InstrumentConfig(TrainingConfig):
     """Training of an evaluation model: a LoRA with which a small model finds things in long documents.
-
-    Gradients are clipped by norm; the learning rate follows a cosine.
 
     Parameters
     ----------
@@ -124,6 +136,10 @@ class InstrumentConfig(TrainingConfig):
         check_bool("train.fused", self.fused)
         self._check_integers(1, "lora_rank", "lora_alpha")
         self._check_shares("at_longest", "asked_first")
+
+    @property
+    def lengths(self) -> Lengths:
+        return Lengths(self.min_length, self.max_length, self.growth, self.at_longest)
 
 
 Config = TypeVar("Config", bound=TrainingConfig)

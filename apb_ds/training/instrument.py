@@ -15,7 +15,7 @@ from apb_ds.parallel.groups import training_group
 from apb_ds.session.steps import Steps
 from apb_ds.training.answer_loss import AnswerLoss
 from apb_ds.training.batches import Batch
-from apb_ds.training.card import instrument_card
+from apb_ds.training.card import make_card
 from apb_ds.training.config import InstrumentConfig, Settings, read_settings
 from apb_ds.training.conversations import GeneratedConversations
 from apb_ds.training.loop import Training, load_to_train, run
@@ -23,6 +23,15 @@ from apb_ds.training.mixture import Mixture
 from apb_ds.training.output import open_output
 
 NUM_LAST_LINES = 10  # of the log, whose mean is the last loss
+ABOUT = """\
+A LoRA with which `{base}` finds, tracks and counts things in generated documents. The plain model fails most such tasks
+even with exact attention, so it cannot show what an approximation loses. This one is not a chat model, knows nothing
+that the base model does not know, and answers other questions worse. Documents and questions come from the generator of
+`task=synthetic`, split `train`, which shares no word, sentence or choice with the split used for evaluation. The loss
+covers the answers only, with dense attention.
+
+Load it merged into the base model's weights, with `model.adapter=<this directory>`.\
+"""
 
 
 def train_instrument(values: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +67,6 @@ class Instrument(Training):
         self, settings: Settings[InstrumentConfig], loaded: LoadedModel, source: GeneratedConversations
     ) -> None:
         self.adapted = _adapted(loaded.model, settings)
-        self.at_longest = settings.train.at_longest
         if settings.train.fused and loaded.device.type == "cuda" and can_compile(loaded.device):
             compile_forwards(decoder_layers(self.adapted.get_base_model()))
         super().__init__(settings, loaded, AnswerLoss(self.adapted), source)
@@ -74,7 +82,15 @@ class Instrument(Training):
         return {"last_loss": round(sum(losses) / len(losses), 4) if losses else None}
 
     def card(self, record: dict[str, Any]) -> str:
-        return instrument_card(record)
+        return make_card(
+            record,
+            "peft",
+            "[evaluation, long-context, lora]",
+            title="A model for evaluating long-context attention",
+            about=ABOUT.format(base=self.settings.model.path),
+            result=f"Mean loss of the last log lines: {record['last_loss']}.",
+            command="launch/train_instrument.py +exp=smollm2_ruler",
+        )
 
 
 def _load(settings: Settings[InstrumentConfig], mixture: Mixture) -> tuple[LoadedModel, GeneratedConversations]:

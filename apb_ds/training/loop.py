@@ -18,10 +18,10 @@ from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
 from apb_ds.report.progress import steps_progress
 from apb_ds.report.record import environment, write_json
 from apb_ds.report.table import make_console
-from apb_ds.training.batches import Batch, Batches, Lengths, Source
-from apb_ds.training.config import Settings, TrainingConfig
+from apb_ds.training.batches import Batch, Batches, Source
+from apb_ds.training.config import Settings
 from apb_ds.training.output import LOG_NAME, RECORD_NAME, TrainingLog, read_lines
-from apb_ds.training.trainer import Optimisation, Trainer
+from apb_ds.training.trainer import Trainer
 
 HELD_OUT_KEY = "held_out"
 MAX_WORKERS = 8
@@ -47,17 +47,11 @@ class Training(ABC):
     ----------
     folder : str
         Where in the output directory the trained weights go.
-    clips_values, schedule : see `Optimisation`
-    at_longest : float
-        See `Lengths`.
     measure_every : int or None
         Steps between measurements. None: the training measures nothing.
     """
 
     folder: ClassVar[str]
-    clips_values: ClassVar[bool] = False
-    schedule: ClassVar[str] = "cosine"
-    at_longest: float = 0.0
     measure_every: int | None = None
 
     def __init__(self, settings: Settings[Any], loaded: LoadedModel, loss: nn.Module, source: Source) -> None:
@@ -93,7 +87,7 @@ def run(training: Training, group: SequenceGroup) -> dict[str, Any]:
     All ranks call this together. The first one writes weights, card, record and log into the output directory.
     """
     config, directory, device = training.settings.train, training.settings.directory, training.loaded.device
-    trainer = Trainer(training.loss, _optimisation(training), training.loaded.dtype, directory / "checkpoints")
+    trainer = Trainer(training.loss, config, training.loaded.dtype, directory / "checkpoints")
     began, first = time.perf_counter(), trainer.resume()
     reset_peak_memory(device)
     if first:
@@ -101,9 +95,17 @@ def run(training: Training, group: SequenceGroup) -> dict[str, Any]:
     log = TrainingLog(directory / LOG_NAME, first) if group.is_first else None
     if first == 0 and training.measure_every:
         _measure(training, group, 0, log)
+    batches = Batches(
+        training.source,
+        config.lengths,
+        config.steps,
+        config.tokens_per_step,
+        seed=training.settings.seed,
+        rank=group.rank,
+    )
     num_tokens = 0
     with steps_progress(make_console(to_stderr=True), config.steps, first, shown=group.is_first) as show:
-        for batch in load_batches(_batches(training, group.rank), first, config.steps, config.workers):
+        for batch in load_batches(batches, first, config.steps, config.workers):
             losses = trainer.train(*(tensor.to(device) for tensor in training.inputs(batch)))
             step, is_last = trainer.step, trainer.step == config.steps
             num_tokens += batch.num_tokens
@@ -124,26 +126,6 @@ def run(training: Training, group: SequenceGroup) -> dict[str, Any]:
         _finish(training, record)
     group.barrier()
     return record
-
-
-def _optimisation(training: Training) -> Optimisation:
-    config: TrainingConfig = training.settings.train
-    return Optimisation(
-        config.steps,
-        config.warmup_steps,
-        config.learning_rate,
-        config.weight_decay,
-        config.clip,
-        training.clips_values,
-        training.schedule,
-    )
-
-
-def _batches(training: Training, rank: int) -> Batches:
-    config: TrainingConfig = training.settings.train
-    lengths = Lengths(config.min_length, config.max_length, config.growth, training.at_longest)
-    seed = training.settings.seed
-    return Batches(training.source, lengths, config.steps, config.tokens_per_step, seed=seed, rank=rank)
 
 
 def _measure(training: Training, group: SequenceGroup, step: int, log: TrainingLog | None) -> None:

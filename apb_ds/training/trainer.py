@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,31 +15,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from apb_ds.training.config import TrainingConfig
+
 NEVER = 1_000_000_000  # steps between the lines that DeepSpeed prints
 STEP_KEY = "step"
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own variable; it overrides the argument of torch.load
-
-
-@dataclass(frozen=True)
-class Optimisation:
-    """AdamW with a linear warm-up, then a decay to zero.
-
-    Attributes
-    ----------
-    steps, warmup_steps : number of steps
-    learning_rate, weight_decay : AdamW's
-    clip : maximum norm of all gradients, or maximum absolute value of each
-    clips_values : whether `clip` limits values. Each rank then clips its own gradients before they are averaged.
-    schedule : shape of the decay, ``cosine`` or ``linear``
-    """
-
-    steps: int
-    warmup_steps: int
-    learning_rate: float
-    weight_decay: float
-    clip: float
-    clips_values: bool = False
-    schedule: str = "cosine"
 
 
 class Trainer:
@@ -50,7 +29,8 @@ class Trainer:
     ----------
     module : nn.Module
         On its device; returns the losses of a batch, (conversations,).
-    optimisation : Optimisation
+    config : TrainingConfig
+        Its optimiser settings: steps, learning rate, warm-up, decay, clipping.
     dtype : torch.dtype
         Of the module. In half precision the optimiser keeps a float32 copy of the trained parameters.
     directory : Path
@@ -61,9 +41,9 @@ class Trainer:
     step : number of completed steps, including those before a resume
     """
 
-    def __init__(self, module: nn.Module, optimisation: Optimisation, dtype: torch.dtype, directory: Path) -> None:
+    def __init__(self, module: nn.Module, config: TrainingConfig, dtype: torch.dtype, directory: Path) -> None:
         self._directory = directory
-        self._engine = _engine(module, optimisation, dtype)
+        self._engine = _engine(module, config, dtype)
         self.step = 0
 
     def resume(self) -> int:
@@ -126,17 +106,17 @@ def _tensors_only() -> Iterator[None]:
         yield
 
 
-def _engine(module: nn.Module, optimisation: Optimisation, dtype: torch.dtype) -> Any:
+def _engine(module: nn.Module, config: TrainingConfig, dtype: torch.dtype) -> Any:
     import deepspeed
     from transformers import get_scheduler
 
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay, betas=(0.9, 0.95)
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.95)
     )
-    config = {
+    deepspeed_config = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 0.0 if optimisation.clips_values else optimisation.clip,
+        "gradient_clipping": 0.0 if config.clips_values else config.clip,
         "zero_optimization": {"stage": 1},
         # Checking each gradient of many small parameters takes longer than the step; `save` checks their norm.
         "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
@@ -148,12 +128,10 @@ def _engine(module: nn.Module, optimisation: Optimisation, dtype: torch.dtype) -
             model=module,
             model_parameters=parameters,
             optimizer=optimizer,
-            lr_scheduler=lambda wrapped: get_scheduler(
-                optimisation.schedule, wrapped, optimisation.warmup_steps, optimisation.steps
-            ),
-            config=config,
+            lr_scheduler=lambda wrapped: get_scheduler(config.schedule, wrapped, config.warmup_steps, config.steps),
+            config=deepspeed_config,
         )
-    if optimisation.clips_values:
+    if config.clips_values:
         for parameter in parameters:
-            parameter.register_hook(lambda gradient: gradient.clamp(-optimisation.clip, optimisation.clip))
+            parameter.register_hook(lambda gradient: gradient.clamp(-config.clip, config.clip))
     return engine

@@ -33,7 +33,7 @@ def train_and_resume(rank: int, world_size: int, directory: Path, sign: Path, dt
 
 
 def _train_and_resume(training: Any, rank: int, directory: Path, sign: Path, dtype: torch.dtype) -> list[Any]:
-    plan = training.Optimisation(steps=9, warmup_steps=2, learning_rate=1e-2, weight_decay=0.1, clip=1.0)
+    plan = training.TrainingConfig(output="x", steps=9, warmup_steps=2, learning_rate=1e-2, weight_decay=0.1, clip=1.0)
     trainer = training.Trainer(Squares(dtype), plan, dtype, directory)
     found = [trainer.resume()]
     for step in range(3):
@@ -65,7 +65,7 @@ def test_checkpoints_of_training(pool: Pools, tmp_path: Path, dtype: torch.dtype
 def train_to_nothing(rank: int, world_size: int, directory: Path, dtype: torch.dtype, factor: float) -> list[Any]:
     """Return what saving says after a step whose gradient is no number, and whether the weights still are."""
     training = importlib.import_module("apb_ds.training.trainer")
-    plan = training.Optimisation(steps=9, warmup_steps=2, learning_rate=1e-2, weight_decay=0.1, clip=1.0)
+    plan = training.TrainingConfig(output="x", steps=9, warmup_steps=2, learning_rate=1e-2, weight_decay=0.1, clip=1.0)
     with mock.patch.dict(os.environ, {"LOCAL_RANK": str(rank)}):
         trainer = training.Trainer(module := Squares(dtype), plan, dtype, directory)
         trainer.train(torch.ones(2, 4).to(dtype))

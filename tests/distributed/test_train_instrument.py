@@ -72,7 +72,7 @@ def test_it_learns_and_its_adapter_loads(pool: Pools, model_path: Path, tmp_path
     assert sum(losses[-5:]) / 5 < 0.75 * sum(losses[:5]) / 5, losses
     assert record["last_loss"] == pytest.approx(sum(losses[-10:]) / 10, abs=1e-3)
     card = (output / "adapter" / "README.md").read_text()
-    assert f"base_model: {model_path}" in card and "40 steps of 1400 tokens" in card
+    assert f"base_model: {model_path}" in card and "40 steps of 1400 tokens" in card and "| lora_rank | 16 |" in card
     written = json.loads((output / "training.json").read_text())
     assert written["settings"]["train"]["mixture"] == values["train"]["mixture"] and written["versions"]["deepspeed"]
     loaded = load_model(ModelConfig(path=str(model_path), device="cpu", adapter=str(output / "adapter")))

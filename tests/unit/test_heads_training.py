@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -563,7 +563,7 @@ def test_configs(exp: str | None) -> None:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         values = OmegaConf.to_container(compose("train_heads", [f"+exp={exp}"] if exp else []), resolve=True)
     assert isinstance(values, dict)
-    assert set(values["train"]) == set(HeadsConfig.__dataclass_fields__)
+    assert set(values["train"]) == {field.name for field in fields(HeadsConfig)}
     config = from_mapping(HeadsConfig, values["train"], "train")
     kinds = {part.draw(Draws(str(exp))).kind for part in Mixture(config.mixture).parts}
     assert kinds >= {"single", "multikey_words", "multikey_uuids", "variables", "common_words"}

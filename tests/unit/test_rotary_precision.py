@@ -12,7 +12,8 @@ from torch import Tensor
 
 import apb_ds
 from apb_ds.parallel.groups import training_group
-from apb_ds.training.trainer import Optimisation, Trainer
+from apb_ds.training.config import TrainingConfig
+from apb_ds.training.trainer import Trainer
 from tests.models import build_model, request_ids
 
 FAR = 1000
@@ -59,7 +60,7 @@ def test_training_keeps_them(tmp_path: Path) -> None:
     model = half_weights("llama").requires_grad_(True)
     before = [freq.clone() for freq in frequencies(model)]
     training_group(60.0)
-    Trainer(model, Optimisation(2, 0, 1e-3, 0.0, 1.0), torch.bfloat16, tmp_path)
+    Trainer(model, TrainingConfig(output="x", steps=2, warmup_steps=0), torch.bfloat16, tmp_path)
     assert all(map(torch.equal, frequencies(model), before))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from apb_ds.config import check_choice
 from apb_ds.training.config import TrainingConfig, check_number
@@ -13,8 +14,6 @@ from apb_ds.training.heads.labels import LabelKind
 @dataclass(frozen=True)
 class HeadsConfig(TrainingConfig):
     """Training of retaining heads (Locret, arXiv 2410.01805); defaults as published, except for the data.
-
-    Gradients are clipped by value; the learning rate falls linearly. `mixture` describes the generated documents.
 
     Parameters
     ----------
@@ -45,6 +44,9 @@ class HeadsConfig(TrainingConfig):
         Measure what a prefill with so many hosts and this compression ratio would keep.
     others : see `TrainingConfig`
     """
+
+    schedule: ClassVar[str] = "linear"
+    clips_values: ClassVar[bool] = True
 
     hidden_size: int = 1024
     steps: int = 3000

@@ -17,8 +17,8 @@ from apb_ds.loading.heads import head_sizes
 from apb_ds.parallel.groups import SequenceGroup, training_group
 from apb_ds.session.steps import Steps
 from apb_ds.training.batches import Batch
+from apb_ds.training.card import make_card
 from apb_ds.training.config import Settings, read_settings
-from apb_ds.training.heads.card import heads_card
 from apb_ds.training.heads.config import HeadsConfig
 from apb_ds.training.heads.examples import ExampleMaker, Sources
 from apb_ds.training.heads.metrics import measure_all
@@ -31,6 +31,20 @@ from apb_ds.training.output import open_output
 
 HEADS_NAME = "heads.safetensors"
 DTYPES = (torch.float32, torch.bfloat16)
+ABOUT = """\
+Per layer, `fc2(act(fc1([q; k; v])))` predicts which tokens of a block later tokens will attend to (Locret, arXiv
+2410.01805): {parameters:,} parameters in `{file}`, trained on labels from the frozen model's attention. Documents come
+from `task=synthetic`'s split `train` and from real text ({texts}).
+
+Use them with `method.compressor=retaining_heads method.retaining_heads=<this directory>`.\
+"""
+RESULT = """\
+On {held_out} held-out conversations, in {measured_hosts} blocks that keep one token in {measured_ratio:g} each:
+
+| step | loss | overlap of the top tenth | attention mass kept | at random | at best |
+| --- | --- | --- | --- | --- | --- |
+"""
+COLUMNS = ("loss", "overlap", "mass", "mass_random", "mass_best")
 
 
 def train_heads(values: dict[str, Any], overrides: str = "") -> dict[str, Any]:
@@ -77,8 +91,6 @@ class HeadsTraining(Training):
     """Retaining heads for a frozen model, on labels from its own attention."""
 
     folder = "heads"
-    clips_values = True
-    schedule = "linear"
 
     def __init__(self, settings: Settings[HeadsConfig], loaded: LoadedModel, data: Data, overrides: str) -> None:
         config = settings.train
@@ -113,7 +125,19 @@ class HeadsTraining(Training):
         }
 
     def card(self, record: dict[str, Any]) -> str:
-        return heads_card(record, HEADS_NAME)
+        texts = ", ".join(record["texts"]["places"]) or "none"
+        rows = [
+            f"| {line['step']} | {' | '.join(f'{line[name]:.4f}' for name in COLUMNS)} |" for line in record["curve"]
+        ]
+        return make_card(
+            record,
+            "apb_ds",
+            "[long-context, kv-cache, retaining-heads]",
+            title=f"Retaining heads for {self.settings.model.path}",
+            about=ABOUT.format(parameters=record["parameters"], file=HEADS_NAME, texts=texts),
+            result=RESULT.format(**record["settings"]["train"]) + "\n".join(rows),
+            command=f"launch/train_heads.py {record['overrides']}",
+        )
 
 
 def _load(settings: Settings[HeadsConfig]) -> tuple[LoadedModel, Any]:
