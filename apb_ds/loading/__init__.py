@@ -1,4 +1,4 @@
-"""From a path, a hub id or a geometry to a model on its device."""
+"""Loading models: from a path, a hub id or a geometry to a model on its device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters (peft) that change a model's weights: found where models are, checked, merged into the weights."""
+"""Adapters (peft) that change a model's weights: found, checked, and merged into the weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from apb_ds.loading.source import PACKAGE_SCHEME, expand_home, find_on_hub, package_path
+from apb_ds.loading.source import find_files
 from apb_ds.ops.memory import is_out_of_memory
 from apb_ds.utils.text import kind_and_line
 
@@ -21,13 +21,13 @@ def merge_adapter(model: Any, path: str) -> Any:
 
     Parameters
     ----------
-    model : transformers PreTrainedModel on its device; its weights are changed
+    model : transformers PreTrainedModel on its device; its weights change
     path : as `ModelConfig.adapter`
 
     Raises
     ------
     ValueError
-        If the adapter is not found (saying where it looked), is damaged, was made for another model, or cannot be
+        If the adapter is not found (saying where it was looked for), is damaged, does not fit the model, or cannot be
         merged.
     RuntimeError
         If peft is not installed.
@@ -41,37 +41,33 @@ def merge_adapter(model: Any, path: str) -> Any:
         if is_out_of_memory(error) or str(error).startswith(FIELD):
             raise
         raise ValueError(
-            f"{FIELD}={path!r}: peft cannot put {directory} into a {type(model).__name__} ({kind_and_line(error)}); "
+            f"{FIELD}={path!r}: peft cannot apply {directory} to a {type(model).__name__} ({kind_and_line(error)}); "
             "use one that was made for this model."
         ) from error
 
 
 def find_adapter(path: str) -> Path:
-    """Return the directory of an adapter, downloaded first if it is a hub id that is not in the cache.
+    """Return the directory of an adapter, downloading a hub id that is not in the cache.
 
     Raises
     ------
     ValueError
-        If there is none, saying what is missing where.
+        Saying what is missing, and where it was looked for.
     """
-    if path.startswith(PACKAGE_SCHEME):
-        return _checked(path, package_path(path, FIELD))
-    local = expand_home(path)
-    if local.is_dir():
-        return _checked(path, local)
-    return _checked(path, find_on_hub(path, (CONFIG_FILE, *WEIGHT_FILES), FIELD))
-
-
-def _checked(path: str, directory: Path) -> Path:
-    weights = " or ".join(WEIGHT_FILES)
-    missing = [] if (directory / CONFIG_FILE).is_file() else [CONFIG_FILE]
-    missing += [] if any((directory / name).is_file() for name in WEIGHT_FILES) else [weights]
+    directory = find_files(path, (CONFIG_FILE, *WEIGHT_FILES), _missing, FIELD)
+    missing = _missing(directory)
     if missing:
         raise ValueError(
-            f"{FIELD}={path!r}: {directory.absolute()} is no adapter, it lacks {', '.join(missing)}; point it to a "
-            "folder that peft's save_pretrained wrote."
+            f"{FIELD}={path!r}: {directory.absolute()} is not an adapter, it lacks {', '.join(missing)}; use a folder "
+            "that peft's save_pretrained wrote."
         )
     return directory
+
+
+def _missing(directory: Path) -> list[str]:
+    missing = [] if (directory / CONFIG_FILE).is_file() else [CONFIG_FILE]
+    has_weights = any((directory / name).is_file() for name in WEIGHT_FILES)
+    return missing if has_weights else [*missing, " or ".join(WEIGHT_FILES)]
 
 
 def _merge(model: Any, directory: Path, path: str) -> Any:
@@ -88,7 +84,7 @@ def _merge(model: Any, directory: Path, path: str) -> Any:
     adapted = PeftModel(model, config)
     expected = set(get_peft_model_state_dict(adapted))
     differing = sorted(expected ^ set(weights))
-    if differing:  # peft only warns of these, and a model without them answers as if nothing was wrong
+    if differing:  # peft only warns, and the model would answer as if nothing was wrong
         what = "lacks" if differing[0] in expected else "has, and the model has not,"
         more = f" and {len(differing) - SHOWN_KEYS} more" if len(differing) > SHOWN_KEYS else ""
         raise ValueError(

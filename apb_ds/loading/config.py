@@ -1,11 +1,11 @@
-"""What a user says about the model, validated before anything is read. No torch here."""
+"""The settings of a model, validated before anything is read. No torch here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from apb_ds.config import check_bool, check_choice, check_integer
+from apb_ds.config import check_bool, check_choice, check_integer, from_mapping
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -19,29 +19,29 @@ class ModelConfig:
     Parameters
     ----------
     path : str or None
-        A local directory, a local ``.gguf`` file, ``package://<package>/<file>.gguf`` (a file that an installed Python
-        package carries), or a hub id. None only for ``load_format="dummy"`` with a `geometry`.
+        A local directory, a local ``.gguf`` file, ``package://<package>/<file>.gguf`` (a file in an installed Python
+        package), or a hub id. None only for ``load_format="dummy"`` with a `geometry`.
     dtype : str
         ``auto`` (bfloat16 on CUDA, float32 on CPU), ``float32``, ``bfloat16`` or ``float16``.
     device : str
-        ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+        ``auto`` (CUDA if available), ``cpu`` or ``cuda``.
     load_format : str
         ``auto`` reads the weights; ``dummy`` makes random ones on the device, for benchmarks.
     num_layers : int or None
-        Only this many decoder layers. ``dummy`` only.
+        Number of decoder layers to keep. ``dummy`` only.
     geometry : dict
-        Fields of a transformers config, `model_type` among them: what ``dummy`` builds where the path is not at hand.
+        Fields of a transformers config, including `model_type`: what ``dummy`` builds if the path is not available.
     overrides : dict
         Config fields to replace, such as ``rope_parameters`` or ``max_position_embeddings``.
     trust_remote_code : bool
-        Whether a hub repository may run its own code. Default false.
+        Whether a model may run code from its repository. Default false.
     tokenizer : str or None
-        Where the tokenizer is, if not where the model is.
+        Where the tokenizer is, if not with the model.
     adapter : str or None
         A peft adapter to merge into the weights: a local directory, ``package://<package>/<directory>`` or a hub id.
     retaining_heads : str or None
-        The heads that ``compressor=retaining_heads`` uses with this model unless it is given others: a ``.pt`` or
-        ``.safetensors`` file, a directory, ``package://<package>/<path>`` or a hub id.
+        Default heads for ``compressor=retaining_heads``: a ``.pt`` or ``.safetensors`` file, a directory,
+        ``package://<package>/<path>`` or a hub id.
 
     Raises
     ------
@@ -89,8 +89,7 @@ class ModelConfig:
             check_integer("model.num_layers", self.num_layers, 1)
             if not self.is_dummy:
                 raise ValueError(
-                    f"model.num_layers={self.num_layers} needs model.load_format=dummy: real weights are used with all "
-                    "their layers."
+                    f"model.num_layers={self.num_layers} needs model.load_format=dummy: real weights keep all layers."
                 )
         if self.adapter is not None and self.is_dummy:
             raise ValueError(f"model.adapter={self.adapter!r} needs real weights; leave out model.load_format=dummy.")
@@ -103,8 +102,5 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Build from a mapping; null is the default, an unknown key a ValueError that names the nearest field."""
-        names = [item.name for item in fields(cls)]
-        for key in values:
-            check_choice("model key", key, names)
-        return cls(**{key: value for key, value in values.items() if value is not None})
+        """Build from a mapping, see `from_mapping`."""
+        return from_mapping(cls, values, "model")

@@ -1,4 +1,4 @@
-"""Telling whether files of a model are damaged, once loading has failed."""
+"""Find out whether a model's files are damaged, after loading has failed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SHOWN_FILES = 3
 
 
 def find_damage(files: Iterable[Path]) -> str | None:
-    """Return which of these files cannot be read and why, None if all can. Files that are not there are no damage.
+    """Return which of these files cannot be read and why, None if all can. Missing files do not count.
 
-    Files are judged by their suffix: safetensors, what torch.save wrote (.bin), and JSON, which must hold a mapping.
+    The suffix decides: safetensors, torch.save's output (.bin), or JSON, which must hold a mapping.
     """
     found = [f"{path.name}: {why}" for path in files if path.is_file() and (why := _damage(path)) is not None]
     more = [f"and {len(found) - SHOWN_FILES} more"] if len(found) > SHOWN_FILES else []
@@ -25,10 +25,10 @@ def find_damage(files: Iterable[Path]) -> str | None:
 
 
 def lfs_damage(path: Path) -> str | None:
-    """Return what is wrong with a file that Git LFS has not fetched, None if it is no such file."""
+    """Return what is wrong with a file that Git LFS has not fetched, None for any other file."""
     with path.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            return "a Git LFS pointer stands in its place, which git lfs pull replaces"
+            return "it is a Git LFS pointer; run git lfs pull"
     return None
 
 
@@ -74,7 +74,7 @@ def _safetensors_damage(path: Path) -> str | None:
 
 
 def _pickle_damage(path: Path) -> str | None:
-    """Return what is wrong with a file of torch.save; its tensors are not read."""
+    """Return what is wrong with a file that torch.save wrote; its tensors are not read."""
     import torch
 
     is_zip = zipfile.is_zipfile(path)
@@ -87,6 +87,6 @@ def _pickle_damage(path: Path) -> str | None:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
             return "it holds Python objects other than tensors, which are not loaded"
         return kind_and_line(error)
-    except Exception as error:  # of many kinds: the reader trusts what it reads
+    except Exception as error:  # of many kinds: the reader trusts the file
         return kind_and_line(error)
     return None if isinstance(values, dict) else f"it holds a {type(values).__name__}, not a mapping of tensors"

@@ -1,4 +1,4 @@
-"""From a config.json or a geometry to the transformers config of a model that APB can serve."""
+"""From a config.json or a geometry to the transformers config of a decoder."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def read_config(directory: Path, config: ModelConfig) -> Any:
     Raises
     ------
     ValueError
-        Saying what is wrong with config.json, or that it is of no causal language model.
+        Saying what is wrong with config.json, or that it does not describe a causal language model.
     """
     from transformers import AutoConfig
 
     named = f"model.path={config.path!r}"
     try:
         found = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # of many kinds; a config may be anything
+    except Exception as error:  # of many kinds: a config may contain anything
         if is_out_of_memory(error):
             raise
         raise ValueError(f"{named}: {_explain(directory / 'config.json', error)}") from error
@@ -44,9 +44,9 @@ def _explain(file: Path, error: Exception) -> str:
         return f"{file.parent} is damaged ({damage}); copy or download this file again."
     values = json.loads(file.read_text(encoding="utf-8"))
     if "auto_map" in values and "custom code" in str(error):
-        return f"{file} says that the model runs its own code; set model.trust_remote_code=true if you trust it."
+        return f"{file}: the model runs its own code; set model.trust_remote_code=true if you trust it."
     if "model_type" not in values:
-        return f"{file} has no model_type; add the one that its model was saved with, such as llama."
+        return f"{file} has no model_type; add the one that the model was saved with, such as llama."
     if "auto_map" not in values and not _is_known(values["model_type"]):
         return f"{file} has {_unknown(values['model_type'])}"
     return f"transformers cannot use {file} ({kind_and_line(error)}); correct this field."
@@ -72,12 +72,12 @@ def _unknown(model_type: Any) -> str:
 
 
 def make_config(geometry: dict[str, Any]) -> Any:
-    """Return the transformers config with these fields, `model_type` among them.
+    """Return the transformers config with these fields, which include `model_type`.
 
     Raises
     ------
     ValueError
-        Naming model.geometry and what transformers says of it.
+        Naming model.geometry and transformers' error.
     """
     from transformers import AutoConfig
 
@@ -96,10 +96,10 @@ def make_config(geometry: dict[str, Any]) -> Any:
 
 
 def check_causal(named: str, model_config: Any) -> None:
-    """Raise ValueError unless the config is of a decoder that predicts the next token."""
+    """Raise ValueError unless the config describes a decoder that predicts the next token."""
     from transformers.models.auto import modeling_auto as auto
 
-    # Encoders are in the causal mapping too, for use as decoders; as they come they see the tokens that follow.
+    # The causal mapping includes encoders, for use as decoders; by default they attend to later tokens.
     fills_masks = model_config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if getattr(model_config, "is_encoder_decoder", False):
         kind = "it is an encoder-decoder"
@@ -108,19 +108,19 @@ def check_causal(named: str, model_config: Any) -> None:
     elif type(model_config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(model_config, "auto_map"):
         return
     else:
-        kind = "transformers has none of that kind"
+        kind = "transformers has no decoder of that type"
     raise ValueError(
-        f"{named}: model_type={model_config.model_type!r} is no causal language model, {kind}; {USE_A_DECODER}."
+        f"{named}: model_type={model_config.model_type!r} is not a causal language model, {kind}; {USE_A_DECODER}."
     )
 
 
 def override_config(model_config: Any, overrides: dict[str, Any]) -> Any:
-    """Return the config with the fields replaced; it is built anew, so that transformers validates them.
+    """Return the config with the fields replaced; rebuilding it makes transformers validate them.
 
     Raises
     ------
     ValueError
-        For a field that it does not have, naming the nearest, or a value that transformers refuses.
+        For an unknown field, naming the nearest, or a value that transformers refuses.
     """
     if not overrides:
         return model_config

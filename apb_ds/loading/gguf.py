@@ -1,4 +1,4 @@
-"""GGUF files: read once through transformers (many seconds), kept as safetensors in the user's cache."""
+"""GGUF files: converted once with transformers (many seconds), then kept as safetensors in the user's cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from apb_ds.ops.memory import is_out_of_memory
 from apb_ds.utils.text import first_line, kind_and_line
 
 LOCK_TIMEOUT_S = 600
-# Raised when the same file is converted otherwise, so that nothing of before is taken from the cache.
+# Raise this when conversion changes: it invalidates cached conversions.
 CONVERSION_VERSION = 2
 LOCK_MODE = 0o644
 
@@ -28,9 +28,8 @@ logger = logging.getLogger(__name__)
 def convert_gguf(file: Path, field: str = "model.path") -> Path:
     """Return a directory with the file's config, tokenizer and float32 weights, converting it on first use.
 
-    The directory is named by the file's content. It appears whole or not at all, and of all processes that want it
-    at the same time one converts while the others wait. Its files are checked by hash; where one is not as it was,
-    the file is converted again.
+    The directory's name is a hash of the file. It appears whole or not at all: one process converts while others that
+    need it wait. Its files are checked by hash; if one has changed, the GGUF file is converted again.
 
     Parameters
     ----------
@@ -50,7 +49,7 @@ def convert_gguf(file: Path, field: str = "model.path") -> Path:
     except OSError as error:
         raise ValueError(f"{field}: {file} cannot be read ({kind_and_line(error)}); check its permissions.") from error
     if pointer is not None:
-        raise ValueError(f"{field}: {file} is no GGUF file: {pointer}.")
+        raise ValueError(f"{field}: {file} is not a GGUF file: {pointer}.")
     target = cache_root() / "gguf" / f"{digest}.{CONVERSION_VERSION}"
     if broken_seal(target) is None:
         return target
@@ -60,9 +59,9 @@ def convert_gguf(file: Path, field: str = "model.path") -> Path:
             broken = broken_seal(target)
             if broken is not None:
                 if target.exists():
-                    logger.warning("The conversion of %s is not as it was: %s. It is made anew.", file.name, broken)
+                    logger.warning("The conversion of %s has changed: %s. Converting it again.", file.name, broken)
                 else:
-                    logger.info("Converting %s, once; this takes a moment.", file.name)
+                    logger.info("Converting %s; this happens once and takes a moment.", file.name)
                 _convert_into(file, target)
     except Timeout as error:
         raise ValueError(
@@ -70,8 +69,8 @@ def convert_gguf(file: Path, field: str = "model.path") -> Path:
         ) from error
     except OSError as error:
         raise ValueError(
-            f"{field}: {file}: cannot keep its conversion in {target.parent} ({error}); set APB_DS_CACHE to a "
-            "directory that can be written."
+            f"{field}: {file}: cannot save its conversion in {target.parent} ({error}); set APB_DS_CACHE to a writable "
+            "directory."
         ) from error
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
@@ -81,7 +80,7 @@ def convert_gguf(file: Path, field: str = "model.path") -> Path:
 def _convert_into(file: Path, target: Path) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f"{target.name[:12]}.", dir=target.parent))
     try:
-        # The reader's own progress bar goes to stderr whatever transformers' settings say.
+        # The reader's progress bar goes to stderr whatever transformers' settings are.
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
             _write_model(file, scratch)
         seal(scratch)
@@ -92,7 +91,7 @@ def _convert_into(file: Path, target: Path) -> None:
 
 
 def _replace(made: Path, target: Path) -> None:
-    """Put a directory in the place of another, which may be there; who has that one's files open keeps them."""
+    """Move a directory to `target`, replacing what is there; processes keep the old files that they have open."""
     if not target.exists():
         made.rename(target)
         return
@@ -114,10 +113,10 @@ def _write_model(file: Path, directory: Path) -> None:
     _drop_foreign_tokens(directory / "tokenizer.json", model.get_input_embeddings().num_embeddings)
     try:
         save_file(_unshared_tensors(model), directory / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:  # how it says that the disk is full
+    except SafetensorError as error:  # raised when the disk is full
         raise OSError(first_line(error)) from error
     config = model.config.to_dict()
-    # It still calls itself quantized, although these are plain float32 weights now.
+    # The config still says quantized, but the weights are plain float32 now.
     config.pop("quantization_config", None)
     config["architectures"] = [type(model).__name__]
     (directory / "config.json").write_text(json.dumps(config, indent=2))
@@ -126,7 +125,7 @@ def _write_model(file: Path, directory: Path) -> None:
 
 
 def _name_special_tokens(tokenizer: Any, config: Any) -> None:
-    """Have the tokenizer call the model's own begin and end tokens so: some versions of transformers guess wrongly."""
+    """Set the tokenizer's begin and end tokens to the model's: some versions of transformers guess wrongly."""
     for name in ("bos", "eos"):
         token_id = getattr(config, f"{name}_token_id", None)
         if isinstance(token_id, int) and token_id != getattr(tokenizer, f"{name}_token_id"):
@@ -134,9 +133,9 @@ def _name_special_tokens(tokenizer: Any, config: Any) -> None:
 
 
 def _drop_foreign_tokens(file: Path, num_embeddings: int) -> None:
-    """Take out the added tokens that the model has no embedding for.
+    """Remove added tokens that the model has no embedding for.
 
-    transformers gives every byte-level vocabulary an ``<|endoftext|>``; where the file has none, that is one too many.
+    transformers adds an ``<|endoftext|>`` to every byte-level vocabulary, even if the file has no such token.
     """
     values = json.loads(file.read_text(encoding="utf-8"))
     kept = [token for token in values["added_tokens"] if token["id"] < num_embeddings]
@@ -160,21 +159,18 @@ def _read_model(file: Path) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         return tokenizer, AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     except ImportError as error:
-        raise ValueError(
-            f"{file} cannot be read without a package that is not installed ({first_line(error)}); install it."
-        ) from error
-    except Exception as error:  # the reader trusts what it reads, and fails in any way on a file that is damaged
+        raise ValueError(f"{file} needs a package that is not installed ({first_line(error)}); install it.") from error
+    except Exception as error:  # of many kinds: the reader trusts the file
         if is_out_of_memory(error):
             raise
         raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) is no GGUF file that transformers can read "
-            f"({kind_and_line(error)}). If its architecture is one that transformers knows, the file is damaged or cut "
-            "short: copy or download it again."
+            f"transformers cannot read {file} ({file.stat().st_size} bytes) as a GGUF file ({kind_and_line(error)}). "
+            "If transformers knows its architecture, the file is damaged or truncated: copy or download it again."
         ) from error
 
 
 def _unshared_tensors(model: Any) -> dict[str, Any]:
-    """Return the state dict with each storage once: tied weights are tied again at load."""
+    """Return the state dict with each storage once: loading ties shared weights again."""
     import torch
 
     seen: set[int] = set()

@@ -1,4 +1,4 @@
-"""Retaining heads for a model: found where models are, checked against its sizes."""
+"""Retaining heads for a model: found, read, and checked against the model's sizes."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from apb_ds.compressors.retaining_heads.module import HeadSizes, RetainingHeads
 from apb_ds.config import APBConfig, BlockSettings
 from apb_ds.hf.architecture import attention_sizes
 from apb_ds.hf.interface import check_projections
-from apb_ds.loading.source import PACKAGE_SCHEME, expand_home, find_on_hub, package_path
+from apb_ds.loading.source import find_files
 
 HeadsSource = str | os.PathLike[str] | RetainingHeads
 
 
 def heads_for(model: PreTrainedModel, config: APBConfig, given: HeadsSource | None) -> RetainingHeads | None:
-    """Return the heads that the settings ask for, on the CPU if they are read here; None where they ask for none.
+    """Return the heads that the settings need, on the CPU if they are read here; None if they need none.
 
     Parameters
     ----------
-    given : path, ``package://<package>/<path>``, hub id, or heads that are loaded already
+    given : path, ``package://<package>/<path>``, hub id, or loaded heads
 
     Raises
     ------
     ValueError
-        If heads are missing, not asked for, not found, or do not fit the model.
+        If heads are missing, not needed, not found, or do not fit the model.
     """
     settings = config.settings
     compressor = settings.compressor if isinstance(settings, BlockSettings) else ""
@@ -53,7 +53,7 @@ def heads_for(model: PreTrainedModel, config: APBConfig, given: HeadsSource | No
 
 
 def head_sizes(model: PreTrainedModel) -> HeadSizes:
-    """Read what heads of a model must be like from its config."""
+    """Read the sizes of a model's heads from its config."""
     sizes, config = attention_sizes(model), model.config
     activation: Any = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if not isinstance(activation, str):
@@ -64,24 +64,16 @@ def head_sizes(model: PreTrainedModel) -> HeadSizes:
 
 
 def load_heads(path: str, sizes: HeadSizes, field: str = FIELD) -> RetainingHeads:
-    """Read heads from where they are, downloaded first if it is a hub id that is not in the cache.
+    """Read heads, downloading a hub id that is not in the cache.
 
     Raises
     ------
     ValueError
-        If they are not found (saying where it looked), damaged, or another model's.
+        If they are not found (saying where they were looked for), damaged, or made for another model.
     """
-    return read_heads(_find(path, field), sizes, field)
+    return read_heads(find_files(path, FILE_PATTERNS, _missing, field), sizes, field)
 
 
-def _find(path: str, field: str) -> Path:
-    if path.startswith(PACKAGE_SCHEME):
-        return package_path(path, field)
-    local = expand_home(path)
-    looks_local = path.startswith(("/", ".", "~")) or path.count("/") != 1 or path.endswith(FILE_ENDINGS)
-    if local.exists() or looks_local:
-        return local
-    return find_on_hub(path, FILE_PATTERNS, field, any_of=True)
-
-
-FILE_ENDINGS = tuple(pattern.removeprefix("*") for pattern in FILE_PATTERNS)
+def _missing(directory: Path) -> list[str]:
+    found = any(file.is_file() for pattern in FILE_PATTERNS for file in directory.glob(pattern))
+    return [] if found else [" or ".join(FILE_PATTERNS)]

@@ -1,4 +1,4 @@
-"""What is kept in the user's cache: whole or not there, writable by its owner alone, checked by hash at every load."""
+"""Files in the user's cache: written whole or not at all, writable by the owner only, checked by hash at every load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OTHERS_WRITE = 0o022
 
 
 def cache_root() -> Path:
-    """Return where files are kept: ``APB_DS_CACHE``, else ``apb_ds`` in the user's cache directory."""
+    """Return the cache's directory: ``APB_DS_CACHE``, or ``apb_ds`` in the user's cache directory."""
     own = os.environ.get("APB_DS_CACHE")
     if own:
         return Path(own).expanduser()
@@ -22,18 +22,18 @@ def cache_root() -> Path:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it; what is made can be written by its owner alone."""
+    """Make a directory and its parents; new ones are writable by the owner only."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
-        with contextlib.suppress(PermissionError):  # made by another user at the same moment
+        with contextlib.suppress(PermissionError):  # another user made it just now
             folder.chmod(_mode(0o777))
 
 
 def settle(directory: Path) -> None:
-    """Give a directory and its files, made with temporary files' modes, those that the user's umask would.
+    """Replace the modes of temporary files by those of the user's umask, for a directory and its files.
 
-    Never is anything writable by others than its owner.
+    Only the owner may write, whatever the umask.
     """
     directory.chmod(_mode(0o777))
     for file in directory.iterdir():
@@ -41,22 +41,22 @@ def settle(directory: Path) -> None:
 
 
 def seal(directory: Path) -> None:
-    """Write the SHA-256 of each of a directory's files beside them; `broken_seal` compares."""
+    """Write the SHA-256 of each of a directory's files next to them, for `broken_seal` to compare."""
     digests = {file.name: file_digest(file) for file in sorted(directory.iterdir())}
     (directory / SEAL_NAME).write_text(json.dumps(digests, indent=2), encoding="utf-8")
 
 
 def broken_seal(directory: Path) -> str | None:
-    """Return what is wrong with a sealed directory: a file that is changed, missing or new. None if it is as it was."""
+    """Return what is wrong with a sealed directory: a changed, missing or new file. None if nothing has changed."""
     try:
         digests = json.loads((directory / SEAL_NAME).read_text(encoding="utf-8"))
         found = {file.name for file in directory.iterdir()} - {SEAL_NAME}
         if not isinstance(digests, dict):
-            return f"{SEAL_NAME} is no mapping"
+            return f"{SEAL_NAME} is not a mapping"
         for name in sorted(found ^ set(digests)):
             return f"{name} is {'new' if name in found else 'missing'}"
         return next(
-            (f"{name} is changed" for name in sorted(found) if file_digest(directory / name) != digests[name]), None
+            (f"{name} has changed" for name in sorted(found) if file_digest(directory / name) != digests[name]), None
         )
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
@@ -71,7 +71,7 @@ def file_digest(file: Path) -> str:
 
 
 def write_sealed(file: Path, text: str) -> None:
-    """Write a text behind a line with its SHA-256, whole or not at all, to be read by the owner alone.
+    """Write a text after a line with its SHA-256, whole or not at all, readable by the owner only.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def write_sealed(file: Path, text: str) -> None:
 
 
 def read_sealed(file: Path) -> str | None:
-    """Return what `write_sealed` wrote; None if it is not there, or is not as it was."""
+    """Return what `write_sealed` wrote; None if the file is missing or has changed."""
     try:
         digest, _, text = file.read_text(encoding="utf-8").partition("\n")
     except (OSError, ValueError):

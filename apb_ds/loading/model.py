@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer, or making a random one of the same shape."""
+"""Loading a model and its tokenizer, or making one with random weights of the same shape."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from apb_ds.loading.damage import find_damage
 from apb_ds.loading.geometry import USE_A_DECODER, keep_layers, make_config, override_config, read_config
 from apb_ds.loading.quiet import quiet_transformers
 from apb_ds.loading.source import find_model, weight_files
-from apb_ds.loading.tokenizer import check_tokenizer, read_tokenizer, tokenizer_at_hand
+from apb_ds.loading.tokenizer import available_tokenizer, read_tokenizer
 from apb_ds.ops.memory import explain_out_of_memory, is_out_of_memory
 from apb_ds.utils.text import first_line, kind_and_line
 
@@ -33,10 +33,10 @@ class LoadedModel:
     Attributes
     ----------
     model : transformers PreTrainedModel, the same weights on every rank
-    tokenizer : transformers tokenizer, or None for random weights whose tokenizer is not at hand
-    load_s : seconds from the path to the weights on the device, the import of libraries not counted
-    source : where the weights came from, for people
-    device, dtype : where and what the weights are
+    tokenizer : transformers tokenizer, or None for random weights without one on this machine
+    load_s : seconds from the path to the weights on the device, without the import of libraries
+    source : where the weights came from, for display
+    device, dtype : of the weights
     """
 
     model: Any
@@ -48,7 +48,7 @@ class LoadedModel:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of this process: on CUDA the one of its local rank."""
+    """Return the device of this process: on CUDA, its local rank's."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -59,19 +59,19 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype by its name; ``auto`` is bfloat16 on CUDA and float32 elsewhere."""
+    """Return the dtype of that name; ``auto`` is bfloat16 on CUDA and float32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
 
 
 def load_model(config: ModelConfig, device: torch.device | None = None) -> LoadedModel:
-    """Load the model that `config` describes, or make its dummy.
+    """Load the model that `config` describes, or make a dummy of it.
 
     Parameters
     ----------
     device : torch.device, optional
-        Where to put it, if not where the config says.
+        Instead of the config's.
 
     Returns
     -------
@@ -81,9 +81,9 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Loade
     Raises
     ------
     ValueError
-        If anything is not found (saying where it looked), weights do not fit the config, or a field is unknown.
+        If a file is not found (saying where it was looked for), weights do not fit the config, or a field is unknown.
     """
-    # What transformers imports on first use is not loading: have it done before the clock starts.
+    # Not part of loading: what transformers imports on first use.
     for module in ("modeling_utils", "activations", "generation", "models.auto"):
         importlib.import_module(f"transformers.{module}")
     device = device or choose_device(config.device)
@@ -91,7 +91,10 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Loade
     start = time.perf_counter()
     doing = f"loading {config.path or 'the model'} to {device}"
     with quiet_transformers(), explain_out_of_memory(doing, _levers(dtype)):
-        model, tokenizer, source = (_make_dummy if config.is_dummy else _read_model)(config, device, dtype)
+        if config.is_dummy or config.path is None:
+            model, tokenizer, source = _make_dummy(config, device, dtype)
+        else:
+            model, tokenizer, source = _read_model(config, config.path, device, dtype)
     model.eval().requires_grad_(False)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -99,21 +102,20 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Loade
 
 
 def _levers(dtype: torch.dtype) -> str:
-    """Return what helps if a model of this dtype does not fit."""
+    """Return what helps if a model of this dtype does not fit into memory."""
     half = "model.dtype=bfloat16, which halves the weights, or " if dtype.itemsize > 2 else ""
     return f"What helps: {half}a device with more memory, fewer ranks on one machine, or a smaller model."
 
 
-def _read_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str]:
+def _read_model(config: ModelConfig, path: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str]:
     from transformers import AutoModelForCausalLM
 
-    assert config.path is not None
-    directory = find_model(config.path)
+    directory = find_model(path)
     model_config = override_config(read_config(directory, config), config.overrides)
-    # Tensors of another shape are then listed with the other keys that do not fit, and refused like these.
+    # `_check_keys` refuses tensors of another shape, together with the other keys that do not fit.
     options: dict[str, Any] = {"ignore_mismatched_sizes": True}
     if device.type == "cuda" and importlib.util.find_spec("accelerate"):
-        options["device_map"] = {"": device}  # tensor by tensor to the device, with no copy of the model on the host
+        options["device_map"] = {"": device}  # tensor by tensor, without a copy of the model on the host
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -127,53 +129,50 @@ def _read_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     except Exception as error:  # of many kinds, from transformers, safetensors, torch and pickle
         if is_out_of_memory(error):
             raise
-        raise ValueError(f"model.path={config.path!r}: {_explain(directory, model_config, error)}") from error
+        raise ValueError(f"model.path={path!r}: {_explain(directory, model_config, error)}") from error
     model, info = loaded
-    _check_keys(config.path, info)
-    tokenizer = read_tokenizer(config, directory)
-    check_tokenizer(config, tokenizer, model.get_input_embeddings().num_embeddings)
-    model, source = model.to(device), config.path
+    _check_keys(path, info)
+    tokenizer = read_tokenizer(config, directory, model.get_input_embeddings().num_embeddings)
+    model, source = model.to(device), path
     if config.adapter is not None:
         model, source = merge_adapter(model, config.adapter), f"{source} with {config.adapter}"
     return model, tokenizer, source
 
 
 def _explain(directory: Path | None, model_config: Any, error: Exception) -> str:
-    """Return why transformers cannot make this model, and what to do; `directory` is where its weights are, if any."""
+    """Return why transformers cannot make this model, and what to do; `directory` holds its weights, if it has any."""
     if isinstance(error, ImportError):
         return f"loading it needs a package that is not installed or too old ({first_line(error)})."
     if "does not support an attention implementation" in str(error):
         return (
-            f"model_type={model_config.model_type!r} has no attention that transformers computes with sdpa, and so "
-            f"none that APB can replace; {USE_A_DECODER}."
+            f"model_type={model_config.model_type!r} has no attention that transformers can compute with sdpa and APB "
+            f"can replace; {USE_A_DECODER}."
         )
     if directory is None:
-        return (
-            f"transformers cannot make a model of it ({kind_and_line(error)}); correct its fields or model.overrides."
-        )
+        return f"transformers cannot build this model ({kind_and_line(error)}); correct its fields or model.overrides."
     damage = find_damage([*weight_files(directory), directory / "generation_config.json"])
     if damage is None:
         return (
-            f"transformers cannot load {directory} ({kind_and_line(error)}); its weight files can be read, so look at "
-            "its config.json and at model.overrides."
+            f"transformers cannot load {directory} ({kind_and_line(error)}); its weight files can be read, so check "
+            "its config.json and model.overrides."
         )
     return f"{directory} is damaged ({damage}); copy or download these files again."
 
 
 def _check_keys(path: str, info: dict[str, Any]) -> None:
-    """Raise ValueError if weights are missing, left over or of another shape: such a model would answer nonsense."""
+    """Raise ValueError if weights are missing, left over or of another shape: the model would answer nonsense."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(map(_describe_key, info.get(kind) or ()))
         if keys:
             more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
             raise ValueError(
                 f"model.path={path!r}: its weights do not fit its config, {kind.replace('_', ' ')}: "
-                f"{', '.join(keys[:SHOWN_KEYS])}{more}; look at its config.json and at model.overrides."
+                f"{', '.join(keys[:SHOWN_KEYS])}{more}; check its config.json and model.overrides."
             )
 
 
 def _describe_key(key: Any) -> str:
-    """Return a tensor's name; one of another shape comes with the shape that is stored and the one that is wanted."""
+    """Return a tensor's name; if its shape differs, also the stored and the expected shape."""
     if isinstance(key, str):
         return key
     name, stored, wanted = key
@@ -188,23 +187,23 @@ def _make_dummy(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     if config.num_layers is not None:
         keep_layers(model_config, config.num_layers)
     geometry = "model.geometry" if directory is None else f"model.path={config.path!r}"
-    # Same seed on every rank: random weights, but the same ones. Made on the device, in the dtype.
+    # The same seed on every rank gives the same random weights. They are made on the device, in the dtype.
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch.device(device):
             torch.manual_seed(DUMMY_SEED)
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
-    except Exception as error:  # of many kinds: whatever a layer makes of sizes that do not go together
+    except Exception as error:  # of many kinds: whatever layers raise for sizes that do not fit together
         if is_out_of_memory(error):
             raise
         raise ValueError(f"{geometry}: {_explain(None, model_config, error)}") from error
-    tokenizer = tokenizer_at_hand(config, directory, model.get_input_embeddings().num_embeddings)
+    tokenizer = available_tokenizer(config, directory, model.get_input_embeddings().num_embeddings)
     shape = f"{model_config.model_type}, {model_config.num_hidden_layers} layers"
     return model, tokenizer, f"random weights ({shape}; {geometry if directory is None else config.path})"
 
 
 def _dummy_config(config: ModelConfig) -> tuple[Path | None, Any]:
-    """Return the directory and the config of the path if it is at hand, else None and the geometry's config."""
+    """Return the path's directory and config if it is on this machine, otherwise None and the geometry's config."""
     if config.path is not None:
         try:
             directory = find_model(config.path, weights=False, download=not config.geometry)

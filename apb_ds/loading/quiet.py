@@ -1,4 +1,4 @@
-"""Keeping transformers' progress bars and advice out of the way while something is loaded."""
+"""Hide transformers' progress bars and advice while something loads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers below errors, and put its verbosity and bars back afterwards."""
+    """Silence transformers except for errors; restore its verbosity and bars afterwards."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

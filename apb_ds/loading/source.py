@@ -1,10 +1,12 @@
-"""Finding a model: local directory, GGUF file, file in an installed package, hub cache, hub."""
+"""Finding files: in local directories, installed packages, the hub's cache and on the hub; GGUF files are converted."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +15,49 @@ from apb_ds.utils.text import kind_and_line
 
 PACKAGE_SCHEME = "package://"
 HUB_TIMEOUT_S = 10
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
+MODEL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+# Returns the names of the files that a directory lacks.
+Missing = Callable[[Path], list[str]]
 
 
 def find_model(path: str, *, weights: bool = True, download: bool = True, field: str = "model.path") -> Path:
-    """Return the local directory of a model in transformers' format, converting or downloading it first if need be.
+    """Return the local directory of a model in transformers' format; a GGUF file is converted, a hub id downloaded.
 
     Parameters
     ----------
     path : str
         As `ModelConfig.path`.
     weights : bool
-        Whether the weights are wanted; without, a config (or a tokenizer) is enough.
+        Whether weights are needed; otherwise a config (or a tokenizer) is enough.
     download : bool
-        Whether the hub may be asked for what is not here.
+        Whether to ask the hub for what is not on this machine.
     field : str
         The setting that `path` comes from, for messages.
 
     Raises
     ------
     ValueError
-        Saying what is missing and every place that was looked at.
+        Saying what is missing, and where it was looked for.
     """
-    if path.startswith(PACKAGE_SCHEME):
-        place = package_path(path, field)
-        return _checked_directory(path, place, weights, field) if place.is_dir() else convert_gguf(place, field)
-    local = expand_home(path)
+    missing = partial(missing_files, weights=weights, field=field)
+    local = package_path(path, field) if path.startswith(PACKAGE_SCHEME) else expand_home(path)
     if local.is_dir():
-        return _checked_directory(path, local, weights, field)
-    if path.lower().endswith(".gguf"):
-        if not local.is_file():
-            raise ValueError(f"{field}={path!r}: there is no such file ({local.absolute()}); correct the path.")
-        return convert_gguf(local, field)
+        return _checked_directory(path, local, missing(local), field)
+    if path.startswith(PACKAGE_SCHEME) or path.lower().endswith(".gguf"):
+        return convert_gguf(existing(path, local, field), field)
     if local.is_file():
-        raise ValueError(f"{field}={path!r} is a file, and no .gguf; give the folder that it is in: {local.parent}.")
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise ValueError(f"{field}={path!r}: there is no such directory ({local.absolute()}); correct the path.")
-    return _find_on_hub(path, local, weights, download, field)
+        raise ValueError(f"{field}={path!r} is not a .gguf file; use its folder instead: {local.parent}.")
+    if is_local(path):
+        return existing(path, local, field)
+    hint = ", or use model.load_format=dummy for random weights" if field == "model.path" else ""
+    patterns = [*MODEL_FILES, "*.safetensors"] if weights else MODEL_FILES
+    return find_on_hub(path, patterns, missing, field, download=download, hint=hint)
 
 
 def find_tokenizer(path: str) -> Path:
-    """Return the local directory of a tokenizer; one in a directory needs no config of a model beside it.
+    """Return the local directory of a tokenizer; a local one needs no model config next to it.
 
     Raises
     ------
@@ -65,23 +68,59 @@ def find_tokenizer(path: str) -> Path:
     return local if local.is_dir() else find_model(path, weights=False, field="model.tokenizer")
 
 
-def expand_home(path: str) -> Path:
-    """Return the path with its ``~``; of a user that is not known it stays, and is then not found."""
-    return Path(os.path.expanduser(path))
+def find_files(path: str, patterns: Sequence[str], missing: Missing, field: str) -> Path:
+    """Return where a file or directory is: in a package, on this machine or on the hub.
 
-
-def package_path(path: str, field: str) -> Path:
-    """Return where the file or folder is that ``package://<package>/<path>`` names.
+    Parameters
+    ----------
+    path : ``package://<package>/<path>``, a local path or a hub id
+    patterns : names to download, with ``*``
+    missing : what a directory from the hub lacks
+    field : the setting that `path` comes from, for messages
 
     Raises
     ------
     ValueError
-        If the package or the file is not there, saying where it looked.
+        Saying where it was looked for.
+    """
+    if path.startswith(PACKAGE_SCHEME):
+        return package_path(path, field)
+    local = expand_home(path)
+    suffixes = tuple(pattern.removeprefix("*") for pattern in patterns)
+    if local.exists() or is_local(path) or "/" not in path or path.endswith(suffixes):
+        return existing(path, local, field)
+    return find_on_hub(path, patterns, missing, field)
+
+
+def expand_home(path: str) -> Path:
+    """Return the path with ``~`` expanded; unchanged if the user is unknown."""
+    return Path(os.path.expanduser(path))
+
+
+def is_local(path: str) -> bool:
+    """Whether a path cannot be a hub id."""
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1
+
+
+def existing(path: str, local: Path, field: str) -> Path:
+    """Return a local path; ValueError if nothing is there."""
+    if not local.exists():
+        raise ValueError(f"{field}={path!r}: {local.absolute()} does not exist; correct the path.")
+    return local
+
+
+def package_path(path: str, field: str) -> Path:
+    """Return the file or folder that ``package://<package>/<path>`` names.
+
+    Raises
+    ------
+    ValueError
+        If the package or the file is missing, saying where it was looked for.
     """
     package, _, name = path.removeprefix(PACKAGE_SCHEME).partition("/")
     if not package.isidentifier() or not name:
         raise ValueError(f"{field}={path!r} must look like package://<package>/<path in it>.")
-    # A top-level package is found without running any of its code, which may want things that are not installed.
+    # Finding a top-level package runs none of its code, which may import what is not installed.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
@@ -92,34 +131,31 @@ def package_path(path: str, field: str) -> Path:
     for place in places:
         if place.exists():
             return place
-    raise ValueError(f"{field}={path!r}: no such file or folder; looked for {', '.join(map(str, places))}.")
+    raise ValueError(f"{field}={path!r} does not exist; looked for {', '.join(map(str, places))}.")
 
 
-def _checked_directory(path: str, directory: Path, weights: bool, field: str) -> Path:
-    missing = missing_files(directory, weights, field)
+def _checked_directory(path: str, directory: Path, missing: list[str], field: str) -> Path:
     if missing:
         gguf = sorted(file.name for file in directory.glob("*.gguf"))
         hint = f" It holds {gguf[0]}: try {field}={directory / gguf[0]}." if gguf else ""
         raise ValueError(
-            f"{field}={path!r}: {directory.absolute()} is a directory without {', '.join(missing)}; point {field} to a "
+            f"{field}={path!r}: {directory.absolute()} is a directory without {', '.join(missing)}; set {field} to a "
             f"folder that save_pretrained wrote, or to a .gguf file.{hint}"
         )
     return directory
 
 
 def missing_files(directory: Path, weights: bool, field: str = "model.path") -> list[str]:
-    """Return what a model directory lacks: its config, or weights (all shards of them)."""
+    """Return what a model directory lacks: its config, or weights (any of their shards)."""
     missing = [] if (directory / "config.json").is_file() else ["config.json"]
     if not weights:
         return missing
-    files = weight_files(directory, field)
-    if not files:
-        return [*missing, WEIGHT_FILES[0]]
+    files = weight_files(directory, field) or [directory / WEIGHT_FILES[0]]
     return missing + [file.name for file in files if not file.is_file()]
 
 
 def weight_files(directory: Path, field: str = "model.path") -> list[Path]:
-    """Return the weight files that transformers would read, there or not; none if it would find no weights.
+    """Return the weight files that transformers would read, whether or not they exist; [] if it would find none.
 
     Raises
     ------
@@ -147,27 +183,40 @@ def _shards(index: Path, field: str) -> list[str]:
         ) from error
 
 
-def _find_on_hub(repo: str, local: Path, weights: bool, download: bool, field: str) -> Path:
+def find_on_hub(
+    repo: str, patterns: Sequence[str], missing: Missing, field: str, *, download: bool = True, hint: str = ""
+) -> Path:
+    """Return the local copy of a hub repository, downloading it if it is not in the cache.
+
+    Parameters
+    ----------
+    patterns : names to download, with ``*``
+    missing : what the cached copy lacks
+    hint : what else the user can do
+
+    Raises
+    ------
+    ValueError
+        Saying where it was looked for.
+    """
     from huggingface_hub import constants
 
-    looked = [f"the directory {local.absolute()} (not there)"]
-    cache = constants.HF_HUB_CACHE
+    looked = [f"the directory {expand_home(repo).absolute()} (not there)"]
     cached = _cached_snapshot(repo, field)
-    missing = ["the repository"] if cached is None else missing_files(cached, weights, field)
-    if cached is not None and not missing:
+    lacking = ["the repository"] if cached is None else missing(cached)
+    if cached is not None and not lacking:
         return cached
-    looked.append(f"the hub cache {cache} (without {', '.join(missing[:3])})")
+    looked.append(f"the hub cache {constants.HF_HUB_CACHE} (without {', '.join(lacking[:3])})")
     if constants.HF_HUB_OFFLINE:
         looked.append("not the hub, because HF_HUB_OFFLINE is set")
     elif download:
         try:
-            return _download(repo, [item for item in HUB_FILES if weights or item != "*.safetensors"])
-        except Exception as error:  # the hub client raises a dozen unrelated kinds; all mean: not from there
+            return _download(repo, list(patterns))
+        except Exception as error:  # the hub client raises a dozen unrelated kinds; all mean that it is not available
             looked.append(f"the hub {constants.ENDPOINT} ({kind_and_line(error)})")
-    dummy = ", or use model.load_format=dummy for random weights of the same shape" if field == "model.path" else ""
     raise ValueError(
-        f"{field}={repo!r}: {'the weights are' if weights else 'its files are'} not at hand. Looked in: "
-        f"{'; '.join(looked)}. Download it once (hf download {repo}), or set {field} to a local directory{dummy}."
+        f"{field}={repo!r} was not found. Looked in: {'; '.join(looked)}. Download it once (hf download {repo}), or "
+        f"set {field} to a local directory{hint}."
     )
 
 
@@ -180,48 +229,15 @@ def _cached_snapshot(repo: str, field: str) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise ValueError(f"{field}={repo!r} is no local directory and no hub id: {kind_and_line(error)}") from error
-
-
-def find_on_hub(repo: str, files: tuple[str, ...], field: str, *, any_of: bool = False) -> Path:
-    """Return the local copy of a hub repository, of which only these files are fetched.
-
-    Parameters
-    ----------
-    files : names, or patterns with ``*``
-    any_of : whether one of them is enough; otherwise the first one is a must
-
-    Raises
-    ------
-    ValueError
-        Saying every place that was looked at.
-    """
-    from huggingface_hub import constants
-
-    looked = [f"the directory {expand_home(repo).absolute()} (not there)"]
-    cached = _cached_snapshot(repo, field)
-    needed = files if any_of else files[:1]
-    if cached is not None and any(path.is_file() for name in needed for path in cached.glob(name)):
-        return cached
-    lacks = " or ".join(needed) if cached else "the repository"
-    looked.append(f"the hub cache {constants.HF_HUB_CACHE} (without {lacks})")
-    if constants.HF_HUB_OFFLINE:
-        looked.append("not the hub, because HF_HUB_OFFLINE is set")
-    else:
-        try:
-            return _download(repo, list(files))
-        except Exception as error:  # the hub client raises a dozen unrelated kinds; all mean: not from there
-            looked.append(f"the hub {constants.ENDPOINT} ({kind_and_line(error)})")
-    raise ValueError(
-        f"{field}={repo!r} is not at hand. Looked in: {'; '.join(looked)}. Download it once (hf download {repo}), or "
-        f"set {field} to a local directory."
-    )
+        raise ValueError(
+            f"{field}={repo!r} is neither a local directory nor a hub id: {kind_and_line(error)}"
+        ) from error
 
 
 def _download(repo: str, patterns: list[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    # One quick question first: with no network the download itself would go through its many retries.
+    # Ask one quick question first: without a network, the download would go through its many retries.
     HfApi().model_info(repo, timeout=HUB_TIMEOUT_S)
     options: dict[str, Any] = {"allow_patterns": patterns, "etag_timeout": HUB_TIMEOUT_S}
     return Path(snapshot_download(repo, **options))

@@ -128,10 +128,10 @@ def _cut_short(directory: Path) -> None:
 
 DAMAGES = [
     (_without_a_tensor, ("does not fit this model: it lacks", "lora_A")),
-    (_with_another_shape, ("cannot put", "made for this model")),
-    (_for_other_modules, ("cannot put", "query_key_value")),
-    (_without_weights, ("is no adapter", "adapter_model.safetensors or adapter_model.bin")),
-    (_cut_short, ("cannot put",)),
+    (_with_another_shape, ("cannot apply", "made for this model")),
+    (_for_other_modules, ("cannot apply", "query_key_value")),
+    (_without_weights, ("is not an adapter", "adapter_model.safetensors or adapter_model.bin")),
+    (_cut_short, ("cannot apply",)),
 ]
 
 
@@ -157,7 +157,7 @@ def test_prompt_tuning_cannot_be_merged(checkpoint: Path, tmp_path: Path) -> Non
     ("path", "parts"),
     [
         ("nowhere/adapter", ("Looked in", "HF_HUB_OFFLINE")),
-        ("package://apb_ds/no/such", ("no such file or folder",)),
+        ("package://apb_ds/no/such", ("does not exist",)),
         ("package://not_installed_here/x", ("is not installed",)),
     ],
 )

@@ -102,13 +102,13 @@ def test_bad_dummy(changes: dict[str, Any], parts: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("path", "parts"),
     [
-        ("/no/such/place", ("no such directory", "/no/such/place")),
-        ("./model.gguf", ("no such file",)),
+        ("/no/such/place", ("/no/such/place does not exist",)),
+        ("./model.gguf", ("model.gguf does not exist",)),
         ("package://no_such_package/file.gguf", ("no_such_package is not installed", "pip install")),
-        ("package://json/file.gguf", ("no such file", "json/file.gguf")),
+        ("package://json/file.gguf", ("does not exist", "json/file.gguf")),
         ("package://", ("package://<package>/<path in it>",)),
         ("somebody/not-there", ("directory", "hub cache", "HF_HUB_OFFLINE", "load_format=dummy")),
-        ("two words", ("no local directory and no hub id",)),
+        ("two words", ("neither a local directory nor a hub id",)),
     ],
 )
 def test_missing_says_where_it_looked(path: str, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("APB_DS_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "broken.gguf"
     file.write_bytes(b"GGUF, but no more than that")
-    with pytest.raises(ValueError, match=r"broken.gguf .* no GGUF file"):
+    with pytest.raises(ValueError, match=r"broken.gguf .* GGUF file"):
         gguf.convert_gguf(file)
     assert [item for item in (tmp_path / "cache" / "gguf").iterdir() if item.is_dir()] == []
 

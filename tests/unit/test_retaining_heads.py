@@ -311,7 +311,7 @@ def query_logits(engine: Any) -> Tensor:
             "heads.pt",
             ("retaining_heads='heads.pt' goes with compressor='heads_and_window' or 'retaining_heads', not 'window'",),
         ),
-        ("retaining_heads", "/no/such.pt", ("retaining_heads='/no/such.pt'", "no such file")),
+        ("retaining_heads", "/no/such.pt", ("retaining_heads='/no/such.pt'", "does not exist")),
         ("retaining_heads", "no/such", ("retaining_heads='no/such'", "Looked in", "hub cache", "HF_HUB_OFFLINE")),
     ],
 )
@@ -544,7 +544,7 @@ def test_a_sweep_with_and_without_heads(tmp_path: Path) -> None:
     ended = run_infer(0, 1, ["method.compressor=retaining_heads", *common])  # model=smollm2 names no heads
     assert ended.code == 2 and "launch/train_heads.py" in ended.stderr
     ended = run_infer(0, 1, ["method.compressor=retaining_heads", f"method.retaining_heads={tmp_path}/x.pt", *common])
-    assert ended.code == 2 and "x.pt" in ended.stderr and "no such file" in ended.stderr
+    assert ended.code == 2 and "x.pt" in ended.stderr and "does not exist" in ended.stderr
 
 
 def test_the_records_of_the_study_name_the_heads_of_the_card() -> None:
