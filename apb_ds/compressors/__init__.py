@@ -1,4 +1,4 @@
-"""Compressors: one file, one compressor. Importing this package fills the registry."""
+"""Compressors, one per file. Importing this package fills the registry."""
 
 from apb_ds.compressors import heads_and_window, keydiff, knorm, query, random, recent, retaining_heads, window
 from apb_ds.compressors.base import (

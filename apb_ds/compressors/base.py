@@ -1,4 +1,4 @@
-"""What a compressor is: it scores the tokens of a block; choosing and gathering are done here, once for all."""
+"""The base of all compressors: a subclass scores the tokens of a block; choosing and gathering happen here."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class BlockStates:
     start : document position of the block's first token
     layer_idx : index of the layer
     scale : factor on the attention logits
-    anchor_queries : (1, heads, query_tokens, head_dim), the query's vectors in the anchor at their rotation there, or
-        None where the compressor does not ask for them
-    projections : (1, block_tokens, (heads + 2 kv_heads) head_dim), queries, keys and values one behind the other as the
-        layer's linear projections gave them, or None where the compressor does not ask for them
-    fused : whether what is elementwise is compiled
+    anchor_queries : (1, heads, query_tokens, head_dim), the anchor's query vectors, rotated for their anchor positions;
+        None unless the compressor needs them
+    projections : (1, block_tokens, (heads + 2 kv_heads) head_dim), the concatenated outputs of the layer's query, key
+        and value projections; None unless the compressor needs them
+    fused : whether elementwise operations are compiled
     """
 
     queries: Tensor
@@ -55,11 +55,10 @@ class BlockStates:
 
 
 class Compressor:
-    """Gives every token of a block one score per KV head; the highest are passed on.
+    """Gives every token of a block one score per KV head; the tokens with the highest scores are passed on.
 
-    A subclass implements `score` alone. Statistics run over the whole block: which tokens may be kept is applied
-    afterwards. Scores must not depend on the rank or on the order of calls, or results would depend on the number of
-    ranks.
+    A subclass implements `score` only. Statistics run over the whole block; eligibility is applied afterwards. Scores
+    must not depend on the rank or the order of calls, or results would depend on the number of ranks.
     """
 
     name: ClassVar[str]
@@ -69,15 +68,15 @@ class Compressor:
 
     @classmethod
     def from_settings(cls, settings: BlockSettings) -> Compressor:
-        """Build from the settings of a request; compressors with settings of their own override this."""
+        """Build from a request's settings; compressors that have settings override this."""
         return cls()
 
     def score(self, block: BlockStates) -> Tensor:
-        """Return the scores, (kv_heads, block_tokens), float32, higher is kept."""
+        """Return the scores, (kv_heads, block_tokens), float32; the highest are kept."""
         raise NotImplementedError
 
     def score_products(self, block_tokens: int, query_tokens: int, heads: int, head_dim: int) -> int:
-        """Return the multiply-adds of the matrix products in `score`, for counting; 0 where there are none.
+        """Return the number of multiply-adds in the matrix products of `score`.
 
         Parameters
         ----------
@@ -87,7 +86,7 @@ class Compressor:
 
     @profiling.belongs_to(profiling.COMPRESSOR)
     def choose(self, block: BlockStates, count: int, num_eligible: int) -> Tensor:
-        """Return where in the block the `count` best of its last `num_eligible` tokens are, in document order.
+        """Return the places in the block of the `count` best of its last `num_eligible` tokens, in document order.
 
         Returns
         -------
@@ -97,7 +96,7 @@ class Compressor:
         if count == num_eligible:
             places = torch.arange(first, block.num_tokens, device=block.keys.device)
             return places.expand(block.kv_heads, count)
-        # A score that is not a number is never better than one that is.
+        # NaN never beats a number.
         scores = torch.nan_to_num(self.score(block)[:, first:], nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         if block.fused and count > 0:
             return _triton_selection().select_top(scores, count, first)
@@ -108,7 +107,7 @@ class Compressor:
 
         Parameters
         ----------
-        into : (2, kv_heads, count, head_dim), where their keys and values go, keys first; may be a view
+        into : (2, kv_heads, count, head_dim), receives their keys, then their values; may be a view
         """
         if count == num_eligible:
             first = block.num_tokens - num_eligible
@@ -119,7 +118,7 @@ class Compressor:
 
 @profiling.belongs_to(profiling.COMPRESSOR)
 def gather(keys: Tensor, values: Tensor, places: Tensor, into: Tensor, fused: bool) -> None:
-    """Copy tokens' keys and values as `gather_pair` does, where `fused` in one kernel."""
+    """Copy tokens' keys and values as `gather_pair` does, in one kernel if `fused`."""
     if fused:
         _triton_selection().gather_pair(keys, values, places, into)
     else:
@@ -127,11 +126,11 @@ def gather(keys: Tensor, values: Tensor, places: Tensor, into: Tensor, fused: bo
 
 
 def _triton_selection() -> Any:
-    return importlib.import_module("apb_ds.ops.triton_selection")  # there is no Triton where nothing is fused
+    return importlib.import_module("apb_ds.ops.triton_selection")  # Triton may be missing where nothing is fused
 
 
 def max_pool(scores: Tensor, width: int = 5) -> Tensor:
-    """Replace each score, (kv_heads, tokens), by the maximum of its neighbourhood; beyond the edges is nothing."""
+    """Replace each score, (kv_heads, tokens), by the maximum of its neighbourhood, cut off at the edges."""
     return F.max_pool1d(scores.unsqueeze(0), width, stride=1, padding=width // 2).squeeze(0)
 
 
@@ -142,7 +141,7 @@ def attention_mass(queries: Tensor, keys: Tensor, scale: float, num_hidden: Tens
     ----------
     queries : (1, heads, queries, head_dim)
     keys : (1, kv_heads, tokens, head_dim)
-    num_hidden : (queries,), how many of the last keys each query must not see, or None
+    num_hidden : (queries,), how many of the last keys each query does not see, or None
 
     Returns
     -------
@@ -152,15 +151,15 @@ def attention_mass(queries: Tensor, keys: Tensor, scale: float, num_hidden: Tens
 
 
 def attention_products(queries: Tensor, keys: Tensor) -> Tensor:
-    """Return the products of queries and keys, see `attention_mass`, in its shape, not scaled yet."""
+    """Return the products of queries and keys, unscaled; shapes as in `attention_mass`."""
     grouped = queries[0].unflatten(0, (keys.shape[1], -1))
-    # One matrix product per KV head for all queries of its group, so that keys are not copied per head.
+    # One matrix product per KV head for all queries of its group, without copying keys per head.
     products = _products(grouped.flatten(1, 2), keys[0].transpose(-1, -2))
     return products.unflatten(1, grouped.shape[1:3])
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Return the matrix products, (batch, rows, columns), of equal dtypes, summed in float32 and left in it.
+    """Return the matrix products, (batch, rows, columns), of equal dtypes, summed in and returned as float32.
 
     Products of half-precision numbers are exact in float32, so tensor cores lose nothing here.
     """
@@ -171,7 +170,7 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
 
 @functools.cache
 def _gives_float32(device: torch.device) -> bool:
-    """Whether products of half-precision numbers can be had in float32 there; torch 2.8 was the first that could."""
+    """Whether the device returns products of half-precision numbers in float32; torch 2.8 was the first to do so."""
     numbers = torch.ones(1, 8, 8, device=device, dtype=torch.bfloat16)
     try:
         return torch.bmm(numbers, numbers, out_dtype=torch.float32).dtype == torch.float32
@@ -180,7 +179,8 @@ def _gives_float32(device: torch.device) -> bool:
 
 
 def softmax_of_visible(logits: Tensor, num_hidden: Tensor | None) -> Tensor:
-    """Softmax over the last dimension; each query, of the last but one, does not see its last `num_hidden` keys."""
+    """Softmax over the last dimension (keys), in which each query (the dimension before) does not see its last
+    `num_hidden` keys."""
     if num_hidden is not None:
         positions = torch.arange(logits.shape[-1], device=logits.device)
         logits = logits.masked_fill(positions >= logits.shape[-1] - num_hidden.unsqueeze(-1), -torch.inf)
@@ -190,16 +190,16 @@ def softmax_of_visible(logits: Tensor, num_hidden: Tensor | None) -> Tensor:
 CompressorClass = TypeVar("CompressorClass", bound=type[Compressor])
 _REGISTRY: dict[str, type[Compressor]] = {}
 
-# The trained compressor, which needs heads besides its name.
+# The trained compressor, which also needs heads.
 RETAINING_HEADS = "retaining_heads"
 
 
 def register_compressor(name: str) -> Callable[[CompressorClass], CompressorClass]:
-    """Class decorator that makes a compressor selectable as ``method.compressor=<name>``."""
+    """Class decorator that registers a compressor under a name, for `APBConfig.compressor`."""
 
     def add(compressor: CompressorClass) -> CompressorClass:
         if name in _REGISTRY:
-            raise ValueError(f"compressor={name!r} is registered already ({_REGISTRY[name].__name__}).")
+            raise ValueError(f"compressor={name!r} is already registered ({_REGISTRY[name].__name__}).")
         compressor.name = name
         _REGISTRY[name] = compressor
         return compressor
@@ -208,17 +208,17 @@ def register_compressor(name: str) -> Callable[[CompressorClass], CompressorClas
 
 
 def compressor_names() -> tuple[str, ...]:
-    """Names of all registered compressors, sorted."""
+    """Return the names of all registered compressors, sorted."""
     return tuple(sorted(_REGISTRY))
 
 
 def needs_heads(name: str | None) -> bool:
-    """Whether the compressor of that name scores with trained heads; False for a name that there is not."""
+    """Whether the compressor of that name needs trained heads; False for an unknown name."""
     return name in _REGISTRY and _REGISTRY[name].needs_heads
 
 
 def names_with_heads() -> str:
-    """Return the names of the compressors that score with trained heads, for messages."""
+    """Return the names of the compressors that need trained heads, for messages."""
     return " or ".join(repr(name) for name in compressor_names() if _REGISTRY[name].needs_heads)
 
 
@@ -228,7 +228,7 @@ def build_compressor(settings: BlockSettings) -> Compressor:
     Raises
     ------
     ValueError
-        If the name is unknown, or the compressor needs the query in the anchor and the settings keep it out.
+        If the name is unknown, or the compressor needs the query in the anchor and the settings leave it out.
     """
     names = compressor_names()
     check_choice("compressor", settings.compressor, names)

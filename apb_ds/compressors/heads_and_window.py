@@ -1,4 +1,4 @@
-"""Keep what trained heads and the block's last tokens together think will be attended to."""
+"""Keep the tokens that trained heads and the attention of the block's last tokens favour together."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from apb_ds.compressors.base import BlockStates, max_pool, register_compressor
 from apb_ds.compressors.retaining_heads.compressor import RetainingHeadsCompressor
 from apb_ds.compressors.window import WindowCompressor, window_mass
 
-# Attention below this says nothing any more, and its logarithm would outweigh all others.
+# Attention below this is noise, but its logarithm would outweigh all others.
 SMALLEST_MASS = 1e-7
 
 
 @register_compressor("heads_and_window")
 class HeadsAndWindowCompressor(RetainingHeadsCompressor):
-    """The heads' scores, and the logarithm of what `window` measures times the values' norms: standardised, added.
+    """The heads' scores plus the logarithm of `window`'s score times the values' norms, both standardised.
 
-    A head sees one token at a time and learns what is attended to whatever comes; the block's last queries know what it
-    is about. Both are brought to mean 0 and variance 1 over the block, for each KV head, before they are added and
-    max-pooled.
+    A head sees one token at a time and learns what is attended to in general; the block's last queries know the
+    content. Both terms get mean 0 and variance 1 over the block, per KV head, before they are added and max-pooled.
     """
 
     def score(self, block: BlockStates) -> Tensor:
@@ -32,6 +31,6 @@ class HeadsAndWindowCompressor(RetainingHeadsCompressor):
 
 
 def _standardised(scores: Tensor) -> Tensor:
-    """Bring each row of (kv_heads, tokens) to mean 0 and variance 1; to zeros where all are the same."""
+    """Bring each row of (kv_heads, tokens) to mean 0 and variance 1, or to zeros if it is constant."""
     deviation, mean = torch.std_mean(scores, dim=-1, correction=0, keepdim=True)
     return (scores - mean) / deviation.clamp_min(torch.finfo(scores.dtype).tiny)

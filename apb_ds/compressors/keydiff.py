@@ -8,7 +8,7 @@ from apb_ds.compressors.base import BlockStates, Compressor, register_compressor
 
 @register_compressor("keydiff")
 class KeydiffCompressor(Compressor):
-    """Score minus the cosine between a key and the mean of the block's normalised keys."""
+    """Score the negative cosine between a key and the mean of the block's normalised keys."""
 
     def score(self, block: BlockStates) -> Tensor:
         keys = block.keys[0].float()

@@ -7,7 +7,7 @@ from apb_ds.compressors.base import BlockStates, Compressor, register_compressor
 
 @register_compressor("knorm")
 class KnormCompressor(Compressor):
-    """Score -||k||: keys of small norm draw more attention."""
+    """Score -||k||: keys of small norm get more attention."""
 
     def score(self, block: BlockStates) -> Tensor:
         return -block.keys[0].float().norm(dim=-1)

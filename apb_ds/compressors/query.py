@@ -1,4 +1,4 @@
-"""Keep what the query attends to: it is in the anchor, so every host can ask it."""
+"""Keep what the query attends to. It is in the anchor, so every host has it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class QueryCompressor(Compressor):
     needs_anchor_queries = True
 
     def score(self, block: BlockStates) -> Tensor:
-        assert block.anchor_queries is not None
+        if block.anchor_queries is None:
+            raise ValueError("compressor='query' needs the anchor's query vectors; set BlockStates.anchor_queries.")
         group = block.queries.shape[1] // block.kv_heads
         scores = []
         for head in range(block.kv_heads):  # one at a time: a long query over a long block makes a large matrix

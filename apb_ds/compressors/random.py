@@ -1,4 +1,4 @@
-"""Keep tokens at random: the baseline that a compressor has to beat."""
+"""Keep random tokens: the baseline for other compressors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MASK_32 = 0xFFFFFFFF
 @register_compressor("random")
 @dataclass(frozen=True)
 class RandomCompressor(Compressor):
-    """Score a hash of (seed, layer, KV head, document position): the same on any rank and in any order of calls."""
+    """Score a hash of (seed, layer, KV head, document position), independent of the rank and the order of calls."""
 
     seed: int = 0
 
@@ -35,9 +35,9 @@ class RandomCompressor(Compressor):
 
 
 def mix(values: Tensor) -> Tensor:
-    """A bijection on 32-bit integers (held in int64) in which every input bit reaches every output bit.
+    """Map 32-bit integers (in int64) one-to-one, such that every input bit affects every output bit.
 
-    The multipliers are below 2**31, so that no product leaves the range of int64.
+    The multipliers are below 2**31, so that products fit into int64.
     """
     values = values & MASK_32
     for multiplier in (0x7FEB352D, 0x46A1B9B3):

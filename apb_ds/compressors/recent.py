@@ -8,7 +8,7 @@ from apb_ds.compressors.base import BlockStates, Compressor, register_compressor
 
 @register_compressor("recent")
 class RecentCompressor(Compressor):
-    """Score the position. Exact in float32, since it counts from the block's start."""
+    """Score the position from the block's start, which is exact in float32."""
 
     def score(self, block: BlockStates) -> Tensor:
         positions = torch.arange(block.num_tokens, dtype=torch.float32, device=block.keys.device)

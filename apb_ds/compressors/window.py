@@ -1,4 +1,4 @@
-"""Keep what the block's last tokens attend to (the idea of SnapKV, arXiv 2404.14469)."""
+"""Keep what the block's last tokens attend to (as SnapKV, arXiv 2404.14469)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from apb_ds.ops.compiled import compiled_if
 @register_compressor("window")
 @dataclass(frozen=True)
 class WindowCompressor(Compressor):
-    """Causal attention of the last `window` queries over the block, averaged over queries and the group's heads."""
+    """Score the causal attention of the last `window` queries, averaged over queries and the group's heads."""
 
     window: int = 32
 
@@ -33,7 +33,7 @@ class WindowCompressor(Compressor):
 
 
 def window_mass(block: BlockStates, window: int) -> Tensor:
-    """Return what each token gets of the attention of the last `window` queries, (kv_heads, block_tokens), float32."""
+    """Return each token's share of the last `window` queries' attention, (kv_heads, block_tokens), float32."""
     observers = min(window, block.num_tokens)
     num_hidden = torch.arange(observers - 1, -1, -1, device=block.keys.device)
     products = attention_products(block.queries[:, :, -observers:], block.keys)
@@ -41,5 +41,5 @@ def window_mass(block: BlockStates, window: int) -> Tensor:
 
 
 def _mean_mass(products: Tensor, num_hidden: Tensor, scale: float) -> Tensor:
-    """Return the mean over a group's heads and queries, (kv_heads, tokens), of what each key gets of them."""
+    """Return each key's attention, (kv_heads, tokens), averaged over the group's heads and the queries."""
     return softmax_of_visible(products * scale, num_hidden).mean(dim=(1, 2))

@@ -110,7 +110,7 @@ CASES: dict[str, Case] = {
         (*PROMPT, "task.max_new_tokens=4096"),
         ("4096", "max_position_embeddings", "rope_parameters", "model.overrides"),
     ),
-    "no such folder": Case((*PROMPT, "model.path={files}/nope"), ("model.path", "{files}/nope", "no such directory")),
+    "no such folder": Case((*PROMPT, "model.path={files}/nope"), ("model.path", "{files}/nope", "does not exist")),
     "no such hub id": Case((*PROMPT, "model.path=no/such"), ("model.path='no/such'", "Looked in", "hub cache")),
     "a folder without weights": Case((*PROMPT, "model.path={files}/weightless"), ("model.safetensors", "weightless")),
     "a corrupt GGUF": Case((*PROMPT, "model.path={files}/bad.gguf"), ("model.path", "bad.gguf", "damaged")),
@@ -137,7 +137,7 @@ CASES: dict[str, Case] = {
     ),
     "heads that are not there": Case(
         (*PROMPT, "method.compressor=retaining_heads", "method.retaining_heads={files}/nope.pt"),
-        ("retaining_heads=", "{files}/nope.pt", "no such file"),
+        ("retaining_heads=", "{files}/nope.pt", "does not exist"),
     ),
     "heads of another model": Case(
         (*PROMPT, "method.compressor=retaining_heads", "method.retaining_heads={files}/heads.pt"),

@@ -299,7 +299,7 @@ def test_a_new_compressor_runs_in_an_engine_by_its_name(registry: dict[str, Any]
 
 
 def test_a_name_is_taken_once(registry: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="compressor='window' is registered already"):
+    with pytest.raises(ValueError, match="compressor='window' is already registered"):
         register_compressor("window")(FromTable)
     assert registry["window"].__name__ == "WindowCompressor" and FromTable.name == "from_table"
 

@@ -1,9 +1,9 @@
-"""Heads from files and into files: the keys of the published checkpoints, ``.pt`` or safetensors.
+"""Reading and writing heads: ``.pt`` or safetensors files with the keys of the published checkpoints.
 
     model.layers.{i}.self_attn.fc1.weight  (hidden, (heads + 2 kv_heads) head_dim)
     model.layers.{i}.self_attn.fc2.weight  (kv_heads, hidden)
 
-Other keys may stand beside them. A ``.pt`` is read as tensors and nothing else: no code in it is run.
+Other keys are ignored. A ``.pt`` is read as tensors only: no code in it runs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from apb_ds.compressors.retaining_heads.module import HeadSizes, RetainingHeads, weight_key
+from apb_ds.utils.text import kind_and_line
 
 SAFETENSORS = ".safetensors"
 TORCH_SUFFIXES = (".pt", ".bin", ".pth")
@@ -27,7 +29,7 @@ FIELD = "retaining_heads"
 
 
 def read_heads(path: Path, sizes: HeadSizes, field: str = FIELD) -> RetainingHeads:
-    """Read a checkpoint on the CPU, in the dtype that it has.
+    """Read a checkpoint on the CPU, in its own dtype.
 
     Parameters
     ----------
@@ -41,8 +43,8 @@ def read_heads(path: Path, sizes: HeadSizes, field: str = FIELD) -> RetainingHea
     Raises
     ------
     ValueError
-        If there is no such file, it cannot be read as tensors, or heads are missing, misshaped, or another model's;
-        these are listed.
+        If the file does not exist or cannot be read as tensors, or if heads are missing, misshaped, or another model's,
+        listing them.
     """
     try:
         return _heads_from(read_state(path), sizes)
@@ -54,13 +56,13 @@ def _heads_from(state: dict[str, Tensor], sizes: HeadSizes) -> RetainingHeads:
     found = check_state(state, sizes)
     unusable = [key for key, tensor in found.items() if not bool(tensor.isfinite().all())]
     if unusable:
-        raise ValueError(f"{_list(unusable)} has values that are no finite numbers; train or download it again.")
+        raise ValueError(f"{_list(unusable)} has values that are not finite; train or download it again.")
     pairs = [(found[weight_key(layer, "fc1")], found[weight_key(layer, "fc2")]) for layer in range(sizes.num_layers)]
     return RetainingHeads(pairs, sizes.activation).requires_grad_(False)
 
 
 def check_state(state: Mapping[str, Tensor], sizes: HeadSizes) -> dict[str, Tensor]:
-    """Return those of a checkpoint's tensors that are heads, all that a model needs and no others.
+    """Return the tensors of a checkpoint that are heads, which must be exactly those that the model needs.
 
     Raises
     ------
@@ -71,14 +73,14 @@ def check_state(state: Mapping[str, Tensor], sizes: HeadSizes) -> dict[str, Tens
     wanted = [weight_key(layer, name) for layer in range(sizes.num_layers) for name in ("fc1", "fc2")]
     missing = [key for key in wanted if key not in found]
     if len(missing) == len(wanted):
-        raise ValueError(f"it has no retaining heads, which have names like {wanted[0]}.")
+        raise ValueError(f"it has no retaining heads, whose keys look like {wanted[0]}.")
     foreign = [key for key in found if key not in wanted]
     if missing or foreign:
-        what = [f"is without {_list(missing)}"] if missing else []
-        what += [f"has {_list(foreign)}, which such heads do not have"] if foreign else []
+        what = [f"lacks {_list(missing)}"] if missing else []
+        what += [f"has {_list(foreign)}, which do not belong there"] if foreign else []
         raise ValueError(
-            f"it does not fit a model of {sizes.num_layers} layers: it {' and '.join(what)}; use one that was made for "
-            "this model."
+            f"it does not fit a model of {sizes.num_layers} layers: it {' and '.join(what)}; use heads that were made "
+            "for this model."
         )
     _check_shapes(found, sizes)
     return found
@@ -103,23 +105,25 @@ def _check_shapes(found: dict[str, Tensor], sizes: HeadSizes) -> None:
 
 
 def _list(keys: Iterable[str]) -> str:
-    """Return keys in short, layers that differ in nothing else as ranges: ``model.layers.{0-2,5}.self_attn...``."""
+    """Return head keys in short, with consecutive layers as a range: ``model.layers.{0-2,5}.self_attn...``."""
     layers = defaultdict(list)
     for key in keys:
-        match = HEAD_KEY.fullmatch(key)
-        assert match is not None
-        layers[f"self_attn.{match[2]}.{match[3]}"].append(int(match[1]))
+        _, _, layer, name = key.split(".", 3)
+        layers[name].append(int(layer))
     texts = []
     for name, numbers in layers.items():
-        ranges: list[list[int]] = []
-        for number in sorted(numbers):
-            if ranges and number == ranges[-1][1] + 1:
-                ranges[-1][1] = number
-            else:
-                ranges.append([number, number])
-        spans = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+        spans = ",".join(_span([layer for _, layer in run]) for _, run in groupby(enumerate(sorted(numbers)), _offset))
         texts.append(f"model.layers.{spans if spans.isdigit() else '{' + spans + '}'}.{name}")
     return ", ".join(texts)
+
+
+def _offset(numbered: tuple[int, int]) -> int:
+    """Return a key that consecutive layers share; `numbered` is a layer after its index."""
+    return numbered[1] - numbered[0]
+
+
+def _span(layers: list[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -128,12 +132,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises
     ------
     ValueError
-        If there is nothing to read, or it cannot be read as tensors.
+        If there is no file of heads, or one cannot be read as tensors.
     """
     if path.is_file():
         return _read_file(path)
     if not path.is_dir():
-        raise ValueError(f"there is no such file or directory ({path.absolute()}); correct the path.")
+        raise ValueError(f"{path.absolute()} does not exist; correct the path.")
     files = sorted(path.glob(FILE_PATTERNS[0])) or sorted(file for name in FILE_PATTERNS for file in path.glob(name))
     if not files:
         raise ValueError(f"{path.absolute()} is a directory without {', '.join(FILE_PATTERNS)}; name the file.")
@@ -142,14 +146,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
         part = _read_file(file)
         twice = sorted(key for key in part.keys() & state.keys() if HEAD_KEY.fullmatch(key))
         if twice:
-            raise ValueError(f"{file.name} has {_list(twice)}, as has another file of the directory; name one of them.")
+            raise ValueError(f"{file.name} and another file in the directory both have {_list(twice)}; name one.")
         state |= part
     return state
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
     if file.suffix not in (SAFETENSORS, *TORCH_SUFFIXES):
-        raise ValueError(f"{file.name} is none of {', '.join(FILE_PATTERNS)}; name a file that holds heads.")
+        raise ValueError(f"{file.name} is not one of {', '.join(FILE_PATTERNS)}; name a file that holds heads.")
     try:
         if file.suffix == SAFETENSORS:
             from safetensors.torch import load_file
@@ -157,13 +161,12 @@ def _read_file(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, from pickle, zipfile, safetensors and torch
-        first_line = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
-            f"{file.absolute()} cannot be read as tensors ({type(error).__name__}: {first_line[:200]}); it is damaged, "
-            "or holds other objects, which are not loaded because that would run code."
+            f"{file.absolute()} cannot be read as tensors ({kind_and_line(error)}); it is damaged, or holds other "
+            "objects, which are not loaded because that would run code."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file.absolute()} holds a {type(content).__name__} and no tensors by name.")
+        raise ValueError(f"{file.absolute()} holds a {type(content).__name__}, not tensors by name.")
     return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
@@ -173,7 +176,7 @@ def write_heads(heads: RetainingHeads, file: Path, metadata: dict[str, str] | No
 
 
 def write_state(state: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors; the file is whole or not there."""
+    """Write tensors as safetensors; the file appears whole or not at all."""
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Keep what trained heads say later tokens will attend to."""
+"""Keep the tokens that trained heads expect later tokens to attend to."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from apb_ds.compressors.retaining_heads.module import RetainingHeads
 class RetainingHeadsCompressor(Compressor):
     """The heads' scores, max-pooled within the block.
 
-    What a head sees are the outputs of the layer's linear projections, biases included, before anything else is done
-    to them: before rotation, and in models that normalise queries and keys after projecting (Qwen3) before that, too.
+    A head's input is the output of the layer's linear projections, biases included, before rotation and, in models
+    that normalise queries and keys (Qwen3), before normalisation.
 
     Parameters
     ----------
-    heads : on the device of the block and in its dtype; None while there is nothing to score
+    heads : on the device of the block and in its dtype; None if nothing is scored yet
     """
 
     needs_projections = True
@@ -30,7 +30,7 @@ class RetainingHeadsCompressor(Compressor):
         return max_pool(self.head_scores(block))
 
     def head_scores(self, block: BlockStates) -> Tensor:
-        """Return what the heads say of each token, (kv_heads, block_tokens), float32.
+        """Return the heads' score of each token, (kv_heads, block_tokens), float32.
 
         Raises
         ------
@@ -52,8 +52,8 @@ class RetainingHeadsCompressor(Compressor):
 
 
 def no_heads(compressor: str) -> str:
-    """Return what is said where a compressor lacks heads."""
+    """Return the message for a compressor without heads."""
     return (
-        f"compressor={compressor!r} needs trained heads: give retaining_heads= the path of a .pt or .safetensors file, "
-        "a directory or a hub id (method.retaining_heads on the command line), or use another compressor."
+        f"compressor={compressor!r} needs trained heads: set retaining_heads to a .pt or .safetensors file, a "
+        "directory or a hub id, or use another compressor."
     )

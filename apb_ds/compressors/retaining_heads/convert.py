@@ -1,4 +1,4 @@
-"""Make safetensors of a checkpoint with retaining heads; what else is in it is left behind.
+"""Convert a checkpoint with retaining heads to safetensors, without its other tensors.
 
     python -m apb_ds.compressors.retaining_heads.convert IN OUT
 
@@ -16,21 +16,21 @@ from apb_ds.compressors.retaining_heads.checkpoint import HEAD_KEY, SAFETENSORS,
 
 
 def convert(source: Path, target: Path) -> int:
-    """Write the heads in `source` to `target`; return how many tensors these are.
+    """Write the heads in `source` to `target`; return the number of tensors.
 
     Raises
     ------
     ValueError
-        If the source cannot be read or has no heads, or the target is there already or is no .safetensors.
+        If the source cannot be read or has no heads, or the target exists or does not end in .safetensors.
     """
     if target.suffix != SAFETENSORS:
         raise ValueError(f"OUT={str(target)!r} must end in {SAFETENSORS}.")
     if target.exists():
-        raise ValueError(f"OUT={str(target)!r} is there already; name another file.")
+        raise ValueError(f"OUT={str(target)!r} exists; name another file.")
     state = {key: tensor for key, tensor in read_state(source).items() if HEAD_KEY.fullmatch(key)}
     if not state:
         raise ValueError(f"IN={str(source)!r} has no retaining heads.")
-    # A checkpoint may hold one storage twice, which safetensors refuses.
+    # Tensors of a checkpoint may share storage, which safetensors refuses.
     write_state({key: tensor.clone() for key, tensor in state.items()}, target)
     return len(state)
 

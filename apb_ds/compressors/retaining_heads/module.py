@@ -1,4 +1,4 @@
-"""Retaining heads as modules: two matrix products per layer score a token for all KV heads at once."""
+"""Retaining heads as modules: two matrix products per layer score a token for all KV heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from apb_ds.utils.sizes import AttentionSizes
 
 @dataclass(frozen=True)
 class HeadSizes(AttentionSizes):
-    """What the heads depend on: a model's attention and its activation, by its name in transformers."""
+    """The sizes of a model that its heads depend on.
+
+    Attributes
+    ----------
+    activation : name of the model's activation in transformers
+    """
 
     activation: str
 
@@ -43,7 +48,7 @@ class RetainingHead(nn.Module):
 
         Parameters
         ----------
-        projections : (..., channels), queries, keys and values of a token one behind the other, before rotation
+        projections : (..., channels), a token's queries, keys and values concatenated, before rotation
 
         Returns
         -------
@@ -57,7 +62,7 @@ class RetainingHeads(nn.Module):
 
     Parameters
     ----------
-    weights : fc1 and fc2 of each layer, all of the same shapes
+    weights : fc1 and fc2 of each layer, with the same shapes in all layers
     activation : name of an activation of transformers
     """
 
@@ -70,7 +75,7 @@ class RetainingHeads(nn.Module):
 
     @classmethod
     def random(cls, sizes: HeadSizes, hidden_size: int, seed: int = 0) -> RetainingHeads:
-        """Make untrained heads in float32: uniform, as torch initialises linear layers; `seed` determines them."""
+        """Make untrained heads in float32, initialised as torch does linear layers; `seed` determines them."""
         generator = torch.Generator().manual_seed(seed)
 
         def draw(rows: int, columns: int) -> Tensor:
@@ -96,7 +101,7 @@ class RetainingHeads(nn.Module):
         return self.layers[layer_idx](projections)
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> RetainingHeads:
-        """Return these heads on a device in a dtype, without gradients; a copy, unless they are there already."""
+        """Return these heads on a device in a dtype, without gradients; copied only if needed."""
         weights = [tuple(weight.detach().to(device, dtype) for weight in (head.fc1, head.fc2)) for head in self.layers]
         return RetainingHeads(weights, self.activation).requires_grad_(False)  # type: ignore[arg-type]
 
