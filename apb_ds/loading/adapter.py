@@ -8,12 +8,11 @@ from typing import Any
 
 from apb_ds.loading.source import find_files
 from apb_ds.ops.memory import is_out_of_memory
-from apb_ds.utils.text import kind_and_line
+from apb_ds.utils.text import kind_and_line, list_some
 
 FIELD = "model.adapter"
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-SHOWN_KEYS = 3
 
 
 def merge_adapter(model: Any, path: str) -> Any:
@@ -86,10 +85,9 @@ def _merge(model: Any, directory: Path, path: str) -> Any:
     differing = sorted(expected ^ set(weights))
     if differing:  # peft only warns, and the model would answer as if nothing was wrong
         what = "lacks" if differing[0] in expected else "has, and the model has not,"
-        more = f" and {len(differing) - SHOWN_KEYS} more" if len(differing) > SHOWN_KEYS else ""
         raise ValueError(
-            f"{FIELD}={path!r} does not fit this model: it {what} {', '.join(differing[:SHOWN_KEYS])}{more}; use one "
-            "that was made for this model."
+            f"{FIELD}={path!r} does not fit this model: it {what} {list_some(differing)}; use one that was made for "
+            "this model."
         )
     set_peft_model_state_dict(adapted, weights)
     return adapted.merge_and_unload(safe_merge=True)

@@ -8,10 +8,9 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from apb_ds.utils.text import first_line, kind_and_line
+from apb_ds.utils.text import first_line, kind_and_line, list_some
 
 LFS_POINTER = b"version https://git-lfs"
-SHOWN_FILES = 3
 
 
 def find_damage(files: Iterable[Path]) -> str | None:
@@ -20,8 +19,7 @@ def find_damage(files: Iterable[Path]) -> str | None:
     The suffix decides: safetensors, torch.save's output (.bin), or JSON, which must hold a mapping.
     """
     found = [f"{path.name}: {why}" for path in files if path.is_file() and (why := _damage(path)) is not None]
-    more = [f"and {len(found) - SHOWN_FILES} more"] if len(found) > SHOWN_FILES else []
-    return "; ".join(found[:SHOWN_FILES] + more) or None
+    return list_some(found, "; ") or None
 
 
 def lfs_damage(path: Path) -> str | None:

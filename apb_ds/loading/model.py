@@ -20,10 +20,9 @@ from apb_ds.loading.quiet import quiet_transformers
 from apb_ds.loading.source import find_model, weight_files
 from apb_ds.loading.tokenizer import available_tokenizer, read_tokenizer
 from apb_ds.ops.memory import explain_out_of_memory, is_out_of_memory
-from apb_ds.utils.text import first_line, kind_and_line
+from apb_ds.utils.text import first_line, kind_and_line, list_some
 
 DUMMY_SEED = 0
-SHOWN_KEYS = 3
 
 
 @dataclass
@@ -164,10 +163,9 @@ def _check_keys(path: str, info: dict[str, Any]) -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(map(_describe_key, info.get(kind) or ()))
         if keys:
-            more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
             raise ValueError(
                 f"model.path={path!r}: its weights do not fit its config, {kind.replace('_', ' ')}: "
-                f"{', '.join(keys[:SHOWN_KEYS])}{more}; check its config.json and model.overrides."
+                f"{list_some(keys)}; check its config.json and model.overrides."
             )
 
 

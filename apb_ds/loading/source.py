@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apb_ds.loading.gguf import convert_gguf
-from apb_ds.utils.text import kind_and_line
+from apb_ds.utils.text import kind_and_line, list_some
 
 PACKAGE_SCHEME = "package://"
 HUB_TIMEOUT_S = 10
@@ -206,7 +206,7 @@ def find_on_hub(
     lacking = ["the repository"] if cached is None else missing(cached)
     if cached is not None and not lacking:
         return cached
-    looked.append(f"the hub cache {constants.HF_HUB_CACHE} (without {', '.join(lacking[:3])})")
+    looked.append(f"the hub cache {constants.HF_HUB_CACHE} (without {list_some(lacking)})")
     if constants.HF_HUB_OFFLINE:
         looked.append("not the hub, because HF_HUB_OFFLINE is set")
     elif download:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 MAX_CHARACTERS = 300
+MAX_SHOWN = 3
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -24,3 +26,9 @@ def first_line(error: BaseException) -> str:
 def kind_and_line(error: BaseException) -> str:
     """Return the error's kind and its first line, such as ``KeyError: 'weight_map'``."""
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+def list_some(items: Sequence[str], separator: str = ", ") -> str:
+    """Return the first `MAX_SHOWN` items, and how many more there are."""
+    shown = separator.join(items[:MAX_SHOWN])
+    return shown if len(items) <= MAX_SHOWN else f"{shown}{separator.rstrip()} and {len(items) - MAX_SHOWN} more"

@@ -110,7 +110,7 @@ def step_by_hand(rank: int, world_size: int, values: dict[str, Any]) -> dict[str
     config = from_mapping(HeadsConfig, values["train"], "train")
     loaded = load_model(from_mapping(ModelConfig, values["model"], "model"))
     heads = RetainingHeads.random(head_sizes(loaded.model), config.hidden_size, values["seed"])
-    loss = HeadsLoss(loaded.model, heads, config.label_kind, config.smoothing)
+    loss = HeadsLoss(loaded.model, heads, config, config.smoothing)
     data = make_data(config, Mixture(config.mixture), find_texts(config.texts), loaded.tokenizer)
     sums = [torch.zeros_like(weight) for weight in heads.parameters()]
     for data_rank in range(2):

@@ -30,7 +30,7 @@ from apb_ds.tasks.synthetic.draws import Draws
 from apb_ds.training.batches import Batches, Example, Lengths, pad_examples
 from apb_ds.training.heads import texts as texts_module
 from apb_ds.training.heads.config import HeadsConfig
-from apb_ds.training.heads.examples import ExampleMaker, Observing, Sources
+from apb_ds.training.heads.examples import ExampleMaker
 from apb_ds.training.heads.labels import LabelKind, View, attention_received, label_tokens, make_view
 from apb_ds.training.heads.metrics import _kept_mass, _overlap, measure, measure_all
 from apb_ds.training.heads.module import HeadsLoss
@@ -88,7 +88,7 @@ def slow_label(kind: LabelKind, rows: list[int], token: int, kv_head: int, num_d
             logits = [SCALE * float(queries[0, head, row] @ keys[0, kv_head, other]) for other in range(row + 1)]
             weight = math.exp(logits[token]) / math.fsum(map(math.exp, logits))
             values = {"logit": logits[token], "weight": weight * (row + 1), "log_weight": math.log(weight)}
-            seen.append(values[kind.value])
+            seen.append(values[kind.label])
         if not seen:
             return None
         by_head.append(REDUCED[kind.over_observers](seen))
@@ -165,7 +165,7 @@ def test_nobody_observes() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"value": "logits"}, {"over_heads": "sum"}, {"standardise": 1}, {"value_norms": 1}, {"value_norms": True}],
+    [{"label": "logits"}, {"over_heads": "sum"}, {"standardise": 1}, {"value_norms": 1}, {"value_norms": True}],
 )
 def test_unknown_labels(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"train\."):
@@ -428,10 +428,9 @@ def test_no_conversations(tmp_path: Path) -> None:
 MIXTURE = [{"kind": "single", "num_questions": [1, 2]}, {"kind": "multikey_uuids"}, {"kind": "variables"}]
 
 
-def make_maker(folder: Path, *, observing: Observing | None = None, **changes: Any) -> ExampleMaker:
-    values = {"text_share": 0.5, "quote_share": 0.2, "continue_share": 0.2, "data": None, "data_share": 0.0, **changes}
-    sources = Sources(Mixture(MIXTURE), find_texts([str(folder)]), **values)
-    return ExampleMaker(sources, observing or Observing("answer", 512), byte_tokenizer())
+def make_maker(folder: Path, **changes: Any) -> ExampleMaker:
+    config = HeadsConfig(output="x", **{"text_share": 0.5, "quote_share": 0.2, "continue_share": 0.2, **changes})
+    return ExampleMaker(config, Mixture(MIXTURE), find_texts([str(folder)]), None, byte_tokenizer())
 
 
 def test_conversations_depend_on_seed_step_and_rank_alone(folder: Path) -> None:
@@ -485,7 +484,8 @@ def test_filler_is_real_text_where_that_is_asked_for(folder: Path) -> None:
 @pytest.mark.parametrize("number", [1, 5, 100_000])
 def test_any_tokens_observe(folder: Path, number: int) -> None:
     answers, later = (
-        make_maker(folder, observing=Observing(observers, number)).make("3", 1500) for observers in ("answer", "later")
+        make_maker(folder, observers=observers, num_observers=number).make("3", 1500)
+        for observers in ("answer", "later")
     )
     assert answers.ids == later.ids and len(later.marked) == min(number, len(later.ids) - 1)
     assert later.marked == sorted(set(later.marked)) and later.marked[-1] == len(later.ids) - 1
@@ -503,17 +503,17 @@ def test_a_users_conversations(folder: Path, tmp_path: Path, template: str | Non
     tokenizer = byte_tokenizer(template=template)
     for held_out, among in ((False, "234"), (True, "1")):
         data = ShareGPT(str(tmp_path / "data.jsonl"), held_out=held_out)
-        sources = Sources(Mixture(MIXTURE), [], 0.0, 0.0, 0.0, data, 1.0)
-        example = ExampleMaker(sources, Observing("answer", 512), tokenizer).make("0", 1000)
+        config = HeadsConfig(output="x", data=str(data.path))
+        example = ExampleMaker(config, Mixture(MIXTURE), [], data, tokenizer).make("0", 1000)
         assert len(example.ids) == 1000 and example.kind == "given"  # a long prompt loses its middle
         said = tokenizer.decode([example.ids[place] for place in example.marked])
         assert said in [f"answer {number}</s>" for number in among]
         assert example.marked[0] == example.num_document
         prompt = tokenizer.decode(example.ids[: example.num_document])
         assert prompt.startswith("<s>") and prompt.endswith("<|assistant|>" if template else "\n")
-    broken = Sources(Mixture(MIXTURE), [], 0.0, 0.0, 0.0, write_data(tmp_path / "broken.jsonl", rows[0], "{}"), 0.9)
+    broken = write_data(tmp_path / "broken.jsonl", rows[0], "{}")
     with pytest.raises(ValueError, match=r"line 2 of .*broken"):  # not passed over
-        ExampleMaker(broken, Observing("answer", 512), tokenizer).make("0", 1000)
+        ExampleMaker(config, Mixture(MIXTURE), [], broken, tokenizer).make("0", 1000)
 
 
 def test_nothing_is_short_enough(folder: Path) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from itertools import groupby
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from apb_ds.compressors.retaining_heads.module import HeadSizes, RetainingHeads, weight_key
-from apb_ds.utils.text import kind_and_line
+from apb_ds.utils.text import kind_and_line, list_some
 
 SAFETENSORS = ".safetensors"
 TORCH_SUFFIXES = (".pt", ".bin", ".pth")
@@ -56,7 +55,7 @@ def _heads_from(state: dict[str, Tensor], sizes: HeadSizes) -> RetainingHeads:
     found = check_state(state, sizes)
     unusable = [key for key, tensor in found.items() if not bool(tensor.isfinite().all())]
     if unusable:
-        raise ValueError(f"{_list(unusable)} has values that are not finite; train or download it again.")
+        raise ValueError(f"{list_some(unusable)} has values that are not finite; train or download it again.")
     pairs = [(found[weight_key(layer, "fc1")], found[weight_key(layer, "fc2")]) for layer in range(sizes.num_layers)]
     return RetainingHeads(pairs, sizes.activation).requires_grad_(False)
 
@@ -76,8 +75,8 @@ def check_state(state: Mapping[str, Tensor], sizes: HeadSizes) -> dict[str, Tens
         raise ValueError(f"it has no retaining heads, whose keys look like {wanted[0]}.")
     foreign = [key for key in found if key not in wanted]
     if missing or foreign:
-        what = [f"lacks {_list(missing)}"] if missing else []
-        what += [f"has {_list(foreign)}, which do not belong there"] if foreign else []
+        what = [f"lacks {list_some(missing)}"] if missing else []
+        what += [f"has {list_some(foreign)}, which do not belong there"] if foreign else []
         raise ValueError(
             f"it does not fit a model of {sizes.num_layers} layers: it {' and '.join(what)}; use heads that were made "
             "for this model."
@@ -97,33 +96,11 @@ def _check_shapes(found: dict[str, Tensor], sizes: HeadSizes) -> None:
             dtype = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
             wrong[f"is {tuple(tensor.shape)}{dtype}, not {expected[name]}"].append(key)
     if wrong:
-        listed = "; ".join(f"{_list(keys)} {what}" for what, keys in wrong.items())
+        listed = "; ".join(f"{list_some(keys)} {what}" for what, keys in wrong.items())
         raise ValueError(
             f"{listed}. The model has {sizes.heads} heads and {sizes.kv_heads} KV heads of {sizes.head_dim}, so "
             f"[q; k; v] has {sizes.qkv_size} channels; use heads that were made for this model."
         )
-
-
-def _list(keys: Iterable[str]) -> str:
-    """Return head keys in short, with consecutive layers as a range: ``model.layers.{0-2,5}.self_attn...``."""
-    layers = defaultdict(list)
-    for key in keys:
-        _, _, layer, name = key.split(".", 3)
-        layers[name].append(int(layer))
-    texts = []
-    for name, numbers in layers.items():
-        spans = ",".join(_span([layer for _, layer in run]) for _, run in groupby(enumerate(sorted(numbers)), _offset))
-        texts.append(f"model.layers.{spans if spans.isdigit() else '{' + spans + '}'}.{name}")
-    return ", ".join(texts)
-
-
-def _offset(numbered: tuple[int, int]) -> int:
-    """Return a key that consecutive layers share; `numbered` is a layer after its index."""
-    return numbered[1] - numbered[0]
-
-
-def _span(layers: list[int]) -> str:
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -146,7 +123,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         part = _read_file(file)
         twice = sorted(key for key in part.keys() & state.keys() if HEAD_KEY.fullmatch(key))
         if twice:
-            raise ValueError(f"{file.name} and another file in the directory both have {_list(twice)}; name one.")
+            raise ValueError(f"{file.name} and another file in the directory both have {list_some(twice)}; name one.")
         state |= part
     return state
 

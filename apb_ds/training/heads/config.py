@@ -7,12 +7,14 @@ from typing import ClassVar
 
 from apb_ds.config import check_choice
 from apb_ds.training.config import TrainingConfig, check_number
-from apb_ds.training.heads.examples import OBSERVERS, Observing
 from apb_ds.training.heads.labels import LabelKind
+
+ANSWER = "answer"
+OBSERVERS = (ANSWER, "later")
 
 
 @dataclass(frozen=True)
-class HeadsConfig(TrainingConfig):
+class HeadsConfig(TrainingConfig, LabelKind):
     """Training of retaining heads (Locret, arXiv 2410.01805); defaults as published, except for the data.
 
     Parameters
@@ -21,20 +23,21 @@ class HeadsConfig(TrainingConfig):
         Of the heads.
     texts : list of str or None
         Files and folders of real text. Default: see `apb_ds.training.heads.texts`.
-    text_share, quote_share, continue_share : float
-        See `apb_ds.training.heads.examples.Sources`.
+    text_share : float
+        Share of the generated documents whose filler is real text.
+    quote_share, continue_share : float
+        Shares of the conversations that ask for a passage of real text, and that are real text whose last tokens are
+        the answer. The others come from `mixture`.
     data : str or None
         A JSONL file of conversations in ShareGPT's format.
     data_share : float
-        Share of the conversations that come from `data`.
+        Share of the conversations that come from `data`, before any other share.
     observers : str
         ``answer``: the tokens of the answers observe the document (Locret). ``later``: any tokens observe those before.
     num_observers : int
         Maximum per conversation; of more, as many are drawn.
     observed_hosts : int or None
         Cut the document into so many blocks; tokens observe earlier blocks only. Default: all earlier tokens.
-    label, over_observers, over_heads, standardise, value_norms
-        See `apb_ds.training.heads.labels.LabelKind`.
     smoothing : float
         Factor of the mean squared difference between neighbouring scores.
     measure_every : int, steps
@@ -42,7 +45,7 @@ class HeadsConfig(TrainingConfig):
         Number of conversations to measure on.
     measured_hosts, measured_ratio : int, float
         Measure what a prefill with so many hosts and this compression ratio would keep.
-    others : see `TrainingConfig`
+    others : see `TrainingConfig` and `LabelKind`
     """
 
     schedule: ClassVar[str] = "linear"
@@ -63,11 +66,6 @@ class HeadsConfig(TrainingConfig):
     observers: str = "answer"
     num_observers: int = 512
     observed_hosts: int | None = None
-    label: str = "logit"
-    over_observers: str = "max"
-    over_heads: str = "max"
-    standardise: bool = False
-    value_norms: bool = False
     smoothing: float = 0.0025
     learning_rate: float = 5e-4
     warmup_steps: int = 2000
@@ -79,12 +77,12 @@ class HeadsConfig(TrainingConfig):
     measured_ratio: float = 8.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TrainingConfig.__post_init__(self)
+        LabelKind.__post_init__(self)
         self._check_integers(1, "hidden_size", "num_observers", "held_out", "measured_hosts", "measure_every")
         if self.observed_hosts is not None:
             self._check_integers(2, "observed_hosts")
         check_choice("train.observers", self.observers, OBSERVERS)
-        self.label_kind  # noqa: B018 (raises for values out of range)
         check_number("train.smoothing", self.smoothing, minimum=0)
         self._check_shares("text_share", "quote_share", "continue_share", "data_share")
         if self.quote_share + self.continue_share > 1:
@@ -98,14 +96,6 @@ class HeadsConfig(TrainingConfig):
             raise ValueError(f"train.texts={texts!r} must be a list of text files or folders of them.")
         if data is not None and not _is_name(data):
             raise ValueError(f"train.data={data!r} must be a JSONL file.")
-
-    @property
-    def label_kind(self) -> LabelKind:
-        return LabelKind(self.label, self.over_observers, self.over_heads, self.standardise, self.value_norms)
-
-    @property
-    def observing(self) -> Observing:
-        return Observing(self.observers, self.num_observers)
 
 
 def _is_name(value: object) -> bool:

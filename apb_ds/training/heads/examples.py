@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,65 +14,16 @@ from apb_ds.tasks.synthetic.generate import generate
 from apb_ds.tasks.synthetic.recipe import KINDS, NEEDLES
 from apb_ds.training.batches import Example
 from apb_ds.training.conversations import MAX_DRAWS, TURN_TOKENS, make_conversation
+from apb_ds.training.heads.config import ANSWER, HeadsConfig
 from apb_ds.training.heads.layouts import QuoteLayout, TextNeedles
 from apb_ds.training.heads.sharegpt import ShareGPT
 from apb_ds.training.heads.texts import TextFiller
 from apb_ds.training.mixture import Mixture
 
-ANSWER = "answer"
-LATER = "later"
-OBSERVERS = (ANSWER, LATER)
 # Room for the question and the answer of `quote`, whose passages are long.
 QUOTE_TOKENS = 700
 CONTINUED_TOKENS = 128
 MAX_ANSWER_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where conversations come from, and how often.
-
-    Attributes
-    ----------
-    mixture : recipes of generated documents, for the conversations that the shares below leave
-    files : real texts
-    text_share : of generated documents whose filler is real text
-    quote_share : of conversations that ask for a passage of real text
-    continue_share : of conversations that are real text, whose last tokens are the answer
-    data : the user's conversations, or None
-    data_share : of conversations that come from `data`, before any other share
-    """
-
-    mixture: Mixture
-    files: Sequence[Path]
-    text_share: float
-    quote_share: float
-    continue_share: float
-    data: ShareGPT | None
-    data_share: float
-
-
-@dataclass(frozen=True)
-class Observing:
-    """Which tokens' attention counts.
-
-    Attributes
-    ----------
-    observers : ``answer``: the tokens of the answers. ``later``: tokens drawn from the whole conversation.
-    num_observers : maximum; of more, as many are drawn
-    """
-
-    observers: str
-    num_observers: int
-
-    def draw(self, example: Example, draws: Draws) -> list[int]:
-        """Return the observers' positions, ascending; the example's marked tokens are its answers."""
-        among = example.marked if self.observers == ANSWER else range(1, len(example.ids))
-        if len(among) <= self.num_observers:
-            return list(among)
-        # The last token sees the whole document, so that all of it is observed.
-        drawn = draws.sample(len(among) - 1, self.num_observers - 1)
-        return sorted(among[place] for place in (*drawn, len(among) - 1))
 
 
 class ExampleMaker:
@@ -80,29 +31,44 @@ class ExampleMaker:
 
     Parameters
     ----------
-    sources : Sources
-    observing : Observing
+    config : HeadsConfig
+    mixture : recipes of generated documents
+    files : real texts
+    data : the user's conversations, or None
     tokenizer : transformers tokenizer
     """
 
     name = "heads"
 
-    def __init__(self, sources: Sources, observing: Observing, tokenizer: Any) -> None:
-        self._sources = sources
-        self._observing = observing
+    def __init__(
+        self, config: HeadsConfig, mixture: Mixture, files: Sequence[Path], data: ShareGPT | None, tokenizer: Any
+    ) -> None:
+        self._config = config
+        self._mixture = mixture
+        self._files = files
+        self._data = data
         self.tokenizer = tokenizer
 
     def make(self, seed: str, length: int) -> Example:
         """Return the conversation that a seed determines, see `Source.make`."""
         draws = Draws(self.name, seed)
         example = self._whole(draws, seed, length)
-        return replace(example, marked=self._observing.draw(example, draws))
+        return replace(example, marked=self._observers(example, draws))
+
+    def _observers(self, example: Example, draws: Draws) -> list[int]:
+        """Return the observers' positions, ascending, in an example whose marked tokens are its answers."""
+        among = example.marked if self._config.observers == ANSWER else range(1, len(example.ids))
+        number = self._config.num_observers
+        if len(among) <= number:
+            return list(among)
+        # The last token sees the whole document, so that all of it is observed.
+        drawn = draws.sample(len(among) - 1, number - 1)
+        return sorted(among[place] for place in (*drawn, len(among) - 1))
 
     def _whole(self, draws: Draws, seed: str, length: int) -> Example:
         """Return a conversation with the tokens of its answers marked."""
-        data = self._sources.data
-        if data is not None and draws.fraction() < self._sources.data_share:
-            return self._given(data, draws, length)
+        if self._data is not None and draws.fraction() < self._config.data_share:
+            return self._given(self._data, draws, length)
         for attempt in range(MAX_DRAWS):
             try:
                 example = self._generated(draws, f"{seed}.{attempt}", length)
@@ -114,21 +80,21 @@ class ExampleMaker:
 
     def _generated(self, draws: Draws, seed: str, length: int) -> Example | None:
         """Return a conversation of a kind that is drawn; None if it does not fit."""
-        sources = self._sources
+        config, files = self._config, self._files
         drawn = draws.fraction()
-        if drawn < sources.continue_share:
+        if drawn < config.continue_share:
             return self._continued(draws, length)
-        if drawn < sources.continue_share + sources.quote_share:
-            quote = QuoteLayout(TextFiller(sources.files, draws), draws.fraction())
+        if drawn < config.continue_share + config.quote_share:
+            quote = QuoteLayout(TextFiller(files, draws), draws.fraction())
             return make_conversation(
                 self.tokenizer, longest(quote, length - QUOTE_TOKENS, self._length), "quote", length
             )
-        recipe = sources.mixture.draw(draws)
+        recipe = self._mixture.draw(draws)
         room = length - TURN_TOKENS * recipe.num_questions
         if room < TURN_TOKENS:
             return None
-        if KINDS[recipe.kind].fillers and recipe.filler_used != NEEDLES and draws.fraction() < sources.text_share:
-            needles = TextNeedles(recipe, (recipe.split, recipe.kind, seed, room), TextFiller(sources.files, draws))
+        if KINDS[recipe.kind].fillers and recipe.filler_used != NEEDLES and draws.fraction() < config.text_share:
+            needles = TextNeedles(recipe, (recipe.split, recipe.kind, seed, room), TextFiller(files, draws))
             document = longest(needles, room, self._length)
         else:
             document = generate(recipe, seed, room, self._length)
@@ -139,7 +105,7 @@ class ExampleMaker:
 
     def _continued(self, draws: Draws, length: int) -> Example:
         """Return real text; its last tokens are the answer."""
-        filler, num = TextFiller(self._sources.files, draws), 16
+        filler, num = TextFiller(self._files, draws), 16
         ids: list[int] = []
         while len(ids) < length:
             ids = encode(self.tokenizer, "".join(filler.sentences(num)))

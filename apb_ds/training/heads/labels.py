@@ -25,7 +25,7 @@ class LabelKind:
 
     Parameters
     ----------
-    value : str
+    label : str
         ``logit``: scaled, before softmax (Locret). ``weight``: after softmax, times the number of tokens that the
         observer sees, so that a uniform share is 1. ``log_weight``: the logarithm of the weight, without that factor.
     over_observers, over_heads : str
@@ -42,19 +42,19 @@ class LabelKind:
         For an unknown name, or value norms without weights.
     """
 
-    value: str = "logit"
+    label: str = "logit"
     over_observers: str = "max"
     over_heads: str = "max"
     standardise: bool = False
     value_norms: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("train.label", self.value, VALUES)
+        check_choice("train.label", self.label, VALUES)
         check_choice("train.over_observers", self.over_observers, REDUCTIONS)
         check_choice("train.over_heads", self.over_heads, REDUCTIONS)
         check_bool("train.standardise", self.standardise)
         check_bool("train.value_norms", self.value_norms)
-        if self.value_norms and self.value == "logit":
+        if self.value_norms and self.label == "logit":
             raise ValueError("train.value_norms=true needs weights: set train.label to weight or log_weight.")
 
 
@@ -123,14 +123,14 @@ def label_tokens(kind: LabelKind, view: View, queries: Tensor, keys: Tensor, sca
     """
     labels = []
     for logits in _observed_logits(view, queries, keys, scale):
-        seen = _valued(kind.value, logits, view)
+        seen = _valued(kind.label, logits, view)
         by_head = _reduced(kind.over_observers, seen, view.visible)
         labels.append(_reduced(kind.over_heads, by_head.unsqueeze(0), torch.ones_like(by_head, dtype=torch.bool))[0])
     stacked = torch.stack(labels, dim=1)
     if kind.value_norms:
         norms = values[0, :, : view.num_scored].float().norm(dim=-1).T
         # The same for all observers and heads of a group, so it can be applied after the reductions.
-        stacked = stacked + norms.clamp_min(MIN_NORM).log() if kind.value == "log_weight" else stacked * norms
+        stacked = stacked + norms.clamp_min(MIN_NORM).log() if kind.label == "log_weight" else stacked * norms
     if kind.standardise:
         spread = stacked.std(dim=0, keepdim=True, correction=0)
         stacked = (stacked - stacked.mean(dim=0, keepdim=True)) / spread.clamp_min(1e-6)

@@ -20,7 +20,7 @@ from apb_ds.training.batches import Batch
 from apb_ds.training.card import make_card
 from apb_ds.training.config import Settings, read_settings
 from apb_ds.training.heads.config import HeadsConfig
-from apb_ds.training.heads.examples import ExampleMaker, Sources
+from apb_ds.training.heads.examples import ExampleMaker
 from apb_ds.training.heads.metrics import measure_all
 from apb_ds.training.heads.module import HeadsLoss
 from apb_ds.training.heads.sharegpt import ShareGPT
@@ -95,7 +95,7 @@ class HeadsTraining(Training):
     def __init__(self, settings: Settings[HeadsConfig], loaded: LoadedModel, data: Data, overrides: str) -> None:
         config = settings.train
         heads = RetainingHeads.random(head_sizes(loaded.model), config.hidden_size, settings.seed).to(loaded.device)
-        self.heads_loss = HeadsLoss(loaded.model, heads, config.label_kind, config.smoothing, config.observed_hosts)
+        self.heads_loss = HeadsLoss(loaded.model, heads, config, config.smoothing, config.observed_hosts)
         super().__init__(settings, loaded, self.heads_loss, data.training)
         self.measure_every = config.measure_every
         self.files = data.files
@@ -177,11 +177,9 @@ def make_data(config: HeadsConfig, mixture: Mixture, files: list[Path], tokenize
     ValueError
         If no conversation is as short as `config.min_length`.
     """
-    shares = config.text_share, config.quote_share, config.continue_share
     makers = []
     for texts, held_out in zip(split_texts(files), (False, True), strict=True):
         data = None if config.data is None else ShareGPT(config.data, held_out=held_out)
-        sources = Sources(mixture, texts, *shares, data, config.data_share)
-        makers.append(ExampleMaker(sources, config.observing, tokenizer))
+        makers.append(ExampleMaker(config, mixture, texts, data, tokenizer))
     makers[0].make("check", config.min_length)
     return Data(makers[0], makers[1], files)
