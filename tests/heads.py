@@ -1,4 +1,4 @@
-"""Retaining heads with random weights, in the format of the published checkpoints, for the models of the tests."""
+"""Retaining heads with random weights, in the format of the published checkpoints, for tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HIDDEN = 24
 
 
 def random_checkpoint(model: Any, hidden: int = HIDDEN, seed: int = 0) -> dict[str, Any]:
-    """Return what a checkpoint holds: heads for every layer of the model, and things that are no heads."""
+    """Return the contents of a checkpoint: heads for every layer of the model, and other objects."""
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -30,7 +30,7 @@ def random_checkpoint(model: Any, hidden: int = HIDDEN, seed: int = 0) -> dict[s
 
 
 def save_heads(file: Path, checkpoint: dict[str, Tensor]) -> Path:
-    """Write a checkpoint in the format that the file's name ends in."""
+    """Write a checkpoint in the format of the file's suffix."""
     if file.suffix == ".safetensors":
         from safetensors.torch import save_file
 
@@ -41,7 +41,7 @@ def save_heads(file: Path, checkpoint: dict[str, Tensor]) -> Path:
 
 
 def engine_with_heads(model: Any, **options: Any) -> Any:
-    """Return an engine that knows random heads; give it settings with `configure`."""
+    """Return an engine with random heads; `configure` changes its settings."""
     import apb_ds
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Tiny checkpoints with a tokenizer, as ``save_pretrained`` leaves them: loaded in no time."""
+"""Tiny checkpoints with a tokenizer, saved by ``save_pretrained``; they load instantly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from tests import models
 
-# One token per byte, then the special ones.
+# One token per byte, then special tokens.
 SPECIAL = ("<s>", "</s>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '</s>' }}{% endfor %}"
@@ -16,7 +16,7 @@ TEMPLATE = (
 
 
 def byte_tokenizer(*, template: str | None = TEMPLATE, extra: int = 0) -> Any:
-    """Return a tokenizer of 256 bytes, the special tokens and `extra` more."""
+    """Return a tokenizer of 256 bytes, the special tokens and `extra` others."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -35,7 +35,7 @@ def byte_tokenizer(*, template: str | None = TEMPLATE, extra: int = 0) -> Any:
 def save_checkpoint(directory: Path, *, template: str | None = TEMPLATE, extra: int = 0, **config: Any) -> Path:
     """Write a tiny Llama and its tokenizer; `config` changes fields of the model's config."""
     tokenizer = byte_tokenizer(template=template, extra=extra)
-    # No token without a text: answers are then different wherever their tokens are.
+    # Every token has a text, so that different tokens give different answers.
     values = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -48,7 +48,7 @@ def save_checkpoint(directory: Path, *, template: str | None = TEMPLATE, extra: 
 
 
 def save_gguf(file: Path) -> Path:
-    """Write a GGUF file of a tiny Llama with a vocabulary of bytes."""
+    """Write a GGUF file of a tiny Llama with a byte vocabulary."""
     import gguf
     from tokenizers import pre_tokenizers
 

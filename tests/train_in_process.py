@@ -1,4 +1,4 @@
-"""Trainings inside a process of the pool: killed after so many steps, and what they have logged."""
+"""Run a training inside a process of the pool, kill it after some steps, and read its log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KILLED = "killed"
 
 
 def run_training(rank: int, world_size: int, place: str, values: dict[str, Any], stop_after: int | None = None) -> Any:
-    """Train; with `stop_after`, be killed after so many steps. Return the record, or the error's text.
+    """Train, or stop after `stop_after` steps as if killed. Return the record, or the error's text.
 
     Parameters
     ----------
@@ -41,6 +41,6 @@ def run_training(rank: int, world_size: int, place: str, values: dict[str, Any],
 
 
 def logged(output: Path) -> list[dict[str, Any]]:
-    """Return the lines of a training's log, without what differs from run to run."""
+    """Return the lines of a training's log, without fields that differ from run to run."""
     kept = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in kept]

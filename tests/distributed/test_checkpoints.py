@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: taken over whole, and read as data alone."""
+"""Checkpoints of a training: resuming from them, and reading them as data only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Squares(torch.nn.Module):
 
 
 def train_and_resume(rank: int, world_size: int, directory: Path, sign: Path, dtype: torch.dtype) -> list[Any]:
-    """Return the steps and weights of a run that is resumed, and how one ends whose checkpoint somebody changed."""
+    """Resume a run, then one whose checkpoint was changed; return what happened."""
     training = importlib.import_module("apb_ds.training.trainer")
     with mock.patch.dict(os.environ, {"LOCAL_RANK": str(rank)}):
         return _train_and_resume(training, rank, directory, sign, dtype)
@@ -63,14 +63,14 @@ def test_checkpoints_of_training(pool: Pools, tmp_path: Path, dtype: torch.dtype
 
 
 def train_to_nothing(rank: int, world_size: int, directory: Path, dtype: torch.dtype, factor: float) -> list[Any]:
-    """Return what saving says after a step whose gradient is no number, and whether the weights still are."""
+    """Save after a step whose gradient is not finite; return whether losses and weights are finite, and the message."""
     training = importlib.import_module("apb_ds.training.trainer")
     plan = training.TrainingConfig(output="x", steps=9, warmup_steps=2, learning_rate=1e-2, weight_decay=0.1, clip=1.0)
     with mock.patch.dict(os.environ, {"LOCAL_RANK": str(rank)}):
         trainer = training.Trainer(module := Squares(dtype), plan, dtype, directory)
         trainer.train(torch.ones(2, 4).to(dtype))
         trainer.save(is_first=rank == 0)
-        if rank == world_size - 1:  # one rank's is enough
+        if rank == world_size - 1:  # one rank is enough
             module.linear.weight.register_hook(lambda gradient: gradient * factor)
         losses = trainer.train(torch.ones(2, 4).to(dtype))
         try:
@@ -83,14 +83,14 @@ def train_to_nothing(rank: int, world_size: int, directory: Path, dtype: torch.d
 
 
 @pytest.mark.parametrize("factor", [float("inf"), float("nan")])
-def test_what_is_no_number_is_not_saved(pool: Pools, tmp_path: Path, factor: float) -> None:
+def test_weights_that_are_not_finite_are_not_saved(pool: Pools, tmp_path: Path, factor: float) -> None:
     found = pool(2).run(train_to_nothing, tmp_path / "run", torch.bfloat16, factor, timeout=120)
     assert found == [[True, False, "the gradient of step 2 is not finite; the previous checkpoint is kept."]] * 2
     assert [folder.name for folder in (tmp_path / "run").glob("step-*")] == ["step-1"]
 
 
-def test_a_step_that_was_skipped_is_no_reason_to_stop(pool: Pools, tmp_path: Path) -> None:
-    """In float32 and float16 DeepSpeed leaves out steps whose gradient is no number."""
+def test_a_skipped_step_does_not_stop_the_training(pool: Pools, tmp_path: Path) -> None:
+    """In float32 and float16, DeepSpeed skips steps whose gradient is not finite."""
     found = pool(2).run(train_to_nothing, tmp_path / "run", torch.float32, float("inf"), timeout=120)
     assert found == [[True, True, "saved"]] * 2
     assert [folder.name for folder in (tmp_path / "run").glob("step-*")] == ["step-2"]

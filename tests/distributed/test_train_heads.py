@@ -1,4 +1,4 @@
-"""Training heads under DeepSpeed: they learn, go on after a kill as if nothing had been, and serve an engine."""
+"""Training heads under DeepSpeed: they learn, resume exactly after a kill, and serve an engine."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def settings(model_path: Path, texts: Path, output: Path, **train: Any) -> dict[
 
 
 @SIZES
-def test_a_killed_training_goes_on_as_if_nothing_had_been(
+def test_a_killed_training_resumes_exactly(
     pool: Pools, model_path: Path, texts: Path, tmp_path: Path, world_size: int
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -73,7 +73,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(
     assert records[0]["steps"] == 6 and records[0]["ranks"] == world_size
     killed = pool(world_size).run(run_training, TRAINING, settings(model_path, texts, stopped), 5, timeout=120)
     assert killed == ["killed"] * world_size
-    # A kill may come while a line is written; what of it is there is not read.
+    # A kill may cut off a line, which is not read.
     with open(stopped / "log.jsonl", "a") as stream:
         stream.write('{"step": 5, "held')
     (record, *_) = pool(world_size).run(run_training, TRAINING, settings(model_path, texts, stopped), timeout=120)
@@ -86,10 +86,10 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(
     assert [folder.name for folder in (stopped / "checkpoints").glob("step-*")] == ["step-6"]
 
 
-def test_ranks_train_on_data_of_their_own_and_on_the_mean_gradient(
+def test_ranks_have_their_own_data_and_share_the_mean_gradient(
     pool: Pools, model_path: Path, texts: Path, tmp_path: Path
 ) -> None:
-    """One step of plain AdamW over the mean of both ranks' clipped gradients is what two ranks make of it."""
+    """Two ranks take the same step as plain AdamW on the mean of their clipped gradients."""
     values = settings(model_path, texts, tmp_path / "out", steps=1, warmup_steps=0, weight_decay=0.0)
     pool(2).run(run_training, TRAINING, values, timeout=120)
     found = load_file(tmp_path / "out" / HEADS)
@@ -160,7 +160,7 @@ def test_half_precision(pool: Pools, model_path: Path, texts: Path, tmp_path: Pa
 
 
 @SIZES
-def test_bad_settings_are_told_on_every_rank(
+def test_every_rank_reports_bad_settings(
     pool: Pools, model_path: Path, texts: Path, tmp_path: Path, world_size: int
 ) -> None:
     output = tmp_path / "x"
@@ -181,7 +181,7 @@ def test_bad_settings_are_told_on_every_rank(
 
 
 @SIZES
-def test_what_is_there_is_not_mixed_with_something_else(
+def test_the_output_directory_holds_one_training(
     pool: Pools, model_path: Path, texts: Path, tmp_path: Path, world_size: int
 ) -> None:
     output = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Training under DeepSpeed: it learns, goes on after a kill as if nothing had been, and gives an adapter that loads."""
+"""Training the instrument under DeepSpeed: it learns, resumes exactly after a kill, and its adapter loads."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def settings(model_path: Path, output: Path, **train: Any) -> dict[str, Any]:
 
 
 @SIZES
-def test_a_killed_training_goes_on_as_if_nothing_had_been(
-    pool: Pools, model_path: Path, tmp_path: Path, world_size: int
-) -> None:
+def test_a_killed_training_resumes_exactly(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     records = pool(world_size).run(run_training, TRAINING, settings(model_path, whole), timeout=120)
     assert not isinstance(records[0], str), records
@@ -82,7 +80,7 @@ def test_it_learns_and_its_adapter_loads(pool: Pools, model_path: Path, tmp_path
 
 
 @SIZES
-def test_what_is_there_is_not_mixed_with_something_else(
+def test_the_output_directory_holds_one_training(
     pool: Pools, model_path: Path, tmp_path: Path, world_size: int
 ) -> None:
     output = tmp_path / "out"
@@ -107,7 +105,7 @@ def test_what_is_there_is_not_mixed_with_something_else(
 
 
 @SIZES
-def test_bad_settings_are_told_on_every_rank(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) -> None:
+def test_every_rank_reports_bad_settings(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) -> None:
     cases = [
         (
             settings(model_path, tmp_path / "x", max_length=4096),

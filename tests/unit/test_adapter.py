@@ -1,4 +1,4 @@
-"""Adapters: what merging gives, and what is said of one that is missing, damaged or made for another model."""
+"""Adapters: merging them, and messages for those that are missing, damaged or made for another model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA adapter that changes what the model says."""
+    """A LoRA adapter that changes the model's answers."""
     return save_adapter(checkpoint, tmp_path_factory.mktemp("adapter"))
 
 
@@ -45,7 +45,7 @@ def load(checkpoint: Path, adapter: Path | str | None = None, **values: Any) -> 
 
 
 @torch.no_grad()
-def test_merged_logits_are_those_of_peft_and_the_class_stays(checkpoint: Path, adapter: Path) -> None:
+def test_merging_gives_pefts_logits_and_keeps_the_class(checkpoint: Path, adapter: Path) -> None:
     plain = load(checkpoint).model
     expected = peft.PeftModel.from_pretrained(load(checkpoint).model, adapter)(IDS).logits
     loaded = load(checkpoint, adapter)
@@ -69,12 +69,12 @@ def test_an_adapter_in_a_package_is_found(
 
 
 @torch.no_grad()
-def test_the_instrument_that_comes_with_the_package() -> None:
-    """A LoRA on every linear layer of SmolLM2: merged, each is the plain one plus what the card's scale makes of it."""
+def test_the_packaged_instrument() -> None:
+    """A LoRA on every linear layer of SmolLM2: merging adds the scaled product of its two matrices to each weight."""
     directory = package_path("package://apb_ds/tasks/assets/smollm2_ruler", "model.adapter")
     assert sum(file.stat().st_size for file in directory.iterdir()) < 10e6
     for file in directory.iterdir():
-        assert file.stat().st_mode & 0o444 == 0o444, "readable by whoever uses the installed package"
+        assert file.stat().st_mode & 0o444 == 0o444, "all users of the installed package can read it"
     record = json.loads((directory / "training.json").read_text())
     trained = record["settings"]["train"]
     geometry = ModelConfig.from_dict(record["settings"]["model"]).geometry
@@ -161,7 +161,7 @@ def test_prompt_tuning_cannot_be_merged(checkpoint: Path, tmp_path: Path) -> Non
         ("package://not_installed_here/x", ("is not installed",)),
     ],
 )
-def test_places_that_were_looked_at_are_told(
+def test_messages_say_where_an_adapter_was_looked_for(
     checkpoint: Path, path: str, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

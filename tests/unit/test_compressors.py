@@ -1,4 +1,4 @@
-"""Compressors: scores against plain Python, head by head, and what is kept by them."""
+"""Compressors: scores against plain Python, head by head, and the tokens that they keep."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def softmax(logits: Vector) -> Vector:
 
 
 def pooled(scores: Vector) -> Vector:
-    """The maximum of each token and its two neighbours on either side, inside the block."""
+    """Return the maximum of each score and its two neighbours on either side, within the block."""
     return [max(scores[max(0, token - 2) : token + 3]) for token in range(len(scores))]
 
 
@@ -158,14 +158,14 @@ def random_scores(start: int, tokens: int, *, seed: int = 0, layer_idx: int = 0,
     return build("random", seed=seed).score(block)
 
 
-def test_random_depends_on_the_position_alone() -> None:
+def test_random_depends_on_the_position_only() -> None:
     whole = random_scores(0, 3000)
     assert whole.dtype == torch.float32 and whole.shape == (3, 3000)
     for start, stop in [(2000, 3000), (0, 7), (7, 8), (1234, 1999)]:  # any split, in any order
         assert torch.equal(random_scores(start, stop - start), whole[:, start:stop])
     torch.manual_seed(5)
     torch.rand(3)
-    assert torch.equal(random_scores(0, 3000), whole), "no generator has a say"
+    assert torch.equal(random_scores(0, 3000), whole), "no random generator takes part"
     assert torch.equal(random_scores(0, 3000, kv_heads=1), whole[:1])
 
 
@@ -173,25 +173,25 @@ def test_random_differs_by_seed_layer_and_head() -> None:
     drawn = torch.cat(
         [random_scores(0, 3000, seed=seed, layer_idx=layer) for seed in (0, 1, 2**31) for layer in (0, 1)]
     )
-    # 18 rows of 3000 independent draws: correlations have a standard deviation of 0.018; five of them are allowed.
+    # 18 rows of 3000 independent draws: correlations have a standard deviation of 0.018; allow five of them.
     assert float((drawn.corrcoef() - torch.eye(18)).abs().max()) < 0.09
     assert not torch.equal(random_scores(0, 100, seed=3, layer_idx=4), random_scores(0, 100, seed=4, layer_idx=3))
 
 
-def test_random_is_uniform_also_far_into_a_document() -> None:
+def test_random_is_uniform_far_into_a_document() -> None:
     for start in (0, 500_000):
         scores = random_scores(start, 10_000)
         assert float(scores.min()) >= 0 and float(scores.max()) < 1
         for row in scores:
-            counts = torch.histc(row, bins=10, min=0, max=1)  # 1000 each, give or take 30
+            counts = torch.histc(row, bins=10, min=0, max=1)  # 1000 each, plus or minus 30
             assert float((counts - 1000).abs().max()) < 150
 
 
-def test_random_hardly_ever_ties() -> None:
+def test_random_rarely_ties() -> None:
     assert random_scores(0, 2000)[0].unique().numel() > 1990
 
 
-# --- what is kept ---------------------------------------------------------------------------------------------------
+# --- kept tokens ----------------------------------------------------------------------------------------------------
 
 
 def compress(compressor: Compressor, block: BlockStates, count: int, num_eligible: int) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ def compress(compressor: Compressor, block: BlockStates, count: int, num_eligibl
 
 
 class FromTable(Compressor):
-    """Scores written down by a test."""
+    """Scores that a test sets."""
 
     name = "from_table"
 
@@ -214,7 +214,7 @@ class FromTable(Compressor):
 
 
 def kept_by(scores: list[list[float]], count: int, num_eligible: int) -> list[list[int]]:
-    """Return which tokens each KV head keeps; keys and values say where they come from."""
+    """Return which tokens each KV head keeps; keys and values hold their positions."""
     tokens = len(scores[0])
     keys = torch.arange(tokens, dtype=torch.float32).reshape(1, 1, tokens, 1).repeat(1, len(scores), 1, 2)
     block = BlockStates(keys, keys, -keys, start=0, layer_idx=0, scale=1.0)
@@ -241,15 +241,15 @@ NAN = math.nan
         ([[NAN, 1, NAN, 0]], 2, 4, [[1, 3]]),
         ([[NAN, NAN, 3, NAN]], 1, 4, [[2]]),
         ([[NAN, -1e38, NAN, math.inf]], 2, 4, [[1, 3]]),
-        ([[NAN, NAN, NAN, 7]], 2, 4, [[0, 3]]),  # more wanted than there are numbers
+        ([[NAN, NAN, NAN, 7]], 2, 4, [[0, 3]]),  # fewer numbers than tokens to keep
     ],
 )
-def test_what_is_kept(scores: list[list[float]], count: int, num_eligible: int, kept: list[list[int]]) -> None:
+def test_kept_tokens(scores: list[list[float]], count: int, num_eligible: int, kept: list[list[int]]) -> None:
     assert kept_by(scores, count, num_eligible) == kept
 
 
 def test_statistics_run_over_the_whole_block() -> None:
-    """The tokens that may not be kept count in the mean direction and in the softmax all the same."""
+    """Tokens that are not eligible still count in the mean direction and in the softmax."""
     block = new_block(40)
     eligible = BlockStates(
         block.queries[:, :, 25:], block.keys[:, :, 25:], block.values[:, :, 25:], start=125, layer_idx=0, scale=SCALE
@@ -270,7 +270,7 @@ def test_statistics_run_over_the_whole_block() -> None:
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A copy of the registry, so that a test's compressor is gone afterwards."""
+    """A copy of the registry, which drops a test's compressor afterwards."""
     copy = dict(base._REGISTRY)
     monkeypatch.setattr(base, "_REGISTRY", copy)
     return copy
@@ -282,7 +282,7 @@ def test_names() -> None:
     assert APBConfig().resolved()["compressor"] in compressor_names()
 
 
-def test_a_new_compressor_runs_in_an_engine_by_its_name(registry: dict[str, Any]) -> None:
+def test_an_engine_runs_a_new_compressor_by_name(registry: dict[str, Any]) -> None:
     @register_compressor("earliest")
     class Earliest(Compressor):
         def score(self, block: BlockStates) -> Tensor:
@@ -298,7 +298,7 @@ def test_a_new_compressor_runs_in_an_engine_by_its_name(registry: dict[str, Any]
     assert logits.isfinite().all() and float((logits - others).abs().max()) > 1e-3
 
 
-def test_a_name_is_taken_once(registry: dict[str, Any]) -> None:
+def test_names_are_unique(registry: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="compressor='window' is already registered"):
         register_compressor("window")(FromTable)
     assert registry["window"].__name__ == "WindowCompressor" and FromTable.name == "from_table"
@@ -313,7 +313,7 @@ def test_an_unknown_name(make: Any) -> None:
     assert all(name in message for name in compressor_names())
 
 
-def test_retaining_heads_say_what_they_need() -> None:
+def test_retaining_heads_need_heads() -> None:
     with pytest.raises(ValueError, match="compressor='retaining_heads' needs trained heads"):
         build("retaining_heads").score(new_block(40))
 

@@ -1,4 +1,4 @@
-"""What heads are trained on and measured by: labels, the loss, conversations, texts, settings."""
+"""Training heads: labels, the loss, metrics, texts, conversations, settings."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def sees(row: int, token: int, num_document: int, hosts: int | None) -> bool:
 
 
 def slow_label(kind: LabelKind, rows: list[int], token: int, kv_head: int, num_document: int, hosts: int | None) -> Any:
-    """One label in plain Python; None where nobody observes the token."""
+    """Return one label, in plain Python; None for a token that is not observed."""
     queries, keys = states()
     by_head = []
     for head in range(kv_head * 2, kv_head * 2 + 2):
@@ -103,7 +103,7 @@ def slow_label(kind: LabelKind, rows: list[int], token: int, kv_head: int, num_d
 @pytest.mark.parametrize(
     ("rows", "num_document", "hosts"),
     [([24, 25, 29], 20, None), ([3, 9, 17, 23], 24, None), ([3, 9, 17, 23], 24, 3), ([5, 26], 24, 4)],
-    ids=["answer", "later", "later, by blocks", "last block observed from behind"],
+    ids=["answer", "later", "later, by blocks", "last block observed by later tokens"],
 )
 def test_labels(
     value: str, over_observers: str, over_heads: str, rows: list[int], num_document: int, hosts: int | None
@@ -120,7 +120,7 @@ def test_labels(
     torch.testing.assert_close(labels, torch.tensor(known), rtol=1e-5, atol=1e-5)
 
 
-def test_standardised_labels_have_the_same_order() -> None:
+def test_standardising_keeps_the_order_of_labels() -> None:
     view = make_view(torch.tensor([25, 29]), 20)
     plain, standard = (
         label_tokens(LabelKind(standardise=on), view, *states(), SCALE, values_of()) for on in (False, True)
@@ -132,7 +132,7 @@ def test_standardised_labels_have_the_same_order() -> None:
 
 @pytest.mark.parametrize("value", ["weight", "log_weight"])
 @pytest.mark.parametrize("reduction", ["max", "mean", "logmeanexp"])
-def test_weights_times_the_norms_of_values(value: str, reduction: str) -> None:
+def test_weights_are_multiplied_by_value_norms(value: str, reduction: str) -> None:
     view = make_view(torch.tensor([25, 29]), 20)
     values = values_of()
     plain, weighted = (
@@ -147,7 +147,7 @@ def test_weights_times_the_norms_of_values(value: str, reduction: str) -> None:
             assert float(weighted[token, head]) == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_attention_received_is_the_models_own() -> None:
+def test_attention_received() -> None:
     queries, keys = states()
     rows = [22, 28]
     received = attention_received(make_view(torch.tensor(rows), 20), queries, keys, SCALE)
@@ -158,7 +158,7 @@ def test_attention_received_is_the_models_own() -> None:
     torch.testing.assert_close(received, expected)
 
 
-def test_nobody_observes() -> None:
+def test_nothing_is_observed() -> None:
     with pytest.raises(ValueError, match="no later token observes"):
         make_view(torch.tensor([2, 3]), 20, hosts=4)
 
@@ -175,7 +175,7 @@ def test_unknown_labels(values: dict[str, Any]) -> None:
 # --- the forward and the loss ---------------------------------------------------------------------------------------
 
 
-def test_observing_changes_nothing_in_the_model() -> None:
+def test_observing_leaves_the_model_unchanged() -> None:
     model, ids = build_model("qwen2"), distinct_ids(40)
     with torch.no_grad():
         before = model(input_ids=ids, use_cache=False).logits
@@ -185,7 +185,7 @@ def test_observing_changes_nothing_in_the_model() -> None:
     observe_layers(model, ids, lambda layer, *tensors: seen.__setitem__(layer, tensors[:3]))
     handle.remove()
     with torch.no_grad():
-        assert torch.equal(model.lm_head(last[0]), before)  # it attends as the plain model does
+        assert torch.equal(model.lm_head(last[0]), before)  # it attends like the plain model
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
     assert NAME not in AttentionInterface() and model.config._attn_implementation == "sdpa"
     assert not any(module._forward_hooks for module in model.modules())
@@ -193,7 +193,7 @@ def test_observing_changes_nothing_in_the_model() -> None:
     for projections, queries, keys in seen.values():
         assert projections.shape == (40, 128) and not projections.requires_grad
         assert queries.shape == (1, 4, 40, 16) and keys.shape == (1, 2, 40, 16)
-        # Rotation keeps lengths; position 0 is not rotated at all.
+        # Rotation keeps norms; position 0 is not rotated.
         q, k = projections[:, :64].unflatten(1, (4, 16)), projections[:, 64:96].unflatten(1, (2, 16))
         torch.testing.assert_close(q.norm(dim=-1), queries[0].transpose(0, 1).norm(dim=-1))
         torch.testing.assert_close(k[0], keys[0, :, 0])
@@ -212,7 +212,7 @@ EXAMPLES = [
 ]
 
 
-def test_the_loss_is_that_of_its_formula() -> None:
+def test_the_loss_matches_its_formula() -> None:
     loss = make_loss(smoothing=0.5)
     batch = pad_examples(EXAMPLES, 0)
     assert batch.input_ids.shape == (2, 60) and batch.num_tokens == 120 and batch.kinds == ("one", "two")
@@ -235,7 +235,7 @@ def test_the_loss_is_that_of_its_formula() -> None:
     assert losses.dtype == torch.float32
 
 
-def test_only_heads_are_trained_saved_and_seen_by_the_optimiser() -> None:
+def test_only_heads_are_trained_and_saved() -> None:
     loss = make_loss()
     batch = pad_examples(EXAMPLES, 0)
     loss(batch.input_ids, batch.is_marked, batch.num_document).mean().backward()
@@ -244,7 +244,7 @@ def test_only_heads_are_trained_saved_and_seen_by_the_optimiser() -> None:
     assert all(name.startswith("heads.") for name in loss.state_dict())
 
 
-def test_padding_changes_nothing() -> None:
+def test_padding_does_not_change_the_loss() -> None:
     loss = make_loss()
     together = pad_examples(EXAMPLES, 7)
     both = loss(together.input_ids, together.is_marked, together.num_document)
@@ -253,7 +253,7 @@ def test_padding_changes_nothing() -> None:
         assert torch.equal(loss(alone.input_ids, alone.is_marked, alone.num_document)[0], found)
 
 
-def test_one_token_has_no_neighbour() -> None:
+def test_the_loss_of_one_token_has_no_smoothing() -> None:
     assert float(make_loss().layer_loss(torch.zeros(1, 2), torch.ones(1, 2))) == pytest.approx(0.5 / 3)
 
 
@@ -265,18 +265,18 @@ def test_overlap_by_hand() -> None:
     assert _overlap(labels, labels) == 1
     assert _overlap(-labels, labels) == 0
     half = labels.clone()
-    half[:, 19] = -1  # one of the two best is missed
+    half[:, 19] = -1  # misses one of the two best
     assert _overlap(half, labels) == 0.5
 
 
 def test_kept_mass_by_hand() -> None:
-    """Two blocks of ten, two tokens kept in each; all attention is on three tokens."""
+    """Two blocks of ten keep two tokens each; all attention is on three tokens."""
     received = torch.zeros(1, 20)
     received[0, 4], received[0, 14], received[0, 15] = 1.0, 2.0, 1.0
     scores = torch.arange(20.0).unsqueeze(0)  # keeps 8 and 9, since pooling makes 7, 8, 9 equal; and 17, 18
     mass = _kept_mass(scores, received, 2, 5)
     assert mass == {"mass": 0.0, "mass_random": pytest.approx(0.2), "mass_best": 1.0}
-    scores[0, 14] = 100.0  # pooled: 12 to 16 are as good, the first two are kept
+    scores[0, 14] = 100.0  # pooling makes 12 to 16 equal; the first two are kept
     assert _kept_mass(scores, received, 2, 5)["mass"] == 0.0
     scores[0, 16] = 101.0  # 14 to 18
     assert _kept_mass(scores, received, 2, 5)["mass"] == pytest.approx(0.75)
@@ -291,7 +291,7 @@ def test_measured_heads(hosts: int | None) -> None:
     assert 0 < found["mass"] < found["mass_best"] and 0 <= found["overlap"] <= 1 and found["loss"] > 0
 
 
-def test_means_of_all_and_of_each_kind() -> None:
+def test_means_over_all_and_by_kind() -> None:
     loss = make_loss()
     examples = [*EXAMPLES, replace(EXAMPLES[1], kind="one")]
     options: dict[str, Any] = {"hosts": 2, "ratio": 4.0, "device": torch.device("cpu")}
@@ -303,7 +303,7 @@ def test_means_of_all_and_of_each_kind() -> None:
 
 
 @pytest.mark.parametrize(("terminal", "shown"), [(True, True), (True, False), (False, True)])
-def test_a_bar_where_somebody_sees_it(terminal: bool, shown: bool) -> None:
+def test_the_bar_is_shown_on_a_terminal_only(terminal: bool, shown: bool) -> None:
     stream = io.StringIO()
     with steps_progress(Console(file=stream, force_terminal=terminal), 8, 2, shown=shown) as show:
         assert (show is not None) == (terminal and shown)
@@ -345,7 +345,7 @@ def test_no_texts(folder: Path, name: str) -> None:
         find_texts([str(folder / name)])
 
 
-def test_default_texts_are_none_that_others_are_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_texts_exclude_those_of_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts_module, "_is_text_file", lambda file: file.is_file() and file.stat().st_size > 50_000)
     monkeypatch.setattr(texts_module, "EXTRA_PLACES", ())
     files = find_texts(None)
@@ -354,7 +354,9 @@ def test_default_texts_are_none_that_others_are_judged_by(monkeypatch: pytest.Mo
     assert not any("site-packages" in str(file) for file in files)
 
 
-def test_more_default_texts_where_they_are_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_texts_outside_the_standard_library(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "doc").symlink_to(folder)
     (tmp_path / "doc-2").symlink_to(folder)
     monkeypatch.setattr(texts_module, "_standard_library", lambda: iter(()))
@@ -362,7 +364,7 @@ def test_more_default_texts_where_they_are_there(folder: Path, tmp_path: Path, m
     assert find_texts(None) == find_texts([str(folder)])
 
 
-def test_filler_goes_on_from_text_to_text(folder: Path) -> None:
+def test_filler_continues_with_another_text(folder: Path) -> None:
     files = find_texts([str(folder)])
     filler = TextFiller(files, Draws("filler"))
     first = list(filler.sentences(10))
@@ -373,7 +375,7 @@ def test_filler_goes_on_from_text_to_text(folder: Path) -> None:
     assert TextFiller(files, Draws("another")).sentences(100) != more
 
 
-# --- conversations of a user ----------------------------------------------------------------------------------------
+# --- the user's conversations ---------------------------------------------------------------------------------------
 
 
 def write_data(file: Path, *rows: Any) -> ShareGPT:
@@ -410,20 +412,20 @@ def test_conversations_are_read(tmp_path: Path) -> None:
         ({"conversations": [turn("human", " "), turn("gpt", "A")]}, "an empty question or answer"),
     ],
 )
-def test_what_is_no_conversation(tmp_path: Path, row: Any, part: str) -> None:
+def test_bad_conversations(tmp_path: Path, row: Any, part: str) -> None:
     with pytest.raises(ValueError, match=r"train\.data: line 1 of .*data\.jsonl") as caught:
         write_data(tmp_path / "data.jsonl", row).check()
     assert part in str(caught.value)
 
 
-def test_no_conversations(tmp_path: Path) -> None:
+def test_missing_conversations(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is empty"):
         write_data(tmp_path / "data.jsonl").check()
     with pytest.raises(ValueError, match=r"train\.data.*nope"):
         ShareGPT(str(tmp_path / "nope.jsonl"))
 
 
-# --- conversations that are made ------------------------------------------------------------------------------------
+# --- generated conversations --------------------------------------------------------------------------------------
 
 MIXTURE = [{"kind": "single", "num_questions": [1, 2]}, {"kind": "multikey_uuids"}, {"kind": "variables"}]
 
@@ -433,7 +435,7 @@ def make_maker(folder: Path, **changes: Any) -> ExampleMaker:
     return ExampleMaker(config, Mixture(MIXTURE), find_texts([str(folder)]), None, byte_tokenizer())
 
 
-def test_conversations_depend_on_seed_step_and_rank_alone(folder: Path) -> None:
+def test_seed_step_and_rank_determine_conversations(folder: Path) -> None:
     def batches(seed: int = 1, rank: int = 0) -> Batches:
         return Batches(make_maker(folder), Lengths(900, 1400, 0.0), 20, 3000, seed=seed, rank=rank)
 
@@ -446,7 +448,7 @@ def test_conversations_depend_on_seed_step_and_rank_alone(folder: Path) -> None:
     assert all(not torch.equal(other.input_ids[0, :300], batches()[7].input_ids[0, :300]) for other in others)
 
 
-def test_batches_made_by_other_processes_are_the_same(folder: Path) -> None:
+def test_workers_make_the_same_batches(folder: Path) -> None:
     batches = Batches(make_maker(folder), Lengths(900, 1400, 0.0), 3, 1000, seed=1)
     made = list(load_batches(batches, 1, 3, 1))
     assert len(made) == 2
@@ -454,7 +456,7 @@ def test_batches_made_by_other_processes_are_the_same(folder: Path) -> None:
         assert torch.equal(batch.input_ids, batches[step].input_ids) and batch.kinds == batches[step].kinds
 
 
-def test_observers_are_the_answers_and_the_document_comes_before(folder: Path) -> None:
+def test_observers_are_the_answers_after_the_document(folder: Path) -> None:
     tokenizer, kinds = byte_tokenizer(), set()
     for number in range(30):
         example = make_maker(folder).make(str(number), 2400)
@@ -470,19 +472,19 @@ def test_observers_are_the_answers_and_the_document_comes_before(folder: Path) -
     assert kinds == {"single", "multikey_uuids", "variables", "quote", "continue"}
 
 
-def test_filler_is_real_text_where_that_is_asked_for(folder: Path) -> None:
+def test_text_share(folder: Path) -> None:
     tokenizer = byte_tokenizer()
     for share, found in ((0.0, False), (1.0, True)):
         maker = make_maker(folder, text_share=share, quote_share=0.0, continue_share=0.0)
         made = [maker.make(str(number), 1500) for number in range(12)]
         texts = [tokenizer.decode(example.ids) for example in made if example.kind in ("single", "variables")]
         assert texts and all((" of text " in text) == found for text in texts)
-        if share:  # between two lines of the text, which are as they were
+        if share:  # a needle between two unchanged lines of the text
             assert all(re.search(r"says \d+\.\n[^\n]+\nLine \d+ of text \d+ says", text) for text in texts)
 
 
 @pytest.mark.parametrize("number", [1, 5, 100_000])
-def test_any_tokens_observe(folder: Path, number: int) -> None:
+def test_later_observers(folder: Path, number: int) -> None:
     answers, later = (
         make_maker(folder, observers=observers, num_observers=number).make("3", 1500)
         for observers in ("answer", "later")
@@ -495,7 +497,7 @@ def test_any_tokens_observe(folder: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, None], ids=["chat", "base"])
-def test_a_users_conversations(folder: Path, tmp_path: Path, template: str | None) -> None:
+def test_the_users_conversations(folder: Path, tmp_path: Path, template: str | None) -> None:
     rows = [
         {"conversations": [turn("human", f"{number}" * 3000), turn("gpt", f"answer {number}")]} for number in "1234"
     ]
@@ -512,11 +514,11 @@ def test_a_users_conversations(folder: Path, tmp_path: Path, template: str | Non
         prompt = tokenizer.decode(example.ids[: example.num_document])
         assert prompt.startswith("<s>") and prompt.endswith("<|assistant|>" if template else "\n")
     broken = write_data(tmp_path / "broken.jsonl", rows[0], "{}")
-    with pytest.raises(ValueError, match=r"line 2 of .*broken"):  # not passed over
+    with pytest.raises(ValueError, match=r"line 2 of .*broken"):  # an error, not skipped
         ExampleMaker(config, Mixture(MIXTURE), [], broken, tokenizer).make("0", 1000)
 
 
-def test_nothing_is_short_enough(folder: Path) -> None:
+def test_no_conversation_is_short_enough(folder: Path) -> None:
     maker = make_maker(folder, quote_share=0.0, continue_share=0.0)
     with pytest.raises(ValueError, match=r"120 tokens.*train\.min_length"):
         maker.make("0", 120)
@@ -569,7 +571,7 @@ def test_configs(exp: str | None) -> None:
     assert kinds >= {"single", "multikey_words", "multikey_uuids", "variables", "common_words"}
     geometry = ModelConfig.from_dict(dict(values["model"])).geometry
     assert config.max_length < geometry["max_position_embeddings"]
-    if exp == "smollm2_heads":  # 2 bytes a weight, at most 16 MB
+    if exp == "smollm2_heads":  # at 2 bytes per weight, at most 16 MB
         channels = (geometry["num_attention_heads"] + 2 * geometry["num_key_value_heads"]) * geometry["head_dim"]
         weights = config.hidden_size * (channels + geometry["num_key_value_heads"]) * geometry["num_hidden_layers"]
         assert 2 * weights < 16e6

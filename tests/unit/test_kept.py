@@ -1,4 +1,4 @@
-"""Texts that are kept in the user's cache: whole, private, and only as they were written."""
+"""Texts in the user's cache: written whole, private, and read only if unchanged."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from apb_ds.loading import kept
 from apb_ds.loading.kept import make_directory, read_sealed, write_sealed
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_texts_are_read_as_written(tmp_path: Path) -> None:
     for text in ("", "one", "one\ntwo\n", "\u00c4pfel \U0001f600"):
         write_sealed(tmp_path / "a" / "b.json", text)
         assert read_sealed(tmp_path / "a" / "b.json") == text
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["b.json"]
 
 
-def test_what_is_not_as_it_was_is_not_read(tmp_path: Path) -> None:
+def test_changed_texts_are_not_read(tmp_path: Path) -> None:
     file = tmp_path / "b.json"
     assert read_sealed(file) is None
     write_sealed(file, "some text")

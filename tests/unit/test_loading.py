@@ -1,4 +1,4 @@
-"""Finding models and loading them: the cache of converted files, what is missing, dummies."""
+"""Finding and loading models: converted files in the cache, missing files, dummies."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def dummy(**changes: Any) -> ModelConfig:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A tiny model as save_pretrained leaves it, without tokenizer."""
+    """A tiny model saved by save_pretrained, without a tokenizer."""
     load_model(dummy()).model.save_pretrained(tmp_path / "tiny")
     return tmp_path / "tiny"
 
 
-def test_dummy_is_the_geometry() -> None:
+def test_a_dummy_has_the_geometry() -> None:
     loaded = load_model(dummy(num_layers=2, dtype="bfloat16"))
     assert loaded.model.config.num_hidden_layers == len(loaded.model.model.layers) == 2
     assert loaded.tokenizer is None
@@ -54,7 +54,7 @@ def test_dummy_is_the_geometry() -> None:
         assert bool(parameter.isfinite().all())
 
 
-def test_dummies_are_equal_and_leave_the_random_state() -> None:
+def test_dummies_are_equal_and_keep_the_random_state() -> None:
     torch.manual_seed(1)
     first = load_model(dummy()).model.state_dict()
     drawn = torch.rand(1)
@@ -64,13 +64,13 @@ def test_dummies_are_equal_and_leave_the_random_state() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_dummy_of_a_path_at_hand_is_that_model(saved: Path) -> None:
+def test_a_dummy_of_a_local_path_has_its_shape(saved: Path) -> None:
     loaded = load_model(dummy(path=str(saved), geometry={**GEOMETRY, "hidden_size": 64}))
     assert loaded.model.config.hidden_size == 32
     assert str(saved) in loaded.source
 
 
-def test_dummy_of_a_path_not_at_hand_is_the_geometry() -> None:
+def test_a_dummy_of_a_missing_path_has_the_geometry() -> None:
     loaded = load_model(dummy(path="somebody/not-there"))
     assert loaded.model.config.num_hidden_layers == 3
     assert "model.geometry" in loaded.source
@@ -111,7 +111,9 @@ def test_bad_dummy(changes: dict[str, Any], parts: tuple[str, ...]) -> None:
         ("two words", ("neither a local directory nor a hub id",)),
     ],
 )
-def test_missing_says_where_it_looked(path: str, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_say_where_a_path_was_looked_for(
+    path: str, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -121,7 +123,7 @@ def test_missing_says_where_it_looked(path: str, parts: tuple[str, ...], monkeyp
         assert part in str(raised.value)
 
 
-def test_directory_lacking_files(saved: Path) -> None:
+def test_a_directory_without_weights(saved: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (saved / "model.safetensors").rename(saved / "model-1.safetensors")
     assert missing_files(saved, weights=True) == ["model.safetensors"]
@@ -143,7 +145,7 @@ def test_model_without_a_tokenizer_is_an_error(saved: Path) -> None:
         load_model(ModelConfig(path=str(saved), device="cpu"))
 
 
-def test_one_converts_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_thread_converts_while_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Path] = []
 
     def write(file: Path, directory: Path) -> None:
@@ -168,7 +170,7 @@ def test_one_converts_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.Mo
     assert gguf.convert_gguf(file) != found[0]
 
 
-def test_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APB_DS_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "broken.gguf"
     file.write_bytes(b"GGUF, but no more than that")
@@ -197,8 +199,8 @@ def test_smollm2_second_start() -> None:
     assert loaded.load_s < 10  # under 2 s on two free cores; tests share them
 
 
-def test_a_converted_tokenizer_names_the_models_own_tokens() -> None:
-    """Some versions of transformers take the wrong ones from a GGUF file: answers are then trained without an end."""
+def test_a_converted_tokenizer_has_the_models_special_tokens() -> None:
+    """Some versions of transformers read others from a GGUF file; models would then learn answers without an end."""
     tokenizer = byte_tokenizer()
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     end = tokenizer.convert_tokens_to_ids("<|user|>")

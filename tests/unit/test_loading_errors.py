@@ -1,4 +1,4 @@
-"""Damaged and unfit models: each message names what is at fault and what to do, in a sentence or two."""
+"""Damaged and unsuitable models: each message says what is wrong and what to do, in a sentence or two."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests import models
 from tests.tiny_checkpoint import byte_tokenizer, save_checkpoint, save_gguf
 from tests.unit.smollm2 import PATH, smollm2_directory
 
-MAX_CHARACTERS = 350  # of a message, paths not counted
+MAX_CHARACTERS = 350  # of a message, without paths
 RANDOM = bytes(torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(0)).tolist())
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 WEIGHTS, INDEX, CONFIG, TOKENIZER = (
@@ -40,7 +40,7 @@ def load(directory: Path | str, **changes: Any) -> LoadedModel:
 
 
 def refusal(directory: Path | str, **changes: Any) -> str:
-    """Return the message of the ValueError that loading must end in, once its form is checked."""
+    """Return the message of the ValueError that loading must raise, after checking its form."""
     with pytest.raises(ValueError) as raised:
         load(directory, **changes)
     message = str(raised.value)
@@ -63,7 +63,7 @@ def cut(name: str, keep: float) -> Damage:
 
 
 def change_config(**fields: Any) -> Damage:
-    """Return what sets fields of config.json; None takes one out."""
+    """Return a function that sets fields of config.json; None removes one."""
 
     def change(directory: Path) -> None:
         values = {**json.loads((directory / CONFIG).read_text()), **fields}
@@ -89,7 +89,7 @@ def pickle_of(content: bytes) -> Damage:
 
 
 class Foreign:
-    """An object that a file of weights has no business to hold."""
+    """An object that does not belong into a file of weights."""
 
 
 WEIGHT_CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
@@ -133,19 +133,19 @@ def shards(good_shards: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A GGUF file of a tiny Llama with a vocabulary of bytes, and a cache of the test's own."""
+    """A GGUF file of a tiny Llama with a byte vocabulary, and an empty cache."""
     pytest.importorskip("gguf")
     monkeypatch.setenv("APB_DS_CACHE", str(tmp_path / "cache"))
     return save_gguf(tmp_path / "tiny.gguf")
 
 
 def left_in_cache(cache: Path) -> list[Path]:
-    """Return what is in the cache but for locks, which are empty files."""
+    """Return the files in the cache, except for locks, which are empty."""
     return [path for path in (cache / "gguf").iterdir() if path.suffix != ".lock" or path.stat().st_size]
 
 
-def test_good_ones_load(good: Path, good_shards: Path) -> None:
-    """What every case damages one thing of."""
+def test_undamaged_models_load(good: Path, good_shards: Path) -> None:
+    """The models that each case damages in one place."""
     for directory in (good, good_shards):
         loaded = load(directory)
         assert loaded.model is not None and loaded.tokenizer is not None
@@ -194,8 +194,8 @@ def test_damaged_index(shards: Path, content: bytes | str) -> None:
     assert str(shards / INDEX) in message and "damaged" in message and "copy or download it again" in message
 
 
-def test_files_that_are_not_read_are_not_blamed(copy: Path) -> None:
-    """A broken optimiser state or training log beside good weights."""
+def test_unused_files_are_not_blamed(copy: Path) -> None:
+    """A broken optimiser state or training log next to good weights."""
     (copy / "optimizer.bin").write_bytes(RANDOM)
     (copy / "trainer_state.json").write_text("{")
     assert load(copy).tokenizer is not None
@@ -248,7 +248,7 @@ def test_bad_config(copy: Path, damage: Damage, parts: tuple[str, ...]) -> None:
         assert part in message, message
 
 
-def test_no_name_is_near(copy: Path) -> None:
+def test_no_similar_name(copy: Path) -> None:
     change_config(model_type="zzzqqq")(copy)
     assert "Did you mean" not in refusal(copy)
 
@@ -272,7 +272,7 @@ def test_a_bad_config_is_not_blamed_on_other_files(copy: Path) -> None:
         ("mamba", "no attention"),
     ],
 )
-def test_no_causal_model(copy: Path, model_type: str, kind: str, load_format: str) -> None:
+def test_not_a_causal_model(copy: Path, model_type: str, kind: str, load_format: str) -> None:
     write(CONFIG, json.dumps({"model_type": model_type}))(copy)
     message = refusal(copy, load_format=load_format)
     for part in (f"model.path={str(copy)!r}", f"model_type={model_type!r}", kind, "use a decoder such as"):
@@ -309,7 +309,7 @@ def test_bad_override(good: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wide(good: Path) -> Path:
-    """A tokenizer with 600 ids more than the good model knows, and no model."""
+    """A tokenizer with 600 more ids than the good model knows, without a model."""
     byte_tokenizer(extra=600).save_pretrained(good.parent / "wide")
     return good.parent / "wide"
 
@@ -338,7 +338,7 @@ def test_own_tokenizer_with_too_many_ids(good: Path, wide: Path, copy: Path, cap
     assert "does not match the model" in caplog.text
 
 
-def test_ids_are_counted_where_the_vocabulary_has_gaps(copy: Path) -> None:
+def test_the_largest_id_counts_in_a_vocabulary_with_gaps(copy: Path) -> None:
     values = json.loads((copy / TOKENIZER).read_text())
     size = len(values["model"]["vocab"])
     values["model"]["vocab"] = {
@@ -348,12 +348,12 @@ def test_ids_are_counted_where_the_vocabulary_has_gaps(copy: Path) -> None:
     assert str(size - 1 + 1000) in refusal(copy)
 
 
-def test_fewer_tokens_than_embeddings_are_fine(tmp_path: Path) -> None:
+def test_a_model_may_have_more_embeddings_than_tokens(tmp_path: Path) -> None:
     loaded = load(save_checkpoint(tmp_path / "padded", vocab_size=1024))
     assert len(loaded.tokenizer) < loaded.model.get_input_embeddings().num_embeddings == 1024  # type: ignore[arg-type]
 
 
-def test_tokenizer_without_a_model_beside_it(good: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_model(good: Path, tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     assert load(good, tokenizer=str(tmp_path / "tokenizer")).tokenizer is not None
 
@@ -406,19 +406,19 @@ def test_missing_tokenizer_folder(good: Path, tmp_path: Path, load_format: str) 
         assert message.startswith(f"model.tokenizer={str(place)!r}") and said in message
 
 
-def test_hub_tokenizer_not_at_hand(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_hub_tokenizer(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"model.tokenizer='no/such'.*Looked in.*hub cache") as raised:
         load(good, tokenizer="no/such")
-    assert "dummy" not in str(raised.value), "random weights are no way to a tokenizer"
+    assert "dummy" not in str(raised.value), "random weights do not replace a tokenizer"
 
 
 # --- model.path
 
 
-def test_file_that_is_no_gguf(good: Path) -> None:
+def test_a_file_that_is_not_gguf(good: Path) -> None:
     message = refusal(good / WEIGHTS)
     assert f"{str(good / WEIGHTS)!r} is not a .gguf file" in message and f": {good}." in message
 
@@ -440,7 +440,7 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
     assert f"It holds tiny.gguf: try model.path={tmp_path / 'tiny.gguf'}." in refusal(tmp_path)
 
 
-def test_folder_called_like_a_gguf(good: Path, tmp_path: Path) -> None:
+def test_a_folder_named_like_a_gguf(good: Path, tmp_path: Path) -> None:
     assert load(shutil.copytree(good, tmp_path / "tiny.gguf")).tokenizer is not None
 
 
@@ -458,7 +458,7 @@ def test_folder_called_like_a_gguf(good: Path, tmp_path: Path) -> None:
         ("pointer.gguf", LFS, ("Git LFS pointer", "git lfs pull")),
     ],
 )
-def test_no_gguf(
+def test_bad_gguf(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, parts: tuple[str, ...]
 ) -> None:
     pytest.importorskip("gguf")
@@ -475,7 +475,7 @@ def test_no_gguf(
 
 @pytest.mark.parametrize("keep", [100, 1_500_000, 0.6])
 def test_cut_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: float) -> None:
-    """Cut in the fields, in the vocabulary, in the tensors; these are quantized."""
+    """Cut within the fields, the vocabulary and the quantized tensors."""
     smollm2_directory()
     monkeypatch.setenv("APB_DS_CACHE", str(tmp_path / "cache"))
     content = package_path(PATH, "model.path").read_bytes()
@@ -495,7 +495,7 @@ def test_cut_gguf(tiny_gguf: Path, tmp_path: Path, keep: float) -> None:
 
 
 def test_a_good_gguf_after_a_bad_one(tiny_gguf: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """At the same path, and with a conversion that somebody changes afterwards: it is made anew."""
+    """At the same path; and a conversion that was changed is made again."""
     content = tiny_gguf.read_bytes()
     cut(tiny_gguf.name, 0.5)(tmp_path)
     refusal(tiny_gguf)
@@ -522,10 +522,10 @@ def test_a_good_gguf_after_a_bad_one(tiny_gguf: Path, tmp_path: Path, caplog: py
         assert {file.name: file.read_bytes() for file in converted.iterdir()} == good
         assert left_in_cache(tmp_path / "cache") == [converted]
     caplog.clear()
-    assert load(tiny_gguf).tokenizer is not None and caplog.text == "", "a good one is left alone"
+    assert load(tiny_gguf).tokenizer is not None and caplog.text == "", "an unchanged one is reused"
 
 
-def test_others_cannot_write_what_is_kept(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_only_the_owner_can_write_the_cache(tiny_gguf: Path, tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         load(tiny_gguf)
@@ -537,7 +537,7 @@ def test_others_cannot_write_what_is_kept(tiny_gguf: Path, tmp_path: Path) -> No
 
 
 def test_a_gguf_keeps_its_own_vocabulary(tiny_gguf: Path) -> None:
-    """transformers adds an <|endoftext|>, which this file has no embedding for."""
+    """transformers adds an <|endoftext|>, for which this file has no embedding."""
     loaded = load(tiny_gguf)
     tokenizer: Any = loaded.tokenizer
     assert len(tokenizer) == loaded.model.get_input_embeddings().num_embeddings

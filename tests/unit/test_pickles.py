@@ -1,4 +1,4 @@
-"""No file that is loaded can run code: weights, adapters, what lies beside a model."""
+"""Loading runs no code: not from weights, adapters or files next to a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sign(tmp_path: Path) -> Path:
     return tmp_path / "code was run"
 
 
-def test_the_pickle_does_run_code(tmp_path: Path, sign: Path) -> None:
+def test_unpickling_it_runs_code(tmp_path: Path, sign: Path) -> None:
     torch.save({"x": Touch(sign)}, tmp_path / "x.bin")
     torch.load(tmp_path / "x.bin", weights_only=False)
     assert sign.exists()
@@ -63,8 +63,8 @@ def test_an_adapter(tmp_path: Path, sign: Path) -> None:
     assert not sign.exists()
 
 
-def test_code_beside_a_model_is_not_run(tmp_path: Path, sign: Path) -> None:
-    """Whether or not config.json asks for it, unless model.trust_remote_code does."""
+def test_code_next_to_a_model_is_not_run(tmp_path: Path, sign: Path) -> None:
+    """Whether or not config.json names it, unless model.trust_remote_code is true."""
     directory = save_checkpoint(tmp_path / "model")
     (directory / "own.py").write_text(f"import os\nos.mkdir({str(sign)!r})\n")
     config = (directory / "config.json").read_text()
@@ -75,4 +75,4 @@ def test_code_beside_a_model_is_not_run(tmp_path: Path, sign: Path) -> None:
     assert not sign.exists()
     with pytest.raises(ValueError, match="config"):
         load_model(ModelConfig(path=str(directory), device="cpu", trust_remote_code=True))
-    assert sign.exists(), "asked for, it is run"
+    assert sign.exists(), "it runs if it is trusted"

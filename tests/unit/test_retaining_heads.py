@@ -1,4 +1,4 @@
-"""Retaining heads: checkpoints read and refused, where engines and scripts take them from, nothing left behind."""
+"""Retaining heads: reading checkpoints, refusing bad ones, engines and scripts that use them, cleaning up."""
 
 from __future__ import annotations
 
@@ -68,17 +68,17 @@ def test_a_checkpoint_in_parts_is_read(checkpoint: dict[str, Any], tmp_path: Pat
     for layer in range(3):
         part = {key: tensor for key, tensor in checkpoint.items() if key.startswith(f"model.layers.{layer}.self")}
         save_heads(tmp_path / f"part{layer}.safetensors", part)
-    save_heads(tmp_path / "old.pt", {KEY.format(0, "fc1"): torch.zeros(1, 1)})  # beside safetensors, not looked at
+    save_heads(tmp_path / "old.pt", {KEY.format(0, "fc1"): torch.zeros(1, 1)})  # ignored next to safetensors
     assert is_checkpoint(read_heads(tmp_path, SIZES), checkpoint)
 
 
-def test_what_is_no_tensor_is_ignored(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+def test_other_objects_are_ignored(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     file = save_heads(tmp_path / "heads.pt", {**checkpoint, "step": 3000, "config": {"lr": 5e-4}})
     assert is_checkpoint(read_heads(file, SIZES), checkpoint)
 
 
-def test_the_scores_are_those_of_the_formula(checkpoint: dict[str, Any]) -> None:
-    """Against the slow reference, in a block as `score` sees it; the engine's tests do the same through models."""
+def test_scores_match_the_formula(checkpoint: dict[str, Any]) -> None:
+    """Against the slow reference, for one block; the engine's tests do the same through models."""
     from apb_ds.compressors import BlockStates
     from apb_ds.compressors.retaining_heads import RetainingHeadsCompressor
     from apb_ds.compressors.retaining_heads.checkpoint import _heads_from
@@ -97,7 +97,7 @@ def test_the_scores_are_those_of_the_formula(checkpoint: dict[str, Any]) -> None
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)  # float32 sums of 128 and 24 terms of size 1
 
 
-def test_the_scores_with_the_window_are_those_of_the_formula(checkpoint: dict[str, Any]) -> None:
+def test_scores_with_the_window_match_the_formula(checkpoint: dict[str, Any]) -> None:
     from apb_ds.compressors import BlockStates
     from apb_ds.compressors.heads_and_window import HeadsAndWindowCompressor
     from apb_ds.compressors.retaining_heads.checkpoint import _heads_from
@@ -124,7 +124,7 @@ def test_scores_without_projections_are_refused(checkpoint: dict[str, Any]) -> N
 
     states = torch.zeros(1, 2, 5, 16)
     compressor = RetainingHeadsCompressor(RetainingHeads.random(SIZES, 8))
-    with pytest.raises(ValueError, match=r"set PrefillState\.projections before each layer's attention"):
+    with pytest.raises(ValueError, match=r"PrefillState\.projections"):
         compressor.score(BlockStates(states, states, states, 0, 0, 1.0))
 
 
@@ -225,7 +225,7 @@ def test_no_code_in_a_checkpoint_is_run(
         (lambda folder: _saved(folder / "heads.pt", [torch.ones(1)]), "holds a list"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, make: Callable[[Path], Path], part: str) -> None:
+def test_other_files_are_refused(tmp_path: Path, make: Callable[[Path], Path], part: str) -> None:
     with pytest.raises(ValueError, match="retaining_heads=") as caught:
         read_heads(make(tmp_path), SIZES)
     assert part in str(caught.value)
@@ -289,7 +289,7 @@ def test_random_heads_are_written_and_read_again(tmp_path: Path) -> None:
     assert heads.products_per_token == 8 * 128 + 2 * 8
 
 
-def test_a_published_checkpoint_has_as_many_parameters() -> None:
+def test_number_of_parameters_of_a_published_checkpoint() -> None:
     one_layer = RetainingHeads.random(HeadSizes(1, 32, 8, 128, "silu"), 1024)
     assert 32 * one_layer.products_per_token == 201_588_736  # Llama-3.1-8B
 
@@ -315,7 +315,7 @@ def query_logits(engine: Any) -> Tensor:
         ("retaining_heads", "no/such", ("retaining_heads='no/such'", "Looked in", "hub cache", "HF_HUB_OFFLINE")),
     ],
 )
-def test_engines_say_what_is_wrong_before_ranks_meet(
+def test_engines_refuse_bad_heads_before_ranks_meet(
     monkeypatch: pytest.MonkeyPatch, compressor: str, given: str | None, parts: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -347,11 +347,11 @@ def test_heads_stay_when_settings_change(heads_file: Path) -> None:
 def test_exact_methods_and_exact_requests_need_no_scores(heads_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RetainingHeads, "forward", lambda *_: pytest.fail("a head is asked"))
     model = build_model("llama")
-    apb_ds.init_inference(model, apb_ds.APBConfig(method="dense"))  # no heads at all
+    apb_ds.init_inference(model, apb_ds.APBConfig(method="dense"))  # without heads
     engine = apb_ds.init_inference(model, apb_ds.APBConfig(compressor="retaining_heads"), retaining_heads=heads_file)
     document, query = request_ids(60, 9)
     assert engine.prefill(document, query).plan.exact
-    engine.configure(apb_ds.APBConfig(**{**GIVEN, "passing_length": 40}))  # all that may be passed is
+    engine.configure(apb_ds.APBConfig(**{**GIVEN, "passing_length": 40}))  # all eligible tokens are passed
     assert not engine.prefill(*request_ids(130, 6)).plan.exact
 
 
@@ -362,7 +362,7 @@ def test_heads_are_in_the_models_dtype(heads_file: Path) -> None:
     assert bool(query_logits(engine).isfinite().all())
 
 
-def test_nothing_is_left_in_the_model(heads_file: Path) -> None:
+def test_the_model_is_unchanged_afterwards(heads_file: Path) -> None:
     model = build_model("llama")
     names = list(model.state_dict())
     engine = deepspeed.init_inference(model, dtype=torch.float32)
@@ -378,7 +378,7 @@ def test_nothing_is_left_in_the_model(heads_file: Path) -> None:
         assert torch.equal(model(input_ids=distinct_ids(90), use_cache=False).logits, before)
 
 
-def test_hooks_go_when_a_layer_fails(heads_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hooks_are_removed_when_a_layer_fails(heads_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = apb_ds.init_inference(build_model("llama"), CONFIG, retaining_heads=heads_file)
     expected = query_logits(engine)
     with monkeypatch.context() as patch:
@@ -389,7 +389,7 @@ def test_hooks_go_when_a_layer_fails(heads_file: Path, monkeypatch: pytest.Monke
     assert torch.equal(query_logits(engine), expected)
 
 
-def test_projections_are_held_for_one_layer_and_only_where_they_are_scored(
+def test_projections_are_kept_for_one_layer_and_only_if_scored(
     heads_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from apb_ds.hf.interface import ActiveCall
@@ -410,15 +410,15 @@ def test_projections_are_held_for_one_layer_and_only_where_they_are_scored(
     monkeypatch.setattr(RetainingHeads, "forward", note)
     engine = apb_ds.init_inference(build_model("llama"), CONFIG, retaining_heads=heads_file)
     query_logits(engine)
-    # Three of four hosts pass something on; nothing is passed in the last of three layers.
+    # Three of four hosts pass tokens on, in the first two of three layers.
     assert scored == [0, 1] * 3
     assert max(number for _, _, number in held) == 3
     assert {number for host, layer, number in held if host == (3,) or layer == 2} == {0}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
-def test_what_a_head_sees(family: str) -> None:
-    """The outputs of the linear layers: with Qwen2's biases, before Qwen3's norms, of Phi-3's one projection."""
+def test_the_input_of_a_head(family: str) -> None:
+    """The output of the linear layers: with Qwen2's biases, before Qwen3's norms, from Phi-3's single projection."""
     model = build_model(family)
     seen: dict[int, list[Tensor]] = {}
     with torch.no_grad(), captured_projections(model, lambda layer, output: seen.setdefault(layer, []).append(output)):
@@ -444,7 +444,7 @@ def test_models_with_other_projections_are_refused(heads_file: Path) -> None:
     with pytest.raises(ValueError, match=r"layer 2 \(LlamaAttention\).*no such projections"):
         apb_ds.init_inference(model, CONFIG, retaining_heads=heads_file)
     wide = build_model("llama")
-    wide.base_model.layers[0].self_attn.q_proj = nn.Linear(64, 128)  # as where a gate comes out of it, too
+    wide.base_model.layers[0].self_attn.q_proj = nn.Linear(64, 128)  # as if it also projected a gate
     with pytest.raises(ValueError, match="128 channels together; layer 0"):
         check_projections(wide)
 
@@ -525,7 +525,7 @@ def test_where_settings_take_heads_from(method: dict[str, Any], model: dict[str,
         ({}, {"retaining_heads": ""}, "model.retaining_heads='' must be"),
     ],
 )
-def test_settings_that_cannot_be(method: dict[str, Any], model: dict[str, Any], part: str) -> None:
+def test_bad_settings(method: dict[str, Any], model: dict[str, Any], part: str) -> None:
     with pytest.raises(ValueError) as caught:
         settings(method, model)
     assert part in str(caught.value)

@@ -1,4 +1,4 @@
-"""What the instrument is trained on: conversations, mixtures, batches, the loss, settings."""
+"""Training the instrument: conversations, mixtures, batches, the loss, settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def length_of(tokenizer: Any) -> Any:
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, None], ids=["chat", "base"])
-def test_the_first_question_is_asked_as_evaluation_asks_it(template: str | None) -> None:
+def test_the_first_question_is_asked_as_in_evaluation(template: str | None) -> None:
     tokenizer = byte_tokenizer(template=template)
     config = SyntheticConfig(kind="single", num_questions=2, num_tokens=900, num_samples=1)
     first, second = config.samples(tokenizer, 300, seed=5)
@@ -47,7 +47,7 @@ def test_the_first_question_is_asked_as_evaluation_asks_it(template: str | None)
     said = tokenizer.decode([made.ids[place] for place in made.marked])
     end = tokenizer.eos_token
     assert said == f" {first.ground_truth}.{end} {second.ground_truth}.{end}"
-    # The second question follows the end of the first answer, and opens its own answer.
+    # The second question follows the first answer and precedes its own.
     rest = tokenizer.decode(made.ids[len(asked) :])
     assert rest.index(document.questions[1].query) < rest.index(document.questions[1].answer_prefix)
     assert rest.count(end) == (4 if template else 2) - (1 if template else 0)
@@ -102,7 +102,7 @@ def batches(asked_first: float = 0.0, **changes: Any) -> Batches:
     return Batches(source, Lengths(700, 1400, 0.5), **values)
 
 
-def test_batches_depend_on_seed_step_and_rank_alone() -> None:
+def test_seed_step_and_rank_determine_batches() -> None:
     first, again = batches(), batches()
     for step in (0, 7, 19):
         assert torch.equal(first[step].input_ids, again[step].input_ids)
@@ -111,7 +111,7 @@ def test_batches_depend_on_seed_step_and_rank_alone() -> None:
         assert other.input_ids.shape != first[7].input_ids.shape or not torch.equal(other.input_ids, first[7].input_ids)
 
 
-def test_batches_are_filled_and_their_answers_are_the_documents_own() -> None:
+def test_batches_are_full_and_answers_come_from_their_documents() -> None:
     made, tokenizer = batches(), byte_tokenizer()
     for step in range(0, 20, 4):
         batch = made[step]
@@ -123,8 +123,8 @@ def test_batches_are_filled_and_their_answers_are_the_documents_own() -> None:
             assert answers and all(tokenizer.decode(ids).count(answer) >= 2 for answer in answers)
 
 
-def test_questions_that_are_asked_first_as_well() -> None:
-    """As in an anchor: the question's text, then the document's, in one turn."""
+def test_questions_before_the_document() -> None:
+    """As in an anchor: one turn holds the question, then the document."""
     tokenizer = byte_tokenizer()
     plain, sometimes, always = (batches(share, num_steps=8, num_tokens=4000) for share in (0.0, 0.5, 1.0))
     firsts = {0.5: 0, 1.0: 0}
@@ -147,11 +147,11 @@ def test_lengths_grow() -> None:
     longest = [max(lengths.draw(progress, draws) for _ in range(200)) for progress in (0.0, 0.25, 0.5, 1.0)]
     assert longest[0] == 512 and 1500 < longest[1] <= 2048 and 7500 < longest[2] <= 8192 and 7500 < longest[3] <= 8192
     late = [lengths.draw(0.9, draws) for _ in range(400)]
-    assert 4000 < sum(late) / len(late) < 4700  # evenly, once they are grown
+    assert 4000 < sum(late) / len(late) < 4700  # uniform after growth
     assert {Lengths(512, 512, 0.0).draw(0.0, draws) for _ in range(5)} == {512}
 
 
-def test_a_share_of_the_later_steps_has_the_longest_conversations() -> None:
+def test_a_share_of_later_steps_has_the_longest_conversations() -> None:
     drawn = [Lengths(300, 900, 0.5, 0.25).draw(step / 4000, Draws("lengths", step)) for step in range(4000)]
     assert all(300 <= length <= 900 for length in drawn) and max(drawn[:1990]) < 900
     assert 0.22 < drawn[2000:].count(900) / 2000 < 0.28
@@ -168,7 +168,7 @@ def test_no_recipe_is_short_enough() -> None:
     assert len(GeneratedConversations(Mixture(MIXTURE), byte_tokenizer()).make("check", 700).ids) <= 700
 
 
-def test_the_loss_is_that_of_the_answers_each_conversation_alike() -> None:
+def test_the_loss_covers_answers_and_weighs_conversations_equally() -> None:
     peft = pytest.importorskip("peft")
     model = models.llama()
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
@@ -210,7 +210,7 @@ def test_bad_settings(values: dict[str, Any], message: str) -> None:
     assert message in str(raised.value)
 
 
-def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
     log = TrainingLog(tmp_path / "log.jsonl", 0)
     log.add(("single", "single"), 100, torch.tensor([1.0, 2.0]))
     log.write(1, 9, 1e-3)
@@ -238,7 +238,7 @@ def test_compiled_layers_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch
     expected = [gradients(*shape) for shape in shapes]
     layers = decoder_layers(adapted.get_base_model())
     assert len(layers) == adapted.config.num_hidden_layers
-    # Its own compiler takes half a minute and is not what is tested.
+    # The default backend takes half a minute and is not tested here.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     compiling.compile_forwards(layers)
     torch._dynamo.utils.counters.clear()
@@ -246,5 +246,5 @@ def test_compiled_layers_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch
         for found, gradient in zip(gradients(*shape), wanted, strict=True):
             torch.testing.assert_close(found, gradient, atol=1e-5, rtol=1e-4)
     counters = torch._dynamo.utils.counters
-    assert 1 <= counters["stats"]["unique_graphs"] <= 2, "all layers and lengths share what is compiled"
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2, "all layers and lengths share the compiled graphs"
     assert not counters["graph_break"]
