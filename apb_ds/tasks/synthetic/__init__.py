@@ -1,6 +1,6 @@
-"""Synthetic long documents with questions, to measure with and to train on.
+"""Synthetic long documents with questions, for evaluation and training.
 
-The kinds of task are those of RULER (arXiv 2404.06654); texts, vocabularies and code are this package's own.
+The kinds of task follow RULER (arXiv 2404.06654); texts, vocabularies and code are this package's own.
 """
 
 from __future__ import annotations

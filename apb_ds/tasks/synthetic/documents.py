@@ -1,4 +1,4 @@
-"""A document of a wanted length, and questions about it."""
+"""A document of a given length, and questions about it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-# A first guess at letters per token needs some text to measure; more of it makes the guess better.
+# The first estimate of letters per token needs some text to measure.
 SAMPLE_UNITS = 64
-# Between the texts of one answer. A blank costs no token of its own in most tokenizers, and benchmarks that ask for
-# several texts leave hardly more tokens than these take.
+# Between the texts of one answer. In most tokenizers a space costs no extra token, and benchmarks that ask for several
+# texts leave few more tokens than the texts need.
 SEPARATOR = " "
-# After so many guesses the gap is halved instead, so that the search ends whatever the tokenizer does.
+# After so many estimates the search halves the gap instead, so that it ends with any tokenizer.
 MAX_GUESSES = 8
 
 
@@ -21,8 +21,8 @@ class Question:
 
     Attributes
     ----------
-    query : what is asked
-    answer_prefix : how the answer begins; what is wanted follows after a space
+    query : the question
+    answer_prefix : how the answer begins; the answers follow after a space
     answers : the wanted texts, in the order in which `continuation` gives them
     """
 
@@ -45,18 +45,18 @@ class Document:
 
 
 class Layout(Protocol):
-    """A text that grows by units: sentences, needles or words.
+    """A text made of units: sentences, needles or words.
 
-    Both functions depend on `count` alone, not on what was asked for before.
+    `text` and `questions` depend only on `count`, not on earlier calls.
     """
 
     @property
     def minimum(self) -> int:
-        """With how many units the task makes sense at least."""
+        """The fewest units with which the task makes sense."""
 
     @property
     def num_needed(self) -> int:
-        """How many needles or words every text has at least; told without making one."""
+        """The fewest needles or words of any text, computed without making one."""
 
     def text(self, count: int) -> str:
         """Return the text with `count` units."""
@@ -68,19 +68,19 @@ class Layout(Protocol):
 def longest(layout: Layout, num_tokens: int, length: Callable[[str], int]) -> Document:
     """Return the document with as many units as fit into `num_tokens`.
 
-    A guess goes by the number of letters, and how many make a token is measured. So a long text is tokenised about
-    four times: for a guess, to mend it, to reach the last unit, and to see that one more does not fit.
+    Estimates go by the number of letters and the measured letters per token. So a long text is tokenised about four
+    times: for an estimate, its correction, the last unit that fits, and the next one that does not.
 
     Parameters
     ----------
-    length : the number of tokens of a text, and of whatever the chat template puts around it
+    length : returns a text's tokens, chat template included
 
     Raises
     ------
     ValueError
         If not even the fewest units fit.
     """
-    # None of them has less than a token. A text that is far too long would take all memory to be measured.
+    # Each has at least one token. Making a text that is far too long, to measure it, would exhaust the memory.
     if layout.num_needed > num_tokens:
         raise ValueError(
             f"task.num_tokens={num_tokens} cannot hold the task: it needs {layout.num_needed} needles or words; raise "
@@ -113,7 +113,7 @@ def longest(layout: Layout, num_tokens: int, length: Callable[[str], int]) -> Do
 
 
 def _count_of(layout: Layout, num_letters: int, low: int, high: int | None) -> int:
-    """Return how many units have about `num_letters` letters: at least `low`, below `high`. Nothing is tokenised."""
+    """Return how many units have about `num_letters` letters: at least `low`, below `high`. Tokenises nothing."""
     step = SAMPLE_UNITS
     last = low
     while high is None:

@@ -1,4 +1,4 @@
-"""Random choices that are the same on every machine and every version of Python."""
+"""Random choices that are the same on every machine and in every version of Python."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Item = TypeVar("Item")
 
 
 class Draws:
-    """A stream of choices, determined by what it was seeded with.
+    """A stream of choices that its seed determines.
 
-    Of Python's generator only ``random()`` is promised to stay as it is, so everything is drawn through that.
+    Python promises to keep ``random()`` as it is, but no other method of its generator, so only that one is used.
 
     Parameters
     ----------
-    seed : what determines the stream; any other values give an unrelated one
+    seed : determines the stream; other values give an unrelated one
     """
 
     def __init__(self, *seed: int | str) -> None:
@@ -33,11 +33,11 @@ class Draws:
         return int(self._random.random() * bound)
 
     def choose(self, items: Sequence[Item]) -> Item:
-        """Return one of the items, each as likely as another."""
+        """Return one of the items, all equally likely."""
         return items[self.below(len(items))]
 
     def shuffle(self, items: MutableSequence[Item]) -> None:
-        """Put the items into an order drawn among all orders."""
+        """Shuffle the items in place, all orders equally likely."""
         for last in range(len(items) - 1, 0, -1):
             other = self.below(last + 1)
             items[last], items[other] = items[other], items[last]

@@ -11,21 +11,21 @@ from apb_ds.tasks.synthetic.recipe import KINDS, Recipe
 
 
 def generate(recipe: Recipe, seed: int | str, num_tokens: int, length: Callable[[str], int]) -> Document:
-    """Return a document of at most `num_tokens`, as near to it as its sentences or words allow, with its questions.
+    """Return a document that fills `num_tokens` as far as whole sentences or words allow, with its questions.
 
-    The same arguments give the same document, on every machine. The seeds of the two splits are unrelated.
+    The same arguments give the same document on every machine. The two splits draw independently.
 
     Parameters
     ----------
     recipe : what to make
     seed : an integer, or a text that stands for one
-    num_tokens : the most that `length` may say of the text
-    length : the number of tokens of a text, and of whatever the chat template puts around it
+    num_tokens : the document's length at most
+    length : returns a text's tokens, chat template included
 
     Raises
     ------
     ValueError
-        If `num_tokens` cannot hold the task, or is so large that there are no further words.
+        If `num_tokens` cannot hold the task, or is so large that the made-up words run out.
     """
     whole_seed = (recipe.split, recipe.kind, str(seed), num_tokens)
     layout: Layout = (NeedleLayout if KINDS[recipe.kind].fillers else ListLayout)(recipe, whole_seed)

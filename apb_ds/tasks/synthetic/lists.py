@@ -1,4 +1,4 @@
-"""Documents that are lists of coded words, in which some words come up more often than the others."""
+"""Documents that are lists of made-up words, some of which occur more often than the others."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from apb_ds.tasks.synthetic.recipe import NUM_RANKS, Recipe
 from apb_ds.tasks.synthetic.wording import list_wording
 from apb_ds.tasks.synthetic.words import Distinct
 
-# By how much a wanted word is ahead of the next one.
+# How many more times a wanted word occurs than the most frequent other word.
 MARGIN = 2
 
 
 class ListLayout:
-    """A document of one list for each question, each of other words. Its units are the entries that can be spared.
+    """A document of one list per question, with no word in two lists. Its units are the entries that may vary.
 
     Parameters
     ----------
     recipe : one of kind ``frequent_words`` or ``common_words``
-    seed : what determines every choice, together with kind and split
+    seed : determines every choice, together with kind and split
     """
 
     def __init__(self, recipe: Recipe, seed: tuple[int | str, ...]) -> None:
@@ -37,7 +37,7 @@ class ListLayout:
         if self.recipe.kind == "common_words":
             return self.recipe.num_questions
         last = self.recipe.number("num_words") - 1
-        # The margins are least between the last wanted word and the next; rounding down takes up to one away.
+        # The margin is smallest between the last wanted word and the next; rounding down takes up to 1 off it.
         return self.recipe.num_questions * math.ceil((MARGIN + 1) / (self._shares[last] - self._shares[last + 1]))
 
     @property
@@ -47,12 +47,12 @@ class ListLayout:
         return self.recipe.num_questions * (self.recipe.number("num_words") * self.recipe.number("common_times") + 1)
 
     def text(self, count: int) -> str:
-        """Return the task and the lists, the entries of each in an order drawn for this count."""
+        """Return the task and the lists, each in an order drawn for this count."""
         lists = [self._list(index, count) for index in range(self.recipe.num_questions)]
         return "\n\n".join([self._wording.task, *lists])
 
     def questions(self, count: int) -> tuple[Question, ...]:
-        """Return one question for each list: its `num_words` most frequent words, in the order of their frequency."""
+        """Return one question per list, about its `num_words` most frequent words in the order of their frequency."""
         return tuple(self._question(index) for index in range(self.recipe.num_questions))
 
     def _question(self, index: int) -> Question:
@@ -62,7 +62,7 @@ class ListLayout:
         return Question(*self._wording.ask(num, where), answers)
 
     def _word(self, index: int, rank: int) -> str:
-        # The lists take turns, so that none has a word of another, however long they become.
+        # Words are dealt to the lists in turn, so that no list shares one, however long the lists grow.
         return self._words[rank * self.recipe.num_questions + index]
 
     def _list(self, index: int, count: int) -> str:
@@ -76,7 +76,7 @@ class ListLayout:
         return head + self._wording.text(entries, Draws(*self._seed, "markers", index))
 
     def _common_ranks(self, size: int) -> list[int]:
-        """Return the common words with all their entries, and `size` entries of others."""
+        """Return all entries of the common words, and `size` entries of others."""
         num, times = self.recipe.number("num_words"), self.recipe.number("rare_times")
         common = list(range(num)) * self.recipe.number("common_times")
         return common + [num + entry // times for entry in range(size)]
@@ -90,7 +90,7 @@ def _shares(exponent: float) -> list[float]:
 
 
 def _frequent_ranks(shares: list[float], size: int) -> list[int]:
-    """Return `size` ranks, each as often as its share says, rounded down; what is left over are words of one entry."""
+    """Return `size` ranks, each as often as its share says, rounded down; words that occur once fill the rest."""
     ranks = [rank for rank, share in enumerate(shares) for _ in range(int(share * size))]
     first = ranks[-1] + 1
     return ranks + list(range(first, first + size - len(ranks)))

@@ -1,4 +1,4 @@
-"""Documents with needles: sentences that give a key its value, or a variable its own, between sentences of filler."""
+"""Documents with needles: sentences that give a key or a variable its value, between sentences of filler."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from apb_ds.tasks.synthetic.words import Distinct
 
 
 @dataclass(frozen=True)
-class Group:
-    """Needles that belong together.
+class NeedleGroup:
+    """Needles about one key, or about one chain of variables.
 
     Attributes
     ----------
     key : what a question names
-    answers : what it wants
-    needles : the sentences, in the order in which they stand in the document
-    depths : where each stands: the share of the document before it, ascending
+    answers : what it asks for
+    needles : the sentences, in document order
+    depths : each needle's depth: the share of the document before it, ascending
     """
 
     key: str
@@ -32,12 +32,12 @@ class Group:
 
 
 class NeedleLayout:
-    """A document with needles. Its units are sentences of filler or, where there is none, keys with their needles.
+    """A document with needles. Its units are sentences of filler or, without filler, keys with their needles.
 
     Parameters
     ----------
     recipe : one of a kind with needles
-    seed : what determines every choice, together with kind and split
+    seed : determines every choice, together with kind and split
     """
 
     joint: ClassVar[str] = " "  # between sentences
@@ -46,11 +46,11 @@ class NeedleLayout:
         self.recipe = recipe
         self._seed = seed
         self._draws = Draws(*seed, "needles")
-        words = needle_wording(recipe.phrasing, recipe.kind, recipe.split, Draws(*seed, "wording"))
-        self._wording = words
-        self._keys = Distinct(lambda: words.key(self._draws))
-        self._values = Distinct(lambda: words.value(self._draws))
-        self._groups: list[Group] = []
+        wording = needle_wording(recipe.phrasing, recipe.kind, recipe.split, Draws(*seed, "wording"))
+        self._wording = wording
+        self._keys = Distinct(lambda: wording.key(self._draws))
+        self._values = Distinct(lambda: wording.value(self._draws))
+        self._groups: list[NeedleGroup] = []
         filler = recipe.filler_used
         self._filler = None if filler in (None, NEEDLES) else Filler(str(filler), recipe.split, Draws(*seed, "filler"))
 
@@ -60,31 +60,25 @@ class NeedleLayout:
 
     @property
     def num_needed(self) -> int:
-        return self.recipe.num_groups * self._group_size
-
-    @property
-    def _group_size(self) -> int:
-        names = {"variables": "num_hops", "multivalue": "num_values"}
-        number = self.recipe.number(names[self.recipe.kind]) if self.recipe.kind in names else 1
-        return number + (self.recipe.kind == "variables")
+        return self.recipe.num_groups * self.recipe.group_size
 
     def text(self, count: int) -> str:
-        """Return the text: each needle where its depth puts it among `count` sentences or among the other needles."""
+        """Return the text, with each needle at its depth among `count` sentences or among the other needles."""
         groups = self._first(self._num_groups(count))
-        placed = sorted(pair for group in groups for pair in zip(group.depths, group.needles, strict=True))
+        needles = sorted(pair for group in groups for pair in zip(group.depths, group.needles, strict=True))
         task = self._wording.task
         if self._filler is None:
-            return "\n".join([task + "\n", *(needle for _, needle in placed)])
+            return "\n".join([task + "\n", *(needle for _, needle in needles)])
         between: list[list[str]] = [[] for _ in range(count + 1)]
-        for depth, needle in placed:
+        for depth, needle in needles:
             between[int(depth * (count + 1))].append(needle)
         sentences = between[0]
-        for sentence, needles in zip(self._filler.sentences(count), between[1:], strict=True):
-            sentences += [sentence, *needles]
+        for sentence, inserted in zip(self._filler.sentences(count), between[1:], strict=True):
+            sentences += [sentence, *inserted]
         return f"{task}\n\n{self.joint.join(sentences)}"
 
     def questions(self, count: int) -> tuple[Question, ...]:
-        """Return the questions, each about other keys; which ones is drawn."""
+        """Return the questions, each about other keys, which are drawn."""
         groups = self._first(self._num_groups(count))
         asked = Draws(*self._seed, "questions").sample(len(groups), self.recipe.num_asked)
         per_question = self.recipe.num_asked // self.recipe.num_questions
@@ -96,27 +90,26 @@ class NeedleLayout:
     def _num_groups(self, count: int) -> int:
         return count if self._filler is None else self.recipe.num_groups
 
-    def _first(self, num: int) -> list[Group]:
+    def _first(self, num: int) -> list[NeedleGroup]:
         while len(self._groups) < num:
             self._groups.append(self._group(len(self._groups)))
         return self._groups[:num]
 
-    def _group(self, index: int) -> Group:
-        kind, size = self.recipe.kind, self._group_size
-        if kind == "variables":
-            value = self._values[index]
-            names = [self._keys[index * size + place] for place in range(size)]
-            sources = [value, *names]
-            pairs = enumerate(zip(names, sources, strict=False))
-            needles = [self._wording.assignment(*pair, is_first=place == 0) for place, pair in pairs]
-            return Group(value, tuple(names), tuple(needles), self._depths(size))
-        key = self._keys[index]
-        values = tuple(self._values[index * size + place] for place in range(size))
-        return Group(key, values, tuple(self._wording.needle(key, value) for value in values), self._depths(size))
+    def _group(self, index: int) -> NeedleGroup:
+        size = self.recipe.group_size
+        members = range(index * size, (index + 1) * size)
+        if self.recipe.kind == "variables":
+            key, answers = self._values[index], tuple(self._keys[member] for member in members)
+            links = zip(answers, (key, *answers), strict=False)
+            needles = [self._wording.assign(*link, is_first=number == 0) for number, link in enumerate(links)]
+        else:
+            key, answers = self._keys[index], tuple(self._values[member] for member in members)
+            needles = [self._wording.needle(key, value) for value in answers]
+        depths = sorted(self._draws.fraction() for _ in members)
+        return NeedleGroup(key, answers, tuple(needles), tuple(depths))
 
-    def _depths(self, num: int) -> tuple[float, ...]:
-        return tuple(sorted(self._draws.fraction() for _ in range(num)))
-
-    def _question(self, groups: list[Group]) -> Question:
+    def _question(self, groups: list[NeedleGroup]) -> Question:
         keys, answers = [group.key for group in groups], tuple(text for group in groups for text in group.answers)
-        return Question(*self._wording.ask(keys, len(answers)), answers)
+        if self.recipe.kind == "variables":
+            return Question(*self._wording.ask_variables(keys[0], len(answers)), answers)
+        return Question(*self._wording.ask_values(keys, len(answers)), answers)

@@ -1,18 +1,18 @@
-"""What kind of document is wanted, and with which numbers: validated before any text is made."""
+"""Which kind of document to make, and with which numbers: validated before any text is made."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from apb_ds.config import check_choice, check_integer
+from apb_ds.config import check_choice
+from apb_ds.tasks.checks import check_integers, is_number
 from apb_ds.tasks.synthetic.filler import FILLERS
+from apb_ds.tasks.synthetic.texts import SPLITS
 from apb_ds.tasks.synthetic.wording import PHRASINGS
-from apb_ds.tasks.synthetic.words import CODED_LETTERS, SPLITS, UUID_LETTERS, VALUE_DIGITS
+from apb_ds.tasks.synthetic.words import CODED_LETTERS, UUID_LETTERS, VALUE_DIGITS
 
-# In place of filler: the document consists of needles and nothing else.
+# A choice of `filler`: the document consists of needles only.
 NEEDLES = "needles"
-# The least that each number may be.
 SMALLEST = {
     "num_needles": 1,
     "num_values": 2,
@@ -24,8 +24,10 @@ SMALLEST = {
     "rare_times": 1,
 }
 MAX_EXPONENT = 8
-# Ranks among which the frequencies of `frequent_words` are shared out.
+# Ranks that share the frequencies of `frequent_words`.
 NUM_RANKS = 1000
+# A default: as many as the questions ask for, see `Recipe.num_groups`.
+AS_ASKED = 0
 # Tokens for what a model says besides the answers.
 SPARE_TOKENS = 16
 
@@ -36,75 +38,72 @@ class Kind:
 
     Attributes
     ----------
-    fillers : what may stand between the needles, the default first; empty where there is neither
-    numbers : the numbers that it has, with their defaults; None depends on the others
-    answer_letters : how long one wanted text is
+    fillers : what may stand between needles, the default first; empty for documents without needles
+    numbers : its numbers and their defaults
+    answer_letters : length of one wanted text
+    num_answers : which number says how many texts a question asks for; None for one
     """
 
     fillers: tuple[str, ...]
-    numbers: dict[str, float | None]
+    numbers: dict[str, float]
     answer_letters: int
+    num_answers: str | None = None
 
 
 AMONG_FILLER = (*FILLERS, NEEDLES)
 AMONG_NEEDLES = (NEEDLES, *FILLERS)
 KINDS = {
     "single": Kind(FILLERS, {}, VALUE_DIGITS),
-    "multikey_words": Kind(AMONG_NEEDLES, {"num_needles": None}, VALUE_DIGITS),
-    "multikey_uuids": Kind(AMONG_NEEDLES, {"num_needles": None}, UUID_LETTERS),
-    "multivalue": Kind(AMONG_FILLER, {"num_needles": None, "num_values": 4}, VALUE_DIGITS),
-    "multiquery": Kind(AMONG_FILLER, {"num_needles": None, "num_keys": 4}, VALUE_DIGITS),
-    "variables": Kind(AMONG_FILLER, {"num_chains": None, "num_hops": 4}, CODED_LETTERS),
-    "frequent_words": Kind((), {"num_words": 3, "exponent": 2.0}, CODED_LETTERS),
-    "common_words": Kind((), {"num_words": 10, "common_times": 30, "rare_times": 3}, CODED_LETTERS),
+    "multikey_words": Kind(AMONG_NEEDLES, {"num_needles": AS_ASKED}, VALUE_DIGITS),
+    "multikey_uuids": Kind(AMONG_NEEDLES, {"num_needles": AS_ASKED}, UUID_LETTERS),
+    "multivalue": Kind(AMONG_FILLER, {"num_needles": AS_ASKED, "num_values": 4}, VALUE_DIGITS, "num_values"),
+    "multiquery": Kind(AMONG_FILLER, {"num_needles": AS_ASKED, "num_keys": 4}, VALUE_DIGITS, "num_keys"),
+    "variables": Kind(AMONG_FILLER, {"num_chains": AS_ASKED, "num_hops": 4}, CODED_LETTERS, "num_hops"),
+    "frequent_words": Kind((), {"num_words": 3, "exponent": 2.0}, CODED_LETTERS, "num_words"),
+    "common_words": Kind((), {"num_words": 10, "common_times": 30, "rare_times": 3}, CODED_LETTERS, "num_words"),
 }
-# Keys among filler, where more of them than those asked for make the task what it is.
+# Keys among filler: kinds that need more of them than those asked for.
 FEWEST_NEEDLES = {"multikey_words": 4, "multikey_uuids": 4, "variables": 2}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a document and its questions.
+    """Settings of a document and its questions; ValueError for one that is out of range or of no use to the kind.
 
     Parameters
     ----------
     kind : str
-        ``single``: a thing and its number. ``multikey_words``, ``multikey_uuids``: one among many such.
-        ``multivalue``: a thing with several numbers, all of them wanted. ``multiquery``: several things asked for at
-        once. ``variables``: which variables hold a value, over chains of assignments. ``frequent_words``: the most
-        frequent words of a list in which frequency falls with rank. ``common_words``: the words that come up often
-        among words that come up seldom.
+        ``single``: a thing and its number. ``multikey_words``, ``multikey_uuids``: one of many such.
+        ``multivalue``: a thing with several numbers, all asked for. ``multiquery``: several things asked for at once.
+        ``variables``: which variables hold a value, over chains of assignments. ``frequent_words``: the most frequent
+        words of a list in which frequency falls with rank. ``common_words``: the words that occur often in a list
+        whose other words are rare.
     split : str
-        ``train`` or ``eval``: no word, no sentence and no choice is shared between the two.
+        ``train`` or ``eval``: the two share no word, no sentence and no random choice.
     phrasing : str
-        ``plain``: always in the same words. ``varied``: in words, spellings and separators that are drawn for each
-        document, for training; with split ``train`` only.
+        ``plain``: always the same phrases. ``varied``: phrases, spellings and separators drawn for each document, for
+        training; only with split ``train``.
     num_questions : int
-        Questions about one document, each about other keys, or about another list.
+        Questions about one document, each about other keys or another list.
     filler : str
-        What stands between the needles: ``prose``, ``noise`` (the same few sentences over and over) or ``needles``
-        (as many further ones as fit, and no filler). Default: needles for the multikey kinds, prose for the others.
+        What stands between needles: ``prose``, ``noise`` (the same few sentences over and over) or ``needles`` (no
+        filler, as many further needles as fit). Default: needles for the multikey kinds, prose for the others.
     num_needles : int
-        Keys in the document, if there is filler. Default: those asked for, at least 4 for the multikey kinds.
+        Keys in a document with filler. Default: those asked for, at least 4 for the multikey kinds.
     num_values : int
         ``multivalue``: numbers of each key. Default 4.
     num_keys : int
         ``multiquery``: keys that one question asks for. Default 4.
     num_chains : int
-        ``variables``: chains in the document, if there is filler. Default: those asked for, at least 2.
+        ``variables``: chains in a document with filler. Default: those asked for, at least 2.
     num_hops : int
         ``variables``: assignments of one variable to another in a chain. Default 4, so five variables hold a value.
     num_words : int
-        ``frequent_words``, ``common_words``: words that are wanted. Default 3 and 10.
+        ``frequent_words``, ``common_words``: words asked for. Default 3 and 10.
     exponent : float
         ``frequent_words``: a word's frequency is proportional to rank ** -exponent. Default 2.
     common_times, rare_times : int
-        ``common_words``: how often the wanted words come up, and at most the others. Default 30 and 3.
-
-    Raises
-    ------
-    ValueError
-        For a value out of its range or of no use to the kind, naming the field and what is allowed.
+        ``common_words``: how often the wanted words occur, and the others at most. Default 30 and 3.
     """
 
     kind: str = "single"
@@ -128,37 +127,31 @@ class Recipe:
         check_choice("task.phrasing", self.phrasing, PHRASINGS)
         if self.phrasing == "varied" and self.split != "train":
             raise ValueError(
-                f"task.phrasing=varied is for task.split=train, not {self.split!r}: evaluation says the same in every "
-                "document; leave it out."
+                f"task.phrasing=varied is for task.split=train, not {self.split!r}: evaluation uses the same phrases "
+                "in every document; leave it out."
             )
-        check_integer("task.num_questions", self.num_questions, 1)
-        self._check_filler()
-        for name, smallest in SMALLEST.items():
-            self._check_used(name)
-            if getattr(self, name) is not None:
-                check_integer(f"task.{name}", getattr(self, name), smallest)
-        self._check_used("exponent")
+        check_integers(self, num_questions=1)
+        fillers = KINDS[self.kind].fillers
+        if self.filler is not None and not fillers:
+            raise ValueError(f"task.filler={self.filler!r}: task.kind={self.kind} has no filler; leave it out.")
+        if self.filler is not None:
+            check_choice("task.filler", self.filler, fillers)
+        self._check_used(*SMALLEST, "exponent")
+        check_integers(self, **SMALLEST)
         exponent = self.exponent
-        if exponent is not None and not (_is_number(exponent) and 1 < exponent <= MAX_EXPONENT):
+        if exponent is not None and not (is_number(exponent) and 1 < exponent <= MAX_EXPONENT):
             raise ValueError(f"task.exponent={exponent!r} must be a number above 1, at most {MAX_EXPONENT}.")
         self._check_together()
 
-    def _check_filler(self) -> None:
-        if self.filler is None:
-            return
-        fillers = KINDS[self.kind].fillers
-        if not fillers:
-            raise ValueError(f"task.filler={self.filler!r}: task.kind={self.kind} has no filler; leave it out.")
-        check_choice("task.filler", self.filler, fillers)
-
-    def _check_used(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and name not in KINDS[self.kind].numbers:
-            kinds = ", ".join(kind for kind, has in KINDS.items() if name in has.numbers)
-            raise ValueError(
-                f"task.{name}={value!r} is of no use to task.kind={self.kind}; leave it out, or set task.kind to one "
-                f"of {kinds}."
-            )
+    def _check_used(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and name not in KINDS[self.kind].numbers:
+                kinds = ", ".join(kind for kind, has in KINDS.items() if name in has.numbers)
+                raise ValueError(
+                    f"task.{name}={value!r} is of no use to task.kind={self.kind}; leave it out, or set task.kind to "
+                    f"one of {kinds}."
+                )
 
     def _check_together(self) -> None:
         for name in ("num_needles", "num_chains"):
@@ -180,23 +173,34 @@ class Recipe:
         if self.kind == "common_words" and self.number("common_times") <= self.number("rare_times"):
             raise ValueError(
                 f"task.common_times={self.number('common_times')} must be above task.rare_times="
-                f"{self.number('rare_times')}, or nothing is common; raise it."
+                f"{self.number('rare_times')}, or no word is common; raise it."
             )
 
     @property
     def filler_used(self) -> str | None:
-        """What stands between the needles; None where there are none."""
+        """What stands between needles; None in documents without needles."""
         fillers = KINDS[self.kind].fillers
         return self.filler or (fillers[0] if fillers else None)
 
     @property
+    def num_answers(self) -> int:
+        """How many texts one question asks for."""
+        name = KINDS[self.kind].num_answers
+        return 1 if name is None else self.number(name) + (self.kind == "variables")
+
+    @property
     def num_asked(self) -> int:
         """How many keys or chains all questions ask for."""
-        return self.num_questions * (self.number("num_keys") if self.kind == "multiquery" else 1)
+        return self.num_questions * (self.num_answers if self.kind == "multiquery" else 1)
+
+    @property
+    def group_size(self) -> int:
+        """How many needles each key or chain has."""
+        return 1 if self.kind == "multiquery" else self.num_answers
 
     @property
     def num_groups(self) -> int:
-        """How many keys or chains there are, at least if there is no filler."""
+        """How many keys or chains a document has; without filler, the fewest."""
         given = self.num_chains if self.kind == "variables" else self.num_needles
         if given is not None:
             return given
@@ -205,25 +209,10 @@ class Recipe:
 
     @property
     def answer_tokens(self) -> int:
-        """How many tokens hold an answer in any tokenizer that has a token for every letter."""
-        numbers = {
-            "multivalue": "num_values",
-            "multiquery": "num_keys",
-            "frequent_words": "num_words",
-            "common_words": "num_words",
-        }
-        num_answers = self.number(numbers[self.kind]) if self.kind in numbers else 1
-        if self.kind == "variables":
-            num_answers = self.number("num_hops") + 1
-        return num_answers * (KINDS[self.kind].answer_letters + 2) + SPARE_TOKENS
+        """How many tokens hold an answer with any tokenizer that has a token for every letter."""
+        return self.num_answers * (KINDS[self.kind].answer_letters + 2) + SPARE_TOKENS
 
     def number(self, name: str) -> int:
-        """Return a number as it was given, or the kind's default."""
+        """Return a number as given, or the kind's default."""
         given = getattr(self, name)
-        value = KINDS[self.kind].numbers[name] if given is None else given
-        assert value is not None
-        return int(value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return int(KINDS[self.kind].numbers[name] if given is None else given)

@@ -1,4 +1,4 @@
-"""How much of what was wanted an answer holds."""
+"""How many of the wanted texts an answer contains."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 
 def score(prediction: str, answers: Sequence[str]) -> float:
-    """Return the share of the wanted texts that stand in the prediction, in [0, 1].
+    """Return the share of the answers that the prediction contains, in [0, 1].
 
-    Upper and lower case are the same. A text counts only as a whole word: 123 does not stand in 51234.
+    Case is ignored. Only whole words count: 51234 does not contain 123.
 
     Raises
     ------
     ValueError
-        If nothing is wanted.
+        If there are no answers, or an empty one.
     """
     wanted = {answer.casefold() for answer in answers}
     if not wanted or not all(wanted):
-        raise ValueError(f"answers={list(answers)!r} must hold at least one text, and none that is empty.")
+        raise ValueError(f"answers={list(answers)!r} must have at least one text, none of them empty.")
     given = prediction.casefold()
     return sum(bool(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", given)) for answer in wanted) / len(wanted)
