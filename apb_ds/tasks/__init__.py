@@ -1,4 +1,4 @@
-"""What is asked of a model: a task yields samples of document, query and ground truth. By name, from a registry."""
+"""Tasks: each yields samples of document, query and ground truth, and scores answers. Registered by name."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Settings that all tasks share whose answers are free text: how long they may be, and how tokens are drawn."""
+"""Settings of tasks whose answers are free text: their length, and how tokens are chosen."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from apb_ds.config import check_bool, check_integer
 from apb_ds.tasks.base import TaskConfig
+from apb_ds.tasks.checks import as_tuple, is_number
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
 
@@ -21,21 +21,16 @@ class AnsweringConfig(TaskConfig):
     max_new_tokens : int, tokens
         Length of an answer at most.
     do_sample : bool
-        Whether tokens are drawn; false takes the likeliest. Default: true if any of the four keys below is given.
+        Whether tokens are sampled; false takes the likeliest. Default: true if any of the four keys below is given.
     temperature, top_p, top_k, min_p : float, float, int, float
-        As in transformers, where ``top_k=0`` is off. What is left open comes from the model's own generation settings.
+        As in transformers, where ``top_k=0`` is off. The defaults are the model's own generation settings.
     repetition_penalty : float
-        Above 1, tokens that are there already become less likely.
+        Above 1, tokens that occurred before become less likely.
     stop : str or list of str
         Texts that end the answer; the model's end-of-sequence tokens always do.
     allow_special_tokens : bool
-        Whether control tokens that are written in documents and queries, such as ``<|im_end|>``, take effect. Default:
-        they are text, and only the chat template's own take effect.
-
-    Raises
-    ------
-    ValueError
-        For a value out of its range, naming the field and what is allowed.
+        Whether control tokens written in documents and queries, such as ``<|im_end|>``, take effect. Default: they are
+        text, and only the chat template's own take effect.
     """
 
     max_new_tokens: int = 128
@@ -51,7 +46,7 @@ class AnsweringConfig(TaskConfig):
     def __post_init__(self) -> None:
         check_integer("task.max_new_tokens", self.max_new_tokens, 1)
         self._check_sampling()
-        _check_above_zero("task.repetition_penalty", self.repetition_penalty, "1 is none")
+        _check_above_zero("task.repetition_penalty", self.repetition_penalty, "1 has no effect")
         self._check_stop()
         check_bool("task.allow_special_tokens", self.allow_special_tokens)
 
@@ -59,7 +54,7 @@ class AnsweringConfig(TaskConfig):
         _check_above_zero("task.temperature", self.temperature, "leave it out to take the likeliest tokens")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 <= value <= 1):
+            if value is not None and not (is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"task.{name}={value!r} must be a number in [0, 1].")
         if self.top_k is not None:
             check_integer("task.top_k", self.top_k, 0)
@@ -69,34 +64,29 @@ class AnsweringConfig(TaskConfig):
         given = [name for name in SAMPLING_KEYS if getattr(self, name) is not None]
         if given and not self.do_sample:
             raise ValueError(
-                f"task.do_sample=false takes the likeliest tokens, and task.{given[0]}={getattr(self, given[0])} draws "
-                "them; give one of the two."
+                f"task.do_sample=false takes the likeliest tokens, but task.{given[0]}={getattr(self, given[0])} asks "
+                "for sampling; give one of the two."
             )
 
     def _check_stop(self) -> None:
         if self.stop is None:
             return
-        stops = list(self.stop) if isinstance(self.stop, (list, tuple)) else [self.stop]
         # A number on the command line arrives as one.
-        stops = [str(text) if _is_number(text) else text for text in stops]
+        stops = [str(text) if is_number(text) else text for text in as_tuple(self.stop)]
         if not stops or not all(isinstance(text, str) and text for text in stops):
             raise ValueError(f"task.stop={self.stop!r} must be a text or a list of texts, none of them empty.")
         object.__setattr__(self, "stop", stops)
 
     def generate_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `engine.generate` besides the length."""
+        """Return the arguments of `engine.generate` other than the length."""
         values = {name: getattr(self, name) for name in SAMPLING_KEYS}
-        draws = any(value is not None for value in values.values()) if self.do_sample is None else self.do_sample
-        arguments = {"do_sample": draws, **values, "repetition_penalty": self.repetition_penalty}
+        samples = any(value is not None for value in values.values()) if self.do_sample is None else self.do_sample
+        arguments = {"do_sample": samples, **values, "repetition_penalty": self.repetition_penalty}
         if self.stop is not None:
             arguments["stop_strings"] = list(self.stop)
         return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_above_zero(field: str, value: float | None, hint: str) -> None:
-    if value is not None and not (_is_number(value) and value > 0):
+    if value is not None and not (is_number(value) and value > 0):
         raise ValueError(f"{field}={value!r} must be a number above 0; {hint}.")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from apb_ds.config import check_choice
+from apb_ds.config import check_choice, from_mapping
+from apb_ds.tasks.control import mask
+from apb_ds.tasks.prompts import EncodedDocument, encode_after, encode_embedded, encode_query, has_template
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,14 @@ class Sample:
     document_ids : (1, n), int64, global: the same on every rank
     query_ids : (1, q), int64, global
     query_position : document tokens before the user's text, where the anchor embeds the query
-    max_new_tokens : how many tokens to generate at most
-    ground_truth : the answer, or None if there is none to compare with
-    generate : further arguments of `engine.generate`, such as temperature or stop_strings; greedy if there are none
-    random_ids : whether the ids are random, for want of a tokenizer
-    answers : all that is wanted of an answer, where that is more than one string or not `ground_truth` word for word
-    labels : what scores are grouped by, such as the kind of question and the depth of a needle
-    notes : what is written beside the answer, such as where the sample comes from
-    embedded_ids : (1, e), int64, global: what the anchor embeds in place of the query; None for the query itself
+    max_new_tokens : tokens of an answer at most
+    ground_truth : the right answer, or None if nothing is known
+    generate : further arguments of `engine.generate`, such as temperature or stop_strings; greedy if empty
+    random_ids : whether the ids are random because the model has no tokenizer
+    answers : the texts that a right answer contains, if they are several or differ from `ground_truth`
+    labels : what scores are grouped by, such as the kind of question and a needle's depth
+    notes : what is recorded with the answer, such as the sample's source
+    embedded_ids : (1, e), int64, global: what the anchor embeds instead of the query; None for the query itself
     """
 
     document_ids: Tensor
@@ -48,20 +50,35 @@ class Sample:
         """What a prefill is given as its query."""
         return self.query_ids if self.embedded_ids is None else self.embedded_ids
 
+    @property
+    def num_document(self) -> int:
+        """The document's tokens."""
+        return self.document_ids.shape[1]
+
+    @property
+    def num_query(self) -> int:
+        """The query's tokens."""
+        return self.query_ids.shape[1]
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens of document, query and the longest answer."""
+        return self.num_document + self.num_query + self.max_new_tokens
+
 
 class TaskConfig:
-    """Settings of a task: the base of frozen dataclasses that are validated when they are made.
+    """Settings of a task: the base class of frozen dataclasses, which raise ValueError for a value out of its range.
 
-    Samples are made on the first rank alone, which sends their ids to the others.
+    Only the first rank makes samples; it sends their ids to the others.
     """
 
     name: ClassVar[str]
 
     def check_sources(self) -> None:
-        """Raise ValueError if something that the settings point to is not there. On the first rank, before loading."""
+        """Raise ValueError if a file that the settings name is missing. Called on the first rank, before loading."""
 
     def fitted(self, max_positions: int | None) -> TaskConfig:
-        """Return the settings for a model of so many positions (None: no limit), for tasks that fit samples to it."""
+        """Return the settings for a model with `max_positions` (None: unlimited), for tasks that fit samples to it."""
         return self
 
     def samples(self, tokenizer: Any | None, vocab_size: int, seed: int) -> Iterator[Sample]:
@@ -69,7 +86,7 @@ class TaskConfig:
         raise NotImplementedError
 
     def score(self, sample: Sample, prediction: str) -> float | None:
-        """Return how right the prediction is, from 0 to 1; None where there is nothing to compare it with."""
+        """Return how right the prediction is, from 0 to 1; None if there is nothing to compare it with."""
         if sample.ground_truth is None:
             return None
         return float(sample.ground_truth in prediction)
@@ -80,18 +97,18 @@ Config = TypeVar("Config", bound=type[TaskConfig])
 
 
 def register_task(config: Config) -> Config:
-    """Class decorator: make a `TaskConfig` known by its `name`."""
+    """Class decorator: register a `TaskConfig` under its `name`."""
     _TASKS[config.name] = config
     return config
 
 
 def task_names() -> list[str]:
-    """Return the names of all known tasks."""
+    """Return the names of all registered tasks."""
     return sorted(_TASKS)
 
 
 def build_task_config(values: dict[str, Any]) -> TaskConfig:
-    """Build the config of the task that ``values["name"]`` names; null is the default.
+    """Build the config of the task that ``values["name"]`` names; null leaves a key at its default.
 
     Raises
     ------
@@ -101,11 +118,45 @@ def build_task_config(values: dict[str, Any]) -> TaskConfig:
     values = dict(values)
     name = values.pop("name", None)
     check_choice("task.name", name, task_names())
-    config = _TASKS[str(name)]
-    names = [item.name for item in fields(config)]  # type: ignore[arg-type] # the base is no dataclass
-    for key in values:
-        check_choice("task key", key, names)
-    return config(**{key: value for key, value in values.items() if value is not None})
+    return from_mapping(_TASKS[str(name)], values, "task")
+
+
+def needs_tokenizer(tokenizer: Any | None, task: str) -> Any:
+    """Return the tokenizer; ValueError if the model has none, such as one with random weights."""
+    if tokenizer is None:
+        raise ValueError(f"task={task} needs a tokenizer, and this model has none; set model.tokenizer.")
+    return tokenizer
+
+
+def text_sample(
+    tokenizer: Any,
+    document: EncodedDocument,
+    query: str,
+    answer_prefix: str = "",
+    *,
+    untemplated: str | None = None,
+    **fields: Any,
+) -> Sample:
+    """Return a sample that asks `query` about a document.
+
+    Parameters
+    ----------
+    answer_prefix : how the answer begins
+    untemplated : the exact text after the document, for a model without a chat template. Default: the query on a line
+        between blank ones, then the prefix.
+    fields : the sample's other fields
+    """
+    if untemplated is None or has_template(tokenizer):
+        query_ids = encode_query(tokenizer, document, query, answer_prefix)
+    else:
+        query_ids = encode_after(tokenizer, document.end, mask(tokenizer, untemplated))
+    return Sample(
+        document_ids=document.tensor,
+        query_ids=torch.tensor([query_ids]),
+        embedded_ids=torch.tensor([encode_embedded(tokenizer, document, query)]),
+        query_position=document.query_position,
+        **fields,
+    )
 
 
 def random_sample(num_tokens: int, query_tokens: int, vocab_size: int, seed: int, max_new_tokens: int) -> Sample:

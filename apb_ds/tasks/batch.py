@@ -9,6 +9,8 @@ from typing import ClassVar
 from apb_ds.config import check_bool
 from apb_ds.tasks.answering import AnsweringConfig
 from apb_ds.tasks.base import register_task
+from apb_ds.tasks.checks import check_optional_text
+from apb_ds.tasks.jsonl import file_problem
 from apb_ds.tasks.text import expand_path
 
 ANSWERS_SUFFIX = ".answers.jsonl"
@@ -23,21 +25,16 @@ class BatchConfig(AnsweringConfig):
     ----------
     input : str
         The file: one object a line with ``id``, ``document`` or ``document_file`` (relative to the file), ``query``
-        and, if it wants, ``max_new_tokens``.
+        and optionally ``max_new_tokens``.
     output : str, optional
-        Where the answers go. Default: ``<input>.answers.jsonl`` beside the input; in a sweep, ``answers.jsonl`` in
-        the job's directory. What is answered there already is not answered again.
+        Where the answers go. Default: ``<input>.answers.jsonl`` next to the input; in a sweep, ``answers.jsonl`` in
+        the job's directory. Lines answered there before are not answered again.
     reuse_prefill : bool
         Whether consecutive lines with the same document share one prefill, whose anchor then embeds no query. False:
-        every line has its own, with its query in the anchor.
+        every line gets a prefill, with its query in the anchor.
     overwrite : bool
-        Start anew where the output is there already; it is kept as ``<output>.bak``.
-    max_new_tokens and so on : for each answer, see `AnsweringConfig`; a line's own number of tokens comes first
-
-    Raises
-    ------
-    ValueError
-        For a value out of its range, naming the field and what is allowed.
+        Answer all lines again if the output exists; the old file is kept as ``<output>.bak``.
+    max_new_tokens and so on : for each answer, see `AnsweringConfig`; a line's ``max_new_tokens`` takes precedence
     """
 
     name: ClassVar[str] = "batch"
@@ -53,8 +50,7 @@ class BatchConfig(AnsweringConfig):
                 f"task.input={self.input!r} is missing: give a JSONL file with id, document or document_file, and "
                 "query on each line."
             )
-        if self.output is not None and (not isinstance(self.output, str) or not self.output):
-            raise ValueError(f"task.output={self.output!r} must be the name of a file.")
+        check_optional_text("task.output", self.output, "the name of a file")
         check_bool("task.reuse_prefill", self.reuse_prefill)
         check_bool("task.overwrite", self.overwrite)
         if self.output is not None and self.output_path(None).resolve() == self.input_path.resolve():
@@ -65,7 +61,7 @@ class BatchConfig(AnsweringConfig):
         return expand_path("task.input", self.input)
 
     def output_path(self, run_dir: Path | None) -> Path:
-        """Return where the answers go; without a name of its own into `run_dir`, or beside the input."""
+        """Return where the answers go: to `output`, else into `run_dir`, else next to the input."""
         if self.output is not None:
             return expand_path("task.output", self.output)
         if run_dir is not None:
@@ -73,11 +69,6 @@ class BatchConfig(AnsweringConfig):
         return self.input_path.with_name(self.input_path.name.removesuffix(".jsonl") + ANSWERS_SUFFIX)
 
     def check_sources(self) -> None:
-        path = self.input_path
-        try:
-            if path.is_file():
-                return
-            kind = "is a directory" if path.is_dir() else "is no file" if path.exists() else "is not there"
-        except OSError as error:
-            kind = f"cannot be read ({error.strerror})"
-        raise ValueError(f"task.input={self.input!r}: {path.absolute()} {kind}; name a JSONL file.")
+        problem = file_problem(self.input_path)
+        if problem:
+            raise ValueError(f"task.input={self.input!r}: {self.input_path.absolute()} {problem}; name a JSONL file.")

@@ -23,15 +23,10 @@ class ChatConfig(AnsweringConfig):
     query : str, optional
         The first question, text or ``@FILE``; the anchor embeds it. Without one the anchor is the document's start.
     stream : bool
-        Whether answers are printed as they come. Default true.
+        Whether answers are printed as they are generated. Default true.
     turn_tokens : int, tokens
-        Positions kept for all turns together, where the model's rotary frequencies depend on the length.
+        Positions reserved for all turns together, for models whose rotary frequencies depend on the length.
     max_new_tokens and so on : for each answer, see `AnsweringConfig`
-
-    Raises
-    ------
-    ValueError
-        For a value out of its range, naming the field and what is allowed.
     """
 
     name: ClassVar[str] = "chat"
@@ -42,14 +37,13 @@ class ChatConfig(AnsweringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "document", check_text("task.document", self.document))
-        if self.query is not None:
-            object.__setattr__(self, "query", check_text("task.query", self.query))
-        check_bool("task.stream", self.stream)
-        check_integer("task.turn_tokens", self.turn_tokens, 1)
         for field in ("document", "query"):
+            if field == "document" or self.query is not None:
+                object.__setattr__(self, field, check_text(f"task.{field}", getattr(self, field)))
             if getattr(self, field) == STANDARD_INPUT:
                 raise ValueError(f"task.{field}=-: the questions come from standard input; give a text or @FILE.")
+        check_bool("task.stream", self.stream)
+        check_integer("task.turn_tokens", self.turn_tokens, 1)
 
     def check_sources(self) -> None:
         check_text_source("task.document", self.document)

@@ -1,9 +1,8 @@
-"""Control tokens that somebody writes into a text stay text: only the chat template's own take effect.
+"""Control tokens written in a text stay text: only the chat template's own take effect.
 
-A document may contain ``<|im_end|>`` or ``</s>``, by chance or by intent. Tokenizers recognise these wherever they
-stand, so what a user's text has of them is put behind a mask before the template is rendered (`mask`), and encoded from
-there as the characters that it is (`encode_masked`). Masks have random names, so that no text can contain one. Texts
-without such tokens are encoded as ever.
+A document may contain ``<|im_end|>`` or ``</s>``, by chance or by intent, and tokenizers recognise these anywhere. So
+they are masked before the template is rendered (`mask`), and encoded from there as plain characters (`encode_masked`).
+Masks have random names that no text can contain. Texts without such tokens are encoded as usual.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-# Masks of user's texts and of the template's own tokens: nothing of it is white space, which templates trim.
+# Masks of control tokens in users' texts (u) and names for the template's own (t). They contain no white space, which
+# templates trim.
 _NAME = secrets.token_hex(8)
 _OPEN, _CLOSE = f"\u2402{_NAME}-", "\u2403"
+_MASKED = re.compile(f"{_OPEN}u(\\d+){_CLOSE}")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ControlTokens:
 
     Attributes
     ----------
-    ids : by what they look like in a text
+    ids : by how they are written in a text
     pattern : finds them, longer ones first
     """
 
@@ -39,6 +40,11 @@ class ControlTokens:
 
     def content_of(self, number: str) -> str:
         return list(self.ids)[int(number)]
+
+    def count(self, ids: list[int]) -> int:
+        """Return how many of `ids` are control tokens."""
+        numbers = set(self.ids.values())
+        return sum(number in numbers for number in ids)
 
 
 def mask(tokenizer: Any, text: str) -> str:
@@ -54,31 +60,32 @@ def unmask(tokenizer: Any, text: str) -> str:
     control = control_tokens(tokenizer)
     if control is None or _OPEN not in text:
         return text
-    return re.sub(f"{_OPEN}u(\\d+){_CLOSE}", lambda found: control.content_of(found[1]), text)
+    return _MASKED.sub(lambda found: control.content_of(found[1]), text)
 
 
 def encode_masked(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a text; its control tokens are recognised, masked ones are not. None are added.
+    """Return the ids of a text, with its control tokens recognised and masked ones as text. No tokens are added.
 
     Raises
     ------
     ValueError
-        If the tokenizer makes a control token of plain characters, whatever is done.
+        If the tokenizer insists on making a control token of plain characters.
     """
     control = control_tokens(tokenizer)
-    if control is None or _OPEN not in text:
-        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        # A tokenizer that normalises may find more of them than the eye: full-width letters, say.
-        if control is None or _count(ids, control) <= len(control.pattern.findall(text)):
-            return ids
-    assert control is not None
-    ids = _encode_apart(tokenizer, control, text)
+    if control is None:
+        return _plain_ids(tokenizer, text)
     expected = len(control.pattern.findall(text))
-    if _count(ids, control) > expected:
+    if _OPEN not in text:
+        ids = _plain_ids(tokenizer, text)
+        # A tokenizer that normalises may find more than the pattern, such as full-width letters.
+        if control.count(ids) <= expected:
+            return ids
+    ids = _encode_apart(tokenizer, control, text)
+    if control.count(ids) > expected:
         content = next((name for name, number in control.ids.items() if number in ids and name not in text), "it")
         raise ValueError(
-            f"the text contains {content!r}, of which this tokenizer makes a control token even where it is text; "
-            "take it out, or set task.allow_special_tokens=true if it is meant."
+            f"the text contains {content!r}, which this tokenizer turns into a control token even as text; remove it, "
+            "or set task.allow_special_tokens=true if that is intended."
         )
     return ids
 
@@ -86,8 +93,8 @@ def encode_masked(tokenizer: Any, text: str) -> list[int]:
 def control_tokens(tokenizer: Any) -> ControlTokens | None:
     """Return the tokenizer's control tokens, None if it has none.
 
-    They are its special tokens, and those of its other added tokens that its chat template writes, such as
-    ``<tool_call>``; white space is never one.
+    They are its special tokens, and those other added tokens that its chat template writes, such as ``<tool_call>``;
+    white space never is one.
     """
     added = getattr(tokenizer, "added_tokens_decoder", None)
     if not added:
@@ -108,9 +115,8 @@ def _control_tokens(items: tuple[tuple[str, int], ...]) -> ControlTokens:
     return ControlTokens(ids, re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True)))))
 
 
-def _count(ids: list[int], control: ControlTokens) -> int:
-    numbers = set(control.ids.values())
-    return sum(number in numbers for number in ids)
+def _plain_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
 
 
 def _encode_apart(tokenizer: Any, control: ControlTokens, text: str) -> list[int]:
@@ -120,19 +126,18 @@ def _encode_apart(tokenizer: Any, control: ControlTokens, text: str) -> list[int
         return _encode_pieces(tokenizer, control, text)
     text = control.pattern.sub(lambda found: _own_name(control.number_of(found[0])), text)
     ids = renamed.encode(unmask(tokenizer, text), add_special_tokens=False).ids
-    own = {renamed.token_to_id(_own_name(place)): number for place, number in enumerate(control.ids.values())}
+    own = {renamed.token_to_id(_own_name(index)): number for index, number in enumerate(control.ids.values())}
     return [own.get(number, number) for number in ids]
 
 
 def _encode_pieces(tokenizer: Any, control: ControlTokens, text: str) -> list[int]:
-    """Do as `_encode_apart` for a tokenizer in Python: piece by piece."""
+    """Do the same as `_encode_apart` piece by piece, for a tokenizer in Python."""
     ids: list[int] = []
-    for place, piece in enumerate(re.split(f"{_OPEN}u(\\d+){_CLOSE}", text)):
-        is_masked = place % 2 == 1
-        options = {"split_special_tokens": True} if is_masked else {}
-        piece = control.content_of(piece) if is_masked else piece
-        if piece:
-            ids += tokenizer(piece, add_special_tokens=False, verbose=False, **options)["input_ids"]
+    for index, piece in enumerate(_MASKED.split(text)):
+        if index % 2:  # a masked token
+            ids += _plain_ids(tokenizer, control.content_of(piece), split_special_tokens=True)
+        elif piece:
+            ids += _plain_ids(tokenizer, piece)
     return ids
 
 
@@ -142,7 +147,7 @@ _RENAMED: weakref.WeakKeyDictionary[Any, tuple[ControlTokens, Any]] = weakref.We
 def _renamed_tokenizer(tokenizer: Any, control: ControlTokens) -> Any:
     """Return a copy of a fast tokenizer whose control tokens have names that no text contains; None for other kinds.
 
-    So the control tokens' own characters are nothing special to it, and where a text is cut is as it was.
+    To the copy the control tokens' characters are ordinary ones, and it splits text where the original does.
     """
     from tokenizers import Tokenizer
 

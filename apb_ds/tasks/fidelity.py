@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from apb_ds.config import check_integer
-from apb_ds.tasks.base import Sample, TaskConfig, random_sample, register_task
-from apb_ds.tasks.prompt import needs_tokenizer
+from apb_ds.tasks.base import Sample, TaskConfig, needs_tokenizer, random_sample, register_task
+from apb_ds.tasks.checks import as_tuple, check_integers
 from apb_ds.tasks.prompts import encode_text
 from apb_ds.tasks.text import FILE_MARK, expand_path, read_text
 
@@ -34,7 +33,7 @@ STANDARD_TEXTS = (
 class FidelityConfig(TaskConfig):
     """Texts whose first tokens are the document, and whose next ones are judged.
 
-    The judged tokens are never in the anchor: the document is prefilled without them.
+    The anchor never contains judged tokens: the document is prefilled without them.
 
     Parameters
     ----------
@@ -44,11 +43,6 @@ class FidelityConfig(TaskConfig):
         The document's length.
     judged_tokens : int, tokens
         How many tokens after it are judged.
-
-    Raises
-    ------
-    ValueError
-        For a value out of its range, naming the field and what is allowed.
     """
 
     name: ClassVar[str] = "fidelity"
@@ -57,28 +51,21 @@ class FidelityConfig(TaskConfig):
     judged_tokens: int = 256
 
     def __post_init__(self) -> None:
-        check_integer("task.num_tokens", self.num_tokens, 1)
-        check_integer("task.judged_tokens", self.judged_tokens, 1)
-        given = [self.texts] if isinstance(self.texts, str) else self.texts
-        if given is not None and (not given or not all(isinstance(text, str) and text for text in given)):
+        check_integers(self, num_tokens=1, judged_tokens=1)
+        texts = as_tuple(self.texts)
+        if self.texts is not None and (not texts or not all(isinstance(text, str) and text for text in texts)):
             raise ValueError(f"task.texts={self.texts!r} must be text files or folders of them.")
 
     def check_sources(self) -> None:
         self.files()
 
     def files(self) -> list[Path]:
-        """Return the files, those of a folder in the order of their names.
-
-        Raises
-        ------
-        ValueError
-            If one is not there, or a folder is empty.
-        """
+        """Return the files, those of a folder by name; ValueError if one does not exist, or a folder is empty."""
         if self.texts is None:
             library = Path(sysconfig.get_paths()["stdlib"])
             return [library / name for name in STANDARD_TEXTS]
         files = []
-        for text in [self.texts] if isinstance(self.texts, str) else self.texts:
+        for text in as_tuple(self.texts):
             path = expand_path("task.texts", text)
             inside = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
             if not inside or not inside[0].is_file():
@@ -87,13 +74,7 @@ class FidelityConfig(TaskConfig):
         return files
 
     def samples(self, tokenizer: Any | None, vocab_size: int, seed: int) -> Iterator[Sample]:
-        """Yield one sample a text; its query is the judged tokens.
-
-        Raises
-        ------
-        ValueError
-            If a text is too short.
-        """
+        """Yield one sample per text, whose query is the judged tokens; ValueError if a text is too short."""
         needed = self.num_tokens + self.judged_tokens
         if tokenizer is None and self.texts is None:
             yield random_sample(self.num_tokens, self.judged_tokens, vocab_size, seed, 1)

@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
 from apb_ds.config import check_bool
 from apb_ds.tasks.answering import AnsweringConfig
-from apb_ds.tasks.base import Sample, register_task
-from apb_ds.tasks.prompts import encode_document, encode_embedded, encode_query
+from apb_ds.tasks.base import Sample, needs_tokenizer, register_task, text_sample
+from apb_ds.tasks.prompts import encode_document
 from apb_ds.tasks.text import STANDARD_INPUT, check_text, check_text_source, read_text
 
 
@@ -23,15 +21,10 @@ class PromptConfig(AnsweringConfig):
     Parameters
     ----------
     document, query : str
-        The text, ``@FILE`` for a file's contents, or ``-`` for standard input (one of the two at most).
+        The text, ``@FILE`` for a file's contents, or ``-`` for standard input (at most one of the two).
     stream : bool
-        Whether the answer is printed as it comes.
+        Whether the answer is printed as it is generated.
     max_new_tokens and so on : see `AnsweringConfig`
-
-    Raises
-    ------
-    ValueError
-        For a value out of its range, naming the field and what is allowed.
     """
 
     name: ClassVar[str] = "prompt"
@@ -57,24 +50,5 @@ class PromptConfig(AnsweringConfig):
         query = read_text("task.query", self.query)
         text = read_text("task.document", self.document)
         document = encode_document(tokenizer, text, allow_special=self.allow_special_tokens)
-        yield Sample(
-            document_ids=torch.tensor([document.ids]),
-            query_ids=torch.tensor([encode_query(tokenizer, document, query)]),
-            embedded_ids=torch.tensor([encode_embedded(tokenizer, document, query)]),
-            query_position=document.query_position,
-            max_new_tokens=self.max_new_tokens,
-            generate=self.generate_arguments(),
-        )
-
-
-def needs_tokenizer(tokenizer: Any | None, task: str) -> Any:
-    """Return the tokenizer.
-
-    Raises
-    ------
-    ValueError
-        If there is none, as with random weights whose tokenizer is not at hand.
-    """
-    if tokenizer is None:
-        raise ValueError(f"task={task} needs a tokenizer, and none is at hand; set model.tokenizer to where it is.")
-    return tokenizer
+        arguments = self.generate_arguments()
+        yield text_sample(tokenizer, document, query, max_new_tokens=self.max_new_tokens, generate=arguments)

@@ -1,23 +1,27 @@
-"""Cutting a chat into document and query, where the model's own template puts the boundary.
+"""Cutting a chat into document and query, at the boundary that the model's own chat template sets.
 
-The document is the first user turn, rendered through the chat template without a generation prompt. The query is the
-rest of the conversation: a second user turn, and an assistant turn opened for the answer. So a document's ids do not
-depend on the query, and one prefill serves many. Templates that refuse two user turns in a row, or that end the first
-one differently when another follows, get both in one turn, cut between them; tokenizers without a template get the
+The document is the first user turn, rendered through the template without a generation prompt. The query is the rest of
+the conversation: a second user turn, and an assistant turn opened for the answer. So a document's ids do not depend on
+the query, and one prefill serves many. Templates that refuse two user turns in a row, or that end the first one
+differently when another follows, get both in one turn, cut between them; tokenizers without a template get the
 begin-of-sequence token and plain text.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from apb_ds.tasks.control import encode_masked, mask
 
-# A text that no template contains: it shows where the template puts what somebody says.
+# A text that no template contains: it marks where the template puts a message.
 MARK = "\u2402user-text\u2403"
 ONE_TURN_SEPARATOR = "\n\n"
-# Characters of a document that can change how the text after it is cut into tokens.
+# Characters at the end of a document that can change how the following text is tokenised.
 BOUNDARY_CONTEXT = 256
 # A text whose end no tokenizer joins with what follows.
 NEUTRAL = "a"
@@ -34,13 +38,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document as ids: what every query about it follows.
+    """A document as ids, ready for any query about it.
 
     Attributes
     ----------
     ids : tokens of the document, chat template included
     query_position : how many of them precede the user's text
-    end : the last characters, which decide how a text that follows is cut into tokens
+    end : the last characters, which decide how the following text is tokenised
     allow_special : whether control tokens written in it, and in queries about it, take effect
     """
 
@@ -49,51 +53,56 @@ class EncodedDocument:
     end: str
     allow_special: bool = False
 
+    @cached_property
+    def tensor(self) -> Tensor:
+        """The ids, (1, n), int64."""
+        return torch.tensor([self.ids])
+
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of `text` as it stands: no special tokens are added, those written in it take effect.
 
-    What somebody else has written goes through `mask` first, and is then only text.
+    Mask text from elsewhere first (`mask`), so that it is only text.
 
     Raises
     ------
     ValueError
-        If it is no Unicode text, as where an argument was not UTF-8.
+        If the text is not Unicode, as when a command-line argument was not UTF-8.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text is no Unicode text: half a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
+            f"the text is not Unicode: half a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
             f"{error.start} of {text[error.start : error.start + 40]!a}; give it as UTF-8."
         ) from error
     return encode_masked(tokenizer, text)
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a text that is no prompt; what looks like a control token in it is text."""
+    """Return the ids of a text that is not a prompt; what looks like a control token in it is text."""
     return encode(tokenizer, mask(tokenizer, text))
 
 
 def split_prompt(tokenizer: Any, document: str, query: str, answer_prefix: str = "") -> Prompt:
-    """Return document and query as ids; the answer is opened with `answer_prefix`."""
+    """Return document and query as ids; the answer begins with `answer_prefix`."""
     encoded = encode_document(tokenizer, document)
     return Prompt(encoded.ids, encode_query(tokenizer, encoded, query, answer_prefix), encoded.query_position)
 
 
 def encode_document(tokenizer: Any, document: str, *, allow_special: bool = False) -> EncodedDocument:
-    """Return the document as ids. It is tokenised once, however long it is.
+    """Return the document as ids, tokenised once.
 
     Parameters
     ----------
     allow_special : bool
-        Whether control tokens that are written in the document, and in queries about it, take effect. Otherwise they
-        are text, and only the template's own take effect.
+        Whether control tokens written in the document, and in queries about it, take effect. Otherwise they are text,
+        and only the template's own take effect.
 
     Raises
     ------
     ValueError
-        If there is nothing in it.
+        If the document is empty.
     """
     if not document.strip():
         raise ValueError("the document is empty; it needs some text.")
@@ -103,33 +112,25 @@ def encode_document(tokenizer: Any, document: str, *, allow_special: bool = Fals
         return EncodedDocument(bos + encode(tokenizer, document), len(bos), document[-BOUNDARY_CONTEXT:], allow_special)
     text = render_document(tokenizer, document)
     ids = encode(tokenizer, text)
-    # The header's last token may be another with the user's text behind it.
+    # The header's last token may differ when the user's text follows it.
     position = num_equal(encode(tokenizer, header(tokenizer)), ids)
     return EncodedDocument(ids, position, text[-BOUNDARY_CONTEXT:], allow_special)
 
 
 def encode_query(tokenizer: Any, document: EncodedDocument, query: str, answer_prefix: str = "") -> list[int]:
-    """Return the ids of a query about a document, up to where the answer begins; blanks around it are left out.
+    """Return the ids of a query about a document, up to where the answer begins; ValueError for an empty query.
 
-    Raises
-    ------
-    ValueError
-        If there is nothing in the query.
+    White space around the query is dropped.
     """
     query, answer_prefix = _as_text(tokenizer, query, answer_prefix, document.allow_special)
     return encode_after(tokenizer, document.end, render_query(tokenizer, query) + answer_prefix)
 
 
 def encode_embedded(tokenizer: Any, document: EncodedDocument, query: str) -> list[int]:
-    """Return the ids of a query as the anchor embeds it: its text alone, ahead of the document's in the user's turn.
+    """Return the ids of a query as the anchor embeds it: its text alone, before the document's in the user's turn.
 
-    What closes the turn and opens the answer is left out: a block that sees it before its own tokens takes these for a
-    part of the answer.
-
-    Raises
-    ------
-    ValueError
-        If there is nothing in the query.
+    What closes the turn and opens the answer is left out: a block that sees it before its own tokens takes these for
+    part of the answer. ValueError for an empty query.
     """
     query, _ = _as_text(tokenizer, query, "", document.allow_special)
     before = header(tokenizer) if has_template(tokenizer) else NEUTRAL
@@ -139,19 +140,14 @@ def encode_embedded(tokenizer: Any, document: EncodedDocument, query: str) -> li
 def encode_next_turn(
     tokenizer: Any, query: str, last_id: int, answer_prefix: str = "", *, allow_special: bool = False
 ) -> list[int]:
-    """Return the ids of a further query in a conversation, from the end of the answer before it.
+    """Return the ids of a further query in a conversation, from the end of the previous answer; ValueError if empty.
 
     Parameters
     ----------
     last_id : the last token of that answer. The template closes an answer with an end token, which the model has
-        generated itself if it was not cut short.
-    answer_prefix : what the answer is opened with
+        generated itself unless the answer was cut short.
+    answer_prefix : how the answer begins
     allow_special : as in `encode_document`
-
-    Raises
-    ------
-    ValueError
-        If there is nothing in the query.
     """
     query, answer_prefix = _as_text(tokenizer, query, answer_prefix, allow_special)
     ids = encode_after(tokenizer, NEUTRAL, _render_next_turn(tokenizer, query) + answer_prefix)
@@ -164,7 +160,7 @@ def encode_next_turn(
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Return whether the tokenizer knows how its model chats."""
+    """Return whether the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
@@ -182,7 +178,7 @@ def render_document(tokenizer: Any, document: str) -> str:
 
 
 def render_query(tokenizer: Any, query: str) -> str:
-    """Return the query's part of the conversation as text, the assistant's turn opened."""
+    """Return the query's part of the conversation as text, with the assistant's turn opened."""
     if not has_template(tokenizer):
         return f"{ONE_TURN_SEPARATOR}{query}\n"
     second = _second_turn(tokenizer, query)
@@ -193,11 +189,10 @@ def render_query(tokenizer: Any, query: str) -> str:
 
 
 def encode_after(tokenizer: Any, before: str, text: str) -> list[int]:
-    """Return the ids of `text` as they follow `before`, if the boundary is one between tokens.
+    """Return the ids of `text` as they follow `before`, if a token ends at the boundary.
 
-    Control tokens written in `text` take effect, as in `encode`.
-
-    A SentencePiece tokenizer puts a space in front of a text that is encoded alone, so that is the last resort.
+    Control tokens written in `text` take effect, as in `encode`. Encoding the text alone is the last resort: a
+    SentencePiece tokenizer puts a space in front of it.
     """
     for context in (before, NEUTRAL):
         start = encode(tokenizer, context)
@@ -207,8 +202,14 @@ def encode_after(tokenizer: Any, before: str, text: str) -> list[int]:
     return encode(tokenizer, text)
 
 
+def num_equal(first: list[int], second: list[int]) -> int:
+    """Return the length of the common prefix."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
 def _second_turn(tokenizer: Any, query: str) -> str | None:
-    """Return what a second user turn adds to the first, the answer opened; None where the template refuses it."""
+    """Return what a second user turn adds to the first, with the answer opened; None if the template refuses it."""
     first = _render(tokenizer, [_user(MARK)], generation=False)
     whole = _render_or_none(tokenizer, [_user(MARK), _user(query)])
     return whole[len(first) :] if whole is not None and whole.startswith(first) else None
@@ -229,17 +230,11 @@ def _user(text: str) -> dict[str, str]:
 
 
 def _as_text(tokenizer: Any, query: str, answer_prefix: str, allow_special: bool) -> tuple[str, str]:
-    """Return both without blanks around the query, and without control tokens unless they are allowed."""
+    """Return both without white space around the query, and without control tokens unless they are allowed."""
     query = query.strip()
     if not query:
         raise ValueError("the query is empty; ask something.")
     return (query, answer_prefix) if allow_special else (mask(tokenizer, query), mask(tokenizer, answer_prefix))
-
-
-def num_equal(first: list[int], second: list[int]) -> int:
-    """Return how many ids both begin with."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], *, generation: bool) -> str:
@@ -251,7 +246,7 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], *, generation: bool)
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"the tokenizer's chat template refuses a conversation of {roles} ({error}); set model.tokenizer to one "
-            "whose template renders it."
+            "whose template accepts it."
         ) from error
 
 
@@ -270,7 +265,7 @@ def _mark_index(rendered: str, role: str = "user") -> int:
     index = rendered.find(MARK)
     if index < 0:
         raise ValueError(
-            f"the tokenizer's chat template leaves out what the {role} says; set model.tokenizer to one whose template "
+            f"the tokenizer's chat template omits what the {role} says; set model.tokenizer to one whose template "
             "renders every turn."
         )
     return index

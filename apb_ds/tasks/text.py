@@ -10,22 +10,20 @@ from typing import TextIO
 FILE_MARK = "@"
 STANDARD_INPUT = "-"
 SHOWN_CHARACTERS = 100
+ESCAPE_HINT = "(A text that begins with @ is written with @@.)"
 
 
 def check_text(field: str, value: object) -> str:
-    """Return the setting as a string: a number or truth value on the command line arrives as one.
+    """Return the setting as a string; ValueError if it is empty, or a list or mapping.
 
-    Raises
-    ------
-    ValueError
-        If nothing is given, or a list or mapping.
+    A number or truth value on the command line arrives as one.
     """
     if isinstance(value, bool):
         value = str(value).lower()
     if isinstance(value, (int, float)):
         value = str(value)
     if isinstance(value, (list, tuple, dict)):
-        raise ValueError(f"{field}={value!r} is no text; put it in quotes of its own, as in '{field}=\"a, b\"'.")
+        raise ValueError(f"{field}={value!r} is not a text; it must be quoted, as in '{field}=\"a, b\"'.")
     if not isinstance(value, str) or not value.strip():
         raise ValueError(
             f"{field}={value!r} is empty; give a text, @FILE for a file's contents, or - for standard input."
@@ -34,7 +32,7 @@ def check_text(field: str, value: object) -> str:
 
 
 def check_text_source(field: str, value: str) -> None:
-    """Raise ValueError if `value` names a file that is not there."""
+    """Raise ValueError if `value` names a file that does not exist."""
     if is_file(value):
         _existing_file(field, value)
 
@@ -56,7 +54,7 @@ def read_text(field: str, value: str) -> str:
     Raises
     ------
     ValueError
-        If the file is not there, cannot be read, is not UTF-8 or has no text in it.
+        If the file does not exist, cannot be read, is not UTF-8 or contains no text.
     """
     if value == STANDARD_INPUT:
         if sys.stdin is None:
@@ -74,7 +72,7 @@ def read_text(field: str, value: str) -> str:
     else:
         text = value.removeprefix(FILE_MARK)
     if not text.strip():
-        raise ValueError(f"{field}={value!r} is empty: there is no text in it.")
+        raise ValueError(f"{field}={value!r} is empty; give some text.")
     return text
 
 
@@ -85,17 +83,22 @@ def _read_once(stream: TextIO) -> bytes:
 
 
 def expand_path(field: str, value: str) -> Path:
-    """Return the path that `value` names, ``~`` and ``~user`` expanded.
-
-    Raises
-    ------
-    ValueError
-        If there is no such user.
-    """
+    """Return the path that `value` names, with ``~`` and ``~user`` expanded; ValueError for an unknown user."""
     try:
         return Path(value).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{field}={value!r}: there is no home directory for its ~; write the path out.") from error
+
+
+def find_folder(field: str, value: str) -> Path:
+    """Return the folder that `value` names; ValueError if it does not exist."""
+    folder = expand_path(field, value)
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:
+        raise ValueError(f"{field}={value!r}: cannot read {folder.absolute()} ({error.strerror}).") from error
+    raise ValueError(f"{field}={value!r}: there is no folder {folder.absolute()}.")
 
 
 def _existing_file(field: str, value: str) -> Path:
@@ -104,15 +107,12 @@ def _existing_file(field: str, value: str) -> Path:
         if path.is_dir():
             raise ValueError(f"{field}={value!r}: {path.absolute()} is a directory; name a text file.")
         found = path.exists()
-    except OSError as error:  # a name that is too long, a folder that may not be looked into
+    except OSError as error:  # a name that is too long, a folder without read permission
         raise ValueError(
-            f"{field}={_shown(value)}: cannot read {_shown(str(path.absolute()))} ({error.strerror}). (A text that "
-            "begins with @ is written with @@.)"
+            f"{field}={_shown(value)}: cannot read {_shown(str(path.absolute()))} ({error.strerror}). {ESCAPE_HINT}"
         ) from error
     if not found:
-        raise ValueError(
-            f"{field}={value!r}: there is no file {path.absolute()}. (A text that begins with @ is written with @@.)"
-        )
+        raise ValueError(f"{field}={value!r}: there is no file {path.absolute()}. {ESCAPE_HINT}")
     return path
 
 

@@ -88,18 +88,18 @@ def test_a_document_file_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 BROKEN: list[tuple[str, dict[str, Any] | str | bytes, str]] = [
-    ("json", '{"id": 1,', "no JSON: Expecting property name enclosed in double quotes, at column 10;"),
-    ("two objects", "{} {}", "no JSON: Extra data, at column 4;"),
-    ("nested", "[" * 100_000, "no JSON that can be read: nested too deep"),
-    ("array", "[1]", "an array and no object"),
-    ("string", '"text"', "a string and no object"),
-    ("null", "null", "null and no object"),
+    ("json", '{"id": 1,', "not JSON: Expecting property name enclosed in double quotes, at column 10;"),
+    ("two objects", "{} {}", "not JSON: Extra data, at column 4;"),
+    ("nested", "[" * 100_000, "nested too deep"),
+    ("array", "[1]", "an array, not an object"),
+    ("string", '"text"', "a string, not an object"),
+    ("null", "null", "null, not an object"),
     ("latin-1", b'{"id": "\xfc"}', "not UTF-8: byte 0xfc at column 9 (bytes)"),
     ("no id", {"document": "d", "query": "q"}, "no id; every line needs one"),
     ("null id", question() | {"id": None}, "no id; every line needs one"),
     ("float id", question() | {"id": 1.0}, "id is a number, but must be a string or an integer"),
     ("bool id", question() | {"id": True}, "id is true or false, but must be a string or an integer"),
-    ("id no text", question("\ud800"), "id is no Unicode text: half a surrogate pair (\\ud800) at character 0"),
+    ("id no text", question("\ud800"), "id is not Unicode text: half a surrogate pair (\\ud800) at character 0"),
     ("no query", {"id": 1, "document": "d"}, "no query; every line needs one"),
     ("query type", question() | {"query": ["q"]}, "query is an array, but must be a string"),
     ("document type", question() | {"document": {"text": "d"}}, "document is an object, but must be a string"),
@@ -111,7 +111,7 @@ BROKEN: list[tuple[str, dict[str, Any] | str | bytes, str]] = [
     ("tokens text", question(max_new_tokens="9"), "max_new_tokens='9' must be an integer of at least 1"),
     ("unknown", question(max_tokens=3), "the key 'max_tokens' is not known; use id, document, document_file, query"),
     ("nearest", {"id": 1, "document": "d", "qurey": "q"}, "Did you mean 'query'?"),
-    ("twice", '{"id": 1, "id": 2, "document": "d", "query": "q"}', "the key 'id' is there twice; give it once"),
+    ("twice", '{"id": 1, "id": 2, "document": "d", "query": "q"}', "the key 'id' is given twice"),
     ("same id", question("good"), "the id 'good' is on line 1 already"),
 ]
 
@@ -144,9 +144,9 @@ def test_file_that_is_none(tmp_path: Path) -> None:
     empty = write(tmp_path, "", "  ")
     os.mkfifo(tmp_path / "pipe")
     for path, message in [
-        (tmp_path / "missing.jsonl", "missing.jsonl is not there; name a JSONL file"),
+        (tmp_path / "missing.jsonl", "missing.jsonl does not exist; name a JSONL file"),
         (tmp_path, "is a directory; name a JSONL file"),
-        (tmp_path / "pipe", "pipe is no file; name a JSONL file"),
+        (tmp_path / "pipe", "pipe is not a file; name a JSONL file"),
         (tmp_path / ("long" * 200), "cannot be read (File name too long); name a JSONL file"),
         (empty, "questions.jsonl has no lines; give one JSON object a line"),
     ]:
@@ -160,18 +160,18 @@ def test_problem_of_one_line_stops_no_other(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"abc\xfc")
     (tmp_path / "empty.txt").write_bytes(b"")
     cases: list[tuple[dict[str, Any], str, bool]] = [  # line, problem, whether the document is known
-        (asked_of("missing", "none.txt"), "none.txt' is not there; name a text file", False),
+        (asked_of("missing", "none.txt"), "none.txt' does not exist; name a text file", False),
         (asked_of("folder", "folder"), "folder' is a directory; name a text file", False),
-        (asked_of("no name", "a\0b"), "is not there; name a text file", False),
+        (asked_of("no name", "a\0b"), "does not exist; name a text file", False),
         (asked_of("long", "text " * 200), "cannot be read (File name too long); name a text file", False),
         (asked_of("latin-1", "latin.txt"), "latin.txt' is not UTF-8: byte 0xfc at position 3", False),
         (asked_of("empty file", "empty.txt"), "empty.txt' is empty; give some text", True),
         (question("empty", ""), "document is empty; give some text", True),
         (question("blank", " \n\u3000"), "document is only white space; give some text", True),
-        (question("half", "ab\ud83d"), "document is no Unicode text: half a surrogate pair (\\ud83d) at", False),
+        (question("half", "ab\ud83d"), "document is not Unicode text: half a surrogate pair (\\ud83d) at", False),
         (question("no query", query=""), "query is empty; give some text", True),
         (question("blank query", query=" \n"), "query is only white space; give some text", True),
-        (question("half query", query="\ud83d"), "query is no Unicode text", True),
+        (question("half query", query="\ud83d"), "query is not Unicode text", True),
     ]
     lines = read_lines(write(tmp_path, question("first"), *(case[0] for case in cases), question("last")))
     assert [line.id for line in lines if line.problem is None] == ["first", "last"]
@@ -216,17 +216,17 @@ def test_changed_document_is_refused(tmp_path: Path) -> None:
             read_document(path, line)
         return str(caught.value)
 
-    assert "questions.jsonl, line 3: document_file" in complaint(missing) and "is not there" in complaint(missing)
+    assert "questions.jsonl, line 3: document_file" in complaint(missing) and "does not exist" in complaint(missing)
     for content in (b"Text", b"\xfcText."):
         file.write_bytes(content)
-        assert complaint(in_file) == f"{file}: the document has changed since the run began; run it again."
+        assert complaint(in_file) == f"{file}: the document has changed since the job began; run it again."
     file.unlink()
-    assert complaint(in_file) == f"{file}: the document cannot be read any more: No such file or directory."
+    assert complaint(in_file) == f"{file}: the document can no longer be read: No such file or directory."
     for line in (question(1, "Text!"), asked_of(1, "one.txt"), "no JSON", ""):
         write(tmp_path, line)
-        assert complaint(inline) == f"{path}, line 1: the document has changed since the run began; run it again."
+        assert complaint(inline) == f"{path}, line 1: the document has changed since the job began; run it again."
     path.unlink()
-    assert "line 1: the document cannot be read any more" in complaint(inline)
+    assert "line 1: the document can no longer be read" in complaint(inline)
 
 
 @pytest.mark.parametrize(

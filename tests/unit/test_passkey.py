@@ -87,7 +87,7 @@ def test_without_a_template_it_is_bos_and_text() -> None:
 
 
 def test_template_without_user_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="chat template leaves out"):
+    with pytest.raises(ValueError, match="chat template omits"):
         split_prompt(ByteTokenizer("hello"), "long text", "what?")
 
 

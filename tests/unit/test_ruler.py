@@ -103,7 +103,7 @@ def made_files(cache: Path) -> list[dict[str, Any]]:
     [
         ({"tasks": "niah_singel_1"}, ("task.tasks='niah_singel_1'", "Did you mean 'niah_single_1'?")),
         ({"tasks": ["ruler_vt", "ruler_cw"]}, ("task.tasks='ruler_cw'", "Did you mean 'ruler_cwe'?")),
-        ({"tasks": []}, ("task.tasks=[]", "one or more")),
+        ({"tasks": []}, ("task.tasks=[]", "at least one")),
         ({"tasks": ["ruler_vt", "ruler_vt"]}, ("task.tasks", "twice")),
         ({"length": 255}, ("task.length=255", "at least 256")),
         ({"length": [4096, "8K"]}, ("task.length='8K'",)),
@@ -137,7 +137,7 @@ def test_missing_file_is_named(tmp_path: Path, task: str, file: str) -> None:
     assert file in str(raised.value)
     with pytest.raises(ValueError, match="there is no folder") as raised:
         config_of(task, str(tmp_path / "none")).check_sources()
-    with pytest.raises(ValueError, match="which is not there") as raised:
+    with pytest.raises(ValueError, match="which does not exist") as raised:
         config_of(task, str(tmp_path)).check_sources()
     assert str(tmp_path / file) in str(raised.value)
     assert task in str(raised.value)
@@ -392,12 +392,12 @@ def test_scores_are_the_harness_own(task: str, answers: tuple[str, ...], predict
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("ruler_qa_squad", lambda text: text[:50], "is no JSON"),
-        ("ruler_qa_squad", lambda text: "[1]", "other contents than the original"),
-        ("ruler_qa_hotpot", lambda text: '{"data": 1}', "other contents than the original"),
+        ("ruler_qa_squad", lambda text: text[:50], "is not JSON"),
+        ("ruler_qa_squad", lambda text: "[1]", "differs from the original"),
+        ("ruler_qa_hotpot", lambda text: '{"data": 1}', "differs from the original"),
         ("ruler_qa_hotpot", lambda text: json.dumps(json.loads(text)[:1]), "more than the 1 questions"),
         ("niah_single_2", lambda text: text[:500], "too few for task.length=1536"),
-        ("niah_single_2", lambda text: " \n", "there is no word"),
+        ("niah_single_2", lambda text: " \n", "there are no words"),
     ],
 )
 @needs_harness

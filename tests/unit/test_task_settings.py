@@ -54,7 +54,7 @@ def test_arguments_of_generate(values: dict[str, Any], arguments: dict[str, Any]
         ("top_p", [-0.1, 1.1, "0.5", True, float("nan")], r"a number in \[0, 1\]"),
         ("min_p", [-0.1, 2, "x", False], r"a number in \[0, 1\]"),
         ("top_k", [-1, 2.0, "5", True], "an integer of at least 0"),
-        ("repetition_penalty", [0, -1, "x", True, float("nan")], "a number above 0; 1 is none"),
+        ("repetition_penalty", [0, -1, "x", True, float("nan")], "a number above 0; 1 has no effect"),
         ("stop", ["", [], ["a", ""], [None], True, [["a"]], {"a": "b"}], "a text or a list of texts, none of them"),
     ],
 )
@@ -66,7 +66,7 @@ def test_value_out_of_range(field: str, values: list[object], allowed: str) -> N
 
 @pytest.mark.parametrize("key", ["temperature", "top_p", "top_k", "min_p"])
 def test_greedy_conflicts_with_what_draws(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"task.do_sample=false takes the likeliest tokens, and task.{key}=1 draws"):
+    with pytest.raises(ValueError, match=rf"task.do_sample=false takes the likeliest tokens, but task.{key}=1"):
         AnsweringConfig(do_sample=False, **{key: 1})
 
 
@@ -88,7 +88,7 @@ def test_every_task_answers_with_the_same_keys() -> None:
         ({"name": "prompt", "document": None, "query": "q"}, "task.document='' is empty"),
         ({"name": "prompt", "document": "d"}, "task.query='' is empty"),
         ({"name": "prompt", "document": "d", "query": " "}, "task.query=' ' is empty"),
-        ({"name": "prompt", "document": "d", "query": ["a", "b"]}, "task.query=.* is no text"),
+        ({"name": "prompt", "document": "d", "query": ["a", "b"]}, "task.query=.* is not a text"),
         ({"name": "prompt", "document": "-", "query": "-"}, "both -; only one can come from standard input"),
         ({"name": "prompt", "document": "d", "query": "q", "stream": 1}, "task.stream=1 must be true or false"),
         ({"name": "prompt", "document": "d", "querry": "q"}, "task key='querry' is not known.*'query'"),
@@ -214,9 +214,9 @@ def test_output_that_is_the_input(name: str, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing.jsonl", "is not there; name a JSONL file"),
+        ("missing.jsonl", "does not exist; name a JSONL file"),
         (".", "is a directory; name a JSONL file"),
-        ("pipe", "is no file; name a JSONL file"),
+        ("pipe", "is not a file; name a JSONL file"),
         ("x" * 300, r"cannot be read \(File name too long\); name a JSONL file"),
     ],
 )

@@ -74,7 +74,7 @@ def test_not_utf8(content: bytes, position: int, tmp_path: Path, monkeypatch: py
 def test_nothing_in_it(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "empty.txt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"task.document='@.*empty.txt' is empty: there is no text in it"):
+    with pytest.raises(ValueError, match=r"task.document='@.*empty.txt' is empty"):
         read_text(FIELD, f"@{path}")
     feed(monkeypatch, content)
     with pytest.raises(ValueError, match=r"task.document='-' is empty"):
@@ -149,5 +149,5 @@ def test_no_text_given(value: object) -> None:
 
 @pytest.mark.parametrize("value", [["a", "b"], [], {"a": 1}])
 def test_list_or_mapping_is_no_text(value: object) -> None:
-    with pytest.raises(ValueError, match=r"task.document=.* is no text; put it in quotes of its own"):
+    with pytest.raises(ValueError, match=r"task.document=.* is not a text; it must be quoted"):
         check_text(FIELD, value)

@@ -37,9 +37,9 @@ def test_the_first_question_is_asked_as_in_evaluation(template: str | None) -> N
     tokenizer = byte_tokenizer(template=template)
     config = SyntheticConfig(kind="single", num_questions=2, num_tokens=900, num_samples=1)
     first, second = config.samples(tokenizer, 300, seed=5)
-    from apb_ds.tasks.synthetic.task import _Encoder
+    from apb_ds.tasks.synthetic.task import DocumentEncoder
 
-    document = generate(config, "5.0", 900, _Encoder(tokenizer).length)
+    document = generate(config, "5.0", 900, DocumentEncoder(tokenizer).length)
     made = make_conversation(tokenizer, document, "single", 4000)
     assert made is not None
     asked = first.document_ids[0].tolist() + first.query_ids[0].tolist()

@@ -1,7 +1,7 @@
 """InfiniteBench (arXiv 2402.13718): its 12 tasks, read from the benchmark's own files.
 
-`names` lists the tasks and how long their answers are, `rows` reads and checks the files, `prompts` makes document and
-query of a row and cuts what is too long, `scoring` scores answers, and `config` holds the settings.
+`names` lists the tasks and their answers' lengths, `rows` reads and checks the files, `prompts` makes a row's document
+and query and cuts what is too long, `scoring` scores answers, and `config` holds the settings.
 """
 
 from __future__ import annotations

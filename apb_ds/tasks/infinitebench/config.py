@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from apb_ds.config import check_choice, check_integer
-from apb_ds.tasks.base import Sample, TaskConfig, register_task
+from apb_ds.config import check_choice
+from apb_ds.tasks.base import Sample, TaskConfig, needs_tokenizer, register_task
+from apb_ds.tasks.checks import check_integers, check_optional_text, distinct
 from apb_ds.tasks.infinitebench.names import ANSWER_TOKENS, TASKS
 from apb_ds.tasks.infinitebench.prompts import make_sample
 from apb_ds.tasks.infinitebench.rows import find_file, read_rows
 from apb_ds.tasks.infinitebench.scoring import check_rouge, score
-from apb_ds.tasks.prompt import needs_tokenizer
 
 
 @register_task
@@ -24,21 +24,16 @@ class InfiniteBenchConfig(TaskConfig):
     Parameters
     ----------
     tasks : str or list of str
-        Their names. Default: all twelve.
+        Names of tasks. Default: all twelve.
     num_samples : int
-        Samples of each task: the first rows of its file, fewer if there are fewer.
+        Samples of each task: the first rows of its file, all if it has fewer.
     data_dir : str
-        Folder with ``<task>.jsonl`` of each task: ``id``, ``context``, ``input``, ``answer`` and ``options`` a line.
+        Folder with ``<task>.jsonl`` for each task: ``id``, ``context``, ``input``, ``answer`` and ``options`` a line.
     max_tokens : int, tokens, optional
-        What document, query and answer have to fit into, chat template included. A longer document loses its middle,
-        as in the benchmark, and the label ``truncated`` says so. Default: the model's positions.
+        What document, query and answer must fit into, chat template included. A longer document loses its middle, as
+        in the benchmark, and the label ``truncated`` says so. Default: the model's positions.
     max_new_tokens : int, tokens, optional
         Length of an answer at most. Default: the benchmark's, from 3 (math_find) to 30000 (math_calc).
-
-    Raises
-    ------
-    ValueError
-        For a value out of its range, naming the field and what is allowed.
     """
 
     name: ClassVar[str] = "infinitebench"
@@ -49,18 +44,11 @@ class InfiniteBenchConfig(TaskConfig):
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        tasks = tuple(self.tasks) if isinstance(self.tasks, (list, tuple)) else (self.tasks,)
-        if not tasks or any(tasks.count(task) > 1 for task in tasks):
-            raise ValueError(f"task.tasks={self.tasks!r} must name one or more, none of them twice.")
-        for task in tasks:
+        object.__setattr__(self, "tasks", distinct("task.tasks", self.tasks))
+        for task in self.tasks:
             check_choice("task.tasks", task, TASKS)
-        object.__setattr__(self, "tasks", tasks)
-        check_integer("task.num_samples", self.num_samples, 1)
-        for field in ("max_tokens", "max_new_tokens"):
-            if getattr(self, field) is not None:
-                check_integer(f"task.{field}", getattr(self, field), 1)
-        if self.data_dir is not None and (not isinstance(self.data_dir, str) or not self.data_dir):
-            raise ValueError(f"task.data_dir={self.data_dir!r} must be the name of a folder.")
+        check_integers(self, num_samples=1, max_tokens=1, max_new_tokens=1)
+        check_optional_text("task.data_dir", self.data_dir, "the name of a folder")
 
     def check_sources(self) -> None:
         for task in self.tasks:
@@ -78,10 +66,10 @@ class InfiniteBenchConfig(TaskConfig):
         Raises
         ------
         ValueError
-            Without a tokenizer; for a file that is missing; for a row that is none of its task's, naming the line; if
+            Without a tokenizer; for a missing file; for a row that does not fit its task, naming the line; if
             `max_tokens` leaves no room for a document.
         RuntimeError
-            If a package is missing that scores a task.
+            If a package that scores a task is missing.
         """
         tokenizer = needs_tokenizer(tokenizer, self.name)
         self.check_sources()

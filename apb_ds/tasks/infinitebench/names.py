@@ -1,4 +1,4 @@
-"""InfiniteBench's tasks by the names of their files, and how many tokens their answers have at most."""
+"""InfiniteBench's tasks, by the names of their files, and their answers' length in tokens at most."""
 
 from __future__ import annotations
 
@@ -17,11 +17,6 @@ ANSWER_TOKENS = {
     "math_calc": 30000,
 }
 TASKS = tuple(ANSWER_TOKENS)
-# Those with four options, of which one is right.
+# Tasks with four options, one of which is right.
 CHOICE_TASKS = ("longbook_choice_eng", "code_debug")
 LETTERS = "ABCD"
-
-
-def file_name(task: str) -> str:
-    """Return what the benchmark calls the file of a task."""
-    return f"{task}.jsonl"

@@ -1,46 +1,45 @@
 """InfiniteBench's prompts as document and query.
 
-The benchmark has a set of templates for each kind of model it was first run on (``src/prompt.py`` of its repository).
-These are those of the one open model among them, YaRN-Mistral, which later work with open models took over, APB's own
-included: the answers' lengths are made for them. Their wording is kept, since scores depend on it. A template is the
-instruction, the context, the question, and a cue that the answer follows ("The pass key is").
+The benchmark has templates for each model it was first run on (``src/prompt.py`` in its repository). These are the ones
+for the only open model among them, YaRN-Mistral, which later work with open models reuses, APB's own included; the
+answers' lengths are made for them. Their wording is unchanged, since scores depend on it. A template consists of
+instruction, context, question, and a cue that the answer follows ("The pass key is").
 
 Instruction and context are the document; question and cue are the query. A model without a chat template gets the
-benchmark's text to the letter. One with a template gets document and question as turns, with the cue at the beginning
-of its own; a task whose template has no question of its own (longdialogue_qa_eng, longbook_sum_eng, math_calc) asks
-one, in words that are not the benchmark's.
+benchmark's exact text. One with a template gets document and question as turns, and the cue at the beginning of its own
+turn; for tasks whose template has no question (longdialogue_qa_eng, longbook_sum_eng, math_calc) we ask one, which is
+not the benchmark's wording.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from apb_ds.tasks.base import Sample
-from apb_ds.tasks.control import mask
+from apb_ds.tasks.base import Sample, text_sample
 from apb_ds.tasks.infinitebench.names import LETTERS
 from apb_ds.tasks.infinitebench.rows import FUNCTION_CALL, WANTED_NUMBER, Row
-from apb_ds.tasks.prompts import encode_after, encode_document, encode_embedded, encode_query, has_template
+from apb_ds.tasks.prompts import encode_document
 
 OPTIONS = "\n".join(f"{letter}. {{{letter}}}" for letter in LETTERS)
-# Where a question ends in the cue itself.
+# Questions that end with the cue itself.
 CUES = {"kv_retrieval": re.compile(r"The value .+ is:\s*$"), "math_find": re.compile(r"The .+ of.*$", re.DOTALL)}
-# Document tokens that stay on either side of a cut, whatever the query's length: the template's own are among them.
+# Document tokens that remain on either side of a cut, however long the query: they include the template's.
 SMALLEST_PART = 16
 
 
 @dataclass(frozen=True)
 class Template:
-    """What is around a context.
+    """The text around a context.
 
     Attributes
     ----------
     lead : before the context
     question, gap, cue : after it and a blank line (`between`)
-    chat_question : what a chat asks where there is no question
+    chat_question : what a chat asks if there is no question
     """
 
     lead: str
@@ -59,7 +58,7 @@ class Prompt:
     ----------
     document : instruction and context
     query : what follows it for a model without a chat template
-    question, cue : what a chat asks, and what opens its answer
+    question, cue : what a chat asks, and how its answer begins
     """
 
     document: str
@@ -153,44 +152,42 @@ def make_prompt(task: str, row: Row) -> Prompt:
 
 
 def make_sample(tokenizer: Any, task: str, row: Row, max_new_tokens: int, max_tokens: int | None) -> Sample:
-    """Return the sample of a row; labels say whether it was truncated.
+    """Return the sample of a row; its label ``truncated`` says whether the document was cut.
 
     Parameters
     ----------
     max_new_tokens : int, tokens
     max_tokens : int, tokens, optional
-        What document, query and answer have to fit into: a longer document loses its middle. None: nothing is cut.
+        What document, query and answer must fit into: a longer document loses its middle. None: nothing is cut.
 
     Raises
     ------
     ValueError
-        If next to query and answer there is no room for a document.
+        If query and answer leave no room for a document.
     """
     prompt = make_prompt(task, row)
-    encoded = encode_document(tokenizer, prompt.document)
-    if has_template(tokenizer):
-        query_ids = encode_query(tokenizer, encoded, prompt.question, prompt.cue)
-    else:
-        query_ids = encode_after(tokenizer, encoded.end, mask(tokenizer, prompt.query))
-    num_tokens = len(encoded.ids) + len(query_ids) + max_new_tokens
-    document_ids = encoded.ids
-    if max_tokens is not None and num_tokens > max_tokens:
-        document_ids = _cut(task, encoded.ids, len(query_ids), max_new_tokens, max_tokens)
-    return Sample(
-        document_ids=torch.tensor([document_ids]),
-        query_ids=torch.tensor([query_ids]),
-        embedded_ids=torch.tensor([encode_embedded(tokenizer, encoded, prompt.question)]),
-        query_position=encoded.query_position,
+    document = encode_document(tokenizer, prompt.document)
+    num_tokens = len(document.ids)
+    sample = text_sample(
+        tokenizer,
+        document,
+        prompt.question,
+        prompt.cue,
+        untemplated=prompt.query,
         max_new_tokens=max_new_tokens,
         ground_truth=row.answers[0],
         answers=row.answers,
-        labels={"task": task, "truncated": len(document_ids) < len(encoded.ids)},
-        notes={"row_id": row.id, "whole_document_tokens": len(encoded.ids)},
+        labels={"task": task, "truncated": False},
+        notes={"row_id": row.id, "whole_document_tokens": num_tokens},
     )
+    if max_tokens is None or sample.num_positions <= max_tokens:
+        return sample
+    ids = torch.tensor([_cut(task, document.ids, sample.num_query, max_new_tokens, max_tokens)])
+    return replace(sample, document_ids=ids, labels={"task": task, "truncated": ids.shape[1] < num_tokens})
 
 
 def _found(task: str, question: str) -> dict[str, str]:
-    """Return what a template says that stands somewhere in the question."""
+    """Return the parts of the question that a template repeats."""
     if task == "code_run":
         call = FUNCTION_CALL.findall(question)[0]
         return {"call": call, "function": call.split("(")[0]}
@@ -200,9 +197,9 @@ def _found(task: str, question: str) -> dict[str, str]:
 
 
 def _cut(task: str, ids: list[int], num_query: int, max_new_tokens: int, max_tokens: int) -> list[int]:
-    """Return a document without its middle, so that as much of the prompt stays before the cut as behind it.
+    """Return a document without its middle, so that as much of the prompt remains before the cut as after it.
 
-    The benchmark cuts prompts there; what is behind the cut includes the query.
+    That is where the benchmark cuts prompts; what follows the cut includes the query.
     """
     half = (max_tokens - max_new_tokens) // 2
     if half < num_query + SMALLEST_PART:

@@ -1,4 +1,4 @@
-"""The rows of InfiniteBench's JSONL files: found, read one by one, and checked."""
+"""The rows of InfiniteBench's JSONL files, read one by one and checked."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apb_ds.tasks.infinitebench.names import CHOICE_TASKS, LETTERS, file_name
-from apb_ds.tasks.text import expand_path
+from apb_ds.tasks.infinitebench.names import CHOICE_TASKS, LETTERS
+from apb_ds.tasks.jsonl import numbered_lines, parse_object, shortened
+from apb_ds.tasks.text import find_folder
 
 # What prompts take from the question.
 FUNCTION_CALL = re.compile(r"func_[0-9]+\(-?[0-9]+\)")
@@ -20,9 +21,8 @@ PATTERNS = {
     "code_run": (FUNCTION_CALL, "a call such as func_12(3)"),
     "math_find": (WANTED_NUMBER, "which number is wanted, as in 'The largest number of the list is:'"),
 }
-# These ask the same of every row, whatever its input.
+# Tasks that ask the same about every row and ignore its input.
 WITHOUT_QUESTION = ("longdialogue_qa_eng", "longbook_sum_eng", "code_debug", "math_calc")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHOWN_CHARACTERS = 80
 
 
@@ -35,7 +35,8 @@ class Row:
     id : as it stands in the file
     context : the long text
     question : the row's ``input``
-    answers : what is right, numbers as JSON writes them. Choice tasks: the option and its letter. math_calc: all values
+    answers : the right answers, numbers as JSON writes them. Choice tasks: the option and its letter. math_calc: all
+        values
     options : the four options of choice tasks, else empty
     """
 
@@ -47,57 +48,48 @@ class Row:
 
 
 def find_file(task: str, data_dir: str | None) -> Path:
-    """Return the file of a task.
-
-    Raises
-    ------
-    ValueError
-        If it is not there, naming it.
-    """
+    """Return the file of a task; ValueError if it does not exist."""
+    name = f"{task}.jsonl"
     if data_dir is None:
         raise ValueError(
-            f"task.data_dir is missing: {task} needs a folder with InfiniteBench's {file_name(task)} (its dataset on "
-            "the Hugging Face hub has it: xinrongzhang2022/InfiniteBench)."
+            f"task.data_dir is missing: {task} needs a folder with InfiniteBench's {name} (from its dataset on the "
+            "Hugging Face hub, xinrongzhang2022/InfiniteBench)."
         )
-    folder = expand_path("task.data_dir", data_dir)
-    file = folder / file_name(task)
+    file = find_folder("task.data_dir", data_dir) / name
     try:
-        if not folder.is_dir():
-            raise ValueError(f"task.data_dir={data_dir!r}: there is no folder {folder.absolute()}.")
-        if not file.is_file():
-            raise ValueError(f"task.data_dir={data_dir!r}: {task} needs {file.absolute()}, which is not there.")
+        found = file.is_file()
     except OSError as error:
         raise ValueError(f"task.data_dir={data_dir!r}: cannot read {file.absolute()} ({error.strerror}).") from error
+    if not found:
+        raise ValueError(f"task.data_dir={data_dir!r}: {task} needs {file.absolute()}, which does not exist.")
     return file
 
 
 def read_rows(task: str, file: Path, num_rows: int) -> Iterator[Row]:
-    """Yield the first `num_rows` rows of a file, fewer if it has fewer; blank lines are skipped.
+    """Yield the first `num_rows` rows of a file, all if it has fewer; blank lines are skipped.
 
     Raises
     ------
     ValueError
-        If the file cannot be read, has no row, or for a row that is no such thing, naming its line.
+        If the file cannot be read, has no rows, or for a bad row, naming its line.
     """
     count = 0
-    for number, content in itertools.islice(_lines(file), num_rows):
-        try:
-            yield build_row(task, _parse(content))
-        except ValueError as error:
-            raise ValueError(f"task.data_dir: {file.absolute()}, line {number}: {error}") from error
-        count += 1
+    try:
+        for number, _, content in itertools.islice(numbered_lines(file), num_rows):
+            try:
+                row = build_row(task, parse_object(content))
+            except ValueError as error:
+                raise ValueError(f"task.data_dir: {file.absolute()}, line {number}: {error}") from error
+            yield row
+            count += 1
+    except OSError as error:
+        raise ValueError(f"task.data_dir: cannot read {file.absolute()} ({error.strerror}).") from error
     if not count:
         raise ValueError(f"task.data_dir: {file.absolute()} has no rows; get the original file.")
 
 
 def build_row(task: str, values: dict[str, Any]) -> Row:
-    """Return the checked row of a task.
-
-    Raises
-    ------
-    ValueError
-        If it lacks something, or has something else than the task's rows have.
-    """
+    """Return the checked row of a task; ValueError if something is missing or of another kind."""
     identity = values.get("id")
     if isinstance(identity, bool) or not isinstance(identity, (str, int)):
         raise ValueError(f"id={_shown(identity)} must be a text or an integer.")
@@ -114,42 +106,22 @@ def build_row(task: str, values: dict[str, Any]) -> Row:
     return Row(identity, context, question, answers, ())
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, content) of the lines that are not blank."""
-    try:
-        with file.open("rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                content = (raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw).strip()
-                if content:
-                    yield number, content
-    except OSError as error:
-        raise ValueError(f"task.data_dir: cannot read {file.absolute()} ({error.strerror}).") from error
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
-def _parse(content: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text (at byte {error.start}); get the original file.") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error.msg} at column {error.colno}); get the original file.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{_shown(values)} must be an object with id, context, input, answer and options.")
-    return values
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
+def _text(name: str, value: Any) -> str:
+    if not _is_text(value):
         raise ValueError(f"{name}={_shown(value)} must be a text that is not blank.")
     return value
 
 
 def _texts(answer: object) -> tuple[str, ...]:
-    """Return the right answers, of which each is enough."""
+    """Return the right answers, any of which is enough."""
     answers = answer if isinstance(answer, list) else [answer]
-    if not answers or not all(isinstance(text, str) and text.strip() for text in answers):
+    if not answers or not all(map(_is_text, answers)):
         raise ValueError(f"answer={_shown(answer)} must be a text or a list of texts, none of them blank.")
-    return tuple(str(text) for text in answers)
+    return tuple(answers)
 
 
 def _numbers(task: str, answer: object) -> tuple[str, ...]:
@@ -167,17 +139,13 @@ def _numbers(task: str, answer: object) -> tuple[str, ...]:
 
 
 def _options(options: object) -> tuple[str, ...]:
-    if (
-        not isinstance(options, list)
-        or len(options) != len(LETTERS)
-        or not all(isinstance(option, str) and option.strip() for option in options)
-    ):
+    if not isinstance(options, list) or len(options) != len(LETTERS) or not all(map(_is_text, options)):
         raise ValueError(f"options={_shown(options)} must be a list of {len(LETTERS)} texts, none of them blank.")
     return tuple(options)
 
 
 def _right_option(answer: object, options: tuple[str, ...]) -> tuple[str, str]:
-    """Return the right option and its letter; the files give the option, and some of them the letter as well."""
+    """Return the right option and its letter; some files give only the option, others both."""
     given = answer if isinstance(answer, list) else [answer]
     if len(given) == 2 and isinstance(given[0], str) and given[1] in tuple(LETTERS):
         return given[0], str(given[1])
@@ -188,5 +156,4 @@ def _right_option(answer: object, options: tuple[str, ...]) -> tuple[str, str]:
 
 def _shown(value: object) -> str:
     """Return a value short enough for a message: it may be a whole book."""
-    text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+    return shortened(json.dumps(value, ensure_ascii=True), SHOWN_CHARACTERS)

@@ -3,22 +3,22 @@
 ====================  =================================================================================================
 passkey,              the first run of digits is the right one
 number_string
-kv_retrieval          the value is one of the words, between blanks and punctuation
-longdialogue_qa_eng   the first of the names, in capitals as scripts have them, is one of the words in capitals
-longbook_qa_eng       F1 of words, without case, punctuation and articles; the best over the right answers
-longbook_qa_chn       F1 of characters, without case, punctuation and blanks; the best over the right answers
-longbook_choice_eng   the letter that the answer begins with, or follows "answer is" and the like, or the first letter
-                      on its own; after such words the option's text is right, too
-longbook_sum_eng      ROUGE-Lsum's F, sentences being lines; the best over the right summaries
+kv_retrieval          the value is one of the words, between white space and punctuation
+longdialogue_qa_eng   the first name, in capitals as in scripts, is one of the words in capitals
+longbook_qa_eng       F1 of words, ignoring case, punctuation and articles; the best over the right answers
+longbook_qa_chn       F1 of characters, ignoring case, punctuation and spaces; the best over the right answers
+longbook_choice_eng   the letter that the answer begins with, that follows "answer is" and the like, or the first letter
+                      that stands alone; after "answer is" and the like the option's text is also right
+longbook_sum_eng      ROUGE-Lsum's F, one sentence per line; the best over the right summaries
 code_run              the last word is the number
 code_debug            the answer begins with the letter and "." or ":", or letter or name follow "answer is:" and the
                       like
-math_find             the first number is the right one; signs are not looked at
-math_calc             the share of right values until the first wrong one; signs are not looked at
+math_find             the first number is the right one; signs are ignored
+math_calc             the share of right values before the first wrong one; signs are ignored
 ====================  =================================================================================================
 
-Where these differ from the benchmark's: for code_debug a lone letter counts, and for math_find a number with decimals
-is compared as a number where an integer is right (the benchmark stops with an error).
+Two rules differ from the benchmark's: code_debug accepts a lone letter, and math_find compares a decimal number with an
+integer as numbers (the benchmark stops with an error).
 """
 
 from __future__ import annotations
@@ -39,32 +39,18 @@ CHOICE_OPENINGS = ("answer is:", "answer:", "answer is", "option is")
 DEBUG_NOISE = re.compile(r"[\n`'\"*-]|[Oo]ption")
 DEBUG_OPENINGS = ("answer is:", "is:", "answer:")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-# The full-width and Chinese punctuation that the benchmark leaves out, as ranges of code points.
-CHINESE_RANGES = (
-    (0x2013, 0x2014),
-    (0x2018, 0x2019),
-    (0x201B, 0x201F),
-    (0x2026, 0x2027),
-    (0x3001, 0x3003),
-    (0x300B, 0x3011),
-    (0x3014, 0x301F),
-    (0x3030, 0x3030),
-    (0x303E, 0x303F),
-    (0xFE4F, 0xFE4F),
-    (0xFF01, 0xFF0D),
-    (0xFF0F, 0xFF0F),
-    (0xFF1A, 0xFF20),
-    (0xFF3B, 0xFF40),
-    (0xFF5B, 0xFF64),
+# The full-width and Chinese punctuation that the benchmark ignores.
+CHINESE_PUNCTUATION = re.compile(
+    "[\u2013\u2014\u2018\u2019\u201b-\u201f\u2026\u2027\u3001-\u3003\u300b-\u3011\u3014-\u301f\u3030\u303e\u303f"
+    "\ufe4f\uff01-\uff0d\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff64]"
 )
-CHINESE_PUNCTUATION = frozenset(chr(code) for first, last in CHINESE_RANGES for code in range(first, last + 1))
 
 
 def check_rouge() -> None:
-    """Raise RuntimeError unless the package that scores summaries is there."""
+    """Raise RuntimeError unless the package that scores summaries is installed."""
     if importlib.util.find_spec("rouge_score") is None:
         raise RuntimeError(
-            "longbook_sum_eng is scored by the package rouge_score, which is missing; install it with: "
+            "longbook_sum_eng is scored by the package rouge_score, which is not installed; install it with: "
             "pip install -e '.[eval]'"
         )
 
@@ -96,7 +82,7 @@ def _last_integer(prediction: str, answers: Sequence[str]) -> bool:
     words = _words(prediction, NUMBER_PUNCTUATION)
     try:
         return bool(words) and int(words[-1]) == int(answers[0])
-    except ValueError:  # no number
+    except ValueError:  # not a number
         return False
 
 
@@ -106,7 +92,7 @@ def _first_number(prediction: str, answers: Sequence[str]) -> bool:
 
 
 def _right_values(prediction: str, answers: Sequence[str]) -> float:
-    """Return which share of the values is right before the first that is not."""
+    """Return the share of values that are right, up to the first wrong one."""
     values = re.findall("[0-9]+", prediction)[: len(answers)]
     wrong = (index for index, value in enumerate(values) if Decimal(value) != Decimal(answers[index]))
     return next(wrong, len(values)) / len(answers)
@@ -137,7 +123,7 @@ def _finds_bug(prediction: str, answers: Sequence[str]) -> bool:
 
 
 def _after(text: str, openings: Sequence[str]) -> str | None:
-    """Return what follows the first of the openings that is there, and one character; None if there is none."""
+    """Return what follows the first opening that the text contains, one character skipped; None if it has none."""
     for opening in openings:
         index = text.find(opening)
         if index >= 0:
@@ -171,8 +157,8 @@ def _english_words(text: str) -> list[str]:
 
 
 def _characters(text: str) -> list[str]:
-    kept = (letter for letter in text.lower() if letter not in string.punctuation)
-    return [letter for letter in kept if letter not in CHINESE_PUNCTUATION and not letter.isspace()]
+    kept = CHINESE_PUNCTUATION.sub("", text.lower())
+    return [letter for letter in kept if letter not in string.punctuation and not letter.isspace()]
 
 
 def _words(text: str, punctuation: str) -> list[str]:

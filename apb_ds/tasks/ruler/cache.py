@@ -1,4 +1,4 @@
-"""Prompts that were made before, kept in the user's cache: sizing them for a long context takes a while."""
+"""Prompts made before, kept in the user's cache: fitting them to a long context takes a while."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from apb_ds.loading.kept import cache_root, read_sealed, write_sealed
@@ -17,18 +16,20 @@ logger = logging.getLogger(__name__)
 def cached(key: dict[str, Any], make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return what `make` returns, from the cache if it was made for the same `key` before.
 
-    A file appears whole or not at all, and is checked by hash when it is read. Where the cache cannot be written, a
-    warning says so.
+    Files are written atomically and checked by hash when read. If the cache cannot be written, a warning says so.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     file = cache_root() / "ruler" / f"{digest}.json"
-    made = _read(file, key)
-    if made is None:
-        made = make()
-        try:
-            write_sealed(file, json.dumps({"key": key, "samples": made}))
-        except OSError as error:
-            logger.warning("Cannot keep RULER's prompts in %s (%s); set APB_DS_CACHE.", file.parent, error)
+    text = read_sealed(file)
+    if text is not None:
+        content = json.loads(text)
+        if content["key"] == key:
+            return content["samples"]
+    made = make()
+    try:
+        write_sealed(file, json.dumps({"key": key, "samples": made}))
+    except OSError as error:
+        logger.warning("Cannot keep RULER's prompts in %s (%s); set APB_DS_CACHE.", file.parent, error)
     return made
 
 
@@ -36,11 +37,3 @@ def hash_tokenizer(tokenizer: Any) -> str:
     """Return a hash of what decides how many tokens a prompt has: vocabulary and chat template."""
     parts = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, getattr(tokenizer, "chat_template", None)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _read(file: Path, key: dict[str, Any]) -> list[dict[str, Any]] | None:
-    text = read_sealed(file)
-    if text is None:  # not there, or not as it was: made anew
-        return None
-    content = json.loads(text)
-    return content["samples"] if content["key"] == key else None

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from apb_ds.config import check_choice, check_integer
-from apb_ds.tasks.base import Sample, TaskConfig, register_task
+from apb_ds.tasks.base import Sample, TaskConfig, needs_tokenizer, register_task
+from apb_ds.tasks.checks import check_integers, check_optional_text, distinct
 from apb_ds.tasks.ruler import harness
 from apb_ds.tasks.ruler.cache import cached, hash_tokenizer
-from apb_ds.tasks.ruler.generate import Request, generate, sentence_splitter
+from apb_ds.tasks.ruler.generate import PromptSpec, generate, sentence_splitter
 from apb_ds.tasks.ruler.names import ESSAY_TASKS, SYNTHETIC_TASKS, TASKS
 from apb_ds.tasks.ruler.prompts import make_sample
 from apb_ds.tasks.ruler.sources import hash_files, source_files
 
-# Raised when prompts come out otherwise from the same settings, so that none of before are taken from the cache.
+# Raise this when the same settings give other prompts, so that cached ones are not used.
 PROMPTS_VERSION = 1
+# With less, no task has a sensible prompt, and some generators never end.
+SHORTEST = 256
 
 
 @register_task
@@ -29,21 +32,16 @@ class RulerConfig(TaskConfig):
     Parameters
     ----------
     tasks : str or list of str
-        Their names. Default: the six that need no files.
+        Names of tasks. Default: the six that need no files.
     length : int or list of int, tokens
-        What document, query and answer have to fit into, chat template included.
+        What document, query and answer must fit into, chat template included.
     num_samples : int
         Samples of each task at each length.
     data_dir : str, optional
-        Folder with what the other tasks need: ``*.txt`` files to hide needles in, any text may stand in for the
-        essays that RULER takes; ``dev-v2.0.json`` (SQuAD) and ``hotpot_dev_distractor_v1.json`` (HotpotQA).
+        Folder with what the other tasks need: ``*.txt`` files to hide needles in, for which any text may replace
+        RULER's essays; ``dev-v2.0.json`` (SQuAD) and ``hotpot_dev_distractor_v1.json`` (HotpotQA).
     max_new_tokens : int, tokens, optional
         Length of an answer at most. Default: the task's own.
-
-    Raises
-    ------
-    ValueError
-        For a value out of its range, naming the field and what is allowed.
     """
 
     name: ClassVar[str] = "ruler"
@@ -55,26 +53,18 @@ class RulerConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         for field in ("tasks", "length"):
-            given = getattr(self, field)
-            values = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-            if not values or any(values.count(value) > 1 for value in values):
-                raise ValueError(f"task.{field}={given!r} must name one or more, none of them twice.")
-            object.__setattr__(self, field, values)
+            object.__setattr__(self, field, distinct(f"task.{field}", getattr(self, field)))
         for name in self.tasks:
             check_choice("task.tasks", name, TASKS)
         for length in self.lengths:
-            # Below, no task has a prompt worth the name, and some generators never end.
-            check_integer("task.length", length, 256)
-        check_integer("task.num_samples", self.num_samples, 1)
-        if self.max_new_tokens is not None:
-            check_integer("task.max_new_tokens", self.max_new_tokens, 1)
-            if self.max_new_tokens >= min(self.lengths):
-                raise ValueError(
-                    f"task.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
-                    f"task.length={min(self.lengths)}; it has to be smaller."
-                )
-        if self.data_dir is not None and (not isinstance(self.data_dir, str) or not self.data_dir):
-            raise ValueError(f"task.data_dir={self.data_dir!r} must be the name of a folder.")
+            check_integer("task.length", length, SHORTEST)
+        check_integers(self, num_samples=1, max_new_tokens=1)
+        if self.max_new_tokens is not None and self.max_new_tokens >= min(self.lengths):
+            raise ValueError(
+                f"task.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
+                f"task.length={min(self.lengths)}; lower it."
+            )
+        check_optional_text("task.data_dir", self.data_dir, "the name of a folder")
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -95,41 +85,34 @@ class RulerConfig(TaskConfig):
         RuntimeError
             If the harness is not installed.
         """
-        if tokenizer is None:
-            raise ValueError("task=ruler needs a tokenizer, to fit its prompts into task.length; set model.tokenizer.")
+        tokenizer = needs_tokenizer(tokenizer, self.name)
         self.check_sources()
         identity = hash_tokenizer(tokenizer)
         for name in self.tasks:
             task = harness.read_task(name)
             for length in self.lengths:
-                request = self._request(task, length, seed)
-                make = functools.partial(generate, task, tokenizer, request)
-                made = cached(_key(task, identity, request), make)
-                for row in made:
-                    sample = make_sample(tokenizer, name, row, task.delimiter, request.max_new_tokens)
-                    yield self._labelled(sample, length)
+                spec = PromptSpec(
+                    length=length,
+                    num_samples=self.num_samples,
+                    max_new_tokens=self.max_new_tokens or task.max_new_tokens,
+                    seed=seed,
+                    files=tuple(source_files(name, self.data_dir)),
+                )
+                for row in cached(_key(name, identity, spec), functools.partial(generate, task, tokenizer, spec)):
+                    yield self._checked(make_sample(tokenizer, name, row, task.delimiter, spec.max_new_tokens), length)
 
     def score(self, sample: Sample, prediction: str) -> float | None:
-        """Return the score of the harness: which share of the references is in the prediction, letter case aside."""
+        """Return the harness's score: the share of references that the prediction contains, ignoring case."""
         return harness.score(harness.read_task(sample.labels["task"]), sample.answers, prediction)
 
-    def _request(self, task: harness.HarnessTask, length: int, seed: int) -> Request:
-        return Request(
-            length=length,
-            num_samples=self.num_samples,
-            max_new_tokens=task.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
-            seed=seed,
-            files=tuple(source_files(task.name, self.data_dir)),
-        )
-
-    def _labelled(self, sample: Sample, length: int) -> Sample:
+    def _checked(self, sample: Sample, length: int) -> Sample:
         """Return the sample with its labels, if it fits."""
-        num_tokens = sample.document_ids.shape[1] + sample.query_ids.shape[1] + sample.max_new_tokens
         name = sample.labels["task"]
-        if num_tokens > length:
+        if sample.num_positions > length:
             raise ValueError(
-                f"task.length={length}: a prompt of {name} has {num_tokens} tokens with its answer, since this "
-                "tokenizer counts the whole lower than its parts; use another tokenizer or leave this task out."
+                f"task.length={length}: a prompt of {name} has {sample.num_positions} tokens with its answer, because "
+                "this tokenizer splits the whole text into more tokens than its parts; use another tokenizer or leave "
+                "this task out."
             )
         labels = {**sample.labels, "length": length}
         if name in ESSAY_TASKS:
@@ -137,17 +120,17 @@ class RulerConfig(TaskConfig):
         return dataclasses.replace(sample, labels=labels)
 
 
-def _key(task: harness.HarnessTask, tokenizer: str, request: Request) -> dict[str, Any]:
-    """Return all that decides how prompts come out."""
+def _key(task: str, tokenizer: str, spec: PromptSpec) -> dict[str, Any]:
+    """Return everything that decides what the prompts are."""
     return {
         "prompts": PROMPTS_VERSION,
         "harness": harness.harness_version(),
-        "task": task.name,
+        "task": task,
         "tokenizer": tokenizer,
-        "length": request.length,
-        "seed": request.seed,
-        "num_samples": request.num_samples,
-        "max_new_tokens": request.max_new_tokens,
-        "files": hash_files(list(request.files)),
-        "sentences": sentence_splitter() if task.name in ESSAY_TASKS else "",
+        "length": spec.length,
+        "seed": spec.seed,
+        "num_samples": spec.num_samples,
+        "max_new_tokens": spec.max_new_tokens,
+        "files": hash_files(list(spec.files)),
+        "sentences": sentence_splitter() if task in ESSAY_TASKS else "",
     }

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness' own code for RULER: its settings, modules and metrics, kept from downloading anything."""
+"""lm-evaluation-harness's own code for RULER: its settings, modules and metrics, prevented from downloading."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ RULER = "lm_eval.tasks.ruler"
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """What the harness says of a task.
+    """A task's settings in the harness.
 
     Attributes
     ----------
     module, function : where its samples are made
     metric : the function that scores an answer
     max_new_tokens : tokens of an answer at most
-    delimiter : what is between prompt and prefix of the answer where there is no chat template
+    delimiter : what separates prompt and answer prefix without a chat template
     """
 
     name: str
@@ -38,11 +38,11 @@ class HarnessTask:
 
 
 def check_installed() -> None:
-    """Raise RuntimeError unless the harness and what its RULER tasks import are there."""
+    """Raise RuntimeError unless the harness and what its RULER tasks import are installed."""
     for package in ("lm_eval", "wonderwords", "nltk", "scipy"):
         if importlib.util.find_spec(package) is None:
             raise RuntimeError(
-                f"task=ruler needs lm-evaluation-harness and what it uses: the package {package} is missing; "
+                f"task=ruler needs lm-evaluation-harness and its dependencies: the package {package} is missing; "
                 "install it with: pip install -e '.[eval]'"
             )
 
@@ -56,7 +56,7 @@ def harness_version() -> str:
 
 @functools.cache
 def read_task(name: str) -> HarnessTask:
-    """Return what the harness' own configuration says of a task."""
+    """Return a task's settings from the harness's own configuration."""
     check_installed()
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -74,14 +74,14 @@ def read_task(name: str) -> HarnessTask:
 
 
 def score(task: HarnessTask, references: tuple[str, ...], prediction: str) -> float:
-    """Return the harness' score of an answer, in [0, 1]."""
+    """Return the harness's score of an answer, in [0, 1]."""
     metric = getattr(load_module("common_utils"), task.metric)
-    length = 0  # the metric files its score under the length of the prompt
+    length = 0  # the metric files its score under the prompt's length
     return float(metric({"max_length": length, "outputs": list(references)}, [prediction])[str(length)])
 
 
 def load_module(name: str) -> ModuleType:
-    """Import one of the harness' modules; the one that would download a sentence splitter then and there does not."""
+    """Import one of the harness's modules; one of them would download a sentence splitter at import, which is off."""
     check_installed()
     import nltk
 
@@ -104,7 +104,7 @@ def replaced(module: Any, **names: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back what the harness prints and warns of."""
+    """Suppress the harness's output and warnings."""
     harness = logging.getLogger("lm_eval")
     level = harness.level
     harness.setLevel(logging.ERROR)

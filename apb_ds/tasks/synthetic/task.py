@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-
-from apb_ds.config import check_integer
-from apb_ds.tasks.base import Sample, TaskConfig, random_sample, register_task
-from apb_ds.tasks.prompts import EncodedDocument, encode_document, encode_embedded, encode_query
+from apb_ds.tasks.base import Sample, TaskConfig, random_sample, register_task, text_sample
+from apb_ds.tasks.checks import check_integers
+from apb_ds.tasks.prompts import EncodedDocument, encode_document
 from apb_ds.tasks.synthetic.generate import generate
 from apb_ds.tasks.synthetic.recipe import Recipe
 from apb_ds.tasks.synthetic.scoring import score
@@ -26,17 +24,12 @@ class SyntheticConfig(Recipe, TaskConfig):
     Parameters
     ----------
     num_tokens : int, tokens
-        A document's length at most, chat template included; as much is taken as fits.
+        A document's length at most, chat template included; it takes as much as fits.
     num_samples : int
         Number of documents.
     max_new_tokens : int, tokens
         Length of an answer at most. Default: what the answers need, and 16.
     kind, split, num_questions and so on : see `Recipe`
-
-    Raises
-    ------
-    ValueError
-        For a value out of its range, naming the field and what is allowed.
     """
 
     name: ClassVar[str] = "synthetic"
@@ -46,51 +39,39 @@ class SyntheticConfig(Recipe, TaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer("task.num_tokens", self.num_tokens, 1)
-        check_integer("task.num_samples", self.num_samples, 1)
-        if self.max_new_tokens is not None:
-            check_integer("task.max_new_tokens", self.max_new_tokens, 1)
+        check_integers(self, num_tokens=1, num_samples=1, max_new_tokens=1)
 
     def samples(self, tokenizer: Any | None, vocab_size: int, seed: int) -> Iterator[Sample]:
-        """Yield a sample for every question; those about one document come in a row and share its ids."""
+        """Yield a sample for every question; those about one document are consecutive and share its ids."""
         max_new_tokens = self.max_new_tokens or self.answer_tokens
+        labels = {"kind": self.kind, "length": self.num_tokens}
+        if tokenizer is None:
+            for index in range(self.num_samples * self.num_questions):
+                sample = random_sample(self.num_tokens, RANDOM_QUERY_TOKENS, vocab_size, seed + index, max_new_tokens)
+                yield replace(sample, labels=labels)
+            return
         for index in range(self.num_samples):
-            if tokenizer is None:
-                yield from self._random_samples(vocab_size, seed + index * self.num_questions, max_new_tokens)
-                continue
-            encoder = _Encoder(tokenizer)
+            encoder = DocumentEncoder(tokenizer)
             document = generate(self, f"{seed}.{index}", self.num_tokens, encoder.length)
-            encoded = encoder.encode(document.text)
-            document_ids = torch.tensor([encoded.ids])
             for question in document.questions:
-                query_ids = encode_query(tokenizer, encoded, question.query, question.answer_prefix)
-                yield Sample(
-                    document_ids=document_ids,
-                    query_ids=torch.tensor([query_ids]),
-                    embedded_ids=torch.tensor([encode_embedded(tokenizer, encoded, question.query)]),
-                    query_position=encoded.query_position,
+                yield text_sample(
+                    tokenizer,
+                    encoder.encode(document.text),
+                    question.query,
+                    question.answer_prefix,
                     max_new_tokens=max_new_tokens,
                     ground_truth=", ".join(question.answers),
                     answers=question.answers,
-                    labels=self._labels,
+                    labels=labels,
                 )
 
     def score(self, sample: Sample, prediction: str) -> float | None:
-        """Return the share of the wanted texts that the prediction holds."""
+        """Return the share of the answers that the prediction contains."""
         return score(prediction, sample.answers) if sample.answers else None
 
-    @property
-    def _labels(self) -> dict[str, Any]:
-        return {"kind": self.kind, "length": self.num_tokens}
 
-    def _random_samples(self, vocab_size: int, seed: int, max_new_tokens: int) -> Iterator[Sample]:
-        for index in range(self.num_questions):
-            sample = random_sample(self.num_tokens, RANDOM_QUERY_TOKENS, vocab_size, seed + index, max_new_tokens)
-            yield replace(sample, labels=self._labels)
-
-
-class _Encoder:
-    """Encodes documents and keeps the last few, so that the one that is chosen need not be encoded again."""
+class DocumentEncoder:
+    """Encodes documents and keeps the last few, so that the chosen one is not encoded again."""
 
     KEPT = 4
 
@@ -99,6 +80,7 @@ class _Encoder:
         self._kept: dict[str, EncodedDocument] = {}
 
     def encode(self, text: str) -> EncodedDocument:
+        """Return a document's ids."""
         if text not in self._kept:
             if len(self._kept) == self.KEPT:
                 self._kept.pop(next(iter(self._kept)))
@@ -106,4 +88,5 @@ class _Encoder:
         return self._kept[text]
 
     def length(self, text: str) -> int:
+        """Return a document's tokens."""
         return len(self.encode(text).ids)
