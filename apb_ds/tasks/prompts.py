@@ -28,15 +28,6 @@ NEUTRAL = "a"
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """Document and query as ids, and how many document tokens precede the user's text."""
-
-    document_ids: list[int]
-    query_ids: list[int]
-    query_position: int
-
-
-@dataclass(frozen=True)
 class EncodedDocument:
     """A document as ids, ready for any query about it.
 
@@ -82,12 +73,6 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of a text that is not a prompt; what looks like a control token in it is text."""
     return encode(tokenizer, mask(tokenizer, text))
-
-
-def split_prompt(tokenizer: Any, document: str, query: str, answer_prefix: str = "") -> Prompt:
-    """Return document and query as ids; the answer begins with `answer_prefix`."""
-    encoded = encode_document(tokenizer, document)
-    return Prompt(encoded.ids, encode_query(tokenizer, encoded, query, answer_prefix), encoded.query_position)
 
 
 def encode_document(tokenizer: Any, document: str, *, allow_special: bool = False) -> EncodedDocument:
@@ -211,8 +196,11 @@ def num_equal(first: list[int], second: list[int]) -> int:
 def _second_turn(tokenizer: Any, query: str) -> str | None:
     """Return what a second user turn adds to the first, with the answer opened; None if the template refuses it."""
     first = _render(tokenizer, [_user(MARK)], generation=False)
-    whole = _render_or_none(tokenizer, [_user(MARK), _user(query)])
-    return whole[len(first) :] if whole is not None and whole.startswith(first) else None
+    try:
+        whole = _render(tokenizer, [_user(MARK), _user(query)], generation=True)
+    except _TemplateRefusal:
+        return None
+    return whole[len(first) :] if whole.startswith(first) else None
 
 
 def _render_next_turn(tokenizer: Any, query: str) -> str:
@@ -237,6 +225,10 @@ def _as_text(tokenizer: Any, query: str, answer_prefix: str, allow_special: bool
     return (query, answer_prefix) if allow_special else (mask(tokenizer, query), mask(tokenizer, answer_prefix))
 
 
+class _TemplateRefusal(ValueError):
+    """The chat template refuses a conversation."""
+
+
 def _render(tokenizer: Any, messages: list[dict[str, str]], *, generation: bool) -> str:
     from jinja2.exceptions import TemplateError
 
@@ -244,21 +236,10 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], *, generation: bool)
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
+        raise _TemplateRefusal(
             f"the tokenizer's chat template refuses a conversation of {roles} ({error}); set model.tokenizer to one "
             "whose template accepts it."
         ) from error
-
-
-def _render_or_none(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
-    from jinja2.exceptions import TemplateError
-
-    try:
-        return _render(tokenizer, messages, generation=True)
-    except ValueError as error:
-        if isinstance(error.__cause__, TemplateError):
-            return None
-        raise
 
 
 def _mark_index(rendered: str, role: str = "user") -> int:

@@ -9,7 +9,8 @@ import pytest
 
 from apb_ds.tasks import control
 from apb_ds.tasks.control import control_tokens, encode_masked, mask, unmask
-from apb_ds.tasks.prompts import encode, encode_document, encode_next_turn, encode_query, encode_text, split_prompt
+from apb_ds.tasks.prompts import encode, encode_document, encode_next_turn, encode_query, encode_text
+from tests.split_prompt import split_prompt
 from tests.tiny_checkpoint import byte_tokenizer
 from tests.unit.smollm2 import smollm2_tokenizer
 from tests.unit.test_prompts import SHAPES, Shape

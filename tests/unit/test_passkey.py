@@ -9,7 +9,7 @@ import torch
 
 from apb_ds.tasks import PasskeyConfig, Sample, build_task_config
 from apb_ds.tasks.passkey import ANSWER_PREFIX, FILLER, QUERY, TASK
-from apb_ds.tasks.prompts import split_prompt
+from tests.split_prompt import split_prompt
 from tests.unit.smollm2 import smollm2_tokenizer
 
 TURNS = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}"

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from apb_ds.tasks.prompts import encode, encode_document, encode_embedded, encode_next_turn, encode_query, split_prompt
+from apb_ds.tasks.prompts import encode, encode_document, encode_embedded, encode_next_turn, encode_query
+from tests.split_prompt import split_prompt
 from tests.tiny_checkpoint import byte_tokenizer
 from tests.unit.smollm2 import smollm2_tokenizer
 from tests.unit.test_passkey import ByteTokenizer

@@ -1,9 +1,10 @@
 """InfiniteBench's prompts as document and query.
 
-The benchmark has templates for each model it was first run on (``src/prompt.py`` in its repository). These are the ones
-for the only open model among them, YaRN-Mistral, which later work with open models reuses, APB's own included; the
-answers' lengths are made for them. Their wording is unchanged, since scores depend on it. A template consists of
-instruction, context, question, and a cue that the answer follows ("The pass key is").
+The benchmark has templates for each model it was first run on (``src/prompt.py`` in its repository). We use
+the ones for the only open model among them, YaRN-Mistral, as does later work with open models, APB's own included; the
+answers' lengths are made for them. Their wording is unchanged, since scores depend on it
+(``assets/infinitebench/templates.yaml``). A template consists of instruction, context, question, and a cue that the
+answer follows ("The pass key is").
 
 Instruction and context are the document; question and cue are the query. A model without a chat template gets the
 benchmark's exact text. One with a template gets document and question as turns, and the cue at the beginning of its own
@@ -23,8 +24,8 @@ from apb_ds.tasks.base import Sample, text_sample
 from apb_ds.tasks.infinitebench.names import LETTERS
 from apb_ds.tasks.infinitebench.rows import FUNCTION_CALL, WANTED_NUMBER, Row
 from apb_ds.tasks.prompts import encode_document
+from apb_ds.tasks.texts import read_texts
 
-OPTIONS = "\n".join(f"{letter}. {{{letter}}}" for letter in LETTERS)
 # Questions that end with the cue itself.
 CUES = {"kv_retrieval": re.compile(r"The value .+ is:\s*$"), "math_find": re.compile(r"The .+ of.*$", re.DOTALL)}
 # Document tokens that remain on either side of a cut, however long the query: they include the template's.
@@ -37,16 +38,16 @@ class Template:
 
     Attributes
     ----------
-    lead : before the context
-    question, gap, cue : after it and a blank line (`between`)
+    lead : before the context: the instruction
+    between, question, gap, cue : after it, in this order
     chat_question : what a chat asks if there is no question
     """
 
     lead: str
+    between: str = "\n\n"
     question: str = ""
     gap: str = ""
     cue: str = ""
-    between: str = "\n\n"
     chat_question: str = ""
 
 
@@ -67,76 +68,11 @@ class Prompt:
     cue: str
 
 
-TEMPLATES = {
-    "passkey": Template(
-        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
-        "about the important information.\n\n",
-        "{question}",
-        "\n\n",
-        "The pass key is",
-    ),
-    "number_string": Template(
-        "There is an important info hidden inside a lot of irrelevant text. Find it. I will quiz you about the "
-        "important information there.\n\n",
-        "{question}",
-        "\n\n",
-        "The sequence of digits is",
-    ),
-    "kv_retrieval": Template(
-        "Extract the value corresponding to the specified key in the JSON object below.\n\n", "{question}"
-    ),
-    "longdialogue_qa_eng": Template(
-        'Below is a dialogue script where one random occurrence of a character name is replaced with "$$MASK$$", and '
-        "you should try to guess who that character is.\n\n",
-        cue="The name that has been replaced with $$MASK$$ is likely",
-        chat_question="Which character's name was replaced with $$MASK$$?",
-    ),
-    "longbook_qa_eng": Template(
-        "Read the book and answer the question. Be very concise in your answer.\n\n",
-        "Question: {question}",
-        "\n",
-        "Answer:",
-    ),
-    "longbook_qa_chn": Template("阅读以下书籍然后回答问题。\n\n", "问题：{question}", "\n", "答案："),  # noqa: RUF001
-    "longbook_choice_eng": Template(
-        "Read the book and answer the question.\n\n",
-        "Question: {question}\n" + OPTIONS,
-        "\n\n",
-        "The letter of the correct answer is",
-    ),
-    "longbook_sum_eng": Template(
-        "Summarize the book below.\n\n", cue="Summary:", chat_question="Write the summary of the book above."
-    ),
-    "code_run": Template(
-        "There is a function called {function} in the following Python code.\n\n",
-        "Please compute the exact value of {call}.",
-        " ",
-        "The value of {call} is",
-    ),
-    "code_debug": Template(
-        "Following is a Python code where exactly one of the functions/methods has a deliberate error that makes it "
-        "crash.\n\n",
-        "Options:\n" + OPTIONS,
-        "\n\n",
-        "The correct option is:",
-    ),
-    "math_find": Template(
-        "What is {wanted} in the following list?\n\n", "{question}", chat_question="What is {wanted} in the list above?"
-    ),
-    "math_calc": Template(
-        "Let us calculate the intermediate values of an expression.\n\nExpression: 1 + 3 + 4\nValues: [1, 4, 8]\n\n"
-        "Expression: 8 - 3 + 2 - 4\nValues: [8, 5, 7, 3]\n\nExpression: ",
-        cue="Values:",
-        between="\n",
-        chat_question="What are the intermediate values of the last expression? Give them as in the examples.",
-    ),
-}
-
-
 def make_prompt(task: str, row: Row) -> Prompt:
     """Return the prompt of a row as text."""
-    template = TEMPLATES[task]
-    values = {"question": row.question, **dict(zip(LETTERS, row.options, strict=False)), **_found(task, row.question)}
+    template = Template(**read_texts("infinitebench/templates")[task])
+    options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, row.options, strict=False))
+    values = {"question": row.question, "options": options, **_found(task, row.question)}
     question, cue = template.question.format(**values), template.cue.format(**values)
     query = template.between + question + template.gap + cue
     if task in CUES:

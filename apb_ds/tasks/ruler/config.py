@@ -127,10 +127,7 @@ def _key(task: str, tokenizer: str, spec: PromptSpec) -> dict[str, Any]:
         "harness": harness.harness_version(),
         "task": task,
         "tokenizer": tokenizer,
-        "length": spec.length,
-        "seed": spec.seed,
-        "num_samples": spec.num_samples,
-        "max_new_tokens": spec.max_new_tokens,
+        **dataclasses.asdict(spec),
         "files": hash_files(list(spec.files)),
         "sentences": sentence_splitter() if task in ESSAY_TASKS else "",
     }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from apb_ds.tasks.synthetic.draws import Draws
-from apb_ds.tasks.synthetic.texts import dealt, read_texts
-from apb_ds.tasks.synthetic.words import ADJECTIVES_OF, NOUNS_OF
+from apb_ds.tasks.synthetic.words import ADJECTIVES_OF, NOUNS_OF, dealt
+from apb_ds.tasks.texts import read_texts
 
 FILLERS = ("prose", "noise")
 TEMPLATES_OF, ROLES_OF, PLACES_OF, TIMES_OF = (
-    dealt(read_texts("filler")[name]) for name in ("templates", "roles", "places", "times")
+    dealt(read_texts("synthetic/filler")[name]) for name in ("templates", "roles", "places", "times")
 )
-NOISE: dict[str, list[str]] = read_texts("filler")["noise"]
+NOISE: dict[str, list[str]] = read_texts("synthetic/filler")["noise"]
 
 
 class Filler:

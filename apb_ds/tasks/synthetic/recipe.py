@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from apb_ds.config import check_choice
 from apb_ds.tasks.checks import check_integers, is_number
 from apb_ds.tasks.synthetic.filler import FILLERS
-from apb_ds.tasks.synthetic.texts import SPLITS
 from apb_ds.tasks.synthetic.wording import PHRASINGS
-from apb_ds.tasks.synthetic.words import CODED_LETTERS, UUID_LETTERS, VALUE_DIGITS
+from apb_ds.tasks.synthetic.words import CODED_LETTERS, SPLITS, UUID_LETTERS, VALUE_DIGITS
 
 # A choice of `filler`: the document consists of needles only.
 NEEDLES = "needles"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from apb_ds.tasks.synthetic.draws import Draws
-from apb_ds.tasks.synthetic.texts import read_texts
 from apb_ds.tasks.synthetic.words import Spelling, draw_spelling
+from apb_ds.tasks.texts import read_texts
 
 PHRASINGS = ("plain", "varied")
 # Choices for a varied list's markers, as a share of the list; and for a varied document's keys.
@@ -84,7 +84,7 @@ class NeedleWording:
 
 def needle_wording(phrasing: str, kind: str, split: str, draws: Draws) -> NeedleWording:
     """Return the phrases of a document; `draws` chooses varied ones."""
-    phrases, is_uuid = read_texts("phrases")[phrasing], kind == "multikey_uuids"
+    phrases, is_uuid = read_texts("synthetic/phrases")[phrasing], kind == "multikey_uuids"
     if phrasing == "plain":
         sayings = phrases["sayings"]
         return NeedleWording(
@@ -162,7 +162,7 @@ class ListWording:
 
 def list_wording(phrasing: str, kind: str, split: str, draws: Draws) -> ListWording:
     """Return the phrases of a list; `draws` chooses varied ones."""
-    phrases, numbered = read_texts("phrases")[phrasing], kind == "common_words"
+    phrases, numbered = read_texts("synthetic/phrases")[phrasing], kind == "common_words"
     if phrasing == "plain":
         separator, question = "\n" if numbered else " ", phrases["list_question"]
         return ListWording(split, phrases["tasks"][kind], separator, numbered, question, Spelling("coded"))

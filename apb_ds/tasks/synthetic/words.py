@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from apb_ds.tasks.synthetic.draws import Draws
-from apb_ds.tasks.synthetic.texts import dealt, read_texts
+from apb_ds.tasks.texts import read_texts
 
+SPLITS = ("train", "eval")
 VALUE_DIGITS = 7
 CODED_LETTERS = 6
 UUID_PARTS = (8, 4, 4, 4, 12)
@@ -16,8 +17,15 @@ UUID_LETTERS = sum(UUID_PARTS) + len(UUID_PARTS) - 1
 # How often a word may repeat an earlier one before we conclude that hardly any others are left.
 MAX_REPEATS = 1000
 
-ADJECTIVES_OF = dealt(read_texts("words")["adjectives"])
-NOUNS_OF = dealt(read_texts("words")["nouns"])
+
+def dealt(items: list[str] | tuple[str, ...] | str) -> dict[str, tuple[str, ...]]:
+    """Return each split's share of some items, or of the words of a text: every other one."""
+    items = items.split() if isinstance(items, str) else items
+    return {split: tuple(items[index :: len(SPLITS)]) for index, split in enumerate(SPLITS)}
+
+
+ADJECTIVES_OF = dealt(read_texts("synthetic/words")["adjectives"])
+NOUNS_OF = dealt(read_texts("synthetic/words")["nouns"])
 SYLLABLES = tuple(consonant + vowel for vowel in "aeiou" for consonant in "bdfgklmnprstvz")
 FIRST_SYLLABLES_OF = dealt(SYLLABLES)
 
