@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import apb_ds
 from apb_ds.ops.kernels import Kernel, KernelChoice
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.session.request import count_prefill
+from apb_ds.session.metrics import count_prefill
 from tests.heads import engine_with_heads
 from tests.models import FAMILIES, request_ids
 

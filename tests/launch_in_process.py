@@ -147,9 +147,9 @@ def _no_text(rank: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _interrupt(rank: int) -> Iterator[None]:
     """Interrupt every rank of a batch when it is about to answer its third line."""
-    from apb_ds.session.batch import _Batch
+    from apb_ds.session.batch import Batch
 
-    answer, answered = _Batch._answer, 0
+    answer, answered = Batch._answer, 0
 
     def answer_two(self: Any, *arguments: Any) -> Any:
         nonlocal answered
@@ -158,7 +158,7 @@ def _interrupt(rank: int) -> Iterator[None]:
             raise KeyboardInterrupt
         return answer(self, *arguments)
 
-    with mock.patch.object(_Batch, "_answer", answer_two):
+    with mock.patch.object(Batch, "_answer", answer_two):
         yield
 
 

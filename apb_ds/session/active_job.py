@@ -1,4 +1,4 @@
-"""One job's requests: settings put into the engine, a document prefilled, a query answered."""
+"""A job being served: settings put into the engine, a document prefilled, a query answered."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from apb_ds.engine.context import Context
 from apb_ds.loading import LoadedModel
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import plan_request
-from apb_ds.report.flops import ModelSizes, count_flops
-from apb_ds.report.record import rate
 from apb_ds.session.job import Job, Settings
-from apb_ds.session.steps import Steps, gather_numbers
+from apb_ds.session.metrics import Usage
+from apb_ds.session.steps import Steps
 from apb_ds.tasks import Sample
 
-# What a run can change without changing what is answered.
+# Settings that may differ between jobs without changing the answers.
 IRRELEVANT_METHOD_KEYS = ("schedule", "hosts_per_round", "shard_anchor", *EXECUTION_DEFAULTS)
 IRRELEVANT_TASK_KEYS = ("input", "output", "overwrite")
 RELEVANT_MODEL_KEYS = ("path", "tokenizer", "adapter", "load_format", "num_layers", "overrides")
@@ -30,7 +29,7 @@ RELEVANT_MODEL_KEYS = ("path", "tokenizer", "adapter", "load_format", "num_layer
 
 @dataclass
 class Answer:
-    """What one query gave on this rank.
+    """The answer to one query, as this rank measured it.
 
     Attributes
     ----------
@@ -44,7 +43,7 @@ class Answer:
 
 
 @dataclass
-class Run:
+class ActiveJob:
     """What serving a job needs.
 
     Attributes
@@ -72,6 +71,10 @@ class Run:
         return self.group.is_first
 
     @property
+    def device(self) -> torch.device:
+        return self.loaded.device
+
+    @property
     def tokenizer(self) -> Any:
         return self.loaded.tokenizer
 
@@ -79,8 +82,17 @@ class Run:
     def vocab_size(self) -> int:
         return self.loaded.model.get_input_embeddings().num_embeddings
 
+    @property
+    def max_positions(self) -> int | None:
+        """The model's positions, None if its config sets no limit."""
+        return getattr(self.loaded.model.config, "max_position_embeddings", None)
+
+    def track_usage(self) -> Usage:
+        """Start to count bytes sent and peak memory."""
+        return Usage(self.group, self.device)
+
     def sample_from_first(self, make: Callable[[], Sample]) -> Sample:
-        """Return the sample that the first rank makes: text is read and tokenised there alone, ids are sent."""
+        """Return the sample that the first rank makes: it alone reads and tokenises text, and sends the ids."""
         made: Sample | None = None
 
         def header() -> tuple[Sample, dict[str, int]]:
@@ -92,12 +104,12 @@ class Run:
 
         sample, lengths = self.steps.from_first(header)
         ids = None if made is None else torch.cat(list(_ids_of(made).values()), dim=1)
-        ids = self.steps.ids_from_first(ids, sum(lengths.values()), self.loaded.device)
+        ids = self.steps.ids_from_first(ids, sum(lengths.values()), self.device)
         parts: Any = dict(zip(lengths, ids.split(list(lengths.values()), dim=1), strict=True))
         return replace(sample, **parts)
 
     def set_up(self, query_position: int, num_document: int, num_query: int) -> APBConfig:
-        """Have the engine ready for a document of this length; return the settings in force.
+        """Prepare the engine for a document of this length; return the settings in force.
 
         Parameters
         ----------
@@ -112,6 +124,16 @@ class Run:
         plan_request(method, num_document, num_query, self.group.world_size)
         self.engine = self.make_engine(method)
         return method
+
+    def set_up_for(self, sample: Sample) -> APBConfig:
+        """Prepare the engine for a sample, see `set_up`."""
+        return self.set_up(sample.query_position, sample.num_document, sample.anchor_query_ids.shape[1])
+
+    def prefill(self, sample: Sample, progress: Any) -> Context:
+        """Prefill a sample's document, with positions for its query and answer."""
+        return self.engine.prefill(
+            sample.document_ids, sample.anchor_query_ids, max_positions=sample.num_positions, progress=progress
+        )
 
     def answer(
         self, context: Context, query_ids: Tensor, max_new_tokens: int, arguments: dict[str, Any], **options: Any
@@ -130,8 +152,12 @@ class Run:
         stats = self.engine.stats
         return Answer(tokens[0].tolist(), stats.query_s, stats.decode_s)
 
+    def answer_sample(self, context: Context, sample: Sample, **options: Any) -> Answer:
+        """Answer a sample's query, see `answer`."""
+        return self.answer(context, sample.query_ids, sample.max_new_tokens, sample.generate, **options)
+
     def answer_settings(self) -> dict[str, Any]:
-        """Return the settings that answers depend on: what a resumed run must share with the one before it."""
+        """Return the settings that answers depend on: a resumed job must share them with the one before it."""
         method = self.settings.method.resolved()
         for name in IRRELEVANT_METHOD_KEYS:
             method.pop(name)
@@ -139,7 +165,7 @@ class Run:
             method["query_position"] = None
         model = asdict(self.settings.model)
         dtype = str(self.loaded.dtype).removeprefix("torch.")
-        task: Any = self.settings.task  # a dataclass, whatever its class
+        task: Any = self.settings.task  # every subclass is a dataclass
         if self.settings.retaining_heads is not None:
             method["retaining_heads"] = self.settings.retaining_heads
         return {
@@ -150,17 +176,17 @@ class Run:
         }
 
     def seed_everything(self, salt: str = "") -> None:
-        """Seed the drawing of tokens; `salt` makes it differ from answer to answer, and the same in every run."""
+        """Seed the sampling of tokens; `salt` makes it differ between answers, but not between runs."""
         torch.manual_seed(self.settings.seed + zlib.crc32(salt.encode()) if salt else self.settings.seed)
 
     def text_of(self, tokens: list[int]) -> str:
-        """Return generated ids as text, or as numbers where there is no tokenizer."""
+        """Return generated ids as text, or as numbers without a tokenizer."""
         if self.tokenizer is None:
             return " ".join(map(str, tokens))
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def streamer(self) -> Any:
-        """Return what prints an answer to standard output as it comes, on the first rank."""
+        """Return what prints an answer to standard output as it is generated; None on ranks other than the first."""
         from transformers import TextStreamer
 
         if not self.is_first or self.tokenizer is None:
@@ -172,49 +198,3 @@ def _ids_of(sample: Sample) -> dict[str, Tensor]:
     """Return the ids of a sample, by field."""
     ids = {"document_ids": sample.document_ids, "query_ids": sample.query_ids, "embedded_ids": sample.embedded_ids}
     return {name: tensor for name, tensor in ids.items() if tensor is not None}
-
-
-def count_prefill(engine: Any, context: Context, num_query: int, *, num_logits: int = 1) -> dict[str, Any] | None:
-    """Return the operations of a prefill and of the query asked after it, as `PrefillFlops.as_dict` gives them.
-
-    None for a model whose linear layers are not those that its config's sizes make up (experts, an MLP without a gate,
-    quantised weights).
-    """
-    model, plan = engine.module, context.plan
-    sizes = ModelSizes.from_config(model.config)
-    linears = (module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear))
-    if sizes is None or sum(linear.in_features * linear.out_features for linear in linears) != sizes.linear_weights:
-        return None
-    compressor = engine.attention.compressor
-    return count_flops(sizes, plan, compressor=compressor, query_length=num_query, num_logits=num_logits).as_dict()
-
-
-def plan_metrics(context: Context, group: SequenceGroup) -> dict[str, Any]:
-    """Return the numbers of a prefill: of the slowest rank, and of each. All ranks call this together."""
-    plan = context.plan
-    num_tokens = plan.num_tokens
-    prefill_s = gather_numbers(group, prefill_s=context.prefill_s)["prefill_s"]
-    return {
-        "document_tokens": num_tokens,
-        "hosts": plan.hosts,
-        "ranks": plan.world_size,
-        "rounds": len(plan.rounds),
-        "block_length": max(plan.block_length(host) for host in range(plan.hosts)),
-        "anchor_length": plan.anchor_length,
-        "passing_length": plan.passing_length,
-        "kept_lengths": list(plan.kept_lengths),
-        "exact": plan.exact,
-        "prefill_s": max(prefill_s),
-        "prefill_s_per_rank": prefill_s,
-        "prefill_tokens_per_s": rate(num_tokens, max(prefill_s)),
-    }
-
-
-def usage_metrics(group: SequenceGroup, bytes_sent: int, peak: int) -> dict[str, Any]:
-    """Return bytes sent and peak memory of each rank. All ranks call this together."""
-    numbers = gather_numbers(group, bytes_sent=bytes_sent, peak=peak)
-    return {
-        "bytes_sent": numbers["bytes_sent"],
-        "peak_memory_bytes": max(numbers["peak"]),
-        "peak_memory_bytes_per_rank": numbers["peak"],
-    }

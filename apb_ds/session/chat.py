@@ -13,55 +13,56 @@ import torch
 from torch import Tensor
 
 from apb_ds.engine.context import Context
-from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
 from apb_ds.report.progress import prefill_progress
 from apb_ds.report.record import rate
-from apb_ds.session.request import Answer, Run, plan_metrics, usage_metrics
+from apb_ds.session.active_job import ActiveJob, Answer
+from apb_ds.session.metrics import plan_metrics
 from apb_ds.session.steps import JobError, Steps
-from apb_ds.tasks.chat import ChatConfig
-from apb_ds.tasks.prompt import needs_tokenizer
+from apb_ds.tasks import ChatConfig
+from apb_ds.tasks.base import needs_tokenizer
 from apb_ds.tasks.prompts import EncodedDocument, encode_document, encode_embedded, encode_next_turn, encode_query
 from apb_ds.tasks.text import read_text
 
 PROMPT = "> "
-# While a person thinks, the other ranks wait in a collective, which must end before its timeout.
+# While the user types, the other ranks wait in a collective, which must end before its timeout.
 WAITS_PER_TIMEOUT = 4
 MAX_WAIT_S = 30.0
 
 
-def serve_chat(run: Run) -> dict[str, Any]:
-    """Hold the conversation; return its parts of the record, the same on every rank."""
-    return _Conversation(run).hold()
+class Conversation:
+    """Questions about one document, each asked after the answers before it.
 
+    Attributes
+    ----------
+    turns : questions and answers so far, as the record has them
+    document : on the first rank, once it is encoded
+    """
 
-class _Conversation:
-    def __init__(self, run: Run) -> None:
-        assert isinstance(run.settings.task, ChatConfig)
-        self.run = run
-        self.task = run.settings.task
+    document: EncodedDocument
+
+    def __init__(self, job: ActiveJob, task: ChatConfig) -> None:
+        self.job = job
+        self.task = task
         self.turns: list[dict[str, Any]] = []
-        self.document: EncodedDocument | None = None  # on the first rank
-        self.last_id = -1
+        self.last_id: int | None = None  # the last token of the latest answer
 
     def hold(self) -> dict[str, Any]:
-        run, group = self.run, self.run.group
-        first, embedded, num_document, position = run.steps.from_first(self._encode)
+        """Hold the conversation; return its parts of the record, the same on every rank."""
+        job = self.job
+        first, embedded, num_document, position = job.steps.from_first(self._encode)
         num_query = len(embedded)
-        ids = None if self.document is None else torch.tensor([[*self.document.ids, *embedded]])
-        ids = run.steps.ids_from_first(ids, num_document + num_query, run.loaded.device)
+        ids = torch.tensor([[*self.document.ids, *embedded]]) if job.is_first else None
+        ids = job.steps.ids_from_first(ids, num_document + num_query, job.device)
         document_ids, query_ids = ids[:, :num_document], ids[:, num_document:] if num_query else None
-        method = run.steps.together(lambda: run.set_up(position, num_document, num_query))
-        reset_peak_memory(run.loaded.device)
-        sent_before = group.bytes_sent
-        context = run.steps.together(lambda: self._prefill(document_ids, query_ids))
-        run.seed_everything()
+        method = job.steps.together(lambda: job.set_up(position, num_document, num_query))
+        usage = job.track_usage()
+        context = job.steps.together(lambda: self._prefill(document_ids, query_ids))
+        job.seed_everything()
         for question, turn_ids in self._questions(first):
             self._turn(context, question, turn_ids)
-        metrics = plan_metrics(context, group)
-        metrics |= usage_metrics(group, group.bytes_sent - sent_before, peak_memory_bytes(run.loaded.device))
         parts = {
             "task": {"name": self.task.name, "turns": self.turns, "query_position": position, "correct": None},
-            "metrics": metrics | self._turn_metrics(),
+            "metrics": plan_metrics(context, job.group) | usage.metrics() | self._turn_metrics(),
             "exact": context.plan.exact,
             "method": method.resolved(),
         }
@@ -71,9 +72,9 @@ class _Conversation:
         return parts
 
     def _encode(self) -> tuple[tuple[str, list[int]] | None, list[int], int, int]:
-        """Return the first question with its ids if there is one, what of it the anchor embeds, and of the document
-        its length and the query position."""
-        tokenizer = needs_tokenizer(self.run.tokenizer, self.task.name)
+        """Encode the document. Return the first question with its ids, if given, the ids that the anchor embeds, and
+        the document's length and query position."""
+        tokenizer = needs_tokenizer(self.job.tokenizer, self.task.name)
         text = read_text("task.document", self.task.document)
         self.document = encode_document(tokenizer, text, allow_special=self.task.allow_special_tokens)
         first, embedded = None, []
@@ -84,57 +85,47 @@ class _Conversation:
         return first, embedded, len(self.document.ids), self.document.query_position
 
     def _prefill(self, document_ids: Tensor, query_ids: Tensor | None) -> Context:
-        run = self.run
-        if query_ids is None and run.engine.attention.needs_query:
+        job = self.job
+        if query_ids is None and job.engine.attention.needs_query:
             raise ValueError(
-                f"method.compressor={run.engine.apb_config.compressor} scores with the query; give the first question "
+                f"method.compressor={job.engine.apb_config.compressor} scores with the query; give the first question "
                 "as task.query, or use another compressor."
             )
         num_positions = document_ids.shape[1] + self.task.turn_tokens
-        limit = getattr(run.loaded.model.config, "max_position_embeddings", None) or num_positions
-        num_positions = max(min(num_positions, limit), document_ids.shape[1])
-        with prefill_progress(run.error_console, shown=run.is_first) as progress:
-            return run.engine.prefill(document_ids, query_ids, max_positions=num_positions, progress=progress)
+        num_positions = max(min(num_positions, job.max_positions or num_positions), document_ids.shape[1])
+        with prefill_progress(job.error_console, shown=job.is_first) as progress:
+            return job.engine.prefill(document_ids, query_ids, max_positions=num_positions, progress=progress)
 
     def _questions(self, first: tuple[str, list[int]] | None) -> Iterator[tuple[str, list[int]]]:
         """Yield each question and its ids, on every rank."""
         if first is not None:
             yield first
-        lines = QuestionLines(self.run.steps, self.run.stdin, self.run.settings.timeout_s)
+        lines = QuestionLines(self.job.steps, self.job.stdin, self.job.settings.timeout_s)
         while (question := lines.next()) is not None:
             question = question.strip()
             if question:
-                yield question, self.run.steps.from_first(functools.partial(self._ids_of, question))
+                yield question, self.job.steps.from_first(functools.partial(self._ids_of, question))
 
     def _ids_of(self, question: str) -> list[int]:
-        assert self.document is not None
-        if self.last_id < 0:
-            return encode_query(self.run.tokenizer, self.document, question)
+        if self.last_id is None:
+            return encode_query(self.job.tokenizer, self.document, question)
         allow_special = self.task.allow_special_tokens
-        return encode_next_turn(self.run.tokenizer, question, self.last_id, allow_special=allow_special)
+        return encode_next_turn(self.job.tokenizer, question, self.last_id, allow_special=allow_special)
 
     def _turn(self, context: Context, question: str, ids: list[int]) -> None:
-        run = self.run
-        query_ids = torch.tensor([ids], device=run.loaded.device)
-        options: dict[str, Any] = {"append": True}
-        if run.is_first and not run.stdin.isatty():
-            print(f"{PROMPT}{question}", flush=True)  # a person has seen what they typed
-        if self.task.stream:
-            options["streamer"] = run.streamer()
+        job = self.job
+        if job.is_first and not job.stdin.isatty():
+            print(f"{PROMPT}{question}", flush=True)  # on a terminal the user sees what they type
         try:
-            answer: Answer = run.steps.together(
-                lambda: run.answer(
-                    context, query_ids, self.task.max_new_tokens, self.task.generate_arguments(), **options
-                )
-            )
-        except JobError as error:  # the conversation is as it was
+            answer = job.steps.together(lambda: self._answer(context, ids))
+        except JobError as error:  # the conversation is unchanged
             self.turns.append({"question": question, "answer": None, "error": str(error)})
-            if run.is_first:
+            if job.is_first:
                 print(f"Error: {error}", file=sys.stderr, flush=True)
             return
         self.last_id = answer.tokens[-1]
-        text = run.text_of(answer.tokens)
-        if run.is_first and not self.task.stream:
+        text = job.text_of(answer.tokens)
+        if job.is_first and not self.task.stream:
             print(text, flush=True)
         self.turns.append(
             {
@@ -147,6 +138,12 @@ class _Conversation:
             }
         )
 
+    def _answer(self, context: Context, ids: list[int]) -> Answer:
+        options: dict[str, Any] = {"streamer": self.job.streamer()} if self.task.stream else {}
+        query_ids = torch.tensor([ids], device=self.job.device)
+        arguments = self.task.generate_arguments()
+        return self.job.answer(context, query_ids, self.task.max_new_tokens, arguments, append=True, **options)
+
     def _turn_metrics(self) -> dict[str, Any]:
         answered = [turn for turn in self.turns if turn["answer"] is not None]
         total = {
@@ -157,9 +154,9 @@ class _Conversation:
 
 
 class QuestionLines:
-    """Lines from the first rank's standard input, given to all ranks.
+    """Lines from the first rank's standard input, sent to all ranks.
 
-    The stream is read in a thread, so that the first rank can tell the others now and then to go on waiting.
+    A thread reads the stream, so that the first rank can tell the others from time to time to keep waiting.
     """
 
     def __init__(self, steps: Steps, stream: TextIO, timeout_s: float) -> None:

@@ -10,35 +10,35 @@ from torch import Tensor
 from apb_ds.attention import Phase
 from apb_ds.config import APBConfig
 from apb_ds.engine.context import Context
-from apb_ds.session.request import Run
+from apb_ds.session.active_job import ActiveJob
 from apb_ds.tasks import Sample
 
-# What the query compressor observes a document with: its own last tokens, since the judged ones must stay unseen.
+# What the query compressor scores with: the document's last tokens, since the judged ones must stay unseen.
 OBSERVERS = 64
 
 
-def compare_with_exact(run: Run, sample: Sample) -> tuple[Context, dict[str, Any]]:
-    """Return the method's context and how far it is from exact attention. All ranks call this together.
+def compare_with_exact(job: ActiveJob, sample: Sample) -> tuple[Context, dict[str, Any]]:
+    """Return the method's context and its distance from exact attention. All ranks call this together.
 
     Returns
     -------
     Context
     dict
         ``kl``: KL(exact || method) of next-token distributions, in nats, mean over the judged tokens.
-        ``top1``: share of them whose likeliest token is the same.
+        ``top1``: share of them with the same likeliest token.
         ``perplexity``, ``exact_perplexity``: of the judged tokens after the first.
         ``attention_error``: relative error of the attention output at the judged tokens, mean over the layers.
         ``attention_errors``: that of each layer, ``|method - exact| / |exact|`` (Frobenius norms).
     """
     document, judged = sample.document_ids, sample.query_ids
-    exact = APBConfig(method="dense" if run.group.world_size == 1 else "ring")
-    engine = run.make_engine(exact)
+    exact = APBConfig(method="dense" if job.group.world_size == 1 else "ring")
+    engine = job.make_engine(exact)
     expected, expected_outputs = _predict(engine, engine.prefill(document), judged)
 
-    run.set_up(sample.query_position, document.shape[1], 0)
-    observers = document[:, -OBSERVERS:] if run.engine.attention.needs_query else None
-    context = run.engine.prefill(document, observers)
-    found, found_outputs = _predict(run.engine, context, judged)
+    job.set_up(sample.query_position, document.shape[1], 0)
+    observers = document[:, -OBSERVERS:] if job.engine.attention.needs_query else None
+    context = job.engine.prefill(document, observers)
+    found, found_outputs = _predict(job.engine, context, judged)
 
     errors = [
         float((ours - theirs).norm() / theirs.norm())
@@ -71,7 +71,7 @@ def _predict(engine: Any, context: Context, judged: Tensor) -> tuple[Tensor, lis
 
 
 def _perplexity(log_probs: Tensor, judged: Tensor) -> float | None:
-    """Return the perplexity of the judged tokens that a judged token precedes; None if there is none."""
+    """Return the perplexity of the judged tokens after the first; None if there is only one."""
     if judged.shape[1] < 2:
         return None
     targets = judged[0, 1:].unsqueeze(-1).to(log_probs.device)

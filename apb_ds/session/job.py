@@ -1,33 +1,34 @@
-"""A job: what the configs ask for, before and after it is validated."""
+"""A job: what the configs ask for, before and after validation."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from apb_ds.attention import check_available
 from apb_ds.compressors.base import names_with_heads, needs_heads
-from apb_ds.config import APBConfig, check_bool, check_choice, check_integer
+from apb_ds.config import APBConfig, check_bool, check_choice, check_integer, from_mapping
 from apb_ds.loading import ModelConfig
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, launched_world_size
 from apb_ds.plan import check_ranks
 from apb_ds.tasks import TaskConfig, build_task_config
+from apb_ds.tasks.checks import check_optional_text
 
 SECTIONS = ("model", "method", "task", "parallel", "eval", "seed", "debug")
-HEADS_KEY = "retaining_heads"  # beside the fields of APBConfig: it names files, which that knows nothing of
+HEADS_KEY = "retaining_heads"  # next to APBConfig's fields: it names files, which APBConfig does not read
 PARALLEL_KEYS = ("timeout_s",)
-MAX_SEED = 2**63 - 1  # torch takes 64 bits, and a batch adds a number to it for each line
+MAX_SEED = 2**63 - 1  # torch accepts 64 bits, and a batch adds a number to it for each line
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job as it was asked for.
+    """One job as it was requested.
 
     Attributes
     ----------
     values : the composed config, as plain dicts; not validated yet
-    run_dir : where the first rank writes the record, or None for nowhere
+    run_dir : where the first rank writes the record; None writes no record
     overrides : what the command line changed, by config path
     in_sweep : whether it is one of several jobs
     """
@@ -44,32 +45,23 @@ class Job:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Where an evaluation goes.
+    """Where an evaluation's results go.
 
     Parameters
     ----------
     output : str, optional
-        A directory. Default: one of its own under ``outputs/results`` for each task, method and model. What is answered
-        there already is not answered again.
+        A directory. Default: a separate one under ``outputs/results`` for each task, method and model. Samples answered
+        there before are not answered again.
     overwrite : bool
-        Start anew; what was there is kept.
+        Answer all samples again; the old results are kept.
     """
 
     output: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.output is not None and (not isinstance(self.output, str) or not self.output):
-            raise ValueError(f"eval.output={self.output!r} must be the name of a directory.")
+        check_optional_text("eval.output", self.output, "the name of a directory")
         check_bool("eval.overwrite", self.overwrite)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EvalConfig:
-        """Build from a mapping; null is the default, an unknown key a ValueError that names the nearest field."""
-        names = [item.name for item in fields(cls)]
-        for key in values:
-            check_choice("eval key", key, names)
-        return cls(**{key: value for key, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -78,8 +70,8 @@ class Settings:
 
     Attributes
     ----------
-    evaluation : of a job that scores its answers, else None
-    retaining_heads : where the heads are, if the compressor needs any
+    evaluation : for a job that scores its answers, else None
+    retaining_heads : where the heads are, if the compressor needs them
     position_from_template : whether ``method.query_position`` was left to the chat template
     """
 
@@ -93,14 +85,14 @@ class Settings:
     retaining_heads: str | None = None
 
     def method_for(self, query_position: int) -> APBConfig:
-        """Return the method's settings with the query position of a sample, unless the user gave one."""
+        """Return the method's settings with a sample's query position, unless the user gave one."""
         if not self.position_from_template or self.method.is_exact_method:
             return self.method
         return replace(self.method, query_position=query_position)
 
 
 def read_settings(values: dict[str, Any]) -> Settings:
-    """Validate a composed config, as far as that needs no model. The result is the same on every rank.
+    """Validate a composed config, as far as possible without a model. The result is the same on every rank.
 
     Raises
     ------
@@ -127,9 +119,9 @@ def read_settings(values: dict[str, Any]) -> Settings:
     task = build_task_config(dict(values.get("task") or {}))
     evaluation = None
     if "eval" in values:
-        evaluation = EvalConfig.from_dict(dict(values["eval"] or {}))
+        evaluation = from_mapping(EvalConfig, dict(values["eval"] or {}), "eval")
         if type(task).samples is TaskConfig.samples:
-            raise ValueError(f"task={task.name} has no answers to compare with; run it with launch/infer.py.")
+            raise ValueError(f"task={task.name} has no reference answers; run it with launch/infer.py.")
     model = ModelConfig.from_dict(dict(values.get("model") or {}))
     return Settings(
         model=model,
@@ -143,10 +135,9 @@ def read_settings(values: dict[str, Any]) -> Settings:
     )
 
 
-def _heads_of(method: APBConfig, given: object, model: ModelConfig) -> str | None:
-    """Return where the heads are that the compressor needs, given or the model's own; None if it needs none."""
-    if given is not None and (not isinstance(given, str) or not given):
-        raise ValueError(f"method.{HEADS_KEY}={given!r} must be a .pt or .safetensors file, a directory or a hub id.")
+def _heads_of(method: APBConfig, given: str | None, model: ModelConfig) -> str | None:
+    """Return where the compressor's heads are, given or the model's own; None if it needs no heads."""
+    check_optional_text(f"method.{HEADS_KEY}", given, "a .pt or .safetensors file, a directory or a hub id")
     if not needs_heads(method.compressor):
         if given is not None:
             raise ValueError(
@@ -157,7 +148,7 @@ def _heads_of(method: APBConfig, given: object, model: ModelConfig) -> str | Non
     found = given or model.retaining_heads
     if found is None:
         raise ValueError(
-            f"method.compressor={method.compressor} needs trained heads, and model.{HEADS_KEY} names none: set "
+            f"method.compressor={method.compressor} needs trained heads, and model.{HEADS_KEY} is not set: set "
             f"method.{HEADS_KEY} to a .pt or .safetensors file, a directory or a hub id, train heads with "
             "launch/train_heads.py, or use another compressor."
         )

@@ -1,4 +1,4 @@
-"""A session: the jobs of a run or a sweep, in step on all ranks, over one group and one model."""
+"""A session: the jobs of a command, one or a sweep, in step on all ranks, over one group and one model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, TextIO
 
@@ -29,34 +28,34 @@ from apb_ds.report.paths import hide_paths
 from apb_ds.report.record import RECORD_NAME, environment, write_json
 from apb_ds.report.results import flatten
 from apb_ds.report.table import failure_lines, job_table, make_console, sweep_table, title
-from apb_ds.session.batch import serve_batch
-from apb_ds.session.chat import serve_chat
-from apb_ds.session.evaluation import serve_evaluation
-from apb_ds.session.harness import serve_harness
+from apb_ds.session.active_job import ActiveJob
+from apb_ds.session.batch import Batch
+from apb_ds.session.chat import Conversation
+from apb_ds.session.evaluation import Evaluation
+from apb_ds.session.harness import HarnessEvaluation
 from apb_ds.session.job import Job, Settings, read_settings
 from apb_ds.session.question import serve_question
-from apb_ds.session.request import Run
 from apb_ds.session.steps import JOB_ERRORS, JobError, Steps
-from apb_ds.tasks import BatchConfig, ChatConfig, LmEvalConfig, TaskConfig
+from apb_ds.tasks import BatchConfig, ChatConfig, LmEvalConfig
 
 
 class Session:
     """Runs jobs one after the other. All ranks run the same jobs in the same order.
 
-    The group is joined at the first job that needs it; a model is loaded again only where its config changes.
+    The first job joins the group; a model is loaded again only if its config changes.
 
     Parameters
     ----------
     group : SequenceGroup, optional
-        A group made before; by default all ranks that the launcher started.
+        An existing group. Default: all ranks that the launcher started.
     console, error_console : rich Console, optional
-        Where the first rank prints; by default standard output and standard error.
+        Where the first rank prints. Default: standard output and standard error.
     stdin : text stream, optional
-        Where the questions of a conversation come from; by default standard input.
+        Where the questions of a conversation come from. Default: standard input.
 
     Attributes
     ----------
-    records : of the jobs so far
+    records : those of the jobs so far
     """
 
     def __init__(
@@ -69,10 +68,10 @@ class Session:
         self.group = group
         self.console = console or make_console()
         self.error_console = error_console or make_console(to_stderr=True)
-        self.stdin = stdin or sys.stdin or io.StringIO()  # Python has none where it is closed
+        self.stdin = stdin or sys.stdin or io.StringIO()  # None if it is closed
         self.records: list[dict[str, Any]] = []
         self._owns_group = group is None
-        self._job: Job | None = None  # under way
+        self._job: Job | None = None  # the running one
         self._other_failed = False
         self._loaded: tuple[ModelConfig, LoadedModel] | None = None
         self._heads: tuple[str, RetainingHeads] | None = None
@@ -84,7 +83,7 @@ class Session:
 
     @property
     def has_failed(self) -> bool:
-        """Whether any job did; after `close`, on any rank."""
+        """Whether any job failed; after `close`, on any rank."""
         return self._other_failed or any(record["status"] != "ok" for record in self.records)
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -93,14 +92,13 @@ class Session:
         Returns
         -------
         dict
-            The record, the same on every rank but for the times of its queries; ``status`` is ``ok`` or ``failed``,
-            with ``error`` saying why.
+            The record, the same on every rank except for the queries' times; ``status`` is ``ok`` or ``failed``, and
+            ``error`` says why.
         """
         self._job = job
         record = _new_record(job)
         try:
-            settings = self._agreed_settings(job)
-            record |= {"status": "ok"} | self._serve(job, settings)
+            record |= {"status": "ok"} | self._serve(job, *self._agreed_settings(job))
         except JobError as error:
             record["error"] = str(error)
         self._keep(job, record)
@@ -108,27 +106,23 @@ class Session:
         return record
 
     def fail(self, job: Job, why: str) -> dict[str, Any]:
-        """Record a job that cannot be run at all; ranks that call this call it together."""
+        """Record a job that cannot run at all. All ranks call this together."""
         record = _new_record(job) | {"error": why}
         self._keep(job, record)
         return record
 
     def close(self) -> None:
-        """Print what closes a sweep, then leave the group, all ranks together."""
-        if self.is_first and len(self.records) > 1:
-            self.console.print(sweep_table(self.records))
-            compare_records(self.records, self.console)
-            for line in failure_lines(self.records):
-                print(line, flush=True)
+        """Print a sweep's table, then leave the group. All ranks call this together."""
+        self._print_sweep(compare=True)
         self._drop_model()
         if self._owns_group and self.group is not None and torch.distributed.is_initialized():
-            # Waits for all: a launcher ends the other ranks as soon as one exits with an error.
+            # Waits for all ranks: a launcher ends the others as soon as one exits with an error.
             self._other_failed = any(self.group.gather_objects(self.has_failed))
             torch.distributed.destroy_process_group()
         self.group = None
 
     def abandon(self, why: str) -> None:
-        """Record that the job under way failed, and print what closes a sweep, on the first rank alone.
+        """Record that the running job failed, and print a sweep's table, on the first rank only.
 
         Sends nothing: for a rank that ends before its jobs do.
         """
@@ -139,67 +133,67 @@ class Session:
             self.records.append(record)
             if self._job.run_dir is not None:
                 write_json(self._job.run_dir / RECORD_NAME, hide_paths(record, self._job.run_dir))
-        if len(self.records) > 1:
+        self._print_sweep()
+
+    def _print_sweep(self, *, compare: bool = False) -> None:
+        if self.is_first and len(self.records) > 1:
             self.console.print(sweep_table(self.records))
+            if compare:
+                compare_records(self.records, self.console)
             for line in failure_lines(self.records):
                 print(line, flush=True)
 
-    def _agreed_settings(self, job: Job) -> Settings:
-        """Return the job's settings, which all ranks must have found good, and the same.
-
-        Before the ranks have met, each ends by itself where it finds them bad.
+    def _agreed_settings(self, job: Job) -> tuple[Settings, SequenceGroup]:
+        """Return the job's settings, valid and equal on all ranks, and the group, joined if this is the first job.
 
         Raises
         ------
         JobError
-            On every rank.
+            On every rank; before the ranks have joined their group, on each that finds the settings bad.
         """
-        settings, failure = None, None
-        try:
-            settings = read_settings(job.values)
-        except JOB_ERRORS as error:
-            if job.debug and self.is_first:
-                traceback.print_exc()
-            failure = error
-        if failure is not None and self.group is None:  # mostly every rank has the same: nobody waits for the others
-            if launched_rank() > 0 and os.environ.get("LOCAL_RANK") == "0":  # another node, another command line
-                print(f"Error: rank {launched_rank()}: {failure}", file=sys.stderr, flush=True)
-            raise JobError(str(failure)) from failure
-
-        if settings is not None:
-            self._join(settings.timeout_s)
-        assert self.group is not None
+        if self.group is None:
+            try:
+                timeout_s = self._read(job).timeout_s
+            except ValueError as error:  # usually the same on every rank, so that no rank waits for another
+                if launched_rank() > 0 and os.environ.get("LOCAL_RANK") == "0":  # another node, another command line
+                    print(f"Error: rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
+                raise JobError(str(error)) from error
+            self.group = self._join(timeout_s)
         try:
             with shared_validation(self.group, "a job") as comparison:
-                if failure is not None:
-                    raise ValueError(str(failure)) from failure
+                settings = self._read(job)
                 comparison.facts = {**_shared_values(job), **describe_software()}
         except ValueError as error:
             raise JobError(str(error)) from error
-        assert settings is not None
-        return settings
+        return settings, self.group
 
-    def _join(self, timeout_s: float) -> None:
-        if self.group is not None:
-            return
+    def _read(self, job: Job) -> Settings:
+        """Return the job's settings; ValueError if they are bad in any way."""
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # deepspeed tells here what it has compiled
-                self.group = world_group(timeout_s)
-        except RuntimeError as error:  # each rank finds this by itself: they have not met
+            return read_settings(job.values)
+        except JOB_ERRORS as error:
+            if job.debug and self.is_first:
+                traceback.print_exc()
+            raise ValueError(str(error)) from error
+
+    def _join(self, timeout_s: float) -> SequenceGroup:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # deepspeed prints what it has compiled
+                return world_group(timeout_s)
+        except RuntimeError as error:  # each rank notices this by itself
             why = (str(error).strip() or repr(error)).splitlines()[0]
             raise JobError(
                 f"the ranks could not join their group: {why} Is the port in use? Give the launcher another "
                 "--master_port."
             ) from error
 
-    def _serve(self, job: Job, settings: Settings) -> dict[str, Any]:
-        assert self.group is not None
-        self.group.set_timeout(settings.timeout_s)  # of this job of a sweep
-        steps = Steps(self.group, debug=job.debug)
+    def _serve(self, job: Job, settings: Settings, group: SequenceGroup) -> dict[str, Any]:
+        group.set_timeout(settings.timeout_s)  # jobs of a sweep may differ
+        steps = Steps(group, debug=job.debug)
         steps.from_first(settings.task.check_sources)
         loaded = steps.together(lambda: self._model(settings.model), local=True)
         heads = steps.together(lambda: self._heads_for(settings, loaded), local=True)
-        run = Run(
+        active = ActiveJob(
             job=job,
             settings=settings,
             steps=steps,
@@ -209,9 +203,7 @@ class Session:
             error_console=self.error_console,
             stdin=self.stdin,
         )
-        servers, usual = (_EVALUATORS, serve_evaluation) if settings.evaluation else (_SERVERS, serve_question)
-        serve = servers.get(type(settings.task), usual)
-        parts = serve(run)
+        parts = _serve_task(active)
         method = parts.pop("method")
         return {
             **parts,
@@ -222,7 +214,7 @@ class Session:
                 "config": asdict(settings.model),
             },
             "settings": {"method": method, "seed": settings.seed, "memory": peak_memory_kind(loaded.device)},
-            "kernels": {} if run.engine is None else run.engine.kernel_names,
+            "kernels": {} if active.engine is None else active.engine.kernel_names,
             "seed": settings.seed,
             **environment(loaded.device),
         }
@@ -246,7 +238,7 @@ class Session:
     def _configured_engine(
         self, method: APBConfig, loaded: LoadedModel, heads: RetainingHeads | None, timeout_s: float
     ) -> Any:
-        from apb_ds.engine.api import init_inference  # brings deepspeed along
+        from apb_ds.engine.api import init_inference  # imports deepspeed
 
         heads = heads if needs_heads(method.compressor) else None
         if self._engine is None:
@@ -271,18 +263,25 @@ class Session:
             _report(job, record, self.console)
 
 
-# What takes more than one question; a task that is not here has one.
-_SERVERS: dict[type[TaskConfig], Callable[[Run], dict[str, Any]]] = {ChatConfig: serve_chat, BatchConfig: serve_batch}
-# What is scored by other code than its own.
-_EVALUATORS: dict[type[TaskConfig], Callable[[Run], dict[str, Any]]] = {LmEvalConfig: serve_harness}
+def _serve_task(job: ActiveJob) -> dict[str, Any]:
+    """Answer what the task asks; return its parts of the record."""
+    task, evaluation = job.settings.task, job.settings.evaluation
+    if evaluation is not None:
+        kind = HarnessEvaluation if isinstance(task, LmEvalConfig) else Evaluation
+        return kind(job, task, evaluation).serve()
+    if isinstance(task, BatchConfig):
+        return Batch(job, task).serve()
+    if isinstance(task, ChatConfig):
+        return Conversation(job, task).hold()
+    return serve_question(job)
 
 
-# What the first rank alone makes use of: its places for results may have the time of day in their names.
+# Values that only the first rank uses: its outputs may have the time of day in their names.
 _FIRST_RANKS_VALUES = ("task.output", "eval.output", "debug")
 
 
 def _shared_values(job: Job) -> dict[str, Any]:
-    """Return the values of a job that all ranks must share, by config path."""
+    """Return the values of a job that must be equal on all ranks, by config path."""
     return {name: value for name, value in flatten(job.values).items() if name not in _FIRST_RANKS_VALUES}
 
 
@@ -297,7 +296,7 @@ def _new_record(job: Job) -> dict[str, Any]:
 
 
 def _report(job: Job, record: dict[str, Any], console: Console) -> None:
-    """Write the record, and print what people want to see of it. A record that cannot be written is a failure."""
+    """Write the record, and print its main results. If it cannot be written, the job fails."""
     if job.run_dir is not None:
         try:
             write_json(job.run_dir / RECORD_NAME, hide_paths(record, job.run_dir))
@@ -310,7 +309,7 @@ def _report(job: Job, record: dict[str, Any], console: Console) -> None:
             record |= {"status": "failed", "error": why if record["error"] is None else f"{record['error']} And {why}"}
             job = replace(job, run_dir=None)
     if "metrics" in record:
-        # Plain prints: the answer must reach a pipe as it is, unwrapped and unstyled.
+        # print, not the console: the answer must reach a pipe unwrapped and unstyled.
         for line in _answer_lines(record["task"]):
             print(line, flush=True)
         print(f"Ran {title(record)}")
@@ -327,7 +326,7 @@ def _answer_lines(task: dict[str, Any]) -> list[str]:
     if "output" in task:
         return [f"Answers: {task['output']}"]
     if "turns" in task or task["streamed"]:
-        return []  # told already
+        return []  # printed already
     truth = task["ground_truth"]
     if truth is None and not task["random_ids"]:
         return [f"Answer: {task['prediction']}"]

@@ -1,4 +1,4 @@
-"""What all ranks do together: work in step, values from the first rank, failures that every rank learns of."""
+"""What all ranks do together: work in step, values from the first rank, failures reported to every rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apb_ds.parallel.groups import SequenceGroup
 
-# What a job may fail with while the sweep goes on. Anything else is a bug, and ends the process.
+# Errors that fail a job but not the sweep. Anything else is a bug, and ends the process.
 JOB_ERRORS = (ValueError, RuntimeError, OSError, MemoryError)
 
 Result = TypeVar("Result")
@@ -27,7 +27,7 @@ class Steps:
     Parameters
     ----------
     group : SequenceGroup
-    debug : whether the first rank prints where an error came from
+    debug : whether the first rank prints an error's traceback
     """
 
     def __init__(self, group: SequenceGroup, *, debug: bool = False) -> None:
@@ -35,15 +35,15 @@ class Steps:
         self.debug = debug
 
     def together(self, work: Callable[[], Result], *, local: bool = False) -> Result:
-        """Do the work on every rank, then agree on whether it went well: one rank's failure is everybody's.
+        """Do the work on every rank, then exchange whether it succeeded: if one rank fails, all do.
 
-        Bad input (ValueError) is found before anything is sent. Whatever else fails on one of several ranks may leave
-        the others inside a collective: then this rank ends, and the launcher ends the others.
+        Bad input (ValueError) is found before anything is sent. Any other error on one of several ranks may leave the
+        others inside a collective: then this rank ends, and the launcher ends the others.
 
         Parameters
         ----------
         work : callable
-        local : whether the work sends nothing, so that any failure of it can be agreed on
+        local : whether the work sends nothing, so that ranks can exchange any failure
 
         Raises
         ------
@@ -55,7 +55,7 @@ class Steps:
         try:
             result = work()
         except BrokenPipeError:
-            raise  # nobody reads the output: the end of the run, not of the job
+            raise  # nobody reads the output: ends the process, not only the job
         except JOB_ERRORS as error:
             if not (local or isinstance(error, ValueError) or self.group.world_size == 1):
                 raise
@@ -66,57 +66,55 @@ class Steps:
         return result  # type: ignore[return-value]
 
     def from_first(self, work: Callable[[], Result]) -> Result:
-        """Do the work on the first rank alone, and return what it gave on every rank.
+        """Do the work on the first rank only, and return its result on every rank.
 
         Parameters
         ----------
         work : callable
-            Sends nothing; its result is small and can be pickled. Tensors travel with `ids_from_first`.
+            Sends nothing; its result is small and can be pickled. Send tensors with `ids_from_first`.
 
         Raises
         ------
         JobError
             On every rank, if the work failed.
         """
-        message: tuple[str | None, Result | None] | None = None
+        failure: str | None = None
+        result: Result | None = None
         if self.group.is_first:
             try:
-                message = None, work()
+                result = work()
             except BrokenPipeError:
                 raise
             except JOB_ERRORS as error:
-                message = self._failure(error), None
-        message = self.group.gather_objects(message)[0]
-        assert message is not None
-        failure, result = message
+                failure = self._failure(error)
+        failure, result = self.group.gather_objects((failure, result))[0]
         if failure is not None:
             raise JobError(failure)
-        return result  # type: ignore[return-value]
+        return result
 
     def ids_from_first(self, ids: Tensor | None, length: int, device: torch.device) -> Tensor:
         """Return the first rank's ids, (1, length), int64, on every rank's device."""
-        if self.group.is_first:
-            assert ids is not None
-            return self.group.broadcast(ids.to(device).contiguous())
-        return self.group.broadcast(torch.empty((1, length), dtype=torch.int64, device=device))
+        if ids is None:
+            ids = torch.empty((1, length), dtype=torch.int64)
+        return self.group.broadcast(ids.to(device).contiguous())
 
-    def say_trace(self) -> None:
-        """Print where the present error came from, if that was asked for."""
+    def print_trace(self) -> None:
+        """Print the current error's traceback on the first rank if `debug` is set."""
         if self.debug and self.group.is_first:
             traceback.print_exc()
 
     def _failure(self, error: Exception) -> str:
-        self.say_trace()
+        self.print_trace()
         return str(error) or type(error).__name__
 
 
 def _first_failure(failures: list[str | None]) -> str:
-    """Return what to tell: the first rank's failure as it is, another's with the rank's number."""
+    """Return the first failure, with the rank's number unless it is the first rank's."""
     rank, failure = next((rank, failure) for rank, failure in enumerate(failures) if failure)
     return failure if rank == 0 else f"rank {rank}: {failure}"
 
 
 def gather_numbers(group: SequenceGroup, **numbers: Any) -> dict[str, list[Any]]:
-    """Return each of the numbers as a list over the ranks."""
+    """Return each number as a list over the ranks."""
     everyone = group.gather_objects(numbers)
     return {name: [rank[name] for rank in everyone] for name in numbers}

@@ -204,7 +204,7 @@ def test_failing_documents_are_counted(pool: Pools, place: Path, tmp_path: Path,
     [
         ((), ("task.tasks is missing", "[gsm8k]")),
         (("task.tasks=[lamp_rolling]",), ("lamp_rolling", "loglikelihood_rolling", "task=fidelity")),
-        (("task.tasks=[lamp_lost]",), ("lamp_lost", "cannot be had", "nowhere.jsonl")),
+        (("task.tasks=[lamp_lost]",), ("lamp_lost", "cannot get the data", "nowhere.jsonl")),
         (("task.tasks=[lamp_txt]",), ("task.tasks='lamp_txt'", "Did you mean 'lamp_text'?")),
         (("task.tasks=[lamp_text]", "task.include_path=/nowhere/at/all"), ("task.include_path", "/nowhere/at/all")),
         (("task.tasks=[lamp_text]", "task.split=sentence"), ("task.split='sentence'", "paragraph, line, turn")),

@@ -14,7 +14,7 @@ from apb_ds.compressors import compressor_names
 from apb_ds.config import APBConfig
 from apb_ds.plan import plan_request
 from apb_ds.report.flops import ModelSizes, RankFlops, count_flops
-from apb_ds.session.request import count_prefill
+from apb_ds.session.metrics import count_prefill
 from tests import models
 from tests.flop_counting import run_counted
 from tests.launch_in_process import run_infer

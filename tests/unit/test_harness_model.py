@@ -107,7 +107,7 @@ def test_a_text_that_the_query_begins_with() -> None:
 
 def test_a_split_of_ones_own() -> None:
     assert make_split(lambda prompt: (prompt[:3], prompt[3:]))("abcdef") == ("abc", "def")
-    with pytest.raises(ValueError, match="together are the prompt; it made 2 and 3 characters of 6"):
+    with pytest.raises(ValueError, match="together are the prompt; it returned 2 and 3 characters of 6"):
         make_split(lambda prompt: (prompt[:2], prompt[3:]))("abcdef")
     with pytest.raises(ValueError, match=r"split='paragraf' is not known.*'paragraph'"):
         make_split("paragraf")
@@ -315,7 +315,7 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.find_spec("apb_ds.tasks.lm_eval.prompts")
     assert spec is not None and spec.loader is not None
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    with pytest.raises(RuntimeError, match=r"lm-evaluation-harness is needed here.*pip install -e '\.\[eval\]'"):
+    with pytest.raises(RuntimeError, match=r"needs lm-evaluation-harness.*pip install -e '\.\[eval\]'"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 

@@ -95,7 +95,7 @@ def test_an_answer_that_standard_output_cannot_show(model_path: Path, tmp_path: 
     narrow = io.TextIOWrapper(content, encoding="ascii")
     with (
         mock.patch("contextlib.redirect_stdout", lambda _: mock.patch.object(sys, "stdout", narrow)),
-        mock.patch("apb_ds.session.request.Run.text_of", return_value="caf\u00e9"),
+        mock.patch("apb_ds.session.active_job.ActiveJob.text_of", return_value="caf\u00e9"),
     ):
         ended = infer(model_path, tmp_path / "run", "task=prompt", f"task.document='{DOCUMENT}'", "task.query=hi")
     narrow.flush()

@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from apb_ds.config import check_bool, check_choice, check_integer
+from apb_ds.config import check_bool, check_choice
 from apb_ds.tasks.base import Sample, TaskConfig, register_task
+from apb_ds.tasks.checks import as_tuple, check_integers, check_optional_text
 from apb_ds.tasks.lm_eval.split import SPLITS
-from apb_ds.tasks.text import expand_path
+from apb_ds.tasks.text import find_folder
 
 
 @register_task
 @dataclass(frozen=True)
 class LmEvalConfig(TaskConfig):
-    """Tasks of lm-evaluation-harness, by its own names, prompts, metrics and few-shot examples.
+    """Tasks of lm-evaluation-harness, with its names, prompts, metrics and few-shot examples.
 
     Parameters
     ----------
@@ -35,16 +36,11 @@ class LmEvalConfig(TaskConfig):
     split : str
         How a prompt is cut into document and query: ``paragraph``, ``line`` or ``turn``.
     query_start : str, optional
-        A text that the query begins with, where the prompt has it; else `split` decides.
+        A text that the query begins with, if the prompt contains it; else `split` decides.
     include_path : str or list of str, optional
-        Folders with YAML tasks of your own.
+        Folders with your own YAML tasks.
     metadata : dict
         For tasks that take arguments, such as ``{max_seq_lengths: [4096]}``.
-
-    Raises
-    ------
-    ValueError
-        For a value out of its range, naming the field and what is allowed.
     """
 
     name: ClassVar[str] = "lm_eval"
@@ -62,21 +58,18 @@ class LmEvalConfig(TaskConfig):
     def __post_init__(self) -> None:
         for name in ("tasks", "include_path"):
             given = getattr(self, name)
-            values = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+            values = as_tuple(given)
             if not all(isinstance(value, str) and value for value in values) or len({*values}) < len(values):
                 raise ValueError(f"task.{name}={given!r} must be a name or a list of names, none of them twice.")
             object.__setattr__(self, name, values)
         if not self.tasks:
             raise ValueError("task.tasks is missing: name tasks of lm-evaluation-harness, as in 'task.tasks=[gsm8k]'.")
-        for name, minimum in (("num_samples", 1), ("num_fewshot", 0), ("max_new_tokens", 1)):
-            if getattr(self, name) is not None:
-                check_integer(f"task.{name}", getattr(self, name), minimum)
+        check_integers(self, num_samples=1, num_fewshot=0, max_new_tokens=1)
         if self.apply_chat_template is not None:
             check_bool("task.apply_chat_template", self.apply_chat_template)
         check_bool("task.fewshot_as_multiturn", self.fewshot_as_multiturn)
         check_choice("task.split", self.split, SPLITS)
-        if self.query_start is not None and (not isinstance(self.query_start, str) or not self.query_start):
-            raise ValueError(f"task.query_start={self.query_start!r} must be a text, such as 'Question:'.")
+        check_optional_text("task.query_start", self.query_start, "a text, such as 'Question:'")
         if not isinstance(self.metadata, dict):
             raise ValueError(f"task.metadata={self.metadata!r} must be a mapping, such as {{max_seq_lengths: [4096]}}.")
 
@@ -87,13 +80,11 @@ class LmEvalConfig(TaskConfig):
                 "pip install -e '.[eval]'"
             )
         for value in self.include_path:
-            folder = expand_path("task.include_path", value)
-            if not folder.is_dir():
-                raise ValueError(f"task.include_path={value!r}: there is no folder {folder.absolute()}.")
+            find_folder("task.include_path", value)
         from apb_ds.tasks.lm_eval.load import check_names
 
-        check_names(self)
+        check_names(self.tasks, self.include_path)
 
     def samples(self, tokenizer: Any | None, vocab_size: int, seed: int) -> Iterator[Sample]:
-        """Raise ValueError: what the harness asks is more than a sample holds; see `documents.build`."""
+        """Raise ValueError: the harness asks more than a sample can hold; see `documents.build`."""
         raise ValueError(f"task={self.name} has several samples; launch/eval.py answers and scores them.")

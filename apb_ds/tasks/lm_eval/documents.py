@@ -1,6 +1,6 @@
-"""The harness' documents: built, turned into requests, and scored, all by its own code.
+"""The harness's documents: built, turned into requests, and scored, all by its own code.
 
-Imported only where lm-evaluation-harness is installed.
+Imported only if lm-evaluation-harness is installed.
 """
 
 from __future__ import annotations
@@ -22,31 +22,33 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.evaluator_utils import _process_results
 
 from apb_ds.tasks.lm_eval.config import LmEvalConfig
-from apb_ds.tasks.lm_eval.load import check_servable, first_line, load_tasks, task_manager
-from apb_ds.tasks.lm_eval.prompts import NO_ROLLING, HarnessPrompts, Pair, Request
-from apb_ds.tasks.ruler.harness import quiet, replaced
+from apb_ds.tasks.lm_eval.load import check_servable, load_tasks, task_manager
+from apb_ds.tasks.lm_eval.prompts import NO_ROLLING, HarnessPrompts, HarnessRequest, Pair
+from apb_ds.tasks.prompts import has_template
+from apb_ds.tasks.ruler.harness import quiet
+from apb_ds.utils.text import kind_and_line
 
 BOOTSTRAP_RESAMPLES = 1000
-# What of the harness' results says more than the settings do.
+# The harness's results that are kept; the others repeat the settings.
 RESULT_KEYS = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
 @dataclass
 class HarnessSample:
-    """One document of one task, with all that is asked about it.
+    """One document of one task, with everything that is asked about it.
 
     Attributes
     ----------
-    instances : as the harness has made them
-    requests : their prompts; the answers follow in the order of the instances, as many for each as it is repeated
+    instances : as the harness made them
+    requests : their prompts; answers are in the order of the instances, one for each repeat
     reference : what the task compares with
-    problem : why nothing can be asked, if so
+    problem : why nothing can be asked, or None
     """
 
     task: str
     doc_id: int
     instances: list[Instance]
-    requests: tuple[Request, ...] = ()
+    requests: tuple[HarnessRequest, ...] = ()
     reference: Any = None
     problem: str | None = None
 
@@ -56,33 +58,23 @@ class HarnessSample:
 
 
 class _Built(Exception):
-    """The harness has built its instances and is about to ask."""
+    """Raised when the harness has built its instances and asks the model."""
 
 
-class _Asked(HarnessPrompts):
-    """A model that answers nothing: it only has the harness build its prompts."""
+class _PromptRecorder(HarnessPrompts):
+    """A model that answers nothing: it stops the harness once the prompts are built."""
 
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         raise _Built
 
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        raise _Built
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        raise _Built
+    loglikelihood = loglikelihood_rolling = generate_until
 
     def _loglikelihood_tokens(self, requests: list[Pair], **kwargs: Any) -> Any:
         return self.scorings(requests)
 
-    def requests_of(self, instances: Sequence[Instance]) -> list[Request]:
-        """Return what the instances ask, in their order.
-
-        Raises
-        ------
-        ValueError
-            For an empty prompt, or what the engine has no answer to.
-        """
-        requests: list[Request] = []
+    def requests_of(self, instances: Sequence[Instance]) -> list[HarnessRequest]:
+        """Return the instances' requests, in order; ValueError for an empty prompt or an unsupported kind."""
+        requests: list[HarnessRequest] = []
         for kind, group in itertools.groupby(instances, key=lambda instance: instance.request_type):
             if kind == "generate_until":
                 for instance in group:
@@ -101,8 +93,8 @@ class HarnessTasks:
 
     Attributes
     ----------
-    tasks, groups : the harness' own, by name
-    samples : every document that was asked for
+    tasks, groups : the harness's own, by name
+    samples : all documents asked for
     """
 
     tasks: dict[str, Task]
@@ -110,23 +102,23 @@ class HarnessTasks:
     samples: list[HarnessSample] = field(default_factory=list)
 
     def score(self, sample: HarnessSample, answers: Sequence[Any]) -> tuple[float | None, dict[str, Any]]:
-        """Return the main score, and every number that the task's metrics give for this document.
+        """Return the main score, and all numbers that the task's metrics give for this document.
 
-        The main score is the first metric's, after the first filter, if it is a number from 0 to 1; else None.
+        The main score is the first of them from 0 to 1, None if there is none.
         """
         found = {f"{metric},{key}": value for (metric, key), value in self._metrics(sample, answers).items()}
         numbers = {name: float(value) for name, value in found.items() if _is_number(value)}
         return next((value for value in numbers.values() if 0 <= value <= 1), None), numbers
 
     def results(self, answered: Iterable[tuple[HarnessSample, Sequence[Any]]]) -> dict[str, Any]:
-        """Return what the harness reports of all answers: each task's and group's metrics, aggregated its own way."""
+        """Return what the harness reports of all answers: the metrics of tasks and groups, aggregated in its way."""
         collected: dict[str, Any] = {}
         for sample, answers in answered:
             new = {"task": self.tasks[sample.task], "raw_metrics": defaultdict(list), "logged_samples": []}
             raw = collected.setdefault(sample.task, new)["raw_metrics"]
-            for place, value in self._metrics(sample, answers).items():
-                raw[place].append(value)
-        # One process, as it is for the model; and no document that is left out belongs to a group's mean.
+            for metric, value in self._metrics(sample, answers).items():
+                raw[metric].append(value)
+        # In one process, like the model. Documents that were left out do not count in a group's mean.
         with quiet(), mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
             whole = _process_results(collected, self.groups, BOOTSTRAP_RESAMPLES)._to_eval_results()
         return {key: _plain(whole[key]) for key in RESULT_KEYS if key in whole}
@@ -139,21 +131,20 @@ class HarnessTasks:
             repeats = instance.repeats or 1
             if instance.request_type == "generate_until":
                 instance.resps = list(itertools.islice(left, repeats))
-            else:  # the same every time
+            else:  # repeats are equal
                 instance.resps = [tuple(next(left))] * repeats
             instance.filtered_resps = {}
         found: dict[tuple[str, str], Any] = {}
         try:
-            with quiet(), replaced(task, _instances=sample.instances):
+            with quiet(), mock.patch.object(task, "_instances", sample.instances):
                 task.apply_filters()
                 for key in sample.instances[0].filtered_resps:
                     responses = [instance.filtered_resps[key] for instance in sample.instances]
                     metrics = task.process_results(sample.instances[0].doc, responses)
                     found |= {(metric, key): value for metric, value in metrics.items()}
-        except Exception as error:  # a task's own code, of any kind
-            raise ValueError(
-                f"task.tasks: {sample.task} cannot score document {sample.doc_id} ({first_line(error)})."
-            ) from error
+        except Exception as error:  # any kind, from the task's own code
+            why = kind_and_line(error)
+            raise ValueError(f"task.tasks: {sample.task} cannot score document {sample.doc_id} ({why}).") from error
         return found
 
 
@@ -162,37 +153,30 @@ def build(config: LmEvalConfig, tokenizer: Any, seed: int) -> HarnessTasks:
 
     Parameters
     ----------
-    tokenizer : the model's own, which the harness is given wherever it would load one itself
-    seed : 0 draws the harness' own few-shot examples
+    tokenizer : the model's own, which also replaces any that the harness would load
+    seed : 0 draws the harness's own few-shot examples
 
     Raises
     ------
     ValueError
-        If a data set cannot be had, or a task asks for what cannot be answered, naming the task.
+        If a data set is not available, or the engine cannot serve a task, naming the task.
     """
-    asked = _Asked(tokenizer, config.split, config.query_start)
-    specs = load_tasks(config, tokenizer)
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    tasks: dict[str, Task] = {}
-    groups: dict[str, Any] = {}
-    for spec in specs:
-        if isinstance(spec, Task):
-            tasks[spec.task_name] = spec
-        else:
-            groups |= {group.name: group for group in [spec, *spec.get_all_groups()]}
-            tasks |= {task.task_name: task for task in spec.get_all_tasks()}
-    for name, task in tasks.items():
-        check_servable(name, task)
+    recorder = _PromptRecorder(tokenizer, config.split, config.query_start)
+    manager = task_manager(config.tasks, config.include_path)
+    specs, loaded = load_tasks(manager, config.tasks, config.metadata, tokenizer)
+    apply_template = has_template(tokenizer) if config.apply_chat_template is None else config.apply_chat_template
     arguments = {} if config.max_new_tokens is None else {"gen_kwargs": {"max_gen_toks": config.max_new_tokens}}
+    for name, task in loaded["tasks"].items():
+        check_servable(name, task)
     try:
         with quiet(), contextlib.suppress(_Built):
             simple_evaluate(
-                model=asked,
+                model=recorder,
                 tasks=specs,
-                task_manager=task_manager(config),  # or it would read all YAML files again
+                task_manager=manager,  # a new one would read all YAML files again
                 limit=config.num_samples,
                 num_fewshot=config.num_fewshot,
-                apply_chat_template=has_template if config.apply_chat_template is None else config.apply_chat_template,
+                apply_chat_template=apply_template,
                 fewshot_as_multiturn=config.fewshot_as_multiturn,
                 random_seed=DEFAULT_RANDOM_SEED + seed,
                 numpy_random_seed=DEFAULT_OTHER_SEED + seed,
@@ -200,15 +184,14 @@ def build(config: LmEvalConfig, tokenizer: Any, seed: int) -> HarnessTasks:
                 fewshot_random_seed=DEFAULT_OTHER_SEED + seed,
                 **arguments,
             )
-    except Exception as error:  # a task's own code, of any kind
-        raise ValueError(
-            f"task.tasks={list(config.tasks)}: the prompts cannot be made ({first_line(error)})."
-        ) from error
-    samples = [sample for name, task in tasks.items() for sample in _samples(name, task, asked)]
-    return HarnessTasks(tasks, groups, samples)
+    except Exception as error:  # any kind, from the task's own code
+        why = kind_and_line(error)
+        raise ValueError(f"task.tasks={list(config.tasks)}: the prompts cannot be made ({why}).") from error
+    samples = [sample for name, task in loaded["tasks"].items() for sample in _samples(name, task, recorder)]
+    return HarnessTasks(loaded["tasks"], loaded["groups"], samples)
 
 
-def _samples(name: str, task: Task, asked: _Asked) -> Iterator[HarnessSample]:
+def _samples(name: str, task: Task, recorder: _PromptRecorder) -> Iterator[HarnessSample]:
     by_document: dict[int, list[Instance]] = {}
     for instance in task.instances:
         by_document.setdefault(int(instance.doc_id or 0), []).append(instance)
@@ -216,8 +199,8 @@ def _samples(name: str, task: Task, asked: _Asked) -> Iterator[HarnessSample]:
         instances.sort(key=lambda instance: instance.idx)
         sample = HarnessSample(name, doc_id, instances, reference=_plain(task.doc_to_target(instances[0].doc)))
         try:
-            sample.requests = tuple(asked.requests_of(instances))
-        except ValueError as error:  # this document's alone
+            sample.requests = tuple(recorder.requests_of(instances))
+        except ValueError as error:  # concerns this document only
             sample.problem = str(error)
         yield sample
 
@@ -230,7 +213,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON has it: numbers that are none become null."""
+    """Return a value as JSON has it: NaN and infinity become null."""
     if isinstance(value, dict):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):

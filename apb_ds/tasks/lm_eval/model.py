@@ -1,4 +1,4 @@
-"""An engine as lm-evaluation-harness wants a model: ``lm_eval.simple_evaluate(model=HarnessModel(engine, tokenizer))``.
+"""An engine as a model of lm-evaluation-harness: ``lm_eval.simple_evaluate(model=HarnessModel(engine, tokenizer))``.
 
 Needs the harness (``pip install -e '.[eval]'``).
 """
@@ -17,19 +17,19 @@ from torch import Tensor
 from apb_ds.config import BlockSettings
 from apb_ds.engine.context import Context
 from apb_ds.engine.engine import APBEngine, Progress
-from apb_ds.tasks.lm_eval.prompts import NO_ROLLING, HarnessPrompts, Pair, Request
+from apb_ds.tasks.lm_eval.prompts import NO_ROLLING, HarnessPrompts, HarnessRequest, Pair
 from apb_ds.tasks.lm_eval.split import Split
 
 
 @dataclass(frozen=True)
 class Response:
-    """What a request gave, the same on every rank but for the times.
+    """A request's answers, the same on every rank except for the times.
 
     Attributes
     ----------
     answers : texts, or (log-likelihood, whether greedy decoding gives it), one for each repeat or continuation
-    exact : whether the prompt was too short for anything but exact attention
-    new_tokens : tokens generated, all repeats together
+    exact : whether the prompt was so short that attention was exact
+    new_tokens : tokens generated in all repeats
     """
 
     answers: list[Any]
@@ -40,27 +40,26 @@ class Response:
 
 
 class HarnessModel(HarnessPrompts):
-    """Serves lm-evaluation-harness with an engine.
+    """Answers lm-evaluation-harness with an engine.
 
-    Prompts are tokenised as the harness does for a transformers model, and cut into document and query where `split`
-    says; so an exact method has the answers of the plain model. On several ranks all of them share one request and call
-    the harness alike: each shows it rank 0 of 1 (the harness then returns results on the first rank of each node).
-    Prompts are never cut short: one that is too long is an error.
+    Prompts are tokenised as the harness does for a transformers model, then cut into document and query by `split`; so
+    an exact method gives the plain model's answers. Several ranks share each request, and all call the harness in the
+    same way: each tells it that it is rank 0 of 1 (the harness then returns results on the first rank of each node).
+    Prompts are never truncated: one that is too long is an error.
 
-    Log-likelihoods are of continuations: the context is prefilled once for all of them. ``loglikelihood_rolling`` is
-    refused.
+    Log-likelihoods are of continuations: their context is prefilled once. ``loglikelihood_rolling`` is refused.
 
     Parameters
     ----------
     engine : APBEngine
     tokenizer : the model's own
     split : str or callable
-        Where the query begins in the last user's turn (without a chat template, in the prompt): ``paragraph`` (after
-        its last blank line; the last line, if there is none or the paragraph is longer than all before it), ``line``
-        (its last line) or ``turn``. Or a function that takes the prompt and returns document and query, which together
-        are the prompt.
+        Where the query begins in the user's last turn (without a chat template, in the prompt): ``paragraph`` (after
+        its last blank line; at the last line if there is none or the paragraph is longer than all before it), ``line``
+        (at its last line) or ``turn``. Or a function that takes the prompt and returns document and query, which
+        together are the prompt.
     query_start : str, optional
-        A text that the query begins with, where the prompt has it; else `split` decides.
+        A text that the query begins with, if the prompt contains it; else `split` decides.
     query_position : int, tokens, optional
         As in the engine's settings. Default: the tokens that the chat template puts before the first turn.
 
@@ -69,7 +68,7 @@ class HarnessModel(HarnessPrompts):
     RuntimeError
         If lm-evaluation-harness is not installed.
     ValueError
-        For an unknown rule; later, on every rank before anything is sent, for what the engine cannot serve.
+        For an unknown rule. When called, on every rank and before anything is sent, for what the engine cannot serve.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class HarnessModel(HarnessPrompts):
         return self.engine.device
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the answers to the harness' requests, in their order."""
+        """Return the answers to the harness's requests, in order."""
         ours = [self.generation(*request.args) for request in requests]
         answers = []
         for request, response in zip(requests, self._respond_to(ours, disable_tqdm), strict=True):
@@ -110,7 +109,7 @@ class HarnessModel(HarnessPrompts):
             self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
 
-    def _respond_to(self, requests: list[Request], disable_tqdm: bool) -> Iterator[Response]:
+    def _respond_to(self, requests: list[HarnessRequest], disable_tqdm: bool) -> Iterator[Response]:
         from tqdm import tqdm
 
         self._check_same(requests)
@@ -124,55 +123,45 @@ class HarnessModel(HarnessPrompts):
             if self.engine.apb_config is not before:
                 self.engine.configure(before)
 
-    def _set_position(self, request: Request) -> None:
+    def _set_position(self, request: HarnessRequest) -> None:
         config = self.engine.apb_config
         position = request.query_position if self._query_position is None else self._query_position
         settings = config.settings
         if isinstance(settings, BlockSettings) and settings.query_position != position:
             self.engine.configure(replace(config, query_position=position))
 
-    def _check_same(self, requests: list[Request]) -> None:
-        """Raise ValueError on every rank if the harness has built other requests on one of them."""
+    def _check_same(self, requests: list[HarnessRequest]) -> None:
+        """Raise ValueError on every rank if the harness has built different requests on one of them."""
         digest = hashlib.sha256()
         for request in requests:
-            digest.update(repr(request_parts(request)).encode())
+            digest.update(repr(request.parts).encode())
         if len(set(self.engine.group.gather_objects(digest.hexdigest()))) > 1:
             raise ValueError(
-                "the ranks have built different prompts, and they share each one: give every rank the same tasks, data "
-                "and seeds. A task that draws at random without a seed can be run with launch/eval.py task=lm_eval, "
-                "where one rank builds them for all."
+                "the ranks have built different prompts, but they share each one: give every rank the same tasks, data "
+                "and seeds. For tasks that draw at random without a seed, use launch/eval.py task=lm_eval, where one "
+                "rank builds the prompts for all."
             )
 
 
-def request_parts(request: Request) -> list[Any]:
-    """Return all that decides the answer to a request, as JSON has it."""
-    parts = (request.document_ids, request.query_ids, request.anchor_query_ids)
-    ids = [part.flatten().tolist() for part in parts]
-    how = [request.max_new_tokens, sorted(request.generate.items()), list(request.until), request.repeats]
-    return [*ids, [list(one) for one in request.continuations], *how]
-
-
-def respond(engine: APBEngine, tokenizer: Any, request: Request, progress: Progress | None = None) -> Response:
+def respond(engine: APBEngine, tokenizer: Any, request: HarnessRequest, progress: Progress | None = None) -> Response:
     """Answer a request. All ranks call this together.
 
     Raises
     ------
     ValueError
-        For what the engine cannot serve, on every rank before anything is sent.
+        For what the engine cannot serve, on every rank and before anything is sent.
     """
     began = time.perf_counter()
-    known = request.document_ids.shape[1] + request.query_ids.shape[1]
-    reach = max(map(len, request.continuations), default=request.max_new_tokens)
+    answer_length = max(map(len, request.continuations), default=request.max_new_tokens)
     context: Context | None = None
-    if request.document_ids.shape[1]:
-        document, query = request.document_ids, request.anchor_query_ids
-        context = engine.prefill(document, query, max_positions=known + reach, progress=progress)
+    if request.num_document:
+        positions = request.num_document + request.num_query + answer_length
+        context = engine.prefill(
+            request.document_ids, request.anchor_query_ids, max_positions=positions, progress=progress
+        )
+    answers: list[Any] = [_score(engine, context, request.query_ids, one) for one in request.continuations]
     new_tokens = 0
-    answers: list[Any] = []
-    if request.continuations:
-        answers = [_score(engine, context, request.query_ids, one) for one in request.continuations]
-    else:
-        assert context is not None, "a prompt that is to be continued has a document"
+    if context is not None and not answers:
         for _ in range(request.repeats):
             tokens = _generate(engine, tokenizer, context, request)
             new_tokens += len(tokens)
@@ -186,15 +175,15 @@ def respond(engine: APBEngine, tokenizer: Any, request: Request, progress: Progr
     )
 
 
-def _generate(engine: APBEngine, tokenizer: Any, context: Context, request: Request) -> list[int]:
+def _generate(engine: APBEngine, tokenizer: Any, context: Context, request: HarnessRequest) -> list[int]:
     from lm_eval.models.utils_hf import stop_sequences_criteria
 
-    prompt_length = request.document_ids.shape[1] + request.query_ids.shape[1]
+    prompt_length = request.num_document + request.num_query
     tokens = engine.generate(
         query_ids=request.query_ids,
         context=context,
         max_new_tokens=request.max_new_tokens,
-        # The harness' own criterion: it sees the answer alone, and not a stop that began in the prompt.
+        # The harness's own criterion: it sees only the answer, and not a stop text that began in the prompt.
         stopping_criteria=stop_sequences_criteria(tokenizer, list(request.until), prompt_length, 1),
         **request.generate,
     )
@@ -216,7 +205,7 @@ def _score(
         return 0.0, True
     wanted = torch.tensor(continuation, device=engine.device)
     query = torch.cat([query_ids.to(engine.device), wanted[None, :-1]], dim=1)
-    if context is None:  # a prompt of one token, which no engine is needed for
+    if context is None:  # a prompt of one token needs no engine
         with torch.no_grad():
             logits = engine.group.broadcast(engine.module(query).logits[:, -len(continuation) :].float().contiguous())
     else:

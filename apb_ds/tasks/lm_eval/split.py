@@ -1,17 +1,17 @@
-"""Where a prompt of the harness is cut: the document before, the query from there on.
+"""Where a prompt of the harness is cut: into the document, and the query after it.
 
-The harness hands over one text: instructions, examples, a document, a question, perhaps the beginning of the answer,
-as turns of a chat or as they stand. Only the last user's turn is looked at (all of the text where there is no chat):
+The harness passes one text: instructions, examples, a document, a question, perhaps the beginning of the answer, as a
+rendered chat or as plain text. Only the user's last turn is searched (all of a plain text):
 
 ===========  ==========================================================================================================
-paragraph    the query begins after the last blank line of that turn; if that is longer than all before it, or there is
-             no blank line, at the last line
+paragraph    the query begins after the turn's last blank line; if it would be longer than all before it, or there is no
+             blank line, at the last line
 line         at the last line
-turn         at the turn itself: earlier turns, such as solved examples, are the document
+turn         at the beginning of the turn: earlier turns, such as solved examples, are the document
 ===========  ==========================================================================================================
 
-A turn of a single line is the query as a whole. What comes after the turn (the template's end of it, the answer's
-beginning) belongs to the query.
+A turn of a single line is the query. What follows the turn (its end in the template, the answer's beginning) belongs
+to the query.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Split = Callable[[str], tuple[str, str]]
 
 
 class RenderedPrompt(str):
-    """A chat as text, which knows where its last user's turn is; the harness takes it for any other string.
+    """A rendered chat that knows where the user's last turn is; to the harness it is an ordinary string.
 
     Attributes
     ----------
-    turn : first character of what the user says last, and the one after it
+    turn : index of the turn's first character, and of the one after its last
     """
 
     turn: tuple[int, int]
@@ -44,7 +44,7 @@ class RenderedPrompt(str):
 
 
 def render(text: str, messages: list[dict[str, str]]) -> str:
-    """Return a rendered chat with the place of its last user's turn, if that can be found in it."""
+    """Return a rendered chat with the position of the user's last turn, if it contains that unchanged."""
     said = [message["content"].strip() for message in messages if message["role"] == "user"]
     start = text.rfind(said[-1]) if said and said[-1] else -1
     return text if start < 0 else RenderedPrompt(text, (start, start + len(said[-1])))
@@ -56,12 +56,12 @@ def make_split(rule: str | Split, query_start: str | None = None) -> Split:
     Parameters
     ----------
     rule : a name in `SPLITS`, or a function of the prompt that returns the two
-    query_start : a text; the query begins where it is found last in the turn, or by the rule if it is not there
+    query_start : a text; the query begins at its last occurrence in the turn, or by the rule if there is none
 
     Raises
     ------
     ValueError
-        For an unknown rule. The function raises it where a rule of the caller's loses or adds text.
+        For an unknown rule. The returned function raises it if the caller's function loses or adds text.
     """
     if not callable(rule):
         check_choice("split", rule, SPLITS)
@@ -71,31 +71,31 @@ def make_split(rule: str | Split, query_start: str | None = None) -> Split:
 
 def _cut(prompt: str, rule: str, query_start: str | None) -> tuple[str, str]:
     start, end = getattr(prompt, "turn", (0, len(prompt)))
-    place = prompt.rfind(query_start, start, end) if query_start else -1
-    if place < 0:
-        place = _place(prompt, start, end, rule)
-    return prompt[:place], prompt[place:]
+    cut = prompt.rfind(query_start, start, end) if query_start else -1
+    if cut < 0:
+        cut = _query_index(prompt, start, end, rule)
+    return prompt[:cut], prompt[cut:]
 
 
-def _place(prompt: str, start: int, end: int, rule: str) -> int:
-    """Return where the query begins."""
+def _query_index(prompt: str, start: int, end: int, rule: str) -> int:
+    """Return the index of the query's first character."""
     text = prompt[start:end].rstrip()
-    places = []
+    offsets = []
     if rule == "paragraph":
-        places += [match.end() for match in BLANK_LINE.finditer(text)][-1:]
+        offsets += [match.end() for match in BLANK_LINE.finditer(text)][-1:]
     if rule in ("paragraph", "line"):
-        places += [place for place in [text.rfind("\n") + 1] if place > 0]
-    for place in places:
-        if end - start - place <= start + place:
-            return start + place
-    return start + places[-1] if places else start
+        offsets += [offset for offset in [text.rfind("\n") + 1] if offset > 0]
+    for offset in offsets:
+        if end - start - offset <= start + offset:
+            return start + offset
+    return start + offsets[-1] if offsets else start
 
 
 def _checked(prompt: str, parts: tuple[str, str]) -> tuple[str, str]:
     document, query = parts
     if document + query != prompt:
         raise ValueError(
-            f"split must return document and query that together are the prompt; it made {len(document)} and "
+            f"split must return document and query that together are the prompt; it returned {len(document)} and "
             f"{len(query)} characters of {len(prompt)}."
         )
     return document, query

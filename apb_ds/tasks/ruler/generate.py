@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
-from apb_ds.tasks.ruler.harness import HarnessTask, load_module, quiet, replaced
+from apb_ds.tasks.ruler.harness import HarnessTask, load_module, quiet
 from apb_ds.tasks.ruler.names import ESSAY_TASKS, QUESTION_FILES
 from apb_ds.tasks.ruler.prompts import PromptCounter
 from apb_ds.tasks.ruler.sources import read_questions, read_words
@@ -66,7 +67,7 @@ def generate(task: HarnessTask, tokenizer: Any, spec: PromptSpec) -> list[dict[s
         f"answer of {spec.max_new_tokens} tokens do not fit; raise task.length."
     )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(replaced(module, **_replacements(task, module, counter, spec)))
+        stack.enter_context(mock.patch.multiple(module, **_replacements(task, module, counter, spec)))
         stack.enter_context(_sentences(task))
         stack.enter_context(_seeded(module, f"{spec.seed}/{task.name}/{spec.length}"))
         stack.enter_context(quiet())
@@ -152,7 +153,7 @@ def _questions(module: ModuleType, read: str, spec: PromptSpec) -> tuple[list[di
     file = spec.files[0]
     content = read_questions(file)
     try:
-        with replaced(module, download_json=lambda _: content):
+        with mock.patch.object(module, "download_json", lambda _: content):
             # Bypasses the harness's cache, which holds one file only.
             questions, documents = getattr(module, read).__wrapped__(str(file))
     except (KeyError, TypeError, ValueError) as error:
@@ -206,7 +207,7 @@ def _sentences(task: HarnessTask) -> Iterator[None]:
     logger.info("NLTK's punkt_tab is not installed: essays are split into sentences without it.")
     module = load_module("prepare_niah")
     try:
-        with replaced(module, sent_tokenize=PunktSentenceTokenizer().tokenize):
+        with mock.patch.object(module, "sent_tokenize", PunktSentenceTokenizer().tokenize):
             yield
     finally:
         module.cached_sent_tokenize.cache_clear()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from unittest import mock
 
 RULER = "lm_eval.tasks.ruler"
 
@@ -85,21 +85,8 @@ def load_module(name: str) -> ModuleType:
     check_installed()
     import nltk
 
-    with replaced(nltk, download=lambda *_, **__: False), quiet():
+    with mock.patch.object(nltk, "download", lambda *_, **__: False), quiet():
         return importlib.import_module(f"{RULER}.{name}")
-
-
-@contextlib.contextmanager
-def replaced(module: Any, **names: Any) -> Iterator[None]:
-    """Give names of a module, or of any object, other values for a while."""
-    kept = {name: getattr(module, name) for name in names}
-    try:
-        for name, value in names.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(module, name, value)
 
 
 @contextlib.contextmanager

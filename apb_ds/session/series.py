@@ -1,0 +1,85 @@
+"""What jobs with many questions share: results in a file, resumed after an interruption, and a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from apb_ds.report.answers import AnswerFile
+from apb_ds.report.progress import BatchProgress, batch_progress
+from apb_ds.session.active_job import ActiveJob
+from apb_ds.session.steps import JobError
+
+logger = logging.getLogger(__name__)
+
+
+class QuestionSeries:
+    """A job with many questions: those answered before are skipped, and one that fails does not stop the others.
+
+    Attributes
+    ----------
+    answers : the output, open on the first rank only
+    progress : the bar, on the first rank; None on the others
+    """
+
+    unit = "lines"
+    answers: AnswerFile
+    progress: BatchProgress | None = None
+
+    def __init__(self, job: ActiveJob) -> None:
+        self.job = job
+        self._stack = contextlib.ExitStack()
+
+    def serve(self) -> dict[str, Any]:
+        """Answer what is not answered yet; return the job's parts of the record, the same on every rank."""
+        with self._stack:
+            return self._serve()
+
+    def _serve(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _open_answers(self, path: Path, keys: Sequence[tuple[str | int, str]], *, overwrite: bool) -> list[int]:
+        """Open the output; return the indices of the questions without an answer.
+
+        Parameters
+        ----------
+        keys : each question's id, and a hash of what is asked
+        """
+        answers = AnswerFile(path, keys, self.job.answer_settings(), overwrite=overwrite)
+        self.answers = self._stack.enter_context(answers)
+        if answers.kept:
+            logger.info("%d of %d %s were answered before in %s.", len(answers.kept), len(keys), self.unit, path)
+        if answers.changed:
+            logger.warning("%d %s have changed since; answering them again.", len(answers.changed), self.unit)
+        return [index for index in range(len(keys)) if index not in answers.kept]
+
+    def _show_progress(self, num_questions: int, work: int) -> None:
+        """Show a bar; `work` is the sum over the documents of what `_prefill_report` is given for each."""
+        self.progress = self._stack.enter_context(
+            batch_progress(self.job.error_console, num_questions, work, self.unit)
+        )
+
+    def _prefill_report(self, work: int) -> Callable[[int, int], None] | None:
+        """Return the callback for a prefill's progress."""
+        return None if self.progress is None else self.progress.prefill(work)
+
+    def _prefilled(self, num_tokens: int, work: int) -> None:
+        """Count a prefill."""
+        if self.progress is not None:
+            self.progress.prefilled(num_tokens, work)
+
+    def _result_of(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Do the work on all ranks together; a failure becomes the result."""
+        try:
+            return self.job.steps.together(work)
+        except JobError as error:
+            return {"error": str(error)}
+
+    def _write(self, index: int, result: dict[str, Any]) -> None:
+        """Write a question's result and advance the bar, on the first rank."""
+        self.answers.append(index, result)
+        if self.progress is not None:
+            self.progress.line_done(failed="error" in result)
