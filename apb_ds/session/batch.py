@@ -79,9 +79,8 @@ class Batch(QuestionSeries):
         # On the first rank only:
         self.lines: list[Line] = []
         self.groups: list[list[tuple[int, Line]]] = []
-        self.failures: list[str] = []
+        self.failures: dict[int, str] = {}
         self._ids: Tensor | None = None
-        self._problems: dict[int, str] = {}  # of lines in the present group that cannot be asked
 
     def _serve(self) -> dict[str, Any]:
         job = self.job
@@ -150,19 +149,19 @@ class Batch(QuestionSeries):
                 )
 
     def _prepare(self, number: int) -> _DocumentQueries | None:
-        """Encode a group's document and questions; None if there is nothing to ask."""
+        """Encode a group's document and questions, and write those that cannot be asked; None if none are left."""
         group, kept = self.groups[number], self.answers.kept
-        left = {index for index, _ in group if index not in kept}
-        self._problems = {index: line.problem for index, line in group if index in left and line.problem is not None}
-        if len(self._problems) == len(left):
-            return None
+        self._append_failures([index for index, line in group if index not in kept and line.problem is not None])
         valid = [(index, line) for index, line in group if line.problem is None]
+        left = [index for index, _ in valid if index not in kept]
+        if not left:
+            return None
         try:
             text = read_document(self.task.input_path, valid[0][1])
             document = encode_document(self.job.tokenizer, text, allow_special=self.task.allow_special_tokens)
         except ValueError as error:
             self.job.steps.print_trace()
-            self._problems = {index: self._problems.get(index, str(error)) for index in left}
+            self._append_failures(left, str(error))
             return None
         queries, longest = [], 0
         for index, line in valid:
@@ -173,10 +172,10 @@ class Batch(QuestionSeries):
                 positions = len(document.ids) + len(ids) + new_tokens
                 check_positions(self.job.loaded.model, positions)
             except ValueError as error:
-                self._problems[index] = str(error)
+                self._append_failures([index] if index not in kept else [], str(error))
                 continue
             longest = max(longest, positions)
-            if index in left:
+            if index not in kept:
                 queries.append(_Query(index, str(line.id), ids, embedded, new_tokens))
         if not queries:
             return None
@@ -184,40 +183,35 @@ class Batch(QuestionSeries):
         return _DocumentQueries(len(document.ids), document.query_position, len(valid) == 1, longest, queries)
 
     def _append(self, index: int, result: dict[str, Any]) -> None:
-        """Write a line's result, after those of earlier lines in the group that could not be asked."""
-        self._append_problems(index)
-        line = self.lines[index]
+        """Write a line's result; `_finish` puts the output in order."""
         if "error" in result:
-            self.failures.append(f"line {line.number} (id {line.id}): {result['error']}")
-        self._write(index, {"line": line.number, **result})
+            self.failures[index] = f"line {self.lines[index].number} (id {self.lines[index].id}): {result['error']}"
+        self._write(index, {"line": self.lines[index].number, **result})
 
-    def _append_problems(self, before: int | None = None) -> None:
-        for index in sorted(self._problems):
-            if before is None or index < before:
-                self._append(index, {"error": self._problems.pop(index)})
-
-    def _append_failure(self, document: _DocumentQueries, why: str) -> None:
-        for query in document.queries:
-            self._append(query.index, {"error": why})
+    def _append_failures(self, indices: Sequence[int], why: str | None = None) -> None:
+        """Write lines that failed; by default for their own problem."""
+        for index in indices:
+            self._append(index, {"error": why or self.lines[index].problem})
 
     def _finish(self) -> list[str]:
         self.answers.finish()
-        return self.failures
+        return [why for _, why in sorted(self.failures.items())]
 
     # --- what all ranks do together ----------------------------------------------------------------------------------
 
     def _serve_group(self, number: int) -> None:
         steps = self.job.steps
         document = steps.from_first(lambda: self._prepare(number))
-        if document is not None:
-            document_ids = steps.ids_from_first(self._ids, document.num_tokens, self.job.device)
-            try:
-                context = steps.together(lambda: self._prefill(document, document_ids))
-            except JobError as error:
-                steps.from_first(functools.partial(self._append_failure, document, str(error)))
-            else:
-                self._answer_all(document, context)
-        steps.from_first(self._append_problems)
+        if document is None:
+            return
+        document_ids = steps.ids_from_first(self._ids, document.num_tokens, self.job.device)
+        try:
+            context = steps.together(lambda: self._prefill(document, document_ids))
+        except JobError as error:
+            indices = [query.index for query in document.queries]
+            steps.from_first(functools.partial(self._append_failures, indices, str(error)))
+        else:
+            self._answer_all(document, context)
 
     def _prefill(self, document: _DocumentQueries, document_ids: Tensor) -> Context:
         job = self.job
