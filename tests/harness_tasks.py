@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness with a few documents of their own, written into a folder: nothing is downloaded."""
+"""Small tasks for lm-evaluation-harness with their documents, written into a folder: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     ),
     "lamp_empty": (
         "output_type: generate_until",
-        # The document in the middle has no prompt at all.
+        # The second document's prompt is empty.
         "doc_to_text: \"{{'' if question == 'Where is the lamp of harbour 1?' else question}}\"",
         'doc_to_target: "{{answer}}"',
         GENERATION,
@@ -80,17 +80,17 @@ def write_tasks(folder: Path, documents: list[dict[str, Any]] | None = None) -> 
 
 
 def load_tasks(folder: Path, *names: str) -> list[Any]:
-    """Return the tasks as the harness has them, new ones each time: an evaluation changes them."""
+    """Return the harness's task objects, new each time, since an evaluation changes them."""
     return list(task_manager(folder).load(list(names))["tasks"].values())
 
 
 def task_manager(folder: Path) -> Any:
-    """Return an index of these tasks alone; that of the harness' own takes seconds."""
+    """Return an index of these tasks only; indexing the harness's own takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
 def responses(results: dict[str, Any], task: str) -> list[Any]:
-    """Return what the model said to each document of an evaluation."""
+    """Return the model's answer to each document of an evaluation."""
     return [sample["resps"] for sample in sorted(results["samples"][task], key=lambda sample: sample["doc_id"])]

@@ -1,4 +1,4 @@
-"""Bad input on one and on two ranks: a message that helps, on every rank, an exit code, and no waiting."""
+"""Bad input on one and two ranks: a helpful message, an exit code on every rank, and no waiting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.models import build_model
 from tests.pool import Pools
 from tests.tiny_checkpoint import save_checkpoint
 
-MAX_SECONDS = 10.0  # a rank that waits for another takes the collective's timeout, five minutes
+MAX_SECONDS = 10.0  # a rank that waits for another takes five minutes, the collective's timeout
 FAILED = 2
 
 
@@ -162,7 +162,7 @@ CASES: dict[str, Case] = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good checkpoint, damaged ones, and texts."""
+    """A valid checkpoint, damaged ones, and texts."""
     directory = tmp_path_factory.mktemp("bad_input")
     text = "A lamp stands on the pier. It is lit at dusk and put out at dawn. " * 8
     (directory / "document.txt").write_text(text)
@@ -214,8 +214,8 @@ def test_bad_input(pool: Pools, files: Path, tmp_path: Path, name: str, world_si
     assert len(re.findall("^Error:", said, re.MULTILINE)) == 1 and "Traceback" not in said, said
     assert max(rank.seconds for rank in ended) < MAX_SECONDS
     if case.patches:
-        return  # each rank's own failure
-    assert all(rank.stderr == "" for rank in ended[1:]), "one rank speaks for all"
+        return  # each rank reports its own failure
+    assert all(rank.stderr == "" for rank in ended[1:]), "only the first rank prints"
     expected: Any = [] if not case.composes else ended[0].errors
     assert [rank.errors for rank in ended] == [expected] * world_size
     if case.composes:
@@ -227,7 +227,7 @@ def test_bad_input(pool: Pools, files: Path, tmp_path: Path, name: str, world_si
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_same_without_a_fault_answers(pool: Pools, files: Path, tmp_path: Path, world_size: int) -> None:
-    """What every case changes one thing of is good input."""
+    """The input is valid without the one change that each case makes."""
     ended = ask(pool, files, tmp_path / "run", Case((*PROMPT, "task.max_new_tokens=4"), ()), world_size)
     assert [rank.code for rank in ended] == [0] * world_size, ended[0].stderr
     assert "Answer: " in ended[0].stdout and ended[0].stderr == ""

@@ -1,4 +1,4 @@
-"""launch/eval.py on one and on two ranks: scores, files, what was stopped, what fails."""
+"""launch/eval.py on one and two ranks: scores, files, resumed jobs, failures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.pool import Pools
 from tests.tiny_checkpoint import save_checkpoint
 
 SIZES = pytest.mark.parametrize("world_size", [1, 2])
-# A byte is a token here: the shortest document that holds the task has 260.
+# A byte is a token here: the shortest document for this task has 260.
 GRID = ("task.num_tokens=[300,600]", "task.depth=[0,1]", "task.max_new_tokens=4")
 
 
@@ -68,13 +68,13 @@ def test_a_grid(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) 
 
 
 @SIZES
-def test_an_evaluation_goes_on_where_it_was(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) -> None:
+def test_an_evaluation_is_resumed(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) -> None:
     output = tmp_path / "out"
     overrides = (*GRID, "method.hosts=2")
     evaluate(pool, world_size, model_path, output, *overrides)
     whole = samples(output)
     lines = (output / "samples.jsonl").read_text().splitlines(keepends=True)
-    (output / "samples.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed while it wrote the third
+    (output / "samples.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed while writing the third
     ended = evaluate(pool, world_size, model_path, output, *overrides)
     assert ended[0].records[0]["metrics"]["resumed"] == 2
     again = samples(output)
@@ -87,7 +87,7 @@ def test_an_evaluation_goes_on_where_it_was(pool: Pools, model_path: Path, tmp_p
 
 @SIZES
 def test_a_failing_sample_is_counted(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) -> None:
-    """The long documents have no place in the model; the short ones have blocks shorter than the anchor."""
+    """The long documents exceed the model's positions; the short ones have blocks shorter than the anchor."""
     output = tmp_path / "out"
     overrides = (*GRID, "method.hosts=4", "method.anchor_length=80", "+model.overrides.max_position_embeddings=400")
     ended = evaluate(pool, world_size, model_path, output, *overrides)
@@ -125,7 +125,7 @@ def test_methods_on_the_same_samples(pool: Pools, model_path: Path, tmp_path: Pa
 
 
 def expected_divergence(model_path: Path, text: str, **method: Any) -> dict[str, float]:
-    """Return the measures by hand: plain logits, an engine's logits, and the formulas written out."""
+    """Return the measures from plain logits and an engine's logits, with the formulas written out."""
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[:, :240]
@@ -162,12 +162,12 @@ def test_fidelity(pool: Pools, model_path: Path, tmp_path: Path, world_size: int
         assert 0 < measures["attention_error"] < 1 and len(found[name]["attention_errors"]) == 3
     table = ended[0].stdout
     assert "kl" in table and "attention error" in table and "hill.txt" in table
-    # What is exact is no approximation: nothing differs.
+    # An exact method differs in nothing.
     exact = evaluate(pool, world_size, model_path, tmp_path / "exact", *task, "method=ring")
     measures = exact[0].records[0]["metrics"]["measures"]
     assert measures["kl"]["mean"] < 1e-6 and measures["top1"]["mean"] == 1.0
     assert measures["attention_error"]["mean"] < 1e-4
-    # The query compressor observes with the document's own end.
+    # The query compressor scores with the document's last tokens.
     observed = evaluate(
         pool, world_size, model_path, tmp_path / "query", *task, "method.compressor=query", "method.hosts=2"
     )

@@ -1,4 +1,4 @@
-"""task=infinitebench through launch/eval.py: scores by task, what was cut, what is missing."""
+"""task=infinitebench through launch/eval.py: scores by task, truncated documents, missing files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks of two rows each, one of them with a document that is longer than the model's positions."""
+    """Two tasks of two rows each, one of which has a document longer than the model's positions."""
     folder = tmp_path_factory.mktemp("data")
     noise = "The grass is green. The sky is blue. "
     rows: dict[str, list[dict[str, Any]]] = {
@@ -68,7 +68,7 @@ def test_an_evaluation(pool: Pools, model_path: Path, data_dir: Path, tmp_path: 
         ("longbook_qa_eng", False, 1),
     ]
     assert [one["reference"] for one in found] == [["12345"], ["54321"], ["The sky"], ["The sky"]]
-    # As long as the model's positions allow, less one where a half is no whole number.
+    # As long as the model's positions allow, less one if they cannot be halved.
     assert found[1]["document_tokens"] + found[1]["query_tokens"] + 6 in (1499, 1500)
     assert found[1]["whole_document_tokens"] > 1500
     assert [one["new_tokens"] <= budget for one, budget in zip(found, (6, 6, 40, 40), strict=True)] == [True] * 4

@@ -1,4 +1,4 @@
-"""task=lm_eval and HarnessModel on one and on two ranks: the harness' scores, resumed runs, what fails."""
+"""task=lm_eval and HarnessModel on one and two ranks: the harness's scores, resumed jobs, failures."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ HOSTS = 4
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lm_eval")
     save_checkpoint(folder / "model")
     write_tasks(folder / "tasks")
     return folder
 
 
-def launch(pool: Pools, world_size: int, place: Path, output: Path, *overrides: str, patches: Any = ()) -> list[Ended]:
+def launch(pool: Pools, world_size: int, folder: Path, output: Path, *overrides: str, patches: Any = ()) -> list[Ended]:
     arguments = [
         "task=lm_eval",
-        f"task.include_path={place}/tasks",
-        f"model.path={place}/model",
+        f"task.include_path={folder}/tasks",
+        f"model.path={folder}/model",
         "model.device=cpu",
         f"method.hosts={HOSTS}",
         f"eval.output={output}",
@@ -52,21 +52,21 @@ def samples(output: Path) -> list[dict[str, Any]]:
 
 
 def evaluated(
-    rank: int, world_size: int, place: Path, names: tuple[str, ...], others: tuple[str, ...] = ()
+    rank: int, world_size: int, folder: Path, names: tuple[str, ...], others: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Evaluate by the harness alone; `others` are what the ranks after the first are asked."""
+    """Evaluate with the harness only; `others` are the tasks of the ranks after the first."""
     import lm_eval
 
     from apb_ds.parallel.groups import SequenceGroup
 
     group = SequenceGroup() if world_size == 1 else SequenceGroup.of(torch.distributed.group.WORLD)
-    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     engine = apb_ds.init_inference(model, apb_ds.APBConfig(hosts=HOSTS), group=group)
-    lm = apb_ds.HarnessModel(engine, AutoTokenizer.from_pretrained(place / "model"))
+    lm = apb_ds.HarnessModel(engine, AutoTokenizer.from_pretrained(folder / "model"))
     results = lm_eval.simple_evaluate(
         model=lm,
         tasks=list(names if rank == 0 or not others else others),
-        task_manager=task_manager(place / "tasks"),
+        task_manager=task_manager(folder / "tasks"),
         apply_chat_template=True,
         bootstrap_iters=1000,
     )
@@ -76,19 +76,19 @@ def evaluated(
 
 
 @pytest.fixture(scope="module")
-def by_harness(place: Path) -> dict[str, Any]:
-    return evaluated(0, 1, place, NAMES)
+def by_harness(folder: Path) -> dict[str, Any]:
+    return evaluated(0, 1, folder, NAMES)
 
 
 @SIZES
 def test_a_task_is_what_the_harness_makes_of_it(
-    pool: Pools, place: Path, tmp_path: Path, by_harness: dict[str, Any], world_size: int
+    pool: Pools, folder: Path, tmp_path: Path, by_harness: dict[str, Any], world_size: int
 ) -> None:
     output = tmp_path / "out"
     ended = launch(
         pool,
         world_size,
-        place,
+        folder,
         output,
         f"task.tasks=[{','.join(NAMES)}]",
         patches=("text on the first rank only",),
@@ -118,43 +118,43 @@ def test_a_task_is_what_the_harness_makes_of_it(
     assert "lamp_prefix" in ended[0].stdout and f"Results: {output}" in ended[0].stdout
 
 
-def test_ranks_that_call_the_harness_alike(pool: Pools, place: Path, by_harness: dict[str, Any]) -> None:
-    for rank in pool(2).run(evaluated, place, NAMES, timeout=120):
+def test_ranks_that_call_the_harness_in_the_same_way(pool: Pools, folder: Path, by_harness: dict[str, Any]) -> None:
+    for rank in pool(2).run(evaluated, folder, NAMES, timeout=120):
         for name in NAMES[:2]:
             assert rank["responses"][name] == by_harness["responses"][name]
         for one, other in zip(rank["responses"]["lamp_choice"], by_harness["responses"]["lamp_choice"], strict=True):
             assert [choice[0][0] for choice in one] == pytest.approx([choice[0][0] for choice in other], abs=1e-3)
 
 
-def test_ranks_with_different_prompts_are_told(pool: Pools, place: Path) -> None:
+def test_ranks_with_different_prompts_are_refused(pool: Pools, folder: Path) -> None:
     with pytest.raises(RankError, match="the ranks have built different prompts") as raised:
-        pool(2).run(evaluated, place, ("lamp_text",), ("lamp_prefix",), timeout=120)
+        pool(2).run(evaluated, folder, ("lamp_text",), ("lamp_prefix",), timeout=120)
     assert str(raised.value).count("ValueError: the ranks have built different prompts") == 2
 
 
 @SIZES
-def test_a_stopped_run_goes_on(pool: Pools, place: Path, tmp_path: Path, world_size: int) -> None:
+def test_a_stopped_job_is_resumed(pool: Pools, folder: Path, tmp_path: Path, world_size: int) -> None:
     output = tmp_path / "out"
     overrides = ("task.tasks=[lamp_text,lamp_prefix]", "task.num_samples=3", "task.max_new_tokens=3")
     overrides += ("task.apply_chat_template=false",)
-    ended = launch(pool, world_size, place, output, *overrides)
+    ended = launch(pool, world_size, folder, output, *overrides)
     assert ended[0].code == 0, ended[0].stderr
     whole = samples(output)
     assert len(whole) == 6 and all(sample["new_tokens"] == 3 for sample in whole)
     summary = json.loads((output / "summary.json").read_text())
     lines = (output / "samples.jsonl").read_text().splitlines(keepends=True)
     (output / "samples.jsonl").write_text("".join(lines[:4]))
-    ended = launch(pool, world_size, place, output, *overrides)
+    ended = launch(pool, world_size, folder, output, *overrides)
     assert ended[0].records[0]["metrics"]["resumed"] == 4
     again = samples(output)
     assert again[:4] == whole[:4] and [one["answer"] for one in again] == [one["answer"] for one in whole]
     assert json.loads((output / "summary.json").read_text())["harness"] == summary["harness"]
-    refused = launch(pool, world_size, place, output, *overrides, "task.split=line")
+    refused = launch(pool, world_size, folder, output, *overrides, "task.split=line")
     assert refused[0].code == 2 and "task.split" in refused[0].stderr
 
 
-def test_a_group(pool: Pools, place: Path, tmp_path: Path) -> None:
-    ended = launch(pool, 1, place, tmp_path / "out", "task.tasks=lamps", "task.num_samples=1")
+def test_a_group(pool: Pools, folder: Path, tmp_path: Path) -> None:
+    ended = launch(pool, 1, folder, tmp_path / "out", "task.tasks=lamps", "task.num_samples=1")
     assert ended[0].code == 0, ended[0].stderr
     assert [sample["id"] for sample in samples(tmp_path / "out")] == ["lamp_text/0", "lamp_prefix/0"]
     harness = json.loads((tmp_path / "out" / "summary.json").read_text())["harness"]
@@ -162,10 +162,10 @@ def test_a_group(pool: Pools, place: Path, tmp_path: Path) -> None:
 
 
 @SIZES
-def test_split_settings_reach_the_prompts(pool: Pools, place: Path, tmp_path: Path, world_size: int) -> None:
+def test_split_settings_reach_the_prompts(pool: Pools, folder: Path, tmp_path: Path, world_size: int) -> None:
     lengths = {}
     for name, setting in {"rule": "task.split=turn", "text": "task.query_start=harbour"}.items():
-        ended = launch(pool, world_size, place, tmp_path / name, "task.tasks=lamp_text", "task.num_samples=1", setting)
+        ended = launch(pool, world_size, folder, tmp_path / name, "task.tasks=lamp_text", "task.num_samples=1", setting)
         assert ended[0].code == 0, ended[0].stderr
         lengths[name] = samples(tmp_path / name)[0]["query_tokens"]
     # A byte is a token, and </s><|assistant|> are two.
@@ -175,17 +175,17 @@ def test_split_settings_reach_the_prompts(pool: Pools, place: Path, tmp_path: Pa
 
 
 @SIZES
-def test_failing_documents_are_counted(pool: Pools, place: Path, tmp_path: Path, world_size: int) -> None:
-    """One has no prompt; then the longest ones have no place in the model."""
+def test_failing_documents_are_counted(pool: Pools, folder: Path, tmp_path: Path, world_size: int) -> None:
+    """One has no prompt; then the longest ones exceed the model's positions."""
     output = tmp_path / "empty"
-    ended = launch(pool, world_size, place, output, "task.tasks=lamp_empty", "task.apply_chat_template=false")
+    ended = launch(pool, world_size, folder, output, "task.tasks=lamp_empty", "task.apply_chat_template=false")
     assert [rank.code for rank in ended] == [2] * world_size and "1 of 4 samples failed" in ended[0].stderr
     assert ["error" in sample for sample in samples(output)] == [False, True, False, False]
     assert "the prompt is empty" in samples(output)[1]["error"]
     assert json.loads((output / "summary.json").read_text())["harness"]["results"]["lamp_empty"]["sample_len"] == 3
 
     limit = "+model.overrides.max_position_embeddings=250"
-    ended = launch(pool, world_size, place, tmp_path / "long", "task.tasks=[lamp_text,lamp_choice]", limit)
+    ended = launch(pool, world_size, folder, tmp_path / "long", "task.tasks=[lamp_text,lamp_choice]", limit)
     found = samples(tmp_path / "long")
     failed = [sample["id"] for sample in found if "error" in sample]
     assert failed == ["lamp_text/2", "lamp_text/3", "lamp_choice/2", "lamp_choice/3"], [
@@ -194,7 +194,7 @@ def test_failing_documents_are_counted(pool: Pools, place: Path, tmp_path: Path,
     assert "max_position_embeddings=250" in found[2]["error"] and "4 of 8 samples failed" in ended[0].stderr
 
     nothing = "+model.overrides.max_position_embeddings=50"
-    launch(pool, world_size, place, tmp_path / "all", "task.tasks=lamp_text", nothing)
+    launch(pool, world_size, folder, tmp_path / "all", "task.tasks=lamp_text", nothing)
     summary = json.loads((tmp_path / "all" / "summary.json").read_text())
     assert summary["all"]["failed"] == 4 and summary["harness"]["results"] == {}
 
@@ -213,21 +213,21 @@ def test_failing_documents_are_counted(pool: Pools, place: Path, tmp_path: Path,
     ],
 )
 def test_what_cannot_be_evaluated(
-    pool: Pools, place: Path, tmp_path: Path, overrides: tuple[str, ...], parts: tuple[str, ...]
+    pool: Pools, folder: Path, tmp_path: Path, overrides: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
-    ended = launch(pool, 2, place, tmp_path / "out", *overrides)
+    ended = launch(pool, 2, folder, tmp_path / "out", *overrides)
     assert [rank.code for rank in ended] == [2, 2]
     for part in parts:
         assert part in ended[0].stderr, ended[0].stderr
     assert "Traceback" not in ended[0].stderr
 
 
-def test_a_question_script_sends_on(pool: Pools, place: Path, tmp_path: Path) -> None:
+def test_infer_refers_to_eval(pool: Pools, folder: Path, tmp_path: Path) -> None:
     arguments = [
         "task=lm_eval",
         "task.tasks=lamp_text",
-        f"task.include_path={place}/tasks",
-        f"model.path={place}/model",
+        f"task.include_path={folder}/tasks",
+        f"model.path={folder}/model",
     ]
     ended = pool(1).run(run_infer, [*arguments, "model.device=cpu", f"hydra.run.dir={tmp_path}"], timeout=60)
     assert ended[0].code == 2 and "launch/eval.py" in ended[0].stderr

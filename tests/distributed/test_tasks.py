@@ -1,4 +1,4 @@
-"""Prompts, conversations and batches through the launch script, on one and on two ranks."""
+"""Prompts, conversations and batches through the launch script, on one and two ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Library:
-    """The same answers by hand: ids made here, given to an engine."""
+    """The same answers done by hand: ids made here and passed to an engine."""
 
     def __init__(self, path: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -48,7 +48,7 @@ class Library:
         return self.ids(f"<|user|>{text}</s><|assistant|>")
 
     def embedded(self, text: str) -> torch.Tensor:
-        """What of a query the anchor embeds: not what closes the turn and opens the answer."""
+        """Return what the anchor embeds: the query without what closes the turn and opens the answer."""
         return self.ids(f"{text}\n\n")
 
     def text(self, tokens: torch.Tensor) -> str:
@@ -84,7 +84,7 @@ def infer(
         *overrides,
     ]
     ended = pool(world_size).run(run_infer, arguments, stdin, patches, timeout=120)
-    assert all(rank.stdout == "" for rank in ended[1:]), "the first rank speaks for all"
+    assert all(rank.stdout == "" for rank in ended[1:]), "only the first rank prints"
     return ended
 
 
@@ -134,7 +134,7 @@ def test_sampling_repeats_with_its_seed(pool: Pools, model_path: Path, tmp_path:
 
 
 def test_methods_side_by_side(pool: Pools, model_path: Path, tmp_path: Path) -> None:
-    """One sweep over the methods: the exact ones agree, and dense says why two ranks are not for it."""
+    """One sweep over the methods: the exact ones agree, and dense says why it cannot use two ranks."""
     overrides = ("-m", "task=prompt", f"task.document='{DOCUMENT}'", f"task.query={QUESTIONS[0]}", "seed=3")
     arguments = [f"model.path={model_path}", "model.device=cpu", f"task.max_new_tokens={NEW_TOKENS}", *overrides]
 
@@ -187,7 +187,7 @@ def test_a_conversation(pool: Pools, library: Library, model_path: Path, tmp_pat
     assert [turn["question"] for turn in turns] == list(QUESTIONS)
     assert [turn["answer"] for turn in turns] == conversation(library, QUESTIONS)
     assert ended[0].records[0]["metrics"]["turns"] == 3
-    for turn in turns:  # a streamed answer has the blanks at its ends, too
+    for turn in turns:  # a streamed answer includes white space at its ends
         assert turn["answer"] in ended[0].stdout.split(f"> {turn['question']}\n")[1].split("\n> ")[0]
     others = ended[-1].records[0]["task"]["turns"]
     assert [turn["answer"] for turn in others] == [turn["answer"] for turn in turns]
@@ -208,7 +208,7 @@ def test_a_first_question_is_embedded_in_the_anchor(
 
 
 @SIZES
-def test_a_turn_that_cannot_be_leaves_the_conversation(
+def test_a_failed_turn_leaves_the_conversation_unchanged(
     pool: Pools, library: Library, model_path: Path, tmp_path: Path, world_size: int
 ) -> None:
     too_long = "why " * 1500
@@ -238,7 +238,7 @@ def write_lines(path: Path, *lines: dict[str, Any]) -> Path:
 
 
 def batch_lines() -> list[dict[str, Any]]:
-    """Two questions about one document, one that fails, two about another, one alone."""
+    """Two questions about one document, one that fails, two about another, one by itself."""
     return [
         {"id": "a", "document_file": "pier.txt", "query": QUESTIONS[0]},
         {"id": "b", "document_file": "pier.txt", "query": QUESTIONS[1]},
@@ -279,7 +279,7 @@ def test_a_batch(pool: Pools, library: Library, model_path: Path, batch_input: P
         if "answer" in result:
             assert result["seconds"] >= result["query_s"] > 0 and result["document_tokens"] > 400
     assert [result["prefill_s"] > 0 for result in found if "answer" in result] == [True, False, True, False, True]
-    # One line failed: so did the job, with all else done.
+    # One line failed, so the job failed, but all other lines were answered.
     assert [rank.code for rank in ended] == [2] * world_size
     assert "1 of 6 lines failed: line 3 (id c)" in ended[0].stderr
     metrics = ended[0].records[0]["metrics"]
@@ -288,7 +288,7 @@ def test_a_batch(pool: Pools, library: Library, model_path: Path, batch_input: P
 
 
 @SIZES
-def test_each_line_with_a_prefill_of_its_own(
+def test_each_line_with_its_own_prefill(
     pool: Pools, library: Library, model_path: Path, batch_input: Path, world_size: int
 ) -> None:
     overrides = ("task=batch", f"task.input={batch_input}", f"hydra.run.dir={batch_input.parent}/run")
@@ -300,10 +300,10 @@ def test_each_line_with_a_prefill_of_its_own(
 
 @SIZES
 @pytest.mark.parametrize("sampled", [False, True])
-def test_a_batch_that_was_stopped_goes_on(
+def test_a_stopped_batch_is_resumed(
     pool: Pools, model_path: Path, batch_input: Path, world_size: int, sampled: bool
 ) -> None:
-    """Stopped at the third answer; what the first two left behind is not touched, and the rest is as in one go."""
+    """Stopped at the third answer: the first two are kept, and the others are as without the stop."""
     output = batch_input.with_name("questions.answers.jsonl")
     overrides = ["task=batch", f"task.input={batch_input}", f"hydra.run.dir={batch_input.parent}/run"]
     overrides += ["task.temperature=1.5"] if sampled else []
@@ -326,7 +326,7 @@ def test_a_batch_that_was_stopped_goes_on(
         return [(result["id"], result.get("answer")) for result in results(path)]
 
     assert answers(output) == answers(batch_input.parent / "whole.jsonl")
-    # What failed is tried again, and comes into its place.
+    # What failed is retried, and its answer is put in order.
     (batch_input.parent / "nowhere.txt").write_text(OTHER)
     ended = run()
     assert [rank.code for rank in ended] == [0] * world_size, ended[0].stderr
@@ -347,7 +347,7 @@ def test_answers_of_other_settings_are_left_alone(
     for part in ("method.compressor", "knorm", "window", "task.overwrite=true"):
         assert part in ended[0].stderr, ended[0].stderr
     assert output.read_text() == before
-    # The schedule changes nothing in the answers.
+    # The schedule does not change the answers.
     ended = infer(pool, world_size, model_path, *overrides, "method.schedule=natural")
     assert ended[0].records[0]["metrics"]["resumed"] == 5
     ended = infer(pool, world_size, model_path, *overrides, "method.compressor=knorm", "task.overwrite=true")
@@ -356,7 +356,7 @@ def test_answers_of_other_settings_are_left_alone(
 
 
 @SIZES
-def test_a_line_that_does_not_fit_is_reported_in_its_place(
+def test_a_line_that_does_not_fit_is_reported_in_order(
     pool: Pools, model_path: Path, tmp_path: Path, world_size: int
 ) -> None:
     lines = [
@@ -377,7 +377,7 @@ def test_a_line_that_does_not_fit_is_reported_in_its_place(
 
 
 @SIZES
-def test_batches_of_a_sweep_have_answers_of_their_own(
+def test_batches_of_a_sweep_have_separate_answers(
     pool: Pools, model_path: Path, batch_input: Path, world_size: int
 ) -> None:
     overrides = ("-m", "task=batch", f"task.input={batch_input}", "method.compressor=window,knorm")

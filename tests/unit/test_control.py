@@ -1,4 +1,4 @@
-"""Control tokens that somebody writes into a text are text; the chat template's own take effect."""
+"""Control tokens written in a text are text; only the chat template's own take effect."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEMPLATE = (
 
 
 def sentencepiece(scheme: str | None) -> Any:
-    """Return a tokenizer like those made from SentencePiece: Llama 2's normaliser, or a Metaspace with a scheme."""
+    """Return a tokenizer like one converted from SentencePiece: Llama 2's normaliser, or a Metaspace scheme."""
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -95,7 +95,7 @@ def hostile_texts(tokenizer: Any) -> list[str]:
     ]
 
 
-def test_clean_texts_are_encoded_as_ever(tokenizer: Any) -> None:
+def test_clean_texts_are_encoded_as_usual(tokenizer: Any) -> None:
     for text in CLEAN:
         plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         assert mask(tokenizer, text) == text
@@ -103,7 +103,7 @@ def test_clean_texts_are_encoded_as_ever(tokenizer: Any) -> None:
 
 
 def test_the_way_round_gives_the_same_ids(tokenizer: Any) -> None:
-    """What texts with masks go through agrees with the tokenizer wherever there is nothing to mask."""
+    """The path for masked texts agrees with the tokenizer if nothing is masked."""
     found = control_tokens(tokenizer)
     assert found is not None
     for text in [*CLEAN, *hostile_texts(tokenizer)]:
@@ -114,7 +114,7 @@ def test_the_way_round_gives_the_same_ids(tokenizer: Any) -> None:
 def test_hostile_texts_stay_text(tokenizer: Any) -> None:
     special = special_ids(tokenizer)
     for text in hostile_texts(tokenizer):
-        assert special & set(tokenizer(text, add_special_tokens=False)["input_ids"]), "nothing to see otherwise"
+        assert special & set(tokenizer(text, add_special_tokens=False)["input_ids"]), "the test would show nothing"
         masked = mask(tokenizer, text)
         assert unmask(tokenizer, masked) == text
         ids = encode_text(tokenizer, text)
@@ -187,7 +187,7 @@ def test_tokens_that_only_a_template_makes_control_tokens() -> None:
 
 
 def test_tokens_that_only_normalisation_shows() -> None:
-    """Full-width letters that a tokenizer takes for the token itself."""
+    """Full-width letters that a tokenizer normalises to the token itself."""
     from tokenizers import AddedToken, normalizers
 
     tokenizer = byte_tokenizer()
@@ -201,7 +201,7 @@ def test_tokens_that_only_normalisation_shows() -> None:
 
 
 def test_a_tokenizer_that_makes_them_of_plain_text_is_refused() -> None:
-    """A unigram model has the control tokens' own characters among its pieces."""
+    """A unigram model has the control tokens' characters among its pieces."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import Unigram
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Files that nobody wrote by hand: what is read is good, or a ValueError says which file is not."""
+"""Generated files: whatever is read is valid, or a ValueError names the file that is not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCALARS = st.one_of(
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
 )
-# What a JSON parser has trouble with, or takes although it is no JSON.
+# Values that JSON parsers struggle with, or accept although they are not JSON.
 BROKEN = st.sampled_from(
     ["", "{", "nul", "NaN", '{"id": NaN}', DEEP, '{"a": ' + "1" * 5000 + "}", '"\\ud800"', "\x00", "{}{}"]
 )
@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(read: Callable[[], Any], *names: object) -> str | None:
-    """Return the message of the ValueError that reading ends in, which names a file; None if it ends well."""
+    """Return the message of the ValueError that reading raises, which names a file; None if it succeeds."""
     try:
         read()
     except ValueError as error:
@@ -117,7 +117,7 @@ def test_answers_that_are_resumed(place: Path, content: bytes, kept: bytes) -> N
         assert [json.loads(line)["id"] for line in file.read_text().splitlines()] == ["a", "b"]
 
     if refusal(resume, file) is not None:
-        assert file.read_bytes() == content, "what is refused stays as it was"
+        assert file.read_bytes() == content, "a refused file stays unchanged"
 
 
 SUMMARY = {"task": "passkey", "settings": {"method": {"method": "apb"}}, "all": {}, "cells": []}
@@ -148,14 +148,14 @@ def test_results_that_are_compared(place: Path, summary: str, samples: bytes) ->
 
 
 def with_header(content: bytes, header: bytes) -> bytes:
-    """Return a safetensors file with another header."""
+    """Return a safetensors file with a different header."""
     length = int.from_bytes(content[:8], "little")
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 @st.composite
 def changed_safetensors(draw: st.DrawFn, content: bytes) -> bytes:
-    """Return a safetensors file with something else in its header, or as its length."""
+    """Return a safetensors file whose header, or header length, is wrong."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     kind = draw(st.sampled_from(["field", "bytes", "length", "json", "swap"]))
@@ -220,7 +220,7 @@ def test_gguf(place: Path, data: st.DataObject) -> None:
     file = place / "changed.gguf"
     changed = bytearray(content)
     for _ in range(data.draw(st.integers(1, 3))):
-        # Magic, version and counts, then fields; the vocabulary's many strings begin behind them.
+        # Magic, version and counts, then fields; the vocabulary's many strings follow.
         place_in = data.draw(st.one_of(st.integers(0, 23), st.integers(24, 600), st.integers(0, 9000)))
         changed[place_in] = data.draw(st.one_of(st.sampled_from([0, 1, 127, 128, 255]), st.integers(0, 255)))
     file.write_bytes(changed)

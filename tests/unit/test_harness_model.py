@@ -1,4 +1,4 @@
-"""HarnessModel: prompts are cut, never changed; exact methods answer as the harness' own model does."""
+"""HarnessModel: prompts are cut, never changed; exact methods answer like the harness's own model."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_rules(prompt: str, rule: str, query: str) -> None:
     assert (document + found, found) == (prompt, query)
 
 
-def test_only_the_last_turn_is_looked_at() -> None:
+def test_only_the_last_turn_is_searched() -> None:
     messages = [
         {"role": "user", "content": "One.\n\nTwo?"},
         {"role": "assistant", "content": "Two."},
@@ -96,7 +96,7 @@ def test_only_the_last_turn_is_looked_at() -> None:
     for one in (prompt, again):
         assert make_split("paragraph")(one)[1] == "Who?<end>\n\n<a>\n"
         assert make_split("turn")(one)[0] == "<u>One.\n\nTwo?<a>Two.<u>"
-    assert make_split("paragraph")(text)[1] == "<a>\n"  # as plain text there is no turn
+    assert make_split("paragraph")(text)[1] == "<a>\n"  # a plain text has no turns
 
 
 def test_a_text_that_the_query_begins_with() -> None:
@@ -105,7 +105,7 @@ def test_a_text_that_the_query_begins_with() -> None:
     assert split("Text.\nAnswer:")[1] == "Answer:"
 
 
-def test_a_split_of_ones_own() -> None:
+def test_a_custom_split() -> None:
     assert make_split(lambda prompt: (prompt[:3], prompt[3:]))("abcdef") == ("abc", "def")
     with pytest.raises(ValueError, match="together are the prompt; it returned 2 and 3 characters of 6"):
         make_split(lambda prompt: (prompt[:2], prompt[3:]))("abcdef")
@@ -115,7 +115,7 @@ def test_a_split_of_ones_own() -> None:
 
 @TEMPLATES
 def test_what_the_anchor_embeds(chat: bool, model: Any) -> None:
-    """Of a chat the question alone, without the end of the turn; of any other text all of the query."""
+    """In a chat only the question, without the turn's end; in any other text the whole query."""
     tokenizer = tokenizer_of(chat)
     ours = apb_ds.HarnessModel(apb_ds.init_inference(model), tokenizer)
     prompt = "A text of some length, and more of it.\n\nWho is it? "
@@ -134,7 +134,7 @@ def test_what_the_anchor_embeds(chat: bool, model: Any) -> None:
 @TEMPLATES
 @pytest.mark.parametrize("begins", [True, False])
 def test_ids_are_the_harness_own(chat: bool, begins: bool, folder: Path, model: Any) -> None:
-    """Document and query together are what HFLM gives to the model, and the query is the last paragraph."""
+    """Document and query together are what HFLM passes to the model, and the query is the last paragraph."""
     tokenizer = tokenizer_of(chat)
     if begins:  # adds <s> unless it is there
         from tokenizers.processors import TemplateProcessing
@@ -176,12 +176,12 @@ def test_an_exact_method_answers_as_the_plain_model(chat: bool, folder: Path, mo
     ours = evaluate(apb_ds.HarnessModel(engine, tokenizer), folder, *names, chat=chat)
     for name in GENERATED:
         assert responses(ours, name) == responses(theirs, name)
-        assert all(resps[0][0] for resps in responses(ours, name)), "answers without text compare nothing"
+        assert all(resps[0][0] for resps in responses(ours, name)), "empty answers would compare nothing"
     for our, their in zip(responses(ours, "lamp_choice"), responses(theirs, "lamp_choice"), strict=True):
-        # Three choices, then each of them after an empty context, for mutual information.
+        # Three choices, then the same after an empty context, for mutual information.
         assert len(our) == 6
         for (one,), (other,) in zip(our, their, strict=True):
-            assert one[0] == pytest.approx(other[0], abs=1e-3)  # sums of float32, in another order
+            assert one[0] == pytest.approx(other[0], abs=1e-3)  # float32 sums in another order
             assert one[1] == other[1]
     assert ours["results"]["lamp_choice"] == theirs["results"]["lamp_choice"]
 
@@ -190,7 +190,7 @@ def test_stop_strings_and_lengths(folder: Path, model: Any) -> None:
     tokenizer = tokenizer_of(False)
     lm = apb_ds.HarnessModel(apb_ds.init_inference(model, apb_ds.APBConfig(method="dense")), tokenizer)
     whole = [resps[0][0] for resps in responses(evaluate(lm, folder, "lamp_text", chat=False), "lamp_text")]
-    # A byte that is a text of its own; the rest of what this model says is no UTF-8.
+    # A byte that is a valid text; the rest of this model's output is not UTF-8.
     stop = next(character for text in whole for character in text[1:] if character.isascii())
     asked = {"until": [stop, "never said"], "max_gen_toks": 6}
     cut = [
@@ -198,7 +198,7 @@ def test_stop_strings_and_lengths(folder: Path, model: Any) -> None:
     ]
     assert cut == [text.split(stop)[0] for text in whole] and cut != whole
     assert lm.engine.stats.new_tokens <= 6
-    tokenizer.eos_token = stop  # which the model's own settings do not know
+    tokenizer.eos_token = stop  # not in the model's generation settings
     assert [resps[0][0] for resps in responses(evaluate(lm, folder, "lamp_text", chat=False), "lamp_text")] == [
         text.split(stop)[0] for text in whole
     ]
@@ -224,7 +224,7 @@ def instance(*arguments: Any, kind: str = "generate_until") -> Any:
 
 
 def test_apb_answers_what_the_split_gives_it(model: Any) -> None:
-    """By hand: ids cut at the last paragraph, or where a function says, given to an engine."""
+    """Done by hand: ids cut at the last paragraph, or by a function, and passed to an engine."""
     tokenizer = tokenizer_of(True)
     config = apb_ds.APBConfig(hosts=4)
     engine = apb_ds.init_inference(model, config)
@@ -247,7 +247,7 @@ def test_apb_answers_what_the_split_gives_it(model: Any) -> None:
     asked = [instance(prompt, {"until": [], "max_gen_toks": 6})]
     (answer,) = lm.generate_until(asked, disable_tqdm=True)
     assert answer == by_hand(tail, "Where is the lamp?")
-    assert engine.apb_config is config, "the engine's settings are as they were"
+    assert engine.apb_config is config, "the engine's settings are restored"
     own = apb_ds.HarnessModel(engine, tokenizer, split=lambda prompt: (prompt[:-60], prompt[-60:]))
     (other,) = own.generate_until(asked, disable_tqdm=True)
     num_special = 2 + len("</s><|assistant|>") - 2  # these two take 17 characters, and 2 tokens
@@ -288,10 +288,10 @@ def test_choices_share_a_prefill(model: Any, monkeypatch: pytest.MonkeyPatch) ->
     asked = [instance(context, f" {choice}", kind="loglikelihood") for choice in ("yes", "no", "perhaps")]
     answers = lm.loglikelihood(asked, disable_tqdm=True)
     assert len(answers) == 3 and len(calls) == 1
-    assert tokenizer.decode(calls[0][1][0]) == "A question?", "the anchor sees the question and none of the choices"
+    assert tokenizer.decode(calls[0][1][0]) == "A question?", "the anchor sees the question but not the choices"
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- refused input -------------------------------------------------------------------------------------------------
 
 
 def test_refused(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +319,7 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def test_settings_that_are_kept(model: Any) -> None:
+def test_settings_are_restored(model: Any) -> None:
     config = apb_ds.APBConfig(hosts=2, query_position=1)
     engine = apb_ds.init_inference(model, config)
     lm = apb_ds.HarnessModel(engine, tokenizer_of(False), query_position=5)
@@ -328,5 +328,5 @@ def test_settings_that_are_kept(model: Any) -> None:
     engine.configure = lambda one: seen.append(one.query_position) or configure(one)
     with pytest.raises(ValueError, match="num_beams"):
         lm.generate_until([instance("A text of words.\n\nA question?", {"num_beams": 2})], disable_tqdm=True)
-    assert seen == [5, 1] and engine.apb_config is config, "put back after an error too"
+    assert seen == [5, 1] and engine.apb_config is config, "restored after an error, too"
     assert (lm.rank, lm.world_size) == (0, 1)

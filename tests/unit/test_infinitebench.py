@@ -23,8 +23,8 @@ CALC_LEAD = (
     "Let us calculate the intermediate values of an expression.\n\nExpression: 1 + 3 + 4\nValues: [1, 4, 8]\n\n"
     "Expression: 8 - 3 + 2 - 4\nValues: [8, 5, 7, 3]\n\nExpression: "
 )
-# Of each task: a row without id and context, the instruction before the context, what follows the context for a model
-# without a chat template, and question and cue of a chat.
+# For each task: a row without id and context, the instruction before the context, the text after it for a model without
+# a chat template, and a chat's question and cue.
 CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     "passkey": (
         {"input": "What is the pass key?", "answer": ["71432"]},
@@ -214,7 +214,7 @@ def test_the_first_rows_in_the_order_of_the_file(tmp_path: Path) -> None:
         ("passkey", 7),
         ("passkey", 3),
     ]
-    # What is behind the rows asked for is not read.
+    # Rows after those asked for are not read.
     file.write_bytes(file.read_bytes() + b"no row")
     assert len(samples_of(tmp_path, "passkey", num_samples=3)) == 3
 
@@ -252,7 +252,7 @@ def test_max_tokens_comes_from_the_model_unless_given() -> None:
     assert InfiniteBenchConfig().fitted(None).max_tokens is None
 
 
-def test_no_room_for_a_document_is_said(tmp_path: Path) -> None:
+def test_no_room_for_a_document(tmp_path: Path) -> None:
     write_rows(tmp_path, "math_calc", row("math_calc", context="1 + 2"))
     with pytest.raises(ValueError, match=r"task\.max_tokens=4096 leaves too little .* math_calc.* 30000") as raised:
         samples_of(tmp_path, "math_calc", max_tokens=4096)
@@ -447,7 +447,7 @@ def test_scores(task: str, answers: tuple[str, ...], prediction: str, expected: 
 def test_summaries_are_compared_line_by_line() -> None:
     right = "The cat sat.\nThe dog ran."
     assert score("longbook_sum_eng", (right,), right) == 1
-    assert score("longbook_sum_eng", (right,), "The dog ran.\nThe cat sat.") == 1  # the order of lines is no matter
+    assert score("longbook_sum_eng", (right,), "The dog ran.\nThe cat sat.") == 1  # the order of lines does not matter
     assert score("longbook_sum_eng", (right,), "The cat sat.") == pytest.approx(2 * 1 * 0.5 / 1.5)
     assert score("longbook_sum_eng", ("Nothing here", right), right) == 1
     assert score("longbook_sum_eng", (right,), "") == 0

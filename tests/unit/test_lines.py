@@ -1,4 +1,4 @@
-"""Questions from a JSONL file: what is read, what is refused, and what stays the problem of one line."""
+"""Questions from a JSONL file: what is read, what is refused, and what concerns one line only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def asked_of(key: str | int, file: Path | str, query: str = "Why?") -> dict[str,
 
 
 def test_reads_lines(tmp_path: Path) -> None:
-    text = "Übung\r\n macht  \n"  # used as it is: no line end translated, nothing stripped
+    text = "Übung\r\n macht  \n"  # used unchanged: no line end translated, nothing stripped
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "one.txt").write_bytes(text.encode())
     path = write(tmp_path, question("a", text, max_new_tokens=7), "", " \t", asked_of(2, "texts/one.txt", "Wer?"))
@@ -140,7 +140,7 @@ def test_first_broken_lines_are_listed(tmp_path: Path) -> None:
     assert "8 of its lines" in text and text.endswith("\n  and 3 more.")
 
 
-def test_file_that_is_none(tmp_path: Path) -> None:
+def test_input_that_cannot_be_read(tmp_path: Path) -> None:
     empty = write(tmp_path, "", "  ")
     os.mkfifo(tmp_path / "pipe")
     for path, message in [
@@ -155,7 +155,7 @@ def test_file_that_is_none(tmp_path: Path) -> None:
         assert message in str(caught.value)
 
 
-def test_problem_of_one_line_stops_no_other(tmp_path: Path) -> None:
+def test_problem_of_one_line_does_not_stop_the_others(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "latin.txt").write_bytes(b"abc\xfc")
     (tmp_path / "empty.txt").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Documents, queries and further turns as ids, with the shapes of chat templates that models come with."""
+"""Documents, queries and further turns as ids, with chat templates like those of real models."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PHI3 = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-# Thoughts are kept in an answer that no question follows, and taken out of all others.
+# Thoughts are kept in the last answer, and removed from all others.
 QWEN3 = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
     "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -60,7 +60,7 @@ QWEN3 = (
     "{{ m['content'].split('</think>')[-1].lstrip('\n') }}{% else %}{{ m['content'] }}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# The roles as plain words: no token ends a turn.
+# Roles are plain words: no token ends a turn.
 WORDS = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -69,7 +69,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Shape:
-    """A template, and what it should make of `DOCUMENT` and `QUERY`.
+    """A template, and what it should render for `DOCUMENT` and `QUERY`.
 
     Attributes
     ----------
@@ -160,7 +160,7 @@ def shape(request: pytest.FixtureRequest) -> Shape:
 
 
 def rendered_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Return the ids of a whole conversation, the next answer opened, as transformers makes them."""
+    """Return the ids of a whole conversation, with the next answer opened, as transformers makes them."""
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
 
 
@@ -195,8 +195,8 @@ def test_document_does_not_depend_on_the_query(shape: Shape) -> None:
         assert document.ids + ids == rendered_ids(tokenizer, shape.asked(query=query))
 
 
-def test_an_embedded_query_is_text_ahead_of_the_document(shape: Shape) -> None:
-    """Put where the anchor puts it, it is what somebody would have written who asks first."""
+def test_an_embedded_query_is_text_before_the_document(shape: Shape) -> None:
+    """Where the anchor puts it, it reads like a question asked before the document."""
     tokenizer = shape.tokenizer()
     document = encode_document(tokenizer, DOCUMENT)
     embedded = encode_embedded(tokenizer, document, f" {QUERY}\n")
@@ -216,7 +216,7 @@ def test_an_embedded_query_has_no_control_tokens_unless_asked_for(shape: Shape) 
 
 
 def test_blanks_around_a_query_do_not_count(shape: Shape) -> None:
-    """As where a file or standard input ends with a line break."""
+    """For example a final line break from a file or standard input."""
     tokenizer = shape.tokenizer()
     document = encode_document(tokenizer, DOCUMENT)
     assert encode_query(tokenizer, document, f" {QUERY}\n") == encode_query(tokenizer, document, QUERY)
@@ -227,7 +227,7 @@ def test_document_with_blanks_at_its_ends(shape: Shape) -> None:
     tokenizer = shape.tokenizer()
     text = f"  {DOCUMENT}\n\n"
     prompt = split_prompt(tokenizer, text, QUERY)
-    # Within one turn the document's blanks would stand before the query.
+    # In a single turn the document's white space would precede the query.
     expected = shape.asked(document=DOCUMENT if shape.one_turn else text)
     assert prompt.document_ids + prompt.query_ids == rendered_ids(tokenizer, expected)
 
@@ -242,7 +242,7 @@ ENDED = [(name, ends) for name, shape in SHAPES.items() for ends in (True, False
 
 
 @pytest.mark.parametrize(("name", "ends"), ENDED)
-def test_next_turn_goes_on_with_the_rendered_conversation(name: str, ends: bool) -> None:
+def test_next_turn_continues_the_rendered_conversation(name: str, ends: bool) -> None:
     """Whether the model ended its answer or was cut short, the cache holds what the template renders."""
     shape = SHAPES[name]
     tokenizer = shape.tokenizer()
@@ -268,7 +268,7 @@ def test_thoughts_stay_and_the_turn_is_closed_once() -> None:
         assert closed == f"{text}<|im_end|>\n<|im_start|>user\n{NEXT}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_last_token_that_occurs_behind_the_end_token() -> None:
+def test_last_token_that_occurs_after_the_end_token() -> None:
     tokenizer = SHAPES["chatml"].tokenizer()
     ids = encode_next_turn(tokenizer, NEXT, encode(tokenizer, "It is\n")[-1])
     assert tokenizer.decode(ids).startswith("<|im_end|>\n<|im_start|>user\n")
@@ -276,14 +276,14 @@ def test_last_token_that_occurs_behind_the_end_token() -> None:
 
 @pytest.mark.parametrize(("answer", "closing"), [("It is blue", " </s>"), ("It is blue</s>", "")])
 def test_space_before_the_end_token(answer: str, closing: str) -> None:
-    """Llama 2's template has one, which a model does not generate: the end token is not doubled for it."""
+    """Llama 2's template has a space there that a model does not generate; the end token is not doubled."""
     tokenizer = Shape(LLAMA2, (), "", "", "", "</s>").tokenizer()
     ids = encode_next_turn(tokenizer, NEXT, encode(tokenizer, answer)[-1])
     assert tokenizer.decode(ids) == f"{closing}<s>[INST] {NEXT} [/INST]"
 
 
 def test_question_that_begins_as_the_answer_ends() -> None:
-    """Its first token follows the separator; it is not taken for the end of the answer before it."""
+    """Its first token follows the separator; it is not mistaken for the end of the previous answer."""
     tokenizer = metaspace_tokenizer()
     answer = encode(tokenizer, "It is red. And A")
     assert tokenizer.decode(encode_next_turn(tokenizer, NEXT, answer[-1])) == f"\n\n{NEXT}\n"
@@ -306,7 +306,7 @@ def test_base_model(has_bos: bool) -> None:
 
 
 def metaspace_tokenizer(template: str | None = None, scheme: str = "first") -> Any:
-    """Return a tokenizer in SentencePiece's manner: letters, some pairs of them, and a space before a text."""
+    """Return a tokenizer like SentencePiece's: letters, some pairs of them, and a space before a text."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -335,7 +335,7 @@ def test_no_space_at_the_boundary() -> None:
 
 
 def test_no_space_where_the_boundary_is_inside_a_token() -> None:
-    """Line breaks of document and query would be joined; the query's stay as they are after any other text."""
+    """Line breaks of document and query would join; the query's are encoded as after any other text."""
     tokenizer = metaspace_tokenizer()
     document = encode_document(tokenizer, f"{TEXT}\n")
     start = encode(tokenizer, f"{TEXT}\n")
@@ -350,7 +350,7 @@ def test_space_prefixing_conversation(scheme: str, ends: bool) -> None:
     prompt = split_prompt(tokenizer, TEXT, QUERY)
     messages = [{"role": "user", "content": f"{TEXT}\n\n{QUERY}"}]
     assert prompt.document_ids + prompt.query_ids == rendered_ids(tokenizer, messages)
-    # The user's first word takes in the header's last space, so it is no token of the header.
+    # The user's first word absorbs the header's last space, so it is not a token of the header.
     header = ["<s>", *"▁[INST]"] if scheme == "always" else ["<s>", *"[INST]"]
     tokens = tokenizer.convert_ids_to_tokens(prompt.document_ids)
     assert tokens[: prompt.query_position] == header
@@ -362,7 +362,7 @@ def test_space_prefixing_conversation(scheme: str, ends: bool) -> None:
 
 
 class CountingTokenizer(ByteTokenizer):
-    """Counts the characters that it is given."""
+    """Counts the characters passed to it."""
 
     num_characters = 0
 
@@ -396,7 +396,7 @@ def test_smollm2_conversation() -> None:
         assert ids + encode_next_turn(tokenizer, NEXT, ids[-1]) == rendered_ids(tokenizer, messages)
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- refused input ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("blank", ["", " \n\t"])

@@ -1,4 +1,4 @@
-"""RULER: prompts and scores are the harness', bounded, cached and made without a network."""
+"""RULER: prompts and scores are the harness's, limited in number, cached and made without a network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.unit.smollm2 import smollm2_directory, smollm2_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 1024
-ESSAY_LENGTH = 1536  # essays come by 500 words
+ESSAY_LENGTH = 1536  # the harness adds essays 500 words at a time
 NUM_SAMPLES = 2
 needs_harness = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("lm_eval", "wonderwords", "nltk", "scipy")),
@@ -47,7 +47,7 @@ def base_tokenizer(chat_tokenizer: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Essays and questions, smaller than the published ones and of the same form."""
+    """Essays and questions, shorter than the published ones but in the same format."""
     folder = tmp_path_factory.mktemp("data")
     for number in range(2):
         grains = ("rye", "oats", "wheat", "barley")
@@ -181,7 +181,7 @@ def test_no_more_is_made_than_asked_for(
     monkeypatch.setattr(module, name, counting)
     samples = list(config_of(task, data_dir).samples(chat_tokenizer, 100, 0))
     assert len(samples) == NUM_SAMPLES
-    # Variable tracking makes the example in front of its prompts first.
+    # Variable tracking first makes the example that precedes its prompts.
     assert made == ([1, NUM_SAMPLES] if task == "ruler_vt" else [NUM_SAMPLES])
     assert getattr(module, name) is counting
 
@@ -268,7 +268,7 @@ def test_made_once(chat_tokenizer: Any, empty_cache: Path, monkeypatch: pytest.M
 
 
 @needs_harness
-def test_a_damaged_file_is_made_anew(chat_tokenizer: Any, empty_cache: Path) -> None:
+def test_a_damaged_file_is_made_again(chat_tokenizer: Any, empty_cache: Path) -> None:
     config = config_of("ruler_fwe")
     first = texts(list(config.samples(chat_tokenizer, 100, 0)))
     (file,) = (empty_cache / "ruler").iterdir()
@@ -321,7 +321,7 @@ def test_questions_that_do_not_fit_are_left_out(
 
 
 @needs_harness
-def test_random_numbers_of_the_process_go_on(chat_tokenizer: Any, empty_cache: Path) -> None:
+def test_random_numbers_of_the_process_are_untouched(chat_tokenizer: Any, empty_cache: Path) -> None:
     random.seed(1)
     np.random.seed(1)
     expected = random.Random(1).random(), np.random.RandomState(1).random_sample()
@@ -352,7 +352,7 @@ def test_another_process_makes_the_same_offline(
 ) -> None:
     environment = {**os.environ, "HOME": str(tmp_path / "home"), "APB_DS_CACHE": str(tmp_path / "other")}
     environment.update(PYTHONHASHSEED="7", PYTHONPATH=str(ROOT))
-    # In another order: what a task draws does not depend on those before it.
+    # In another order: a task's draws do not depend on the tasks before it.
     arguments = [str(smollm2_directory()), json.dumps(TASKS[::-1]), data_dir]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=300
@@ -401,7 +401,7 @@ def test_scores_are_the_harness_own(task: str, answers: tuple[str, ...], predict
     ],
 )
 @needs_harness
-def test_files_that_will_not_do(
+def test_unusable_files(
     task: str,
     change: Callable[[str], str],
     message: str,

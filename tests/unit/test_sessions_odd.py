@@ -1,4 +1,4 @@
-"""Sessions that begin or end oddly: closed streams, narrow encodings, settings that Hydra itself refuses."""
+"""Unusual sessions: closed streams, narrow encodings, settings that Hydra itself refuses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def infer(model_path: Path, run_dir: Path, *overrides: str) -> Ended:
         (f"seed={MAX_SEED + 1}", (f"seed={MAX_SEED + 1}", f"at most {MAX_SEED}")),
     ],
 )
-def test_what_hydra_refuses_is_told_without_a_trace(
+def test_what_hydra_refuses_is_reported_without_a_traceback(
     model_path: Path, tmp_path: Path, override: str, expected: tuple[str, ...]
 ) -> None:
     ended = infer(model_path, tmp_path / "run", "task=prompt", f"task.document='{DOCUMENT}'", "task.query=hi", override)
@@ -55,7 +55,7 @@ def test_a_dollar_brace_that_is_escaped_is_text(model_path: Path, tmp_path: Path
     assert ended.records[0]["config"]["task"]["query"] == "What is ${HOME}?"
 
 
-def test_a_sweep_goes_on_after_a_text_that_cannot_be_resolved(model_path: Path, tmp_path: Path) -> None:
+def test_a_sweep_continues_after_a_text_that_cannot_be_resolved(model_path: Path, tmp_path: Path) -> None:
     ended = infer(
         model_path, tmp_path / "run", "-m", "task=prompt", f"task.document='{DOCUMENT}'", "task.query=${HOME},hi"
     )
@@ -65,7 +65,7 @@ def test_a_sweep_goes_on_after_a_text_that_cannot_be_resolved(model_path: Path, 
     assert json.loads((tmp_path / "run" / "0" / "record.json").read_text())["error"] == first
 
 
-def test_the_largest_seed_is_taken() -> None:
+def test_the_largest_seed_is_accepted() -> None:
     values = {"model": {"path": "m"}, "method": {"hosts": 2}, "task": {"name": "passkey"}, "seed": MAX_SEED}
     assert read_settings(values).seed == MAX_SEED
 
@@ -83,7 +83,7 @@ def test_a_text_from_a_standard_input_that_is_closed() -> None:
         read_text("task.query", "-")
 
 
-def test_an_interrupt_is_told_without_a_trace(model_path: Path, tmp_path: Path) -> None:
+def test_an_interrupt_is_reported_without_a_traceback(model_path: Path, tmp_path: Path) -> None:
     with mock.patch("apb_ds.session.question.prefill_progress", side_effect=KeyboardInterrupt):
         ended = infer(model_path, tmp_path / "run", "task=prompt", f"task.document='{DOCUMENT}'", "task.query=hi")
     assert ended.code == INTERRUPTED
@@ -103,7 +103,7 @@ def test_an_answer_that_standard_output_cannot_show(model_path: Path, tmp_path: 
     assert b"Answer: caf\\xe9\n" in content.getvalue()
 
 
-def test_a_batch_goes_on_after_a_query_that_the_template_refuses(tmp_path: Path) -> None:
+def test_a_batch_continues_after_a_query_that_the_template_refuses(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('no such words') }}{% endif %}"
         "{{ '<|' + m.role + '|>' + m.content + '</s>' }}{% endfor %}"

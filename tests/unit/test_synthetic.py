@@ -1,4 +1,4 @@
-"""The synthetic documents: what is asked stands in them, nothing else does, and lengths, splits and seeds hold."""
+"""Synthetic documents: they contain exactly what is asked, and lengths, splits and seeds hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from apb_ds.tasks.synthetic.words import ADJECTIVES_OF, FIRST_SYLLABLES_OF, NOUN
 from tests.tiny_checkpoint import byte_tokenizer
 from tests.unit.smollm2 import smollm2_tokenizer
 
-LENGTH = 6000  # letters: what `length` counts here
+LENGTH = 6000  # letters, which `length` counts here
 ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
 NUMBER = r"\b\d{7}\b"
 UUID = r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b"
@@ -56,7 +56,7 @@ def test_splits_share_no_word_that_is_asked_for(kind: str) -> None:
     for document, first in ((train, "train"), (evaluation, "eval")):
         syllable = "[BDFGKLMNPRSTVZ][AEIOU]"
         coded = re.findall(rf"\b(?:{syllable}){{3}}\b", document.text)
-        if kind in ("frequent_words", "common_words"):  # nothing but coded words
+        if kind in ("frequent_words", "common_words"):  # only coded words
             coded = re.findall(r"\b[a-z]{6}\b", document.text.partition("\n\n")[2])
         if kind in ("frequent_words", "common_words", "variables"):
             assert len(coded) >= 10
@@ -111,7 +111,7 @@ def test_varied_words_are_for_training() -> None:
 
 
 def test_splits_share_no_choice() -> None:
-    """The same seed draws other values, at other depths."""
+    """The same seed gives different values, at different depths."""
     depths, values = [], []
     for split in ("train", "eval"):
         documents = [make("single", seed, split=split, num_tokens=2500) for seed in range(20)]
@@ -122,7 +122,7 @@ def test_splits_share_no_choice() -> None:
 
 
 def test_draws_stay_as_they_are() -> None:
-    """Whatever the version of Python: results are compared across machines by their seed."""
+    """In every version of Python: results from several machines are compared by seed."""
     draws = Draws("eval", 3)
     order = list(range(8))
     draws.shuffle(order)
@@ -144,7 +144,7 @@ def test_nothing_more_would_fit(kind: str) -> None:
     longer = sorted(num for num in tried.values() if num > LENGTH)
     shorter = max(num for num in tried.values() if num <= LENGTH)
     assert tried[document.text] == shorter
-    # The shortest of those that are too long has one unit more.
+    # The shortest text that is too long has one unit more.
     assert longer and longer[0] - shorter < 160
 
 
@@ -153,7 +153,7 @@ def test_a_key_is_named_only_where_it_is_meant(kind: str, filler: str) -> None:
     document = make(kind, filler=filler)
     (question,) = document.questions
     for answer in question.answers:
-        # A variable is set once, and once another is set to it, except for the last of the chain.
+        # A variable occurs once where it is set and once where another is set to it, except for the chain's last.
         times = len(re.findall(rf"(?<!\w){answer}(?!\w)", document.text))
         assert times == 1 if kind != "variables" else times == 1 + (answer != question.answers[-1])
     things = re.findall(r"the ([a-z]+ [a-z]+ of [A-Z][a-z]+)", question.query)
@@ -208,7 +208,7 @@ def test_variables(filler: str) -> None:
     held: dict[str, str] = {}
     for name, source in re.findall(r"Set ([A-Z]{6}) to (\w+)\.", document.text):
         assert name not in held, "set twice"
-        held[name] = source if source.isdigit() else held[source]  # a KeyError: a variable used before it is set
+        held[name] = source if source.isdigit() else held[source]  # KeyError if a variable is used before it is set
     (question,) = document.questions
     (value,) = re.findall(NUMBER, question.query)
     assert [name for name, found in held.items() if found == value] == list(question.answers)
@@ -246,7 +246,7 @@ def test_the_margin_holds_in_the_shortest_list(num_words: int, exponent: float) 
 
 
 def asked_depth(document: Document) -> float:
-    """Where the answer stands in the part of the text after the task: 0 is its start, 1 its end."""
+    """Return the answer's position in the text after the task: 0 is its start, 1 its end."""
     body = document.text.partition("\n\n")[2]
     return body.index(document.questions[0].answers[0]) / len(body)
 
@@ -292,7 +292,7 @@ def test_score(prediction: str, answers: list[str], expected: float) -> None:
     assert score(prediction, answers) == expected
 
 
-def test_nothing_wanted_is_no_score() -> None:
+def test_a_score_needs_an_answer() -> None:
     with pytest.raises(ValueError, match="at least one"):
         score("x", [])
 

@@ -1,4 +1,4 @@
-"""Settings of the tasks whose text the user gives: what is required, what is refused, where answers go."""
+"""Settings of tasks whose text the user gives: required values, refused ones, and where answers go."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_value_out_of_range(field: str, values: list[object], allowed: str) -> N
 
 
 @pytest.mark.parametrize("key", ["temperature", "top_p", "top_k", "min_p"])
-def test_greedy_conflicts_with_what_draws(key: str) -> None:
+def test_greedy_conflicts_with_sampling(key: str) -> None:
     with pytest.raises(ValueError, match=rf"task.do_sample=false takes the likeliest tokens, but task.{key}=1"):
         AnsweringConfig(do_sample=False, **{key: 1})
 
@@ -142,7 +142,7 @@ def test_numbers_become_texts(task: str) -> None:
 
 @pytest.mark.parametrize("task", ["prompt", "chat"])
 @pytest.mark.parametrize("field", ["document", "query"])
-def test_sources_are_looked_for_before_anything_is_loaded(task: str, field: str, tmp_path: Path) -> None:
+def test_sources_are_checked_before_anything_is_loaded(task: str, field: str, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     values = {"name": task, "document": "d", "query": "q", field: f"@{path}"}
     config = build_task_config(values)

@@ -1,4 +1,4 @@
-"""Texts that a user gives: as they stand, from a file, from standard input."""
+"""Texts that a user gives: literal, from a file, from standard input."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_no_such_file(name: str, message: str, tmp_path: Path) -> None:
         assert len(str(caught.value)) < 1000
 
 
-def test_file_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file.txt").write_text("text")
 
     def refuse(self: Path) -> bytes:
@@ -148,6 +148,6 @@ def test_no_text_given(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", [["a", "b"], [], {"a": 1}])
-def test_list_or_mapping_is_no_text(value: object) -> None:
+def test_list_or_mapping_is_not_a_text(value: object) -> None:
     with pytest.raises(ValueError, match=r"task.document=.* is not a text; it must be quoted"):
         check_text(FIELD, value)
