@@ -18,6 +18,7 @@ from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import plan_request
 from apb_ds.session.job import Job, Settings
 from apb_ds.session.metrics import Usage
+from apb_ds.session.served_model import ServedModel
 from apb_ds.session.steps import Steps
 from apb_ds.tasks import Sample
 
@@ -48,16 +49,14 @@ class ActiveJob:
 
     Attributes
     ----------
-    make_engine : returns the session's engine with the given settings in force
-    console, error_console, stdin : where the first rank prints and reads
+    error_console, stdin : where the first rank shows progress, and reads questions
+    engine : with the settings of the latest `set_up`; None before
     """
 
     job: Job
     settings: Settings
     steps: Steps
-    loaded: LoadedModel
-    make_engine: Callable[[APBConfig], Any]
-    console: Console
+    model: ServedModel
     error_console: Console
     stdin: TextIO
     engine: Any = field(default=None, init=False)
@@ -65,6 +64,10 @@ class ActiveJob:
     @property
     def group(self) -> SequenceGroup:
         return self.steps.group
+
+    @property
+    def loaded(self) -> LoadedModel:
+        return self.model.loaded
 
     @property
     def is_first(self) -> bool:
@@ -124,6 +127,10 @@ class ActiveJob:
         plan_request(method, num_document, num_query, self.group.world_size)
         self.engine = self.make_engine(method)
         return method
+
+    def make_engine(self, method: APBConfig) -> Any:
+        """Return the session's engine, with these settings in force."""
+        return self.model.engine(method, self.group, self.settings.timeout_s)
 
     def set_up_for(self, sample: Sample) -> APBConfig:
         """Prepare the engine for a sample, see `set_up`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import os
 import sys
@@ -15,11 +14,7 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
-from apb_ds.compressors.base import needs_heads
-from apb_ds.compressors.retaining_heads import RetainingHeads
-from apb_ds.config import APBConfig
-from apb_ds.loading import LoadedModel, ModelConfig, load_model
-from apb_ds.loading.heads import heads_for
+from apb_ds.loading import ModelConfig
 from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.groups import SequenceGroup, launched_rank, world_group
 from apb_ds.report.compare import compare_records
@@ -35,6 +30,7 @@ from apb_ds.session.evaluation import Evaluation
 from apb_ds.session.harness import HarnessEvaluation
 from apb_ds.session.job import Job, Settings, read_settings
 from apb_ds.session.question import serve_question
+from apb_ds.session.served_model import ServedModel, free_memory
 from apb_ds.session.steps import JOB_ERRORS, JobError, Steps
 from apb_ds.tasks import BatchConfig, ChatConfig, LmEvalConfig
 
@@ -73,9 +69,7 @@ class Session:
         self._owns_group = group is None
         self._job: Job | None = None  # the running one
         self._other_failed = False
-        self._loaded: tuple[ModelConfig, LoadedModel] | None = None
-        self._heads: tuple[str, RetainingHeads] | None = None
-        self._engine: Any = None
+        self._loaded: ServedModel | None = None
 
     @property
     def is_first(self) -> bool:
@@ -191,18 +185,10 @@ class Session:
         group.set_timeout(settings.timeout_s)  # jobs of a sweep may differ
         steps = Steps(group, debug=job.debug)
         steps.from_first(settings.task.check_sources)
-        loaded = steps.together(lambda: self._model(settings.model), local=True)
-        heads = steps.together(lambda: self._heads_for(settings, loaded), local=True)
-        active = ActiveJob(
-            job=job,
-            settings=settings,
-            steps=steps,
-            loaded=loaded,
-            make_engine=lambda method: self._configured_engine(method, loaded, heads, settings.timeout_s),
-            console=self.console,
-            error_console=self.error_console,
-            stdin=self.stdin,
-        )
+        model = steps.together(lambda: self._model_for(settings.model), local=True)
+        steps.together(lambda: model.load_heads(settings), local=True)
+        loaded = model.loaded
+        active = ActiveJob(job, settings, steps, model, self.error_console, self.stdin)
         parts = _serve_task(active)
         method = parts.pop("method")
         return {
@@ -219,43 +205,16 @@ class Session:
             **environment(loaded.device),
         }
 
-    def _model(self, config: ModelConfig) -> LoadedModel:
-        if self._loaded is None or self._loaded[0] != config:
+    def _model_for(self, config: ModelConfig) -> ServedModel:
+        if self._loaded is None or self._loaded.config != config:
             self._drop_model()
-            self._loaded = config, load_model(config)
-        return self._loaded[1]
-
-    def _heads_for(self, settings: Settings, loaded: LoadedModel) -> RetainingHeads | None:
-        path = settings.retaining_heads
-        if path is None:
-            return None
-        if self._heads is None or self._heads[0] != path:
-            heads = heads_for(loaded.model, settings.method, path)
-            assert heads is not None
-            self._heads = path, heads.placed(loaded.device, loaded.dtype)
-        return self._heads[1]
-
-    def _configured_engine(
-        self, method: APBConfig, loaded: LoadedModel, heads: RetainingHeads | None, timeout_s: float
-    ) -> Any:
-        from apb_ds.engine.api import init_inference  # imports deepspeed
-
-        heads = heads if needs_heads(method.compressor) else None
-        if self._engine is None:
-            self._engine = init_inference(
-                loaded.model, method, group=self.group, retaining_heads=heads, timeout_s=timeout_s
-            )
-        else:
-            self._engine.configure(method, heads)
-        return self._engine
+            self._loaded = ServedModel(config)
+        return self._loaded
 
     def _drop_model(self) -> None:
-        if self._loaded is None:
-            return
-        self._engine = self._loaded = self._heads = None
-        gc.collect()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        if self._loaded is not None:
+            self._loaded = None
+            free_memory()
 
     def _keep(self, job: Job, record: dict[str, Any]) -> None:
         self.records.append(record)

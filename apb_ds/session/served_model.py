@@ -1,0 +1,58 @@
+"""A session's model with its heads and engine, kept from job to job while its config stays the same."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from apb_ds.compressors.base import needs_heads
+from apb_ds.compressors.retaining_heads import RetainingHeads
+from apb_ds.config import APBConfig
+from apb_ds.loading import LoadedModel, ModelConfig, load_model
+from apb_ds.loading.heads import heads_for
+from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.session.job import Settings
+
+
+class ServedModel:
+    """A loaded model.
+
+    Attributes
+    ----------
+    loaded : the model and its tokenizer
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.loaded: LoadedModel = load_model(config)
+        self._heads: tuple[str, RetainingHeads | None] | None = None
+        self._engine: Any = None
+
+    def load_heads(self, settings: Settings) -> None:
+        """Load the retaining heads that a job needs, unless they are loaded."""
+        path = settings.retaining_heads
+        if path is not None and (self._heads is None or self._heads[0] != path):
+            heads = heads_for(self.loaded.model, settings.method, path)
+            self._heads = path, None if heads is None else heads.placed(self.loaded.device, self.loaded.dtype)
+
+    def engine(self, method: APBConfig, group: SequenceGroup, timeout_s: float) -> Any:
+        """Return the engine, with these settings in force."""
+        from apb_ds.engine.api import init_inference  # imports deepspeed
+
+        heads = self._heads[1] if self._heads is not None and needs_heads(method.compressor) else None
+        if self._engine is None:
+            self._engine = init_inference(
+                self.loaded.model, method, group=group, retaining_heads=heads, timeout_s=timeout_s
+            )
+        else:
+            self._engine.configure(method, heads)
+        return self._engine
+
+
+def free_memory() -> None:
+    """Release the memory of a model that is no longer referenced."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
