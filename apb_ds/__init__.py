@@ -18,23 +18,40 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each name lives; loaded on first use, since importing torch, transformers and deepspeed takes seconds.
+__all__ = [
+    "APBAttention",
+    "APBConfig",
+    "APBEngine",
+    "Context",
+    "HarnessModel",
+    "Phase",
+    "Plan",
+    "ShardedCache",
+    "attach",
+    "detach",
+    "init_inference",
+    "plan_request",
+]
+
+# Where each name is defined; loaded on first use, since importing torch, transformers and deepspeed takes seconds.
 _LAZY = {
     "APBAttention": "apb_ds.attention",
     "Phase": "apb_ds.attention",
     "ShardedCache": "apb_ds.cache",
-    "APBEngine": "apb_ds.engine.engine",
-    "Context": "apb_ds.engine.context",
-    "HarnessModel": "apb_ds.tasks.lm_eval.model",
     "attach": "apb_ds.engine.api",
     "detach": "apb_ds.engine.api",
     "init_inference": "apb_ds.engine.api",
+    "Context": "apb_ds.engine.context",
+    "APBEngine": "apb_ds.engine.engine",
+    "HarnessModel": "apb_ds.tasks.lm_eval.model",
 }
-
-__all__ = ["APBConfig", "Plan", "plan_request", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'apb_ds' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 EXACT_METHODS = ("dense", "ring", "ulysses")
 METHODS = ("apb", "star", *EXACT_METHODS)
@@ -212,6 +212,14 @@ class APBConfig:
     cuda_graph: bool | None = None
     fused: bool | None = None
     mlp_tile: int | None = None
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Name the nearest field for an option that does not exist, where Python's own TypeError would not."""
+        names = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in names:
+                raise TypeError(f"APBConfig has no option {name!r}.{suggest(name, names)}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.settings  # noqa: B018 (raises for values out of range)

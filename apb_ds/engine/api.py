@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from apb_ds.plan import check_ranks
 
 def init_inference(
     model: PreTrainedModel,
-    config: APBConfig | None = None,
+    config: APBConfig | Mapping[str, Any] | None = None,
     *,
     mpu: Any = None,
     group: SequenceGroup | None = None,
@@ -36,8 +37,8 @@ def init_inference(
     model : PreTrainedModel
         A decoder whose attention goes through transformers' AttentionInterface. Its dtype is kept; it is moved to the
         accelerator of this rank.
-    config : APBConfig
-        By default all defaults.
+    config : APBConfig or mapping
+        By default all defaults. A mapping holds fields of `APBConfig`, as DeepSpeed's configs do.
     mpu : object
         A Megatron-style object; its sequence-parallel group is used. By default all ranks share a request.
     group : SequenceGroup
@@ -55,7 +56,8 @@ def init_inference(
         For a model, settings or a group that cannot be served, on every rank before anything is computed; where ranks
         have other settings, weights or versions than the others, saying which rank has what.
     """
-    config = APBConfig() if config is None else config
+    if not isinstance(config, APBConfig):
+        config = APBConfig.from_dict(dict(config or {}), "config")
     if isinstance(model, PipelineModule):
         raise ValueError("model is a DeepSpeed PipelineModule; APB does not run in a pipeline.")
     if isinstance(model, InferenceEngine):
@@ -89,7 +91,7 @@ def _check_served(model: PreTrainedModel, config: APBConfig, world_size: int) ->
 
 def attach(
     engine: InferenceEngine,
-    config: APBConfig | None = None,
+    config: APBConfig | Mapping[str, Any] | None = None,
     *,
     mpu: Any = None,
     retaining_heads: HeadsSource | None = None,

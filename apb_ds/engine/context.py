@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -38,6 +39,12 @@ class Context:
     model: PreTrainedModel = field(repr=False)
     group: SequenceGroup = field(repr=False)
     key: str = ""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Context cannot be pickled or saved with torch.save: it holds the engine's model and process group. "
+            "Prefill the document again instead."
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -41,7 +41,7 @@ from apb_ds.ops.memory import explain_out_of_memory, levers
 from apb_ds.parallel.consistency import shared_validation
 from apb_ds.parallel.failure import place
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.plan import check_ranks
+from apb_ds.plan import Plan, check_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ class APBEngine(InferenceEngine):
 
     def _run_prefill(self, request: PrefillRequest, key: str, progress: Progress | None) -> Context:
         plan, num_tokens = request.plan, request.document_ids.shape[1]
-        self._warn_if_exact(plan.exact, num_tokens)
+        self._warn_if_exact(plan)
         cache = ShardedCache(
             self.sizes.num_layers,
             self.group.is_last,
@@ -358,6 +358,12 @@ class APBEngine(InferenceEngine):
         self._acceleration.recorded = None
         self._heads.clear()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.destroy()
+
     def detach(self) -> InferenceEngine | nn.Module:
         """Undo `attach` and return the engine it was called with, its `generate` restored; else return the model."""
         for module, training in self._training:
@@ -404,12 +410,13 @@ class APBEngine(InferenceEngine):
             context.token_ids = everything
         return everything[:, prompt.shape[1] :].clone()  # the caller may change it; the context keeps the original
 
-    def _warn_if_exact(self, exact: bool, num_tokens: int) -> None:
-        if exact and not self.apb_config.is_exact_method and not self._warned_exact and self.group.is_first:
-            logger.warning(
-                "running exact attention: a document of %d tokens is too short for APB to save anything.", num_tokens
-            )
-            self._warned_exact = True
+    def _warn_if_exact(self, plan: Plan) -> None:
+        if not plan.exact or self.apb_config.is_exact_method or self._warned_exact or not self.group.is_first:
+            return
+        longest = max(plan.block_length(host) for host in range(plan.hosts))
+        why = "hosts=1" if plan.hosts == 1 else f"the anchor would be longer than a block of {longest} tokens"
+        logger.warning("running exact attention over a document of %d tokens: %s.", plan.num_tokens, why)
+        self._warned_exact = True
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
