@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from apb_ds.attention import check_available
 from apb_ds.config import APBConfig
 from apb_ds.engine.engine import APBEngine
+from apb_ds.engine.validation import settings_facts
 from apb_ds.hf.architecture import check_supported
 from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.parallel.consistency import describe_software, shared_validation
@@ -75,7 +76,7 @@ def init_inference(
         engine = APBEngine(model, config, group, heads)
         comparison.facts = {
             **describe_software(),
-            **{f"method.{name}": value for name, value in config.resolved().items()},
+            **settings_facts(config),
             "model": model,
             "retaining heads": heads,
         }

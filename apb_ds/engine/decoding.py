@@ -7,8 +7,7 @@ with whether to stop, so that neither random states nor clocks can make ranks di
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -45,17 +44,6 @@ class _Verdict(IntEnum):
     GO_ON = 0
     STOP = 1
     FAILED = 2
-
-
-@contextmanager
-def ended_after_errors(streamer: Any) -> Iterator[None]:
-    """End a streamer if generation fails, so that whoever reads from it does not wait for ever."""
-    try:
-        yield
-    except BaseException:
-        if streamer is not None:
-            streamer.end()
-        raise
 
 
 class LockstepDecoder:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -23,9 +20,10 @@ from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.engine.acceleration import Acceleration
+from apb_ds.engine.calls import ended_after_errors, exclusive_call
 from apb_ds.engine.context import Context
 from apb_ds.engine.cuda_graph import RecordedSteps
-from apb_ds.engine.decoding import LockstepDecoder, RequestStats, ended_after_errors
+from apb_ds.engine.decoding import LockstepDecoder, RequestStats
 from apb_ds.engine.generation_settings import arguments_for_loop, warn_of_overrides
 from apb_ds.engine.prefill import run_rounds
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator
@@ -38,7 +36,7 @@ from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.methods.state import PrefillState
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.ops.memory import explain_out_of_memory, levers
-from apb_ds.parallel.consistency import shared_validation
+from apb_ds.parallel.consistency import describe_model, shared_validation
 from apb_ds.parallel.failure import place
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan, check_ranks
@@ -109,11 +107,12 @@ class APBEngine(InferenceEngine):
             For settings that do not fit the group or the model, or name something that is not installed. Nothing is
             changed then.
         """
-        attention, heads = self._build_attention(config, retaining_heads)
-        kernels = self._kernels_of(attention)
-        if not self._acceleration.serves(config.settings, self.group, kernels):
-            self._acceleration = Acceleration(self.module, config.settings, self.group, kernels)
-        self._put_in_force(config, attention, heads)
+        with exclusive_call(self.module):
+            attention, heads = self._build_attention(config, retaining_heads)
+            kernels = self._kernels_of(attention)
+            if not self._acceleration.serves(config.settings, self.group, kernels):
+                self._acceleration = Acceleration(self.module, config.settings, self.group, kernels)
+            self._put_in_force(config, attention, heads)
 
     def _build_attention(
         self, config: APBConfig, retaining_heads: HeadsSource | None
@@ -137,6 +136,10 @@ class APBEngine(InferenceEngine):
         if heads is not None:
             self._heads = [heads]
         self._warned_exact = False
+        # What all ranks must share besides a request's own facts; `configure` itself sends nothing.
+        self._shared_facts: dict[str, Any] = {"kernels": self.kernel_names}
+        if heads is not None and self.group.world_size > 1:
+            self._shared_facts["retaining heads"] = describe_model(heads)
 
     @property
     def device(self) -> torch.device:
@@ -160,22 +163,6 @@ class APBEngine(InferenceEngine):
 
     def _kernels_of(self, attention: APBAttention) -> KernelChoice:
         return attention.kernels_for(self.device, self.module.dtype, self.sizes.head_dim)
-
-    @contextmanager
-    def _call(self) -> Iterator[None]:
-        """Run one call on the model at a time, in eval mode, without gradients.
-
-        Not in inference mode either, even if the caller is: what a context holds is changed later, perhaps outside.
-        """
-        with _lock_of(self.module), torch.inference_mode(False), torch.no_grad():
-            training = [module for module in self.module.modules() if module.training]
-            for module in training:
-                module.training = False
-            try:
-                yield
-            finally:
-                for module in training:
-                    module.training = True
 
     def prefill(
         self,
@@ -209,10 +196,10 @@ class APBEngine(InferenceEngine):
         torch.OutOfMemoryError
             On the rank that runs out of memory, with advice.
         """
-        with self._call():
+        with exclusive_call(self.module):
             with shared_validation(self.group, "prefill", self.device) as comparison:
                 request = self._validator.prefill(document_ids, query_ids, max_positions)
-                comparison.facts = request.facts
+                comparison.facts = request.facts | self._shared_facts
             return self._run_prefill(request, comparison.digest, progress)
 
     def _run_prefill(self, request: PrefillRequest, key: str, progress: Progress | None) -> Context:
@@ -299,11 +286,10 @@ class APBEngine(InferenceEngine):
         call = GenerateCall(
             document_ids, query_ids, max_new_tokens, context, append, input_ids, query_length, generate_arguments
         )
-        with self._call(), ended_after_errors(generate_arguments.get("streamer")):
+        with exclusive_call(self.module), ended_after_errors(generate_arguments.get("streamer")):
             with shared_validation(self.group, "generate", self.device) as comparison:
                 request = self._validator.generate(call)
-                # Ranks record decode steps together, or not at all.
-                comparison.facts = request.facts | {"recorded": self.kernel_names.get("recorded")}
+                comparison.facts = request.facts | self._shared_facts
             prefill_s = 0.0
             if isinstance(request.source, PrefillRequest):
                 context = self._run_prefill(request.source, comparison.digest, progress)
@@ -325,10 +311,10 @@ class APBEngine(InferenceEngine):
         -------
         (1, q, vocab), float32, the same on every rank
         """
-        with self._call():
+        with exclusive_call(self.module):
             with shared_validation(self.group, "query_logits", self.device) as comparison:
                 request = self._validator.logits(query_ids, context)
-                comparison.facts = request.facts
+                comparison.facts = request.facts | self._shared_facts
             num_query = request.ids.shape[1]
             cached = context.num_cached
             fed = torch.cat([context.token_ids[:, cached:], request.ids], dim=-1)
@@ -425,16 +411,6 @@ class APBEngine(InferenceEngine):
     def _now(self) -> float:
         self._synchronize()
         return time.perf_counter()
-
-
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_locks_lock = threading.Lock()
-
-
-def _lock_of(model: nn.Module) -> threading.RLock:
-    """Return the lock of a model, the same for all engines that serve it."""
-    with _locks_lock:
-        return _locks.setdefault(model, threading.RLock())
 
 
 def _move_to_accelerator(model: PreTrainedModel) -> None:

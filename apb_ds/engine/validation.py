@@ -120,7 +120,7 @@ class Validator:
             raise ValueError(f"compressor={self._config.compressor!r} needs query_ids at prefill; it scores with them.")
         max_positions = max(max_positions or 0, num_tokens + num_query)
         check_positions(self._module, max_positions, self._windows)
-        facts = {f"method.{name}": value for name, value in self._config.resolved().items()}
+        facts = settings_facts(self._config)
         facts |= {"document_ids": document_ids, "query_ids": query_ids, "max_positions": max_positions}
         return PrefillRequest(document_ids, query_ids, plan, max_positions, facts)
 
@@ -173,6 +173,14 @@ class Validator:
     def _query_facts(self, query_ids: Tensor, context: Context, num_new: int) -> dict[str, Any]:
         of_context = {"prefill": context.key[:SHOWN_KEY], "tokens": context.num_tokens}
         return {"query_ids": query_ids, "max_new_tokens": num_new, "context": of_context}
+
+
+def settings_facts(config: APBConfig) -> dict[str, Any]:
+    """Return settings that all ranks must share, by name. A ratio of 8 and one of 8.0 are the same."""
+    settings = config.resolved()
+    if settings["compression_ratio"] is not None:
+        settings["compression_ratio"] = float(settings["compression_ratio"])
+    return {f"method.{name}": value for name, value in settings.items()}
 
 
 def check_ids(model: PreTrainedModel, name: str, ids: Tensor | None) -> Tensor:
