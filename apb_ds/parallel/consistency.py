@@ -47,8 +47,8 @@ class Comparison:
 def shared_validation(group: SequenceGroup, call: str, device: torch.device | None = None) -> Iterator[Comparison]:
     """Validate input on every rank, then compare its facts. All ranks of the group enter this together.
 
-    The body validates and sets the facts; it must not communicate. A rank whose body raises ValueError still joins
-    the exchange, so that no rank waits for it::
+    The body validates and sets the facts; it must not communicate. A rank whose body raises ValueError or
+    RuntimeError still joins the exchange, so that no rank waits for it::
 
         with shared_validation(group, "prefill", device) as comparison:
             request = validate(document_ids)
@@ -68,10 +68,10 @@ def shared_validation(group: SequenceGroup, call: str, device: torch.device | No
     if group.world_size == 1:
         yield comparison
         return
-    failure: ValueError | None = None
+    failure: ValueError | RuntimeError | None = None
     try:
         yield comparison
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a missing package, memory that ran out
         failure = error
     facts = _described(comparison.facts) if failure is None else {REFUSAL: str(failure)}
     mine = {"call": call, **facts}
