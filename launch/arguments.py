@@ -1,4 +1,4 @@
-"""Command-line arguments as Hydra takes them: flags first, the launcher's removed, no files from ranks other than 0."""
+"""Command-line arguments as Hydra takes them: flags first, values quoted, no files from ranks other than 0."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from .quoting import readable, unquoted
+
 LOCAL_RANK = ("--local_rank", "--local-rank")
 SWEEP = ("-m", "--multirun")
+SWEEP_MODE = "hydra.mode=MULTIRUN"
 CONFIG_DIRECTORY = ("-cd", "--config-dir")
 LEAVES_FILES = (
     "hydra/job_logging=",
@@ -19,7 +22,7 @@ LEAVES_FILES = (
 
 
 def for_hydra(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments without what the launcher adds, -m and --config-dir first.
+    """Return the arguments without what the launcher adds, -m and --config-dir first, values as Hydra can read them.
 
     Hydra's parser rejects overrides that follow a flag that follows overrides.
     """
@@ -37,7 +40,8 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
             flags.append(argument)
         else:
             others.append(argument)
-    return [*flags, *others]
+    in_sweep = SWEEP_MODE in others or any(flag in SWEEP for flag in flags)
+    return [*flags, *(readable(argument, in_sweep=in_sweep) for argument in others)]
 
 
 def without_files(arguments: Sequence[str], scratch: Path) -> list[str]:
@@ -53,9 +57,9 @@ def without_files(arguments: Sequence[str], scratch: Path) -> list[str]:
 
 
 def overrides_of(arguments: Sequence[str]) -> dict[str, str]:
-    """Return what command-line arguments change, by config path."""
+    """Return what command-line arguments change, by config path, texts without their quotes."""
     overrides = {}
     for argument in arguments:
         name, _, value = argument.partition("=")
-        overrides[name.lstrip("+~")] = value
+        overrides[name.lstrip("+~")] = unquoted(value)
     return overrides

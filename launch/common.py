@@ -149,7 +149,7 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
             runtime = HydraConfig.get()
             if OmegaConf.is_missing(runtime.job, "num"):
                 raise SystemExit(say_once(describe(error))) from None
-            bad_job(runtime.job.num, runtime.overrides.task, Path(runtime.runtime.output_dir), error)
+            bad_job(runtime.job.num, task_overrides(), Path(runtime.runtime.output_dir), error)
         except Exception as error:
             # Hydra would go on with the sweep's next job, but the ranks that did not fail would not.
             giving_up.on(error)
@@ -191,14 +191,21 @@ def job_of(config: DictConfig) -> Job:
     return Job(
         values={str(key): value for key, value in values.items()},
         run_dir=Path(runtime.runtime.output_dir) if rank() == 0 else None,
-        overrides=command_line.overrides_of(runtime.overrides.task),
+        overrides=command_line.overrides_of(task_overrides()),
         in_sweep=not OmegaConf.is_missing(runtime.job, "num"),
     )
 
 
+def task_overrides() -> list[str]:
+    """Return the job's overrides as they were given: an interpolation in a text is not resolved."""
+    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(overrides, list)
+    return [str(override) for override in overrides]
+
+
 def task_arguments() -> str:
     """Return the job's overrides, quoted for a shell."""
-    return shlex.join(HydraConfig.get().overrides.task)
+    return shlex.join(task_overrides())
 
 
 def say_once(message: str) -> int:

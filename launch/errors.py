@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from apb_ds.config import suggest
 
+from .quoting import quote, split_elements, unquoted
+
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # in a checkout and in an installed package
-QUOTING_HINT = (
-    "Quote a text that contains commas, colons, equals signs, quotes or brackets twice, once for the shell and once "
-    "for Hydra: 'task.query=\"Who, and when?\"'; or put it in a file: task.query=@question.txt."
-)
+NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_.$@:/+~-]")
 INTERPOLATION_HINT = "Write ${ as \\${ in a text, or put the text in a file: task.query=@question.txt."
 
 
@@ -31,8 +31,16 @@ def describe(error: Exception) -> str:
         group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
         names = sorted(error.options or _names_in(group))
         return f"{group}={name} does not exist; use one of {', '.join(names)}.{suggest(name, names)}"
-    if "Ambiguous value" in message or type(error).__name__ == "OverrideParseException":
-        message += "\n" + QUOTING_HINT
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override)
+    several = re.match(r"Ambiguous value for argument '([^=]+)=(.*?)'\n1\. ", message, re.DOTALL)
+    if several:
+        key, value = several.groups()
+        text = ",".join(map(unquoted, split_elements(value)))
+        return (
+            f"{key}={value} has several values: add -m to run each of them; a list is '{key}=[{value}]', a text "
+            f"{_quoted(key, text)}."
+        )
     if isinstance(error, InterpolationResolutionError):
         message += "\n" + INTERPOLATION_HINT
     unknown = re.search(r"Key '(\w+)' is not in struct\s+full_key: ([\w.]+)", message)
@@ -40,6 +48,22 @@ def describe(error: Exception) -> str:
         section = unknown.group(2).rpartition(".")[0]
         message += suggest(unknown.group(1), _keys_of(section)).replace(" Did", "\nDid")
     return message
+
+
+def _unreadable(argument: str) -> str:
+    """Return what is wrong with an argument that Hydra cannot read."""
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return f"{argument!r} is not key=value. Quote a value that has spaces: 'task.query=Who signed it?'"
+    odd = "".join(dict.fromkeys(NOT_IN_KEYS.findall(key)))
+    if odd or not key:
+        return f"{argument!r}: the key {key!r} cannot have {odd!r}; keys have ASCII letters, digits, _, - and dots."
+    return f"the value of {key} cannot be read: {value!r}. If it is a text, quote it: {_quoted(key, value)}"
+
+
+def _quoted(key: str, value: str) -> str:
+    """Return an override with its value quoted, for Hydra and for the shell."""
+    return shlex.quote(f"{key}={quote(value)}")
 
 
 def _names_in(group: str) -> list[str]:

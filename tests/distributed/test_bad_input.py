@@ -101,7 +101,16 @@ CASES: dict[str, Case] = {
     "an interpolation that leads nowhere": Case(
         (*PROMPT, "task.query=${task.nothing}"), ("task.nothing", "not found"), composes=False
     ),
-    "an unquoted comma": Case((*PROMPT, "task.query=Who, and when?"), ("Ambiguous", "@question.txt"), composes=False),
+    "several values without -m": Case(
+        (*PROMPT, "method.hosts=2,4"), ("method.hosts=2,4", "add -m", "[2,4]"), composes=False
+    ),
+    "a key outside ASCII": Case((*PROMPT, "task.qu\u00e9ry=1"), ("task.qu\u00e9ry", "'\u00e9'"), composes=False),
+    "a mapping's key outside ASCII": Case(
+        (*PROMPT, "model.overrides={\u00e9: 1}"),
+        ("model.overrides", "{\u00e9: 1}", "'model.overrides=\"{\u00e9: 1}\"'"),
+        composes=False,
+    ),
+    "a value that the shell has cut": Case((*PROMPT, "signed"), ("'signed'", "key=value"), composes=False),
     "a kernel that is not installed": Case(
         (*PROMPT, "method.kernel=flash_attn2"), ("flash_attn2", "flash_attn", "pip install", "[flash]")
     ),

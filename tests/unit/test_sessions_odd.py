@@ -65,6 +65,16 @@ def test_a_sweep_continues_after_a_text_that_cannot_be_resolved(model_path: Path
     assert json.loads((tmp_path / "run" / "0" / "record.json").read_text())["error"] == first
 
 
+def test_texts_of_a_sweep_arrive_as_typed(model_path: Path, tmp_path: Path) -> None:
+    texts = ("-m", "task=prompt", "task.document=A lamp & a pier\\, #1!", "task.query=Où?,1.10", "task.stop=\\n")
+    ended = infer(model_path, tmp_path / "run", *texts)
+    assert ended.code == 0, ended.stderr
+    asked = [record["config"]["task"] for record in ended.records]
+    assert [record["overrides"]["task.query"] for record in ended.records] == ["Où?", "1.10"]
+    assert [task["query"] for task in asked] == ["Où?", "1.10"]
+    assert [(task["document"], task["stop"]) for task in asked] == [("A lamp & a pier, #1!", "\n")] * 2
+
+
 def test_the_largest_seed_is_accepted() -> None:
     values = {"model": {"path": "m"}, "method": {"hosts": 2}, "task": {"name": "passkey"}, "seed": MAX_SEED}
     assert read_settings(values).seed == MAX_SEED
