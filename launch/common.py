@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,9 @@ from apb_ds.parallel.failure.ending import FAILED_EXIT, INTERRUPTED_EXIT, rank
 from hydra_plugins import apb_ds_sweep
 
 from . import arguments as command_line
+from .early import check_early
 from .errors import CONFIGS, describe
+from .quiet import quiet_environment, quiet_imports
 
 if TYPE_CHECKING:
     from apb_ds.session import Job
@@ -126,7 +127,7 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.argv = [sys.argv[0], *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors, which are formatted here
-    _quiet_environment(debug)
+    quiet_environment(debug)
 
     def bad_job(number: int, arguments: Sequence[str], directory: Path, error: Exception) -> None:
         from apb_ds.session import Job
@@ -136,6 +137,19 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
         run_dir = directory if rank() == 0 else None
         jobs.bad_job(Job({}, run_dir, command_line.overrides_of(arguments), in_sweep=True), describe(error))
 
+    def refuse(error: Exception) -> None:
+        """End the run, or one job of a sweep, for its config."""
+        runtime = HydraConfig.get()
+        directory = Path(runtime.runtime.output_dir)
+        if not OmegaConf.is_missing(runtime.job, "num"):
+            bad_job(runtime.job.num, task_overrides(), directory, error)
+            return
+        if debug and rank() == 0:
+            traceback.print_exception(error)
+        with contextlib.suppress(OSError):
+            directory.rmdir()  # nothing ran
+        raise SystemExit(say_once(describe(error)))
+
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     def main(config: DictConfig) -> None:
         if rank() > 0:
@@ -143,13 +157,15 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
         if OmegaConf.select(config, "model.device") == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed moves models to its accelerator
         try:
-            quiet_imports()
+            check_early(config)
+        except (OmegaConfBaseException, ValueError) as error:
+            refuse(error)
+            return
+        try:
+            quiet_imports(debug)
             jobs.run(config)
         except OmegaConfBaseException as error:  # interpolations are resolved when the job is made
-            runtime = HydraConfig.get()
-            if OmegaConf.is_missing(runtime.job, "num"):
-                raise SystemExit(say_once(describe(error))) from None
-            bad_job(runtime.job.num, task_overrides(), Path(runtime.runtime.output_dir), error)
+            refuse(error)
         except Exception as error:
             # Hydra would go on with the sweep's next job, but the ranks that did not fail would not.
             giving_up.on(error)
@@ -209,9 +225,11 @@ def task_arguments() -> str:
 
 
 def say_once(message: str) -> int:
-    """Print an error that every rank has, on the first rank only, and return the exit code."""
+    """Print an error that every rank has, on the first rank of each node, and return the exit code."""
     if rank() == 0:
         print(f"Error: {message}", file=sys.stderr, flush=True)
+    elif os.environ.get("LOCAL_RANK") == "0":  # another node may have got another command line
+        print(f"Error: rank {rank()}: {message}", file=sys.stderr, flush=True)
     return _wait_for_first_rank()
 
 
@@ -223,17 +241,6 @@ def leave_group() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def quiet_imports() -> None:
-    """Import deepspeed without its output, and limit its log to errors, on standard error."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        import deepspeed  # noqa: F401
-    for name in ("DeepSpeed", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for handler in logging.getLogger("DeepSpeed").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.stream = sys.stderr  # setStream would flush the old stream, which may be closed
 
 
 def _private_directory() -> Path:
@@ -248,20 +255,6 @@ def _private_directory() -> Path:
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     ending.at_leaving.append(functools.partial(shutil.rmtree, directory, ignore_errors=True))
     return directory
-
-
-def _quiet_environment(debug: bool) -> None:
-    defaults = {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    if not debug and not sys.warnoptions:
-        warnings.simplefilter("ignore")
 
 
 def _wait_for_first_rank() -> int:

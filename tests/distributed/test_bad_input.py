@@ -29,7 +29,8 @@ class Case:
     ----------
     world_sizes : where the case is one
     patches : see `run_infer`
-    composes : false if Hydra itself refuses it: then the first rank alone speaks, and there is no job
+    composes : false if Hydra, or a check before heavy imports, refuses it: then the first rank alone speaks, and there
+        is no job
     """
 
     overrides: tuple[str, ...]
@@ -65,21 +66,30 @@ CASES: dict[str, Case] = {
     "a conversation's document from standard input": Case(("task=chat", "task.document=-"), ("standard input",)),
     # --- numbers
     "hosts no multiple of the ranks": Case(
-        (*PROMPT, "method.hosts=3"), ("hosts=3", "multiple", "(2)", "hosts=4"), (2,)
+        (*PROMPT, "method.hosts=3"), ("hosts=3", "multiple", "(2)", "hosts=4"), (2,), composes=False
     ),
-    "no hosts": Case((*PROMPT, "method.hosts=0"), ("hosts=0", "at least 1")),
+    "no hosts": Case((*PROMPT, "method.hosts=0"), ("hosts=0", "at least 1"), composes=False),
     "an anchor too short for the query": Case(
         (*PROMPT, "method.anchor_length=4"),
         ("anchor_length=4", "cannot hold the query", "query_position=2", "13", "15"),
     ),
-    "a negative anchor": Case((*PROMPT, "method.anchor_length=-1"), ("anchor_length=-1", "at least 0")),
-    "a fractional anchor": Case((*PROMPT, "method.anchor_length=1.5"), ("anchor_length=1.5", "integer")),
-    "a negative passing length": Case((*PROMPT, "method.passing_length=-2"), ("passing_length=-2", "at least 0")),
-    "a fractional passing length": Case((*PROMPT, "method.passing_length=0.5"), ("passing_length=0.5", "integer")),
-    "a ratio below 1": Case((*PROMPT, "method.compression_ratio=0.5"), ("compression_ratio=0.5", "at least 1")),
+    "a negative anchor": Case((*PROMPT, "method.anchor_length=-1"), ("anchor_length=-1", "at least 0"), composes=False),
+    "a fractional anchor": Case(
+        (*PROMPT, "method.anchor_length=1.5"), ("anchor_length=1.5", "integer"), composes=False
+    ),
+    "a negative passing length": Case(
+        (*PROMPT, "method.passing_length=-2"), ("passing_length=-2", "at least 0"), composes=False
+    ),
+    "a fractional passing length": Case(
+        (*PROMPT, "method.passing_length=0.5"), ("passing_length=0.5", "integer"), composes=False
+    ),
+    "a ratio below 1": Case(
+        (*PROMPT, "method.compression_ratio=0.5"), ("compression_ratio=0.5", "at least 1"), composes=False
+    ),
     "ratio and length": Case(
         (*PROMPT, "method.compression_ratio=4", "method.passing_length=8"),
         ("passing_length=8", "compression_ratio=4", "one of them"),
+        composes=False,
     ),
     "no new tokens": Case((*PROMPT, "task.max_new_tokens=0"), ("task.max_new_tokens=0", "at least 1")),
     "temperature 0": Case((*PROMPT, "task.temperature=0"), ("task.temperature=0", "above 0", "leave it out")),
@@ -90,13 +100,25 @@ CASES: dict[str, Case] = {
     # --- names
     "unknown compressor": Case((*PROMPT, "method.compressor=windw"), ("compressor='windw'", "Did you mean 'window'?")),
     "unknown kernel": Case((*PROMPT, "method.kernel=cpu_flsh"), ("kernel='cpu_flsh'", "Did you mean 'cpu_flash'?")),
-    "unknown schedule": Case((*PROMPT, "method.schedule=zigzak"), ("schedule='zigzak'", "Did you mean 'zigzag'?")),
-    "unknown method": Case((*PROMPT, "method.method=abp"), ("method='abp'", "apb, star", "Did you mean 'apb'?")),
+    "unknown schedule": Case(
+        (*PROMPT, "method.schedule=zigzak"), ("schedule='zigzak'", "Did you mean 'zigzag'?"), composes=False
+    ),
+    "unknown method": Case(
+        (*PROMPT, "method.method=abp"), ("method='abp'", "apb, star", "Did you mean 'apb'?"), composes=False
+    ),
     "unknown method file": Case(
         (*PROMPT, "method=starr"), ("method=starr", "apb, dense, ring, star", "Did you mean 'star'?"), composes=False
     ),
     "unknown exp": Case((*PROMPT, "+exp=llama_128"), ("exp=llama_128", "Did you mean 'llama_128k'?"), composes=False),
     "unknown task": Case(("task=promt",), ("task=promt", "Did you mean 'prompt'?"), composes=False),
+    "a path as a model's name": Case(
+        (*PROMPT, "model=/some/path"), ("model=/some/path", "model.path=/some/path"), composes=False
+    ),
+    "another task's setting": Case(
+        ("task.document=foo",), ("task.document", "task=prompt", "task=chat"), composes=False
+    ),
+    "another command's setting": Case((*PROMPT, "eval.output=x"), ("eval", "launch/eval.py"), composes=False),
+    "a key without its section": Case((*PROMPT, "hosts=4"), ("hosts", "'method.hosts'"), composes=False),
     "unknown key": Case((*PROMPT, "method.host=4"), ("host", "Did you mean 'hosts'?"), composes=False),
     "an interpolation that leads nowhere": Case(
         (*PROMPT, "task.query=${task.nothing}"), ("task.nothing", "not found"), composes=False

@@ -107,6 +107,24 @@ def test_tab_completion() -> None:
     assert (done.returncode, done.stdout) == (0, "train.hidden_size=\n"), done.stderr
 
 
+def test_bad_settings_of_a_method_are_refused_before_heavy_imports(tmp_path: Path) -> None:
+    code = (
+        "import sys; from launch.infer import main; code = main(); "
+        "sys.exit('imported' if {'torch', 'deepspeed', 'transformers'} & set(sys.modules) else code)"
+    )
+    done = run("-c", code, "method.hosts=0", f"hydra.run.dir={tmp_path}/run")
+    assert (done.returncode, done.stderr) == (2, "Error: hosts=0 must be an integer of at least 1.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_deepspeed_logs_is_shown_for_debugging_only(tmp_path: Path) -> None:
+    said = []
+    for debug in ("false", "true"):
+        done = run("launch/infer.py", f"debug={debug}", "model.path=no/such", f"hydra.run.dir={tmp_path}/{debug}")
+        said.append([line for line in (done.stdout + done.stderr).splitlines() if "get_accelerator" in line])
+    assert said[0] == [] and said[1] != []
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
