@@ -5,25 +5,35 @@ Hydra's own sweeper composes all jobs first and rejects the whole sweep if one o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 Failure = Callable[[int, Sequence[str], Path, Exception], None]
 
 _on_failure: Failure | None = None
+_directory: Path | None = None
 
 
 def on_failure(tell: Failure | None) -> None:
-    """Set what is called for a job that does not compose, with its number, overrides, directory and error."""
-    global _on_failure
-    _on_failure = tell
+    """Set what is called for a job that does not compose, with its number, overrides, directory and error.
+
+    Forgets the sweep before.
+    """
+    global _on_failure, _directory
+    _on_failure, _directory = tell, None
+
+
+def sweep_directory() -> Path | None:
+    """Return the folder of the sweep that has run; None where none has."""
+    return _directory
 
 
 class OneByOneSweeper(BasicSweeper):
@@ -37,8 +47,10 @@ class OneByOneLauncher(BasicLauncher):
     """Runs jobs in this process, one after the other; reports and skips a job that does not compose."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Return the results of the jobs that composed."""
+        """Return the results of all jobs; not a number, for sweepers that optimize, of one that did not compose."""
+        global _directory
         assert self.config is not None
+        directory = _directory = Path(str(self.config.hydra.sweep.dir)).absolute()
         returned: list[JobReturn] = []
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
             try:
@@ -46,7 +58,8 @@ class OneByOneLauncher(BasicLauncher):
             except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: model=5
                 if _on_failure is None:
                     raise
-                _on_failure(number, overrides, Path(str(self.config.hydra.sweep.dir)) / str(number), error)
+                _on_failure(number, overrides, directory / str(number), error)
+                returned.append(JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=math.nan))
         return returned
 
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from .quoting import readable, unquoted
+from .quoting import has_several_values, readable, unquoted
 
 LOCAL_RANK = ("--local_rank", "--local-rank")
 SWEEP = ("-m", "--multirun")
@@ -63,3 +63,8 @@ def overrides_of(arguments: Sequence[str]) -> dict[str, str]:
         name, _, value = argument.partition("=")
         overrides[name.lstrip("+~")] = unquoted(value)
     return overrides
+
+
+def swept_keys(arguments: Sequence[str]) -> set[str]:
+    """Return the config paths to which arguments give several values."""
+    return {argument.partition("=")[0].lstrip("+") for argument in arguments if has_several_values(argument)}

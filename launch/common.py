@@ -7,7 +7,9 @@ import contextlib
 import functools
 import io
 import logging
+import math
 import os
+import pickle
 import shlex
 import shutil
 import signal
@@ -49,8 +51,11 @@ class Jobs:
     def __init__(self) -> None:
         self.has_failed = False
 
-    def run(self, config: DictConfig) -> None:
-        """Run one job. It reports the errors that users make; any exception that leaves it is a bug."""
+    def run(self, config: DictConfig) -> object:
+        """Run one job; return what a sweeper that optimizes is to know.
+
+        Reports the errors that users make; any exception that leaves it is a bug.
+        """
         raise NotImplementedError
 
     def bad_job(self, job: Job, why: str) -> None:
@@ -137,13 +142,13 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
         run_dir = directory if rank() == 0 else None
         jobs.bad_job(Job({}, run_dir, command_line.overrides_of(arguments), in_sweep=True), describe(error))
 
-    def refuse(error: Exception) -> None:
+    def refuse(error: Exception) -> float:
         """End the run, or one job of a sweep, for its config."""
         runtime = HydraConfig.get()
         directory = Path(runtime.runtime.output_dir)
         if not OmegaConf.is_missing(runtime.job, "num"):
             bad_job(runtime.job.num, task_overrides(), directory, error)
-            return
+            return math.nan
         if debug and rank() == 0:
             traceback.print_exception(error)
         with contextlib.suppress(OSError):
@@ -151,7 +156,7 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
         raise SystemExit(say_once(describe(error)))
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    def main(config: DictConfig) -> None:
+    def main(config: DictConfig) -> object:
         if rank() > 0:
             shutil.rmtree(scratch, ignore_errors=True)  # Hydra creates it again; nothing is written there
         if OmegaConf.select(config, "model.device") == "cpu":
@@ -159,13 +164,12 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
         try:
             check_early(config)
         except (OmegaConfBaseException, ValueError) as error:
-            refuse(error)
-            return
+            return refuse(error)
         try:
             quiet_imports(debug)
-            jobs.run(config)
+            return jobs.run(config)
         except OmegaConfBaseException as error:  # interpolations are resolved when the job is made
-            refuse(error)
+            return refuse(error)
         except Exception as error:
             # Hydra would go on with the sweep's next job, but the ranks that did not fail would not.
             giving_up.on(error)
@@ -178,6 +182,11 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
         if debug and rank() == 0:
             traceback.print_exc()
         return say_once(describe(error))
+    except pickle.PicklingError:
+        return say_once(
+            "this launcher sends jobs to other processes, which cannot share this run's ranks and model: leave "
+            "hydra/launcher at one_by_one, or start several commands."
+        )
     except ending.Stopped as error:
         giving_up.on(error)
     except KeyboardInterrupt:
@@ -217,6 +226,16 @@ def task_overrides() -> list[str]:
     overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     assert isinstance(overrides, list)
     return [str(override) for override in overrides]
+
+
+def sweep_directory() -> Path | None:
+    """Return the folder of the command line's sweep, if it is one that runs here."""
+    return apb_ds_sweep.sweep_directory()
+
+
+def swept_keys() -> set[str]:
+    """Return the config paths to which the command line gives several values."""
+    return command_line.swept_keys(sys.argv[1:])
 
 
 def task_arguments() -> str:

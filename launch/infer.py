@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __spec__ is None:  # started as a file of a checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from launch import common
+    from launch import common, objective
 else:
-    from . import common
+    from . import common, objective
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,23 +28,29 @@ class Inference(common.Jobs):
         super().__init__()
         self.session = session
 
-    def run(self, config: DictConfig) -> None:
-        self._started().run(common.job_of(config))
+    def run(self, config: DictConfig) -> float | tuple[float, ...] | None:
+        job = common.job_of(config)
+        record = self._started().run(job)
+        if not job.in_sweep:
+            return None
+        self._say(job, record)
+        return self._objective(job, record)
 
     def bad_job(self, job: Job, why: str) -> None:
         """Record the failure; the sweep goes on."""
-        self._started().fail(job, why)
+        self._say(job, self._started().fail(job, why))
 
     def abandon(self, why: str) -> None:
         if self.session is not None:
             self.session.abandon(why)
+            self._keep_sweep(self.session)
 
     def finish(self) -> bool:
-        """Close the session; return whether all jobs succeeded."""
+        """Close the session and keep what closes a sweep; return whether all jobs succeeded."""
         if self.session is None:
             return True
         self.session.close()
-        return not self.session.has_failed
+        return self._keep_sweep(self.session) and not self.session.has_failed
 
     def _started(self) -> Session:
         from apb_ds.session import Session
@@ -52,6 +58,40 @@ class Inference(common.Jobs):
         if self.session is None:
             self.session = Session()
         return self.session
+
+    def _say(self, job: Job, record: dict[str, Any]) -> None:
+        from apb_ds.report.sweep import job_line
+
+        if common.rank() > 0 or self.session is None:
+            return
+        swept = common.swept_keys()
+        asked = {name: value for name, value in job.overrides.items() if name in swept}
+        where = None if job.run_dir is None else job.run_dir / "record.json"
+        print(job_line(len(self.session.records) - 1, asked, record, where), flush=True)
+
+    def _objective(self, job: Job, record: dict[str, Any]) -> float | tuple[float, ...] | None:
+        """Return the first rank's numbers on every rank: sweepers must all ask for the same next job."""
+        try:
+            value = objective.objective_of(record, job.values.get("objective"))
+        except ValueError as error:  # the same on every rank
+            raise SystemExit(common.say_once(str(error))) from None
+        group = None if self.session is None else self.session.group
+        return value if group is None or value is None else group.gather_objects(value)[0]
+
+    def _keep_sweep(self, session: Session) -> bool:
+        """Write a sweep's table into its folder, on the first rank; return whether that went well."""
+        from apb_ds.report.sweep import write_sweep
+
+        directory = common.sweep_directory()
+        if common.rank() > 0 or directory is None or not session.records:
+            return True
+        try:
+            written = write_sweep(directory, session.records, session.comparisons)
+        except OSError as error:
+            print(f"Error: cannot write {directory} ({error.strerror or error}).", file=sys.stderr, flush=True)
+            return False
+        print(f"Sweep: {', '.join(str(path) for path in written)}", flush=True)
+        return True
 
 
 def main() -> int:

@@ -68,6 +68,14 @@ def parses(argument: str) -> bool:
     return True
 
 
+def has_several_values(argument: str) -> bool:
+    """Whether the argument is swept over."""
+    try:
+        return bool(_parser().parse_override(argument).is_sweep_override())
+    except HydraException:
+        return False
+
+
 def split_elements(value: str) -> list[str]:
     """Return what the commas outside of quotes and brackets separate; all of it where brackets do not match."""
     parts, closing = [], []

@@ -1,7 +1,8 @@
 """Compare evaluations: ``python -m apb_ds.report.compare DIR DIR ... [--out FILE.json] [--figure FILE.png]``.
 
-Each DIR is an output of launch/eval.py. Without ``--against``: each job's means by labels, and paired differences over
-the samples that both answered. With ``--against``: the means along a setting, such as ``method.hosts``.
+Each DIR is an output of launch/eval.py or a sweep's folder. Without ``--against``: each job's means by labels, and
+paired differences over the samples that both answered. With ``--against``: the means along a setting, such as
+``method.hosts``.
 """
 
 from __future__ import annotations
@@ -26,8 +27,15 @@ from apb_ds.report.table import make_console
 FAILED_EXIT = 2
 
 
-def compare_records(records: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print the comparison of a sweep's evaluations, for each choice of task settings that several jobs share."""
+def compare_records(records: Sequence[dict[str, Any]], console: Console) -> list[dict[str, Any]]:
+    """Print the comparison of a sweep's evaluations, for each choice of task settings that several jobs share.
+
+    Returns
+    -------
+    list of dict
+        What `compare_results` returned for each.
+    """
+    compared: list[dict[str, Any]] = []
     directories = [record["task"]["directory"] for record in records if "cells" in record.get("metrics", {})]
     groups: dict[str, list[Result]] = {}
     try:
@@ -39,16 +47,21 @@ def compare_records(records: Sequence[dict[str, Any]], console: Console) -> None
     for results in groups.values():
         name_results(results)
         try:
-            for table in comparison_tables(compare_results(results)) if len(results) > 1 else ():
-                console.print(table)
+            if len(results) > 1:
+                compared.append(compare_results(results))
+                for table in comparison_tables(compared[-1]):
+                    console.print(table)
         except ValueError as error:
             console.print(f"No comparison: {error}", markup=False)
+    return compared
 
 
 def make_parser(module: str, description: str) -> argparse.ArgumentParser:
     """Return the parser of a command over directories of results, to be run by `run_command`."""
     parser = argparse.ArgumentParser(prog=f"python -m apb_ds.report.{module}", description=description)
-    parser.add_argument("directories", nargs="+", metavar="DIR", type=Path, help="an output of launch/eval.py")
+    parser.add_argument(
+        "directories", nargs="+", metavar="DIR", type=Path, help="an output of launch/eval.py, or a sweep's folder"
+    )
     return parser
 
 

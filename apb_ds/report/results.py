@@ -13,6 +13,7 @@ from apb_ds.config import EXACT_METHODS
 
 SAMPLES_NAME = "samples.jsonl"
 SUMMARY_NAME = "summary.json"
+SWEEP_NAME = "sweep.json"
 FIGURE_NAME = "scores.png"
 METHOD = "method.method"
 
@@ -59,10 +60,23 @@ def read_results(directories: Sequence[str | Path]) -> list[Result]:
     ValueError
         If a file is missing or is not what an evaluation writes.
     """
-    unique = {Path(directory).expanduser().resolve(): Path(directory).expanduser() for directory in directories}
+    found = [path for directory in directories for path in _evaluations_in(Path(directory).expanduser())]
+    unique = {path.resolve(): path for path in found}
     results = [_read_result(directory) for directory in unique.values()]
     name_results(results)
     return results
+
+
+def _evaluations_in(directory: Path) -> list[Path]:
+    """Return the evaluations of a sweep's folder; any other directory as it is."""
+    sweep = directory / SWEEP_NAME
+    if not sweep.is_file():
+        return [directory]
+    jobs = _parse(sweep, _read(directory, SWEEP_NAME)).get("jobs", [])
+    found = [directory / job["evaluation"] for job in jobs if job.get("evaluation")]
+    if not found:
+        raise ValueError(f"{sweep} has no evaluations to compare: its jobs' numbers are in that file and in sweep.csv.")
+    return found
 
 
 def check_same_task(results: Sequence[Result]) -> None:

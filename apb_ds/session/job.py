@@ -15,7 +15,7 @@ from apb_ds.plan import check_ranks
 from apb_ds.tasks import TaskConfig, build_task_config
 from apb_ds.tasks.checks import check_optional_text
 
-SECTIONS = ("model", "method", "task", "parallel", "eval", "seed", "debug")
+SECTIONS = ("model", "method", "task", "parallel", "eval", "objective", "seed", "debug")
 HEADS_KEY = "retaining_heads"  # next to APBConfig's fields: it names files, which APBConfig does not read
 PARALLEL_KEYS = ("timeout_s",)
 MAX_SEED = 2**63 - 1  # torch accepts 64 bits, and a batch adds a number to it for each line

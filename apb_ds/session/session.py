@@ -52,6 +52,7 @@ class Session:
     Attributes
     ----------
     records : those of the jobs so far
+    comparisons : those of a sweep's evaluations, once it is closed
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Session:
         self.error_console = error_console or make_console(to_stderr=True)
         self.stdin = stdin or sys.stdin or io.StringIO()  # None if it is closed
         self.records: list[dict[str, Any]] = []
+        self.comparisons: list[dict[str, Any]] = []
         self._owns_group = group is None
         self._job: Job | None = None  # the running one
         self._other_failed = False
@@ -133,7 +135,7 @@ class Session:
         if self.is_first and len(self.records) > 1:
             self.console.print(sweep_table(self.records))
             if compare:
-                compare_records(self.records, self.console)
+                self.comparisons = compare_records(self.records, self.console)
             for line in failure_lines(self.records):
                 print(line, flush=True)
 
@@ -267,7 +269,7 @@ def _report(job: Job, record: dict[str, Any], console: Console) -> None:
             )
             record |= {"status": "failed", "error": why if record["error"] is None else f"{record['error']} And {why}"}
             job = replace(job, run_dir=None)
-    if "metrics" in record:
+    if "metrics" in record and not job.in_sweep:  # launch/infer.py prints one line for a job of a sweep
         # print, not the console: the answer must reach a pipe unwrapped and unstyled.
         for line in _answer_lines(record["task"]):
             print(line, flush=True)
