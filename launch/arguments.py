@@ -9,6 +9,7 @@ from pathlib import Path
 from .quoting import has_several_values, readable, unquoted
 
 LOCAL_RANK = ("--local_rank", "--local-rank")
+HELP = ("-h", "--help")
 SWEEP = ("-m", "--multirun")
 SWEEP_MODE = "hydra.mode=MULTIRUN"
 CONFIG_DIRECTORY = ("-cd", "--config-dir")
@@ -42,6 +43,19 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
             others.append(argument)
     in_sweep = SWEEP_MODE in others or any(flag in SWEEP for flag in flags)
     return [*flags, *(readable(argument, in_sweep=in_sweep) for argument in others)]
+
+
+def split_config_directory(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the folder that --config-dir names, and the overrides among the arguments."""
+    directory, overrides = None, []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name in CONFIG_DIRECTORY:
+            directory = value if equals else next(remaining, None)
+        elif equals and not name.startswith("-"):
+            overrides.append(argument)
+    return directory, overrides
 
 
 def without_files(arguments: Sequence[str], scratch: Path) -> list[str]:

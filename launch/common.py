@@ -115,8 +115,23 @@ def run_hydra(config_name: str, jobs: Jobs) -> int:
         if rank() == 0:
             print(f"apb_ds {__version__}", flush=True)
         return 0
+    if any(flag in command_line.HELP for flag in sys.argv[1:]):
+        return print_help(config_name)
     with ending.Watch() as watch:
         return _run_hydra(config_name, jobs, ending.GivingUp(watch, jobs.abandon))
+
+
+def print_help(config_name: str) -> int:
+    """Print a command's settings, and return the exit code."""
+    from .help import help_text
+
+    try:
+        text = help_text(config_name, command_line.for_hydra(sys.argv[1:]))
+    except (HydraException, OmegaConfBaseException) as error:
+        return say_once(describe(error))
+    if rank() == 0:
+        print(text, flush=True)
+    return 0
 
 
 def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:

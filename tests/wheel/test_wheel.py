@@ -176,9 +176,9 @@ def test_version_and_help(installed: Environment, command: str) -> None:
     assert (done.code, done.stdout) == (0, VERSION), done.output
     done = installed.run(command, "--help")
     assert done.code == 0, done.output
-    assert "model: llama31_8b" in done.stdout and "exp: llama3_8b_1m_128k" in done.stdout
-    section = "train:" if "train" in command else "method:"
-    assert section in done.stdout.splitlines(), done.output
+    names = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
+    assert "model=smollm2" in names and "llama3_8b_1m_128k," in done.stdout.split()
+    assert ("train.output" if "train" in command else "method.hosts") in names, done.output
 
 
 @pytest.mark.parametrize("module", ["apb_ds", "apb_ds.launch.infer"])
