@@ -172,8 +172,9 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     def main(config: DictConfig) -> object:
-        if rank() > 0:
-            shutil.rmtree(scratch, ignore_errors=True)  # Hydra creates it again; nothing is written there
+        if rank() > 0 and OmegaConf.is_missing(HydraConfig.get().job, "num"):
+            # Hydra creates it again; nothing is written there. A sweeper may write into it at its end.
+            shutil.rmtree(scratch, ignore_errors=True)
         if OmegaConf.select(config, "model.device") == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed moves models to its accelerator
         try:

@@ -178,7 +178,28 @@ def _slow_questions(rank: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _optimizer(rank: int) -> Iterator[None]:
+    """Have a sweeper ask for one job at a time, keep what each returned, and write its own file at the end."""
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()
+    module = importlib.import_module("hydra_plugins.apb_ds_sweep")
+
+    def sweep(self: Any, arguments: list[str]) -> None:
+        returned = []
+        for number, hosts in enumerate((2, 4)):
+            (job,) = self.launcher.launch([[*arguments, f"method.hosts={hosts}"]], initial_job_idx=number)
+            returned.append(job.return_value)
+        (Path(self.config.hydra.sweep.dir) / "returned").write_text(str(returned))
+        print(f"returned on rank {rank}: {returned}", file=sys.stderr)
+
+    with mock.patch.object(module.OneByOneSweeper, "sweep", sweep):
+        yield
+
+
 PATCHES: dict[str, Any] = {
+    "an optimizing sweeper": _optimizer,
     "no memory for a round": lambda rank: mock.patch("apb_ds.engine.prefill.run_round", _no_memory),
     "text on the first rank only": _no_text,
     "interrupted at the third line": _interrupt,

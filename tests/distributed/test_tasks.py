@@ -390,6 +390,18 @@ def test_batches_of_a_sweep_have_separate_answers(
     assert [row[1] for row in rows] == ["window", "knorm"] and all(row[-1] == "failed" for row in rows)
 
 
+def test_ranks_return_the_same_objective(pool: Pools, model_path: Path, tmp_path: Path) -> None:
+    """The first rank's number: sweepers that saw different ones would ask for different jobs."""
+    prompt = ("task=prompt", f"task.document='{DOCUMENT}'", f"task.query={QUESTIONS[0]}", "task.max_new_tokens=2")
+    common = ("-m", f"model.path={model_path}", "model.device=cpu", f"hydra.sweep.dir={tmp_path}")
+    arguments = [*common, *prompt, "objective=metrics.query_s"]
+    ended = pool(2).run(run_infer, arguments, "", ("an optimizing sweeper",), timeout=120)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    expected = [record["metrics"]["query_s"] for record in ended[0].records]
+    for number, rank in enumerate(ended):
+        assert f"returned on rank {number}: {expected}" in rank.stderr
+
+
 def test_the_jobs_of_a_sweep_share_standard_input(
     pool: Pools, library: Library, model_path: Path, tmp_path: Path
 ) -> None:
