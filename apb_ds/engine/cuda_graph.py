@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import operator
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from apb_ds.hf.interface import ActiveCall
 from apb_ds.hf.rotary import is_position_dependent_rope
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.utils.text import first_line
 
 # Recording costs about as much as a few steps, so it does not pay for short answers.
 RECORD_AFTER = 3
@@ -198,7 +198,7 @@ class RecordedSteps:
             return
         self._has_failed = True
         if failure is not None:
-            logger.warning("Decoding without a CUDA graph: the step cannot be recorded (%s).", _first_line(failure))
+            logger.warning("Decoding without a CUDA graph: the step cannot be recorded (%s).", first_line(failure))
 
     def _all(self, mine: bool, device: torch.device) -> bool:
         """Return whether it is true on all ranks; all of them call this together."""
@@ -219,7 +219,3 @@ def _buffers(cache: ShardedCache) -> list[Tensor]:
 
 def _weights(model: nn.Module) -> list[int]:
     return [parameter.data_ptr() for parameter in model.parameters()]
-
-
-def _first_line(error: Any) -> str:
-    return str(error).strip().partition("\n")[0]

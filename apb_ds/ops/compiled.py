@@ -1,4 +1,4 @@
-"""Elementwise chains as one kernel each, through ``torch.compile``. Nothing is compiled until it is called."""
+"""Elementwise chains fused into one kernel each by ``torch.compile``. A function is compiled at its first call."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from apb_ds.utils.text import first_line
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 logger = logging.getLogger(__name__)
@@ -17,24 +19,20 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def can_compile(device: torch.device) -> bool:
-    """Whether functions can be compiled for a device; tried once, and where they cannot, a warning says why."""
+    """Whether functions can be compiled for a device. Tries it once; if that fails, a warning says why."""
     numbers = torch.ones(8, device=device)
     try:
         torch.compile(_probe)(numbers)
     except (RuntimeError, ImportError, OSError) as error:  # no Triton, or no C compiler
-        logger.warning("Nothing is fused, since nothing can be compiled for %s: %s", device, _first_line(error))
+        logger.warning("Nothing is fused: torch.compile does not work for %s (%s).", device, first_line(error))
         return False
     return True
 
 
-def _is_the_compilers(error: RuntimeError) -> bool:
+def _is_compiler_error(error: RuntimeError) -> bool:
     from torch._dynamo.exc import TorchDynamoException
 
     return isinstance(error, TorchDynamoException)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 def _probe(numbers: Tensor) -> Tensor:
@@ -43,10 +41,10 @@ def _probe(numbers: Tensor) -> Tensor:
 
 @functools.cache
 def compiled(function: Function) -> Function:
-    """Return the function compiled; the same for the same function.
+    """Return the compiled function, the same object for the same function.
 
-    The second length that it meets has it compiled once more, for any length. What never changes, such as heads and
-    their dimension, stays a constant then, which spares the kernels divisions by numbers that they would not know.
+    The second length it meets makes it compile again, for any length. Sizes that never change, such as the number of
+    heads and their dimension, stay constants, so kernels need no divisions by run-time values.
     """
     faster = torch.compile(function)
     has_failed = False
@@ -58,24 +56,24 @@ def compiled(function: Function) -> Function:
             try:
                 return faster(*arguments, **keywords)
             except RuntimeError as error:
-                if not _is_the_compilers(error):
+                if not _is_compiler_error(error):
                     raise
-                has_failed = True  # it has no code for this case, and has run nothing yet
-                logger.warning("%s runs uncompiled from now on: %s", function.__qualname__, _first_line(error))
+                has_failed = True  # the compiler failed, so nothing has run yet
+                logger.warning("%s runs uncompiled from now on: %s", function.__qualname__, first_line(error))
         return function(*arguments, **keywords)
 
     return run  # type: ignore[return-value]
 
 
 def compiled_if(function: Function, is_fused: bool) -> Function:
-    """Return the function compiled, or as it is."""
+    """Return the function, compiled if `is_fused`."""
     return compiled(function) if is_fused else function
 
 
 def compile_forwards(modules: Iterable[nn.Module]) -> None:
-    """Have modules of one class compute compiled, also backwards, with inputs of any length.
+    """Compile the forwards of modules of one class, backward passes included, for inputs of any length.
 
-    All of them share what the first one compiles: their weights are inputs of the compiled code.
+    They share the code that the first one compiles: weights are inputs of the compiled code.
     """
     for module in modules:
         module.forward = torch.compile(module.forward, dynamic=True)

@@ -33,6 +33,7 @@ from apb_ds.session.question import serve_question
 from apb_ds.session.served_model import ServedModel, free_memory
 from apb_ds.session.steps import JOB_ERRORS, JobError, Steps
 from apb_ds.tasks import BatchConfig, ChatConfig, LmEvalConfig
+from apb_ds.utils.text import first_line
 
 
 class Session:
@@ -177,10 +178,9 @@ class Session:
             with contextlib.redirect_stdout(io.StringIO()):  # deepspeed prints what it has compiled
                 return world_group(timeout_s)
         except RuntimeError as error:  # each rank notices this by itself
-            why = (str(error).strip() or repr(error)).splitlines()[0]
             raise JobError(
-                f"the ranks could not join their group: {why} Is the port in use? Give the launcher another "
-                "--master_port."
+                f"the ranks could not join their group: {first_line(error)}. Is the port in use? Give the launcher "
+                "another --master_port."
             ) from error
 
     def _serve(self, job: Job, settings: Settings, group: SequenceGroup) -> dict[str, Any]:

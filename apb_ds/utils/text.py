@@ -1,4 +1,4 @@
-"""What errors of other libraries are called in ours."""
+"""Short forms of other libraries' error messages, to quote in ours."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, with the second where the first only announces it.
+    """Return the first line of an error's message, plus the second if the first ends in a colon.
 
-    Many have a page of advice below that, or a list of all models there are in that one line: it is cut to
-    `MAX_CHARACTERS`.
+    The rest is often a page of advice. A line may list every model that exists: it is cut to `MAX_CHARACTERS`.
     """
     lines = [line.strip() for line in COLOURS.sub("", str(error)).splitlines() if line.strip()]
     if not lines:
@@ -24,7 +23,7 @@ def first_line(error: BaseException) -> str:
 
 
 def kind_and_line(error: BaseException) -> str:
-    """Return the error's kind and its first line, such as ``KeyError: 'weight_map'``."""
+    """Return the error's class and first line, such as ``KeyError: 'weight_map'``."""
     return f"{type(error).__name__}: {first_line(error)}"
 
 
