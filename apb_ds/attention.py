@@ -19,7 +19,6 @@ from apb_ds.ops import profiling
 from apb_ds.ops.compiled import can_compile
 from apb_ds.ops.kernels import KernelChoice, check_kernel_name, choose_kernels
 from apb_ds.ops.merge import merge_two, merge_two_fused
-from apb_ds.parallel.failure import place
 from apb_ds.parallel.groups import SequenceGroup
 
 EXACT_PREFILLS = {"dense": dense.prefill, "ring": ring.prefill, "ulysses": ulysses.prefill}
@@ -136,11 +135,11 @@ class APBAttention(nn.Module):
             if state is None:
                 raise ValueError("phase=PREFILL needs state=PrefillState(plan, cache, rank).")
             _check_tokens(state, query, key)
-            place.enter(place.Place(phase.value, state.round_index, len(state.plan.rounds), layer_idx))
+            self.group.progress.enter_layer(phase.value, layer_idx, state.round_index, len(state.plan.rounds))
             if self.compressor is not None:
                 return apb.prefill(self.compressor, tools, state, layer_idx, query, key, value)
             return EXACT_PREFILLS[self.config.settings.method](tools, state, layer_idx, query, key, value)
-        place.enter(place.Place(phase.value, layer_idx=layer_idx))
+        self.group.progress.enter_layer(phase.value, layer_idx)
         if num_keys is not None:
             if kernels.recorded is None:
                 raise RuntimeError(f"num_keys: no attention kernel on {query.device} can be recorded in a CUDA graph.")

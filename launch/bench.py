@@ -40,7 +40,7 @@ class Benchmark(common.Jobs):
                 write_json(job.run_dir / "bench.json", hide_paths(record, job.run_dir))
 
         try:
-            record, group = run_bench(job.values, keep)
+            record, group = run_bench(job.values, keep, self.watch)
         except ValueError as error:
             self.bad_job(job, str(error))
             return

@@ -46,10 +46,16 @@ SCRATCH_PREFIX = "apb_ds-"  # the process id follows, so that others can tell wh
 
 
 class Jobs:
-    """The jobs of one command line, which run one after the other in the same processes."""
+    """The jobs of one command line, which run one after the other in the same processes.
+
+    Attributes
+    ----------
+    watch : of this process; it follows the group that the jobs make
+    """
 
     def __init__(self) -> None:
         self.has_failed = False
+        self.watch = ending.Watch()
 
     def run(self, config: DictConfig) -> object:
         """Run one job; return what a sweeper that optimizes is to know.
@@ -82,7 +88,7 @@ class Trainings(Jobs):
         Returns one line about a record: where the weights are, and how good.
     """
 
-    def __init__(self, train: Callable[[Job], dict[str, Any]], summarise: Callable[[dict[str, Any]], str]) -> None:
+    def __init__(self, train: Callable[[Job, ending.Watch], dict[str, Any]], summarise: Callable[[dict[str, Any]], str]) -> None:
         super().__init__()
         self._train = train
         self._summarise = summarise
@@ -91,7 +97,7 @@ class Trainings(Jobs):
         from apb_ds.session.steps import JOB_ERRORS, JobError
 
         try:
-            record = self._train(job_of(config))
+            record = self._train(job_of(config), self.watch)
         except (JobError, *JOB_ERRORS) as error:
             if isinstance(error, JOB_ERRORS) and not isinstance(error, ValueError):
                 raise  # perhaps on this rank only: it ends, and the launcher ends the others
@@ -117,8 +123,8 @@ def run_hydra(config_name: str, jobs: Jobs) -> int:
         return 0
     if any(flag in command_line.HELP for flag in sys.argv[1:]):
         return print_help(config_name)
-    with ending.Watch() as watch:
-        return _run_hydra(config_name, jobs, ending.GivingUp(watch, jobs.abandon))
+    with jobs.watch:
+        return _run_hydra(config_name, jobs, ending.GivingUp(jobs.watch, jobs.abandon))
 
 
 def print_help(config_name: str) -> int:
@@ -138,7 +144,7 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
     arguments = command_line.for_hydra(sys.argv[1:])
     debug = os.environ.get("HYDRA_FULL_ERROR") == "1" or "debug=true" in (item.lower() for item in arguments)
     if rank() > 0:
-        scratch = _private_directory()
+        scratch = _private_directory(jobs.watch)
         arguments = command_line.without_files(arguments, scratch)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
         logging.getLogger().setLevel(logging.ERROR)
@@ -208,7 +214,7 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
     except KeyboardInterrupt:
         if rank() == 0:
             print("Interrupted.", file=sys.stderr, flush=True)
-        ending.leave(INTERRUPTED_EXIT)
+        jobs.watch.leave(INTERRUPTED_EXIT)
     try:
         succeeded = jobs.finish()
     except (Exception, ending.Stopped) as error:
@@ -278,7 +284,7 @@ def leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _private_directory() -> Path:
+def _private_directory(watch: ending.Watch) -> Path:
     """Return a scratch directory, removed when the process ends; remove those of killed processes first."""
     for old in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*-*"):
         process = old.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]
@@ -288,7 +294,7 @@ def _private_directory() -> Path:
                 shutil.rmtree(old, ignore_errors=True)
     directory = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    ending.at_leaving.append(functools.partial(shutil.rmtree, directory, ignore_errors=True))
+    watch.add_cleanup(functools.partial(shutil.rmtree, directory, ignore_errors=True))
     return directory
 
 

@@ -56,7 +56,7 @@ class Inference(common.Jobs):
         from apb_ds.session import Session
 
         if self.session is None:
-            self.session = Session()
+            self.session = Session(watch=self.watch)
         return self.session
 
     def _say(self, job: Job, record: dict[str, Any]) -> None:

@@ -16,13 +16,14 @@ else:
     from . import common
 
 if TYPE_CHECKING:
+    from apb_ds.parallel.failure.ending import Watch
     from apb_ds.session import Job
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: Job, watch: Watch) -> dict[str, Any]:
     from apb_ds.training.heads.train import train_heads
 
-    return train_heads(job.values, common.task_arguments())
+    return train_heads(job.values, common.task_arguments(), watch)
 
 
 def summarise(record: dict[str, Any]) -> str:

@@ -16,13 +16,14 @@ else:
     from . import common
 
 if TYPE_CHECKING:
+    from apb_ds.parallel.failure.ending import Watch
     from apb_ds.session import Job
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: Job, watch: Watch) -> dict[str, Any]:
     from apb_ds.training.instrument import train_instrument
 
-    return train_instrument(job.values)
+    return train_instrument(job.values, watch)
 
 
 def summarise(record: dict[str, Any]) -> str:

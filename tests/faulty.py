@@ -69,14 +69,12 @@ def install(fault: Fault) -> None:
     happened: list[bool] = []
 
     def faulty_forward(self: Any, *arguments: Any, **options: Any) -> Any:
-        from apb_ds.parallel.failure import place
-
         is_here = options["phase"].value == fault.phase and options["layer_idx"] == fault.layer
         if is_here and fault.compressor in ("", self.config.compressor) and not happened:
             happened.append(True)
             state = options.get("state")
             rounds = (None, None) if state is None else (state.round_index, len(state.plan.rounds))
-            place.enter(place.Place(fault.phase, *rounds, fault.layer))
+            self.group.progress.enter_layer(fault.phase, fault.layer, *rounds)
             _happen(fault)
         return forward(self, *arguments, **options)
 

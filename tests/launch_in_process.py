@@ -59,7 +59,7 @@ def run_infer(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_as_rank(rank, world_size))
         stack.enter_context(mock.patch.object(common, "FIRST_RANK_GRACE_S", 0))
-        stack.enter_context(mock.patch.object(common.ending, "leave", _leave))
+        stack.enter_context(mock.patch.object(common.ending.Watch, "leave", _leave))
         stack.enter_context(mock.patch.object(sys, "argv", ["infer.py", *arguments]))
         stack.enter_context(mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()))))
         for name in patches:
@@ -73,6 +73,7 @@ def run_infer(
         )
         session = Session(group)
         inference = infer.Inference(session)
+        inference.watch.follow(group)
         began = time.perf_counter()
         try:
             code = common.run_hydra(config, inference)
@@ -116,7 +117,7 @@ def _as_rank(rank: int, world_size: int) -> Iterator[None]:
             logging.getLogger().handlers[:] = handlers
 
 
-def _leave(code: int) -> None:
+def _leave(_: Any, code: int) -> None:
     """End the run, not the process, which belongs to the pool."""
     raise SystemExit(code)
 

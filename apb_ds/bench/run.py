@@ -21,6 +21,7 @@ from apb_ds.hf.architecture import check_positions
 from apb_ds.loading import LoadedModel, load_model
 from apb_ds.loading.heads import heads_for
 from apb_ds.ops.memory import is_out_of_memory
+from apb_ds.parallel.failure.ending import Watch
 from apb_ds.parallel.groups import SequenceGroup, world_group
 from apb_ds.session import Settings, read_settings
 from apb_ds.tasks import Sample
@@ -29,13 +30,16 @@ from apb_ds.tasks.base import random_sample
 Keep = Callable[[dict[str, Any]], None]
 
 
-def run_bench(values: dict[str, Any], keep: Keep | None = None) -> tuple[dict[str, Any], SequenceGroup]:
+def run_bench(
+    values: dict[str, Any], keep: Keep | None = None, watch: Watch | None = None
+) -> tuple[dict[str, Any], SequenceGroup]:
     """Measure what a composed config asks for, all ranks together.
 
     Parameters
     ----------
     keep : called on the group's first rank after each run with the record so far, so that an interrupted benchmark
         loses only its current run
+    watch : the process's, which follows the group
 
     Returns
     -------
@@ -53,7 +57,7 @@ def run_bench(values: dict[str, Any], keep: Keep | None = None) -> tuple[dict[st
     bench = from_mapping(BenchConfig, values.pop("bench", None) or {}, "bench")
     settings = read_settings(values)
     lengths = bench.lengths or _task_lengths(settings)
-    group = world_group(settings.timeout_s)
+    group = world_group(settings.timeout_s, watch)
     cases = make_cases(bench, settings.method_for(1), lengths, group.world_size)
     loaded = load_model(settings.model)
     runner = _make_runner(bench, settings, loaded, group, cases)

@@ -37,7 +37,6 @@ from apb_ds.methods.state import PrefillState
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.ops.memory import explain_out_of_memory, levers
 from apb_ds.parallel.consistency import describe_model, shared_validation
-from apb_ds.parallel.failure import place
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan, check_ranks
 
@@ -225,7 +224,7 @@ class APBEngine(InferenceEngine):
             apb_attention(self.module, self.attention, Phase.PREFILL, request.max_positions, state),
         ):
             run_rounds(self.module, self.attention, state, request.document_ids, request.query_ids)
-        place.enter(place.BETWEEN)
+        self.group.progress.leave_model()
         cache.set_length(num_tokens)
         prefill_s = self._now() - began
         self.stats = RequestStats(prefill_s=prefill_s)
@@ -333,7 +332,7 @@ class APBEngine(InferenceEngine):
                     )
             finally:
                 context.cache.crop_to(cached)
-            place.enter(place.BETWEEN)
+            self.group.progress.leave_model()
             return self.group.broadcast(output.logits[:, -num_query:].float().contiguous())
 
     def destroy(self) -> None:
@@ -390,7 +389,7 @@ class APBEngine(InferenceEngine):
         finally:
             if not kept:
                 context.cache.crop_to(before)
-        place.enter(place.BETWEEN)
+        self.group.progress.leave_model()
         self.stats = decoder.stats
         if request.append:
             context.token_ids = everything

@@ -1,8 +1,8 @@
-"""The sequence-parallel group: who is in it, and the few collectives that APB needs.
+"""The sequence-parallel group: its ranks, and the few collectives that APB needs.
 
 A collective whose peers are gone raises `LostRankError`, which names the rank that failed first.
 
-This folder is the only place that imports ``deepspeed.comm``. A group of one rank imports nothing and sends nothing.
+Only this folder imports ``deepspeed.comm``. A group of one rank does not, and sends nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from apb_ds.ops import profiling
-from apb_ds.parallel.failure.board import lost_ranks_named
+from apb_ds.parallel.failure.board import Board, lost_ranks_named
+from apb_ds.parallel.failure.ending import Watch
+from apb_ds.parallel.failure.progress import Progress
 from apb_ds.parallel.network import choose_gloo_interface
 from apb_ds.parallel.pending import PendingGather, PendingShift
 
@@ -38,14 +40,17 @@ class SequenceGroup:
 
     Attributes
     ----------
-    rank, world_size : this process's place in the group
+    rank : this process's rank within the group
     bytes_sent : payload bytes that this rank has sent to other ranks so far (an all-gather sends to each of them)
+    progress : how far this rank has got, for failure reports
     """
 
     process_group: Any = None
     rank: int = 0
     world_size: int = 1
     bytes_sent: int = field(default=0, compare=False)
+    progress: Progress = field(default_factory=Progress, compare=False, repr=False)
+    _board: Board | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, process_group: Any) -> SequenceGroup:
@@ -55,7 +60,9 @@ class SequenceGroup:
         world_size = comm.get_world_size(group=process_group)
         if world_size == 1:
             return cls()
-        return cls(process_group, comm.get_rank(group=process_group), world_size)
+        group = cls(process_group, comm.get_rank(group=process_group), world_size)
+        group._board = Board.of_world(group.progress)
+        return group
 
     @classmethod
     def from_mpu(cls, mpu: Any) -> SequenceGroup:
@@ -68,6 +75,11 @@ class SequenceGroup:
         return cls.of(mpu.get_sequence_parallel_group())
 
     @property
+    def board(self) -> Board | None:
+        """Where all ranks report failures; None for a rank alone, and once ``torch.distributed`` has been shut down."""
+        return self._board if torch.distributed.is_initialized() else None
+
+    @property
     def is_first(self) -> bool:
         return self.rank == 0
 
@@ -77,22 +89,22 @@ class SequenceGroup:
 
     @profiling.belongs_to(profiling.COMMUNICATION)
     def start_all_gather(self, tensor: Tensor) -> PendingGather:
-        """Start gathering `tensor` (same shape and dtype on every rank); the caller keeps it unchanged until `wait`."""
+        """Start gathering `tensor` (same shape and dtype on every rank). It must not change until `wait`."""
         if self.world_size == 1:
             return PendingGather(tensor.unsqueeze(0))
         tensor = tensor.contiguous()
-        # Gloo wants the ranks' parts along the first dimension; a view splits them apart again.
+        # Gloo joins the ranks' parts along the first dimension; a view separates them.
         joined = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:]))
-        with lost_ranks_named():
+        with lost_ranks_named(self.board):
             work = _comm().all_gather_into_tensor(joined, tensor, group=self.process_group, async_op=True)
         self._count(tensor)
-        return PendingGather(joined.view(self.world_size, *tensor.shape), work, tensor)
+        return PendingGather(joined.view(self.world_size, *tensor.shape), work, tensor, self.board)
 
     @profiling.belongs_to(profiling.COMMUNICATION)
     def start_shift(self, tensor: Tensor) -> PendingShift:
-        """Start sending `tensor` to the next rank and receiving one like it from the rank before, around the ring.
+        """Start sending `tensor` to the next rank of the ring and receiving one like it from the previous rank.
 
-        The caller keeps it unchanged until `wait`.
+        It must not change until `wait`.
         """
         if self.world_size == 1:
             return PendingShift(tensor)
@@ -103,24 +115,24 @@ class SequenceGroup:
             torch.distributed.P2POp(torch.distributed.isend, tensor, peers[0], self.process_group),
             torch.distributed.P2POp(torch.distributed.irecv, received, peers[1], self.process_group),
         ]
-        with lost_ranks_named():
+        with lost_ranks_named(self.board):
             works = torch.distributed.batch_isend_irecv(operations)
         self.count_bytes(tensor.numel() * tensor.element_size())
-        return PendingShift(received, works, tensor)
+        return PendingShift(received, works, tensor, self.board)
 
     def share_heads(self, attend: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Return `attend` with DeepSpeed's all-to-all around it, from shares of the tokens to shares of the heads.
+        """Wrap `attend` in DeepSpeed's all-to-alls: from a share of the tokens to a share of the heads, and back.
 
         Parameters
         ----------
         attend : callable
-            Takes queries, keys and values, (1, tokens, heads / world_size, head_dim) each, with all ranks' tokens, and
-            what else DeepSpeed hands over; returns the output, shaped as the queries.
+            Takes queries, keys and values of all ranks' tokens, (1, tokens, heads / world_size, head_dim) each, and
+            DeepSpeed's further arguments; returns the output, shaped like the queries.
 
         Returns
         -------
-        callable that takes this rank's tokens, (1, tokens, heads, head_dim), as many on every rank, and returns their
-        output
+        callable
+            Takes this rank's tokens, (1, tokens, heads, head_dim), equally many on every rank; returns their output.
         """
         if self.world_size == 1:
             return attend
@@ -129,7 +141,7 @@ class SequenceGroup:
 
         @profiling.belongs_to(profiling.COMMUNICATION)
         def exchange(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            with lost_ranks_named():
+            with lost_ranks_named(self.board):
                 output: Tensor = distributed(query.contiguous(), key.contiguous(), value.contiguous(), 0)
             self._count_shared(query, key, value)
             return output
@@ -137,7 +149,7 @@ class SequenceGroup:
         return exchange
 
     def count_bytes(self, number: int) -> None:
-        """Count payload bytes that this rank has sent by other means than this group's methods."""
+        """Count payload bytes that this rank has sent without this group's methods."""
         self.bytes_sent += number
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -145,9 +157,9 @@ class SequenceGroup:
         return self.start_all_gather(tensor).wait()
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Overwrite `tensor` with the first rank's, in place, and return it."""
+        """Overwrite `tensor` in place with the first rank's, and return it."""
         if self.world_size > 1:
-            with lost_ranks_named():
+            with lost_ranks_named(self.board):
                 _comm().broadcast(tensor, src=self._global_rank(0), group=self.process_group)
             if self.is_first:
                 self._count(tensor)
@@ -158,16 +170,16 @@ class SequenceGroup:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        with lost_ranks_named():
+        with lost_ranks_named(self.board):
             _comm().all_gather_object(values, value, group=self.process_group)
         return values
 
     def is_same(self, digest: bytes, device: torch.device | None = None) -> bool:
-        """Return whether all ranks have the same digest (as long on every rank); the same answer on each of them.
+        """Return whether all ranks have the same digest, which must be equally long; the answer is the same on all.
 
         Parameters
         ----------
-        device : where the backend's tensors must be; None where none is there yet, at the price of one more message
+        device : where the backend's tensors must be; if None, objects are gathered, which takes one message more
         """
         if self.world_size == 1:
             return True
@@ -175,17 +187,17 @@ class SequenceGroup:
             return len(set(self.gather_objects(digest))) == 1
         mine = torch.tensor(list(digest), dtype=torch.uint8).to(device)
         everyone = mine.new_empty(self.world_size * len(digest))
-        with lost_ranks_named():
+        with lost_ranks_named(self.board):
             _comm().all_gather_into_tensor(everyone, mine, group=self.process_group)
         return bool((everyone.view(self.world_size, -1) == mine).all())
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            with lost_ranks_named():
+            with lost_ranks_named(self.board):
                 _comm().barrier(group=self.process_group)
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Bound each later collective of the group, whoever made it: after so many seconds it fails on this rank."""
+        """Make each later collective of the group fail on this rank after so many seconds, whoever made the group."""
         if self.world_size > 1:
             torch.distributed.distributed_c10d._set_pg_timeout(
                 datetime.timedelta(seconds=timeout_s), self.process_group
@@ -195,7 +207,7 @@ class SequenceGroup:
         return int(torch.distributed.get_global_rank(self.process_group, rank % self.world_size))
 
     def _count_shared(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Count four all-to-alls: of queries, keys, values and an output like the queries."""
+        """Count four all-to-alls: queries, keys, values, and an output shaped like the queries."""
         sent = sum(states.numel() * states.element_size() for states in (query, key, value, query))
         self.count_bytes(sent * (self.world_size - 1) // self.world_size)
 
@@ -204,20 +216,20 @@ class SequenceGroup:
 
 
 def launched_world_size() -> int:
-    """Number of ranks that the launcher (deepspeed, torchrun) started, from its environment; 1 without a launcher."""
+    """Return how many ranks the launcher (deepspeed, torchrun) started; 1 without a launcher."""
     started = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     return int(os.environ["WORLD_SIZE"]) if started else 1
 
 
 def launched_rank() -> int:
-    """Global rank that the launcher gave this process; 0 without a launcher."""
+    """Return the global rank that the launcher gave this process; 0 without a launcher."""
     return int(os.environ.get("RANK", "0")) if launched_world_size() > 1 else 0
 
 
 def share_cpu_cores() -> None:
-    """Give this process its share of the node's cores, so that the ranks of a node do not fight for all of them.
+    """Limit this process to its share of the node's cores, so that the node's ranks do not compete for all of them.
 
-    Left alone where ``OMP_NUM_THREADS`` says how many threads to use; the 1 that torchrun sets unasked does not count.
+    Does nothing if the user set ``OMP_NUM_THREADS``; torchrun sets it to 1 by default, which does not count.
     """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     asked = os.environ.get("OMP_NUM_THREADS")
@@ -227,29 +239,27 @@ def share_cpu_cores() -> None:
         torch.set_num_threads(max(1, cores // local_ranks))
 
 
-def world_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> SequenceGroup:
-    """Return the group of all ranks, joining them first if a launcher started several and nobody has.
+def world_group(timeout_s: float = DEFAULT_TIMEOUT_S, watch: Watch | None = None) -> SequenceGroup:
+    """Return the group of all ranks; initialise it if a launcher started several and nobody has.
 
     Parameters
     ----------
     timeout_s : float, seconds
-        How long a collective may take before the process group gives up.
+        How long a collective may take before it fails.
+    watch : this process's, which then follows the group
     """
     initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not initialized and launched_world_size() == 1:
         return SequenceGroup()
-    share_cpu_cores()
-    deepspeed_comm_ready(timeout_s)
-    return SequenceGroup.of(torch.distributed.group.WORLD)
+    return _joined_group(timeout_s, watch)
 
 
-def training_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> SequenceGroup:
-    """Return the group of all ranks, joined even where there is one alone: DeepSpeed trains within a group only.
+def training_group(timeout_s: float = DEFAULT_TIMEOUT_S, watch: Watch | None = None) -> SequenceGroup:
+    """Return the group of all ranks as `world_group` does, initialised even for one rank: DeepSpeed trains in a group.
 
     Parameters
     ----------
-    timeout_s : float, seconds
-        How long a collective may take before the process group gives up.
+    timeout_s, watch : as of `world_group`
     """
     if launched_world_size() == 1 and not torch.distributed.is_initialized():
         with socket.socket() as free:
@@ -257,22 +267,29 @@ def training_group(timeout_s: float = DEFAULT_TIMEOUT_S) -> SequenceGroup:
             port = free.getsockname()[1]
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
         os.environ.update(alone)
-    deepspeed_comm_ready(timeout_s)
+    return _joined_group(timeout_s, watch)
+
+
+def _joined_group(timeout_s: float, watch: Watch | None) -> SequenceGroup:
     share_cpu_cores()
-    return SequenceGroup.of(torch.distributed.group.WORLD)
+    deepspeed_comm_ready(timeout_s)
+    group = SequenceGroup.of(torch.distributed.group.WORLD)
+    if watch is not None:
+        watch.follow(group)
+    return group
 
 
 def deepspeed_comm_ready(timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-    """Initialise ``deepspeed.comm``: over the process group that exists, else with the accelerator's backend."""
+    """Initialise ``deepspeed.comm`` over the existing process group, else with the accelerator's backend."""
     deepspeed = importlib.import_module("deepspeed")
     accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator()
-    # Whoever initialised torch.distributed has chosen this rank's device already.
+    # Whoever initialised torch.distributed has already chosen this rank's device.
     if accelerator.device_name() != "cpu" and not torch.distributed.is_initialized():
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")) % accelerator.device_count())
     backend = accelerator.communication_backend_name()
     if backend == "gloo" and not torch.distributed.is_initialized():
         choose_gloo_interface()
-    # What is sent goes before what is computed meanwhile, or it would begin when that is done.
+    # Without priority, sending would start only after the computation that should hide it.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     with _no_shared_memory_op():
         deepspeed.init_distributed(
@@ -285,13 +302,13 @@ def deepspeed_comm_ready(timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
 
 @contextlib.contextmanager
 def _no_shared_memory_op() -> Iterator[None]:
-    """Have DeepSpeed's communication start without its shared-memory op, which none of our collectives uses.
+    """Start DeepSpeed's communication without its shared-memory op, which none of our collectives uses.
 
-    DeepSpeed compiles it at the first start on CPU, which takes a minute. A rank that is killed meanwhile leaves a lock
-    in torch's extensions directory, on which every later start waits for ever.
+    DeepSpeed compiles it at the first start on CPU, which takes a minute. A rank that is killed while it compiles
+    leaves a lock in torch's extensions directory, and every later start waits for that lock for ever.
     """
     ops: Any = importlib.import_module("deepspeed.ops")
-    name = "__compatible_ops__"  # found out when first asked for; nothing in it counts as not compatible
+    name = "__compatible_ops__"  # DeepSpeed fills it lazily; an op that is not in it counts as incompatible
     before = ops.__dict__.get(name)
     ops.__dict__[name] = {}
     try:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from apb_ds.loading import ModelConfig
 from apb_ds.parallel.consistency import describe_software, shared_validation
+from apb_ds.parallel.failure.ending import Watch
 from apb_ds.parallel.groups import SequenceGroup, launched_rank, world_group
 from apb_ds.report.compare import compare_records
 from apb_ds.report.memory import peak_memory_kind
@@ -49,6 +50,8 @@ class Session:
         Where the first rank prints. Default: standard output and standard error.
     stdin : text stream, optional
         Where the questions of a conversation come from. Default: standard input.
+    watch : Watch, optional
+        The process's, which follows the group.
 
     Attributes
     ----------
@@ -62,8 +65,10 @@ class Session:
         console: Console | None = None,
         error_console: Console | None = None,
         stdin: TextIO | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.group = group
+        self._watch = watch
         self.console = console or make_console()
         self.error_console = error_console or make_console(to_stderr=True)
         self.stdin = stdin or sys.stdin or io.StringIO()  # None if it is closed
@@ -176,7 +181,7 @@ class Session:
     def _join(self, timeout_s: float) -> SequenceGroup:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # deepspeed prints what it has compiled
-                return world_group(timeout_s)
+                return world_group(timeout_s, self._watch)
         except RuntimeError as error:  # each rank notices this by itself
             raise JobError(
                 f"the ranks could not join their group: {first_line(error)}. Is the port in use? Give the launcher "

@@ -11,6 +11,7 @@ from torch import Tensor
 from apb_ds.hf.architecture import decoder_layers
 from apb_ds.loading import LoadedModel
 from apb_ds.ops.compiled import can_compile, compile_forwards
+from apb_ds.parallel.failure.ending import Watch
 from apb_ds.parallel.groups import training_group
 from apb_ds.session.steps import Steps
 from apb_ds.training.answer_loss import AnswerLoss
@@ -34,8 +35,12 @@ Load it merged into the base model's weights, with `model.adapter=<this director
 """
 
 
-def train_instrument(values: dict[str, Any]) -> dict[str, Any]:
+def train_instrument(values: dict[str, Any], watch: Watch | None = None) -> dict[str, Any]:
     """Train as a composed config says, all ranks together; resume where an earlier run was interrupted.
+
+    Parameters
+    ----------
+    watch : the process's, which follows the group
 
     Returns
     -------
@@ -51,7 +56,7 @@ def train_instrument(values: dict[str, Any]) -> dict[str, Any]:
     """
     settings = read_settings(InstrumentConfig, values)
     mixture = Mixture(settings.train.mixture)
-    group = training_group(settings.timeout_s)
+    group = training_group(settings.timeout_s, watch)
     steps = Steps(group, debug=settings.debug)
     loaded, source = steps.together(lambda: _load(settings, mixture), local=True)
     steps.from_first(lambda: open_output(settings.directory, settings.recorded(), overwrite=settings.train.overwrite))

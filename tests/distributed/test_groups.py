@@ -189,4 +189,4 @@ def test_no_shared_memory_op_is_compiled_and_a_timeout_holds() -> None:
     finally:
         fresh.close()
     assert first[0] == second[0] == []
-    assert first[1].startswith("LostRankError: rank 0 cannot go on in ") and "Timed out waiting 1000ms" in first[1]
+    assert first[1].startswith("LostRankError: rank 0 cannot continue in ") and "Timed out waiting 1000ms" in first[1]

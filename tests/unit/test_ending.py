@@ -1,4 +1,4 @@
-"""How a rank of a launcher ends: on a signal that its main thread cannot handle, and when the launcher is gone."""
+"""How a launcher's rank exits: on a signal that its main thread cannot handle, and when the launcher has exited."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 END_S = 30
-ARRIVES_S = 0.5  # from saying so until it waits
+ARRIVES_S = 0.5  # between its "ready" and its wait
 RANK = {"RANK": "1", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
-# The C function, a lock taken twice, holds the main thread where Python handles no signal, as a collective does.
+# Locking a mutex twice blocks the main thread in C, where Python runs no signal handlers, as a collective does.
 WAITS = {
     "in Python": "import time\nwhile True: time.sleep(0.01)",
     "in C": ("for _ in range(2): library.pthread_mutex_lock(mutex)"),
@@ -57,12 +57,12 @@ def test_sigterm(wait: str) -> None:
     assert process.returncode == 143, stderr
     assert stderr.count("Error: ") == 1 and "it got SIGTERM" in stderr and "Traceback" not in stderr
     if wait == "in Python":
-        assert stdout.startswith("kept it got SIGTERM"), "the main thread ends by itself"
+        assert stdout.startswith("kept it got SIGTERM"), "the main thread exits by itself"
 
 
 @pytest.mark.parametrize("wait", list(WAITS))
 def test_a_launcher_that_was_killed(wait: str, tmp_path: Path) -> None:
-    """Its children are nobody's then; each notices."""
+    """Each of its orphans notices."""
     said = tmp_path / "said"
     launcher = (
         "import subprocess, sys, time\n"
@@ -83,8 +83,28 @@ def test_a_launcher_that_was_killed(wait: str, tmp_path: Path) -> None:
         time.sleep(0.05)
     if Path(f"/proc/{rank}").exists():
         os.kill(rank, signal.SIGKILL)
-        pytest.fail("the rank lives on")
-    assert f"its launcher (process {process.pid}) has ended" in said.read_text()
+        pytest.fail("the rank is still alive")
+    assert f"its launcher (process {process.pid}) has exited" in said.read_text()
+
+
+def test_a_rank_ends_with_those_of_the_group_that_its_watch_follows() -> None:
+    code = (
+        "import time, types, torch\nfrom apb_ds.parallel.failure import ending\n"
+        "from apb_ds.parallel.failure.board import Board\nfrom apb_ds.parallel.failure.progress import Progress\n"
+        "from apb_ds.parallel.failure.reports import Kind\n"
+        "ending.MAIN_THREAD_S = 0.5\nstore, progress = torch.distributed.HashStore(), Progress()\n"
+        "progress.enter_layer('decode', 6)\n"
+        "with ending.Watch() as watch:\n"
+        "    watch.follow(types.SimpleNamespace(board=Board(store, 1, 2, progress)))\n"
+        "    print('ready', flush=True)\n"
+        "    Board(store, 0, 2, Progress()).post(Kind.RAISED, 'boom')\n"
+        "    time.sleep(60)\n"
+    )
+    process = start([sys.executable, "-c", code])
+    _, stderr = process.communicate(timeout=END_S)
+    assert process.returncode == 143 and stderr.count("Error: ") == 1, stderr
+    assert "rank 1 was stopped in decode, layer 7: another rank has failed. Rank 0 (on " in stderr
+    assert "failed first, in start: boom." in stderr
 
 
 def test_without_a_launcher_nothing_is_watched() -> None:
@@ -133,4 +153,4 @@ def test_a_closed_pipe_is_no_traceback() -> None:
         process.stdout.close()
         said = process.stderr.read()
         assert process.wait(END_S) == 141
-        assert said == "Error: who read its output has ended (a closed pipe).\n"
+        assert said.count("\n") == 1 and "Error: " in said and "closed pipe" in said and "Traceback" not in said

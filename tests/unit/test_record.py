@@ -132,7 +132,7 @@ def test_sweep_goes_on_after_a_failed_job(session: Session, tmp_path: Path, caps
 
 
 def test_ranks_that_cannot_join(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def refuse(timeout_s: float) -> None:
+    def refuse(timeout_s: float, watch: None) -> None:
         raise RuntimeError("The server socket has failed to listen: port 29500.\nA page of advice.")
 
     monkeypatch.setattr("apb_ds.session.session.world_group", refuse)

@@ -1,8 +1,8 @@
-"""When a rank is lost: what each rank knows goes to a board that all can read, and each says who failed first.
+"""The failure board: when a rank is lost, ranks exchange reports, and each says which rank failed first.
 
-The board is the store through which the ranks met; the first rank's process (under torchrun, its agent) serves it. A
-rank that fails writes down why and where. A rank whose collective fails writes down where it was, gives the others a
-moment to do the same, and reads: who has an error of its own failed first, and so did who wrote nothing.
+The board is the store through which the ranks met; the first rank's process serves it (under torchrun, its agent). A
+rank that fails posts why and where. A rank whose collective fails posts where it was, gives the others a moment to
+post theirs, and reads them: the rank that raised an error failed first, or else the rank that posted nothing.
 """
 
 from __future__ import annotations
@@ -10,86 +10,89 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, TypeVar
 
-from apb_ds.parallel.failure import place
+from apb_ds.parallel.failure.progress import Progress
 from apb_ds.parallel.failure.reports import Kind, Report, diagnose, shortened
 
-# How long the others have to write down what they know. The launcher leaves more: 30 s between SIGTERM and SIGKILL.
+# How long a rank waits for the others' reports. The launcher leaves 30 s between SIGTERM and SIGKILL.
 GRACE_S = 2.0
-# The first rank serves the board: so long it stays for others who have not read it yet.
+# The first rank serves the board: how long it stays for ranks that have not read it yet.
 SERVER_STAYS_S = 1.5
 POLL_S = 0.05
 PREFIX = "apb_ds/failures"
-# Gloo's errors are plain RuntimeErrors. Most start with the place in its source.
-GLOO_SAYS = ("/gloo/", "Application timeout caused pair closure", "Connection closed by peer", "Timed out waiting")
+# Gloo raises plain RuntimeErrors. Most start with a location in its source.
+GLOO_MESSAGES = (
+    "/gloo/",
+    "Application timeout caused pair closure",
+    "Connection closed by peer",
+    "Timed out waiting",
+)
 
 Answer = TypeVar("Answer")
 
 
 class LostRankError(Exception):
-    """A collective failed because another rank has ended, hangs or cannot be reached. The process cannot go on.
+    """A collective failed because another rank has exited, hangs or cannot be reached. The process cannot continue.
 
-    Leave the process with ``os._exit``: gloo's threads abort one that ends the usual way after a link was lost.
+    Leave the process with ``os._exit``: after a lost connection, gloo's threads abort a process that exits normally.
     """
 
 
 class Board:
-    """The reports of all ranks.
+    """The reports of all ranks, as one rank sees them.
 
     Parameters
     ----------
     store : torch Store that all ranks share
     rank, world_size : global
+    progress : this rank's
     """
 
-    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+    def __init__(self, store: Any, rank: int, world_size: int, progress: Progress) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.progress = progress
         self._store = store
+        # What `answer` has read: the first rank, and the board with it, may go before this rank's collective fails.
+        self._remembered: dict[int, Report] = {}
+        self._others_had_time = False
 
     @classmethod
-    def of_world(cls) -> Board | None:
-        """Return the board of all ranks; None before they have met, or for a rank alone."""
-        torch = sys.modules.get("torch")
-        if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return None
-        distributed = torch.distributed
+    def of_world(cls, progress: Progress) -> Board | None:
+        """Return a board of all ranks of the initialised ``torch.distributed``; None if there is only one."""
+        from torch import distributed
+
         if distributed.get_world_size() == 1:
             return None
         store = distributed.PrefixStore(PREFIX, distributed.distributed_c10d._get_default_store())
-        return cls(store, distributed.get_rank(), distributed.get_world_size())
+        return cls(store, distributed.get_rank(), distributed.get_world_size(), progress)
 
     def post(self, kind: Kind, why: str = "") -> None:
-        """Write down what this rank knows, unless it has done so before."""
-        mine = Report(self.rank, kind, str(place.here()), shortened(why), socket.gethostname())
-        # Two threads of a rank may write; that it was alive is the lesser news.
+        """Report this rank, unless it has reported already."""
+        # Two threads may post: that the rank was alive must not hide why it failed.
         key = f"{self.rank}/busy" if kind is Kind.BUSY else str(self.rank)
         if not self._store.check([key]):
-            self._store.set(key, json.dumps(asdict(mine)))
+            self._store.set(key, json.dumps(asdict(self._report(kind, shortened(why)))))
             self._store.set("any", "1")
 
     def has_reports(self) -> bool:
-        """Whether any rank has written something down."""
+        """Whether any rank has posted a report."""
         return bool(self._store.check(["any"]))
 
     def answer(self) -> None:
-        """Write down that this rank is alive, and remember what the others have written.
-
-        The first rank may end, and the board with it, before this rank's own collective fails.
-        """
+        """Report that this rank is alive, and remember what the others report."""
         self.post(Kind.BUSY)
-        _memory.reports = self.read()
-        _memory.reports = self.read_all(GRACE_S)
-        _memory.is_settled = True
+        self._remembered = self.read()
+        self._remembered = self.read_all(GRACE_S)
+        self._others_had_time = True
 
     def read(self) -> dict[int, Report]:
-        """Return what is there, by rank."""
+        """Return the reports so far, by rank."""
         found = {}
         for rank in range(self.world_size):
             for key in (str(rank), f"{rank}/busy"):
@@ -100,7 +103,7 @@ class Board:
         return found
 
     def read_all(self, grace_s: float) -> dict[int, Report]:
-        """Return the reports of all ranks, or of those that have written one when the time is over."""
+        """Return the reports of all ranks, or those posted within `grace_s` seconds."""
         deadline = time.monotonic() + grace_s
         while True:
             reports = self.read()
@@ -115,67 +118,55 @@ class Board:
             time.sleep(POLL_S)
         return reports
 
+    def diagnose(self, kind: Kind, why: str, *, grace_s: float | None = None) -> str:
+        """Report why this rank ends, and return the message it ends with: which rank failed first, and what to do.
 
-@dataclass
-class _Memory:
-    """What `Board.answer` has read; settled once the others had the time to write."""
+        Parameters
+        ----------
+        why : an error's text
+        grace_s : how long to wait for the other ranks' reports, default `GRACE_S`
+        """
+        grace_s = GRACE_S if grace_s is None else grace_s
 
-    reports: dict[int, Report] = field(default_factory=dict)
-    is_settled: bool = False
+        def exchange() -> dict[int, Report]:
+            self.post(kind, why)
+            return self.read_all(grace_s)
 
+        # A store beyond a broken link does not answer, and its client has no timeout.
+        reports = _within(grace_s + SERVER_STAYS_S + 1, exchange)
+        if reports is None and self._others_had_time:
+            reports = self._remembered
+        return diagnose(self._report(kind, why), self.world_size, reports, self._remembered)
 
-_memory = _Memory()
-
-
-def tell_and_diagnose(kind: Kind, why: str, *, grace_s: float | None = None) -> str:
-    """Write down why this rank ends, and return what is known of who failed first, for people.
-
-    Parameters
-    ----------
-    why : an error's text
-    grace_s : how long to wait for the other ranks' reports, default `GRACE_S`
-    """
-    grace_s = GRACE_S if grace_s is None else grace_s
-    board = Board.of_world()
-    if board is None:
-        return why
-
-    def tell() -> dict[int, Report]:
-        board.post(kind, why)
-        return board.read_all(grace_s)
-
-    # A store on the other side of a broken link does not answer, and its client has no timeout.
-    reports = _within(grace_s + SERVER_STAYS_S + 1, tell)
-    if reports is None and _memory.is_settled:
-        reports = _memory.reports
-    return diagnose(board.rank, board.world_size, reports, kind, why, remembered=_memory.reports)
+    def _report(self, kind: Kind, why: str) -> Report:
+        return Report(self.rank, kind, str(self.progress), why, socket.gethostname())
 
 
 @contextlib.contextmanager
-def lost_ranks_named() -> Iterator[None]:
+def lost_ranks_named(board: Board | None) -> Iterator[None]:
     """Turn the error of a collective whose peers are gone into a `LostRankError` that says which rank failed first."""
     try:
         yield
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        raise LostRankError(tell_and_diagnose(Kind.LOST, str(error))) from error
+        why = str(error)
+        raise LostRankError(why if board is None else board.diagnose(Kind.LOST, why)) from error
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether an error of a collective means that another rank does not answer, rather than a wrong argument."""
-    import torch
+    """Whether a collective's error means that another rank does not answer, rather than a wrong argument."""
+    from torch.distributed import DistError
 
-    said = str(error)
-    return isinstance(error, torch.distributed.DistError) or any(part in said for part in GLOO_SAYS)
+    return isinstance(error, DistError) or any(message in str(error) for message in GLOO_MESSAGES)
 
 
 def _within(seconds: float, work: Callable[[], Answer]) -> Answer | None:
-    """Return what the work gives, None if it fails or takes longer."""
+    """Return the result of the work, None if it fails or takes longer."""
     answers: list[Answer] = []
 
     def run() -> None:
-        with contextlib.suppress(Exception):  # the store's own errors: its server is gone
+        with contextlib.suppress(Exception):  # the store's errors: its server is gone
             answers.append(work())
 
     thread = threading.Thread(target=run, daemon=True)

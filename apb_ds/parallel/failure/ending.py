@@ -1,8 +1,8 @@
-"""How a rank ends when something goes wrong: in time, with a message that has its number, and not alone.
+"""How a rank exits when it fails, is stopped, or another rank is lost: with a message for people and an exit code.
 
-A thread looks after each rank that a launcher started. It works also while the main thread waits inside a collective,
-where Python handles no signal. It ends the rank when a signal asks for it, when the launcher has ended (also where that
-was killed and could tell nobody), and when another rank has written down that it fails.
+A rank often waits inside a collective, where Python runs no signal handlers. So a thread watches over the process: it
+ends it when SIGTERM arrives, when the launcher has exited (even if that was killed and could tell nobody), and when
+another rank has reported a failure.
 """
 
 from __future__ import annotations
@@ -18,28 +18,32 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+from apb_ds.parallel.failure.board import LostRankError
+from apb_ds.parallel.failure.reports import Kind
+
+if TYPE_CHECKING:
+    from apb_ds.parallel.groups import SequenceGroup
 
 CRASH_EXIT = 1
 FAILED_EXIT = 2  # bad input, or a job of a sweep that failed
 LOST_EXIT = 3  # another rank was lost
-INTERRUPTED_EXIT = 130  # as shells have it for SIGINT
-STOPPED_EXIT = 143  # as shells have it for SIGTERM
-PIPE_EXIT = 141  # as shells have it for SIGPIPE
+INTERRUPTED_EXIT = 130  # the shells' code for SIGINT
+STOPPED_EXIT = 143  # the shells' code for SIGTERM
+PIPE_EXIT = 141  # the shells' code for SIGPIPE
 
 POLL_S = 0.5
-# How long the main thread may take to end by itself: it says more, and keeps records. Then the process is ended.
+# How long the main thread may take to exit by itself, which says more and keeps records. Then the watch ends it.
 MAIN_THREAD_S = 6.0
 LAUNCHERS = ("deepspeed", "ds", "runner.py")
-
+GOT_SIGTERM = "it got SIGTERM, which a launcher sends when another of its ranks has exited."
 
 Abandon = Callable[[str], None]
 
-at_leaving: list[Callable[[], object]] = []  # `os._exit` runs nothing that atexit knows
-
 
 class Stopped(BaseException):
-    """This process was asked to end. Not an Exception: nobody mistakes it for a job's failure."""
+    """This process was asked to exit. Not an Exception, so that nothing takes it for a failed job."""
 
 
 def rank() -> int:
@@ -52,33 +56,24 @@ def under_launcher() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def leave(code: int) -> NoReturn:
-    """End the process at once where there are several ranks, else as usual.
-
-    After a link was lost, gloo's threads would abort a process that ends as usual.
-    """
-    if not under_launcher():
-        raise SystemExit(code)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    for cleanup in at_leaving:
-        cleanup()
-    os._exit(code)
-
-
-def say(message: str) -> None:
-    """Print an error on standard error, in one piece: several ranks share it."""
+def print_error(message: str) -> None:
+    """Print an error on standard error in one write, since several ranks share it."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"Error: {message}\n")
         sys.stderr.flush()
 
 
 class Watch:
-    """Looks after this process, as a context manager; does nothing without a launcher."""
+    """Watches over this process, as a context manager; does nothing without a launcher.
+
+    Whoever makes the process group calls `follow`: until then, messages say neither where this rank was nor which
+    rank failed first.
+    """
 
     def __init__(self) -> None:
-        self.why = ""  # what the main thread is asked to end for
+        self._why = ""  # this process is to exit
+        self._group: SequenceGroup | None = None
+        self._cleanups: list[Callable[[], object]] = []
         self._deadline: float | None = None
         self._pipe: tuple[int, int] | None = None
         self._before: tuple[Any, int] | None = None
@@ -109,37 +104,62 @@ class Watch:
         for end in self._pipe:
             os.close(end)
 
+    def follow(self, group: SequenceGroup) -> None:
+        """Report this process's end to the ranks of the group, with the group's progress, and end with theirs."""
+        self._group = group
+
+    def add_cleanup(self, cleanup: Callable[[], object]) -> None:
+        """Have `leave` call this: `os._exit` runs no atexit handlers."""
+        self._cleanups.append(cleanup)
+
     def close(self) -> None:
-        """Look after nothing from now on: the main thread is ending the process already."""
+        """Stop watching: the main thread is ending the process already."""
         self._ended.set()
         if self._before is not None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+    def diagnose(self, kind: Kind, why: str, *, grace_s: float | None = None) -> str:
+        """Report why this process ends, and return the message it ends with."""
+        board = None if self._group is None else self._group.board
+        return why if board is None else board.diagnose(kind, why, grace_s=grace_s)
+
+    def leave(self, code: int) -> NoReturn:
+        """End the process: at once if it is one of several ranks, else normally.
+
+        After a lost connection, gloo's threads would abort a process that exits normally.
+        """
+        if not under_launcher():
+            raise SystemExit(code)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        for cleanup in self._cleanups:
+            cleanup()
+        os._exit(code)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Runs in the main thread, as soon as that is not inside of C code."""
+        """Run in the main thread, as soon as it is not inside C code."""
         if not self._ended.is_set():
-            raise Stopped(self.why or "it got SIGTERM, which a launcher sends when another of its ranks has ended.")
+            raise Stopped(self._why or GOT_SIGTERM)
 
     def _look_after(self) -> None:
         assert self._pipe is not None
         while not self._ended.is_set():
             ready, _, _ = select.select([self._pipe[0]], [], [], POLL_S)
             if ready and signal.SIGTERM in os.read(self._pipe[0], 64):
-                self._expect_end("it got SIGTERM, which a launcher sends when another of its ranks has ended.")
-            gone = next((name for name, is_there in self._ancestors if not is_there()), None)
+                self._expect_end(GOT_SIGTERM)
+            gone = next((name for name, is_alive in self._ancestors if not is_alive()), None)
             if gone and self._deadline is None:
-                self._expect_end(f"its launcher ({gone}) has ended.")
+                self._expect_end(f"its launcher ({gone}) has exited.")
                 os.kill(os.getpid(), signal.SIGTERM)
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._end()
 
     def _listen(self) -> None:
-        """Wait until some rank has written down that it fails; answer, and see that this one ends too."""
-        from apb_ds.parallel.failure.board import Board
-
+        """Wait until a rank reports a failure; answer it, and make sure that this process ends too."""
         while not self._ended.wait(POLL_S):
-            with contextlib.suppress(Exception):  # the store's own errors: the main thread will see them too
-                board = Board.of_world()
+            with contextlib.suppress(Exception):  # the store's errors: the main thread will see them too
+                board = None if self._group is None else self._group.board
                 if board is not None and board.has_reports():
                     self._expect_end("another rank has failed.")
                     board.answer()
@@ -147,63 +167,58 @@ class Watch:
 
     def _expect_end(self, why: str) -> None:
         if self._deadline is None:
-            self.why = why
+            self._why = why
             self._deadline = time.monotonic() + MAIN_THREAD_S
 
     def _end(self) -> None:
-        """End the process in place of a main thread that does not get to it."""
-        from apb_ds.parallel.failure.board import Kind, tell_and_diagnose
-
+        """End the process, since the main thread does not."""
         if self._ended.is_set():
             return
-        say(tell_and_diagnose(Kind.STOPPED, self.why, grace_s=1.0))
-        leave(STOPPED_EXIT)
+        print_error(self.diagnose(Kind.STOPPED, self._why, grace_s=1.0))
+        self.leave(STOPPED_EXIT)
 
 
 class GivingUp:
-    """What this rank does when it cannot go on."""
+    """How this rank ends when it cannot continue."""
 
     def __init__(self, watch: Watch, abandon: Abandon | None) -> None:
         self._watch = watch
         self._abandon = abandon
 
     def on(self, error: BaseException) -> NoReturn:
-        """Tell the other ranks and people why, keep what can be kept, and end the process."""
-        self._watch.close()
-        from apb_ds.parallel.failure.board import Kind, LostRankError, tell_and_diagnose
-
+        """Tell the other ranks and the user why, save what can be saved, and end the process."""
+        watch = self._watch
+        watch.close()
         if isinstance(error, Stopped):
-            message, code = tell_and_diagnose(Kind.STOPPED, str(error)), STOPPED_EXIT
+            message, code = watch.diagnose(Kind.STOPPED, str(error)), STOPPED_EXIT
         elif isinstance(error, LostRankError):
             message, code = str(error), LOST_EXIT
         elif isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (or the last flush fails again)
-            message = tell_and_diagnose(Kind.RAISED, "who read its output has ended (a closed pipe).")
-            code = PIPE_EXIT
+            message, code = watch.diagnose(Kind.RAISED, "the reader of its output has exited (closed pipe)."), PIPE_EXIT
         elif _is_out_of_memory(error):
-            message, code = tell_and_diagnose(Kind.RAISED, str(error)), FAILED_EXIT
+            message, code = watch.diagnose(Kind.RAISED, str(error)), FAILED_EXIT
         else:
             print(f"[rank {rank()}] {traceback.format_exc()}", file=sys.stderr, flush=True)
-            message = tell_and_diagnose(Kind.RAISED, f"{type(error).__name__}: {error}")
-            code = CRASH_EXIT
-        say(message)
+            message, code = watch.diagnose(Kind.RAISED, f"{type(error).__name__}: {error}"), CRASH_EXIT
+        print_error(message)
         if self._abandon is not None:
-            with contextlib.suppress(Exception):  # a full disk, a closed pipe: the reason is told already
+            with contextlib.suppress(Exception):  # a full disk, a closed pipe: the message is out already
                 self._abandon(message)
-        leave(code)
+        watch.leave(code)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    from apb_ds.ops.memory import is_out_of_memory  # brings torch along
+    from apb_ds.ops.memory import is_out_of_memory  # imports torch
 
     return is_out_of_memory(error)
 
 
 def _ancestors() -> list[tuple[str, Any]]:
-    """Return the launcher's processes above this one, each with a function that says whether it is still there."""
+    """Return the launcher's processes above this one, by name, each with a function that says whether it is alive."""
     parent = os.getppid()
     found: list[tuple[str, Any]] = [(f"process {parent}", lambda: os.getppid() == parent)]
-    # `deepspeed` starts a launcher of its own on each node, which does not notice when `deepspeed` itself is killed.
+    # `deepspeed` starts a launcher on each node, which does not notice when `deepspeed` itself is killed.
     above = _parent_of(parent)
     command = _command_of(above) if above is not None else []
     if any(Path(word).name in LAUNCHERS for word in command[:3]):

@@ -1,34 +1,35 @@
-"""What ranks say of themselves when one is lost, and what follows from it: who failed first, in words for people."""
+"""What ranks report when one is lost, and the diagnosis: which rank failed first, and what to do."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from apb_ds.parallel.failure import place
-
 SHOWN_CHARACTERS = 600
+RERUN = "rerun the same command: batch jobs and evaluations resume where they stopped."
+CHECK_NODE = f"Check the node and its network link, then {RERUN}"
 
 
 class Kind(StrEnum):
-    """What a rank says of itself."""
+    """What happened to the rank that reports."""
 
-    RAISED = "raised"  # an error of its own
-    STOPPED = "stopped"  # a signal, or its launcher has ended
-    LOST = "lost"  # a collective failed
-    BUSY = "busy"  # alive when another rank told of its end
+    RAISED = "raised"  # it raised an error
+    STOPPED = "stopped"  # it got a signal, or its launcher exited
+    LOST = "lost"  # its collective failed
+    BUSY = "busy"  # it was alive when another rank failed
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank has written down.
+    """What one rank reports.
 
     Attributes
     ----------
-    where : its place, as text
-    why : the error, one line
-    node : the name of its host
+    where : its progress
+    why : the error
+    node : its hostname
     """
 
     rank: int
@@ -37,92 +38,78 @@ class Report:
     why: str = ""
     node: str = ""
 
+    def __str__(self) -> str:
+        return f"Rank {self.rank} (on {self.node})"
+
 
 def diagnose(
-    rank: int,
-    world_size: int,
-    reports: dict[int, Report] | None,
-    kind: Kind,
-    why: str,
-    *,
-    remembered: dict[int, Report] | None = None,
+    mine: Report, world_size: int, reports: dict[int, Report] | None, remembered: dict[int, Report] | None = None
 ) -> str:
-    """Return what rank `rank` has to say at its end.
+    """Return the message that a rank ends with.
 
     Parameters
     ----------
-    reports : of all ranks that wrote one; None if the board cannot be read
-    kind, why : what this rank says of itself
-    remembered : reports that were read before, perhaps not all there would have been
+    mine : this rank's report
+    reports : of the ranks that wrote one; None if the board cannot be read
+    remembered : reports that were read earlier, perhaps before all ranks had written theirs
     """
-    where = place.here()
-    if kind is Kind.RAISED:
-        return f"rank {rank} failed in {where}: {why}"
-    others = [report for report in (reports or remembered or {}).values() if report.rank != rank]
-    cause = _told_failure(others)
+    if mine.kind is Kind.RAISED:
+        return f"rank {mine.rank} failed in {mine.where}: {mine.why}"
+    others = [report for report in (reports or remembered or {}).values() if report.rank != mine.rank]
+    cause = _raised(others)
     if not cause and reports is not None:
-        cause = _silent_ranks([other for other in range(world_size) if other not in reports and other != rank])
-    cause = cause or _late_ranks(others, kind)
-    if not cause and reports is None and rank > 0:
+        cause = _silent(rank for rank in range(world_size) if rank not in reports and rank != mine.rank)
+    cause = cause or _late(others, mine.kind)
+    if not cause and reports is None and mine.rank > 0:
         cause = (
             f"Rank 0 (on {os.environ.get('MASTER_ADDR', 'its node')}) failed first or cannot be reached: it was killed "
-            "(memory that ran out? dmesg on that node tells), or its node or the link to it is down. Its own message, "
-            f"if there is one, says more. {_what_to_do()}"
+            "(check dmesg there for an OOM kill), or its node or the link to it is down. See its own message, if it "
+            f"printed one. {CHECK_NODE}"
         )
-    if kind is Kind.STOPPED:
-        return " ".join(part for part in (f"rank {rank} was stopped in {where}: {why}", cause) if part)
-    cause = cause or f"No rank tells of an error: one of them hung, or a link was down for a time. {_what_to_do()}"
-    return f"rank {rank} cannot go on in {where}. {cause} ({shortened(why)})"
+    if mine.kind is Kind.STOPPED:
+        return f"rank {mine.rank} was stopped in {mine.where}: {mine.why} {cause}".rstrip()
+    cause = cause or f"No rank reported an error: one of them hung, or a link was down for a while. {CHECK_NODE}"
+    return f"rank {mine.rank} cannot continue in {mine.where}. {cause} ({shortened(mine.why)})"
 
 
-def _told_failure(others: list[Report]) -> str:
-    """Return who has an error of its own; empty if nobody."""
+def _raised(others: Iterable[Report]) -> str:
+    """Return which rank raised an error; empty if none did."""
     for report in others:
         if report.kind is Kind.RAISED:
             why = report.why if report.why.endswith((".", ")")) else f"{report.why}."
-            return f"Rank {report.rank} (on {report.node}) failed first, in {report.where}: {why} Mend that; {_again()}"
+            return f"{report} failed first, in {report.where}: {why} Fix it, then {RERUN}"
     return ""
 
 
-def _silent_ranks(silent: list[int]) -> str:
-    """Return what it means that these ranks wrote nothing down."""
-    if not silent:
+def _silent(ranks: Iterable[int]) -> str:
+    """Return what it means that these ranks reported nothing; empty if there are none."""
+    numbers = ", ".join(map(str, ranks))
+    if not numbers:
         return ""
-    ranks, they, were = ("Rank", "it", "was") if len(silent) == 1 else ("Ranks", "they", "were")
     return (
-        f"{ranks} {', '.join(map(str, silent))} failed first, without a word: {they} {were} killed (memory that ran "
-        f"out? dmesg on that node tells), or hung, or the node or the link to it is down. {_what_to_do()}"
+        f"Rank{'s' if ',' in numbers else ''} {numbers} failed first, without an error report: killed (check dmesg on "
+        f"the node for an OOM kill), hung, or the node or the link to it is down. {CHECK_NODE}"
     )
 
 
-def _late_ranks(others: list[Report], kind: Kind) -> str:
-    """Return who was stopped first, or did not come to where the others waited; empty if nobody."""
-    for report in others:
-        if report.kind is Kind.STOPPED:
-            return f"Rank {report.rank} (on {report.node}) was stopped, in {report.where}: {report.why}"
-    for report in others:
-        if report.kind is Kind.BUSY and kind is Kind.LOST:
-            return (
-                f"Rank {report.rank} (on {report.node}) did not come: it was still in {report.where}. It hangs, or "
-                f"parallel.timeout_s is shorter than its work takes. {_what_to_do()}"
-            )
-    for report in others:
-        if report.kind is Kind.LOST:
-            return f"Rank {report.rank} (on {report.node}) waited for it in vain, in {report.where}: {report.why}"
+def _late(others: Iterable[Report], kind: Kind) -> str:
+    """Return which rank was stopped first, or did not reach the collective that others waited in; else empty."""
+    by_kind = {report.kind: report for report in reversed(list(others))}
+    if stopped := by_kind.get(Kind.STOPPED):
+        return f"{stopped} was stopped, in {stopped.where}: {stopped.why}"
+    if kind is Kind.LOST and (busy := by_kind.get(Kind.BUSY)):
+        return (
+            f"{busy} did not join: it was still in {busy.where}. It hangs, or timeout_s is too short for its work. "
+            f"{CHECK_NODE}"
+        )
+    if lost := by_kind.get(Kind.LOST):
+        return f"{lost} gave up waiting for it, in {lost.where}: {lost.why}"
     return ""
 
 
 def shortened(why: str) -> str:
-    """Return the first line of an error without the place in gloo's source and its advice."""
+    """Return the first line of an error, without the source location and the advice that gloo adds."""
     line = (why.strip().splitlines() or ["no reason given"])[0]
     if line.startswith("["):
         line = line.partition("] ")[2] or line
     return line.partition(". This is typically")[0][:SHOWN_CHARACTERS]
-
-
-def _what_to_do() -> str:
-    return f"See to that node and its link; {_again()}"
-
-
-def _again() -> str:
-    return "then run the same command again (task=batch and launch/eval.py go on where they were)."

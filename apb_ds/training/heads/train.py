@@ -14,6 +14,7 @@ from apb_ds.hf.architecture import check_supported
 from apb_ds.hf.interface import check_projections
 from apb_ds.loading import LoadedModel
 from apb_ds.loading.heads import head_sizes
+from apb_ds.parallel.failure.ending import Watch
 from apb_ds.parallel.groups import SequenceGroup, training_group
 from apb_ds.session.steps import Steps
 from apb_ds.training.batches import Batch
@@ -47,12 +48,13 @@ On {held_out} held-out conversations, in {measured_hosts} blocks that keep one t
 COLUMNS = ("loss", "overlap", "mass", "mass_random", "mass_best")
 
 
-def train_heads(values: dict[str, Any], overrides: str = "") -> dict[str, Any]:
+def train_heads(values: dict[str, Any], overrides: str = "", watch: Watch | None = None) -> dict[str, Any]:
     """Train as a composed config says, all ranks together; resume where an earlier run was interrupted.
 
     Parameters
     ----------
     overrides : the command line's arguments, for the card
+    watch : the process's, which follows the group
 
     Returns
     -------
@@ -69,7 +71,7 @@ def train_heads(values: dict[str, Any], overrides: str = "") -> dict[str, Any]:
     """
     settings = read_settings(HeadsConfig, values)
     mixture = Mixture(settings.train.mixture)
-    group = training_group(settings.timeout_s)
+    group = training_group(settings.timeout_s, watch)
     steps = Steps(group, debug=settings.debug)
     loaded, tokenizer = steps.together(lambda: _load(settings), local=True)
     files = steps.from_first(lambda: _find_files(settings.train))
