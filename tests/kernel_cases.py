@@ -1,4 +1,4 @@
-"""Shapes that every kernel is tried on, and what its numbers are held to."""
+"""Shapes that every kernel is tested on, and the tolerances."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from apb_ds.ops.kernels.reference import ReferenceKernel
 
 # Absolute, for values drawn from a normal distribution (outputs up to about 4, log-sum-exps up to about 8).
-# float32: the sums have at most a few thousand terms; 1e-5 is some hundred roundings.
-# Half precision: products are rounded to 8 (bfloat16) or 11 bits before they are summed, in the weights too, and the
-# output once more: one rounding of a number near 4 is 2**-7 or 2**-10, and it is counted twice.
+# float32: sums have at most a few thousand terms; 1e-5 is about a hundred roundings.
+# Half precision: weights and products are rounded to 8 (bfloat16) or 11 bits before they are summed, then the output
+# is rounded. One rounding of a number near 4 is 2**-7 or 2**-10; the tolerance allows two.
 OUTPUT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # The log-sum-exp is accumulated and returned in float32 from exact inputs.
 LSE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
@@ -21,7 +21,7 @@ LSE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, 
 
 @dataclass(frozen=True)
 class Shape:
-    """One call of a kernel."""
+    """The shape of one kernel call."""
 
     name: str
     heads: int
@@ -32,7 +32,7 @@ class Shape:
     head_dim: int = 64
 
     def draw(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value, drawn on the CPU so that they are the same for every device."""
+        """Return query, key and value, drawn on the CPU so that every device gets the same."""
         generator = torch.Generator().manual_seed(self.queries * 1000 + self.keys)
         sizes = [(self.heads, self.queries), (self.kv_heads, self.keys), (self.kv_heads, self.keys)]
         states = [torch.randn(1, heads, tokens, self.head_dim, generator=generator) for heads, tokens in sizes]
@@ -64,12 +64,12 @@ LONG_SHAPES = [
 
 
 def call_reference(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The float64 reference on the very inputs of a kernel, its output left in float64."""
+    """Run the float64 reference on a kernel's inputs; its output stays in float64."""
     return ReferenceKernel()(query.double(), key.double(), value.double(), causal, scale)
 
 
 def check_kernel(kernel: Any, states: tuple[Tensor, Tensor, Tensor], causal: bool, scale: float) -> None:
-    """Assert that output and log-sum-exp are the reference's, of the right shape, dtype and device."""
+    """Assert that output and log-sum-exp match the reference and have the right shape, dtype and device."""
     query = states[0]
     output, lse = kernel(*states, causal, scale)
     expected, expected_lse = call_reference(*states, causal, scale)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from apb_ds.config import BlockSettings, check_choice
 from apb_ds.ops import profiling
-from apb_ds.ops.selection import gather_pair, place_pair, select_top
+from apb_ds.ops.selection import copy_pair, gather_pair, select_top
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Compressor:
         """
         if count == num_eligible:
             first = block.num_tokens - num_eligible
-            place_pair(block.keys[:, :, first:], block.values[:, :, first:], into)
+            copy_pair(block.keys[:, :, first:], block.values[:, :, first:], into)
             return
         gather(block.keys, block.values, self.choose(block, count, num_eligible), into, block.fused)
 

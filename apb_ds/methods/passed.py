@@ -10,7 +10,7 @@ from torch import Tensor
 from apb_ds.cache import ShardedCacheLayer
 from apb_ds.compressors.base import BlockStates, Compressor, gather
 from apb_ds.ops import profiling
-from apb_ds.ops.selection import place_pair
+from apb_ds.ops.selection import copy_pair
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan, Round, Span, split_evenly
 
@@ -81,12 +81,12 @@ class SentStates(PassedStates):
 
     def start_anchor(self, group: SequenceGroup, keys: Tensor, values: Tensor) -> Arrival:
         if not self._plan.shard_anchor:
-            place_pair(keys, values, self._buffer[:, :, : self._plan.anchor_length])
+            copy_pair(keys, values, self._buffer[:, :, : self._plan.anchor_length])
             return nothing_to_wait_for
         shares = split_evenly(self._plan.anchor_length, group.world_size)
         longest = max(stop - start for start, stop in shares)
         message = _empty_messages(keys, 1, longest)[0]
-        place_pair(keys, values, message[:, :, : keys.shape[2]])
+        copy_pair(keys, values, message[:, :, : keys.shape[2]])
         pending = group.start_all_gather(message)
         return lambda: self.place_all(shares, pending.wait())
 

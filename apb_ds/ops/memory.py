@@ -1,4 +1,4 @@
-"""What to say when memory runs out, on CUDA or on the host."""
+"""Recognise out-of-memory errors, of CUDA and of the host, and say what helps."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 from apb_ds.plan import Plan
 
-# What torch's allocator for the host says, in a plain RuntimeError.
+# torch's host allocator raises a plain RuntimeError.
 HOST_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` says that there was not enough memory."""
+    """Whether an error means that memory ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     if isinstance(error, OSError):
@@ -25,7 +25,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explain_out_of_memory(doing: str, levers: str) -> Iterator[None]:
-    """Raise ``torch.OutOfMemoryError`` with what was being done and what helps, where memory runs out.
+    """If memory runs out, raise ``torch.OutOfMemoryError`` that says during what, and what helps.
 
     Parameters
     ----------
@@ -42,11 +42,11 @@ def explain_out_of_memory(doing: str, levers: str) -> Iterator[None]:
 
 
 def levers(plan: Plan, dtype: torch.dtype, is_prefill: bool) -> str:
-    """Return what helps where a request of such a plan runs out of memory, as `explain_out_of_memory` takes it."""
+    """Return the `levers` of `explain_out_of_memory` for a request with this plan."""
     per_round = len(plan.served(0, 0)) if is_prefill and plan.method == "apb" else 1
-    fewer = f"one host a round (hosts_per_round=1 instead of {per_round}), " if per_round > 1 else ""
+    fewer = f"one host per round (hosts_per_round=1 instead of {per_round}), " if per_round > 1 else ""
     return (
-        f"What helps: {fewer}more hosts than {plan.hosts} (a round then holds fewer tokens of the document), more "
-        f"ranks than {plan.world_size} (each holds its share of the cache), MLPs in tiles (mlp_tile=2048), a smaller "
-        f"dtype than {str(dtype).removeprefix('torch.')} (model.dtype=bfloat16), or a shorter document."
+        f"What helps: {fewer}more hosts than {plan.hosts} (fewer tokens per round), more ranks than "
+        f"{plan.world_size} (each holds its share of the cache), MLPs in tiles (mlp_tile=2048), a smaller dtype than "
+        f"{str(dtype).removeprefix('torch.')}, or a shorter document."
     )

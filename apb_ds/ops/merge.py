@@ -1,8 +1,7 @@
 """Merge attention over disjoint sets of keys from partial outputs and their log-sum-exps.
 
-All in float32 and shifted by the maximum, so that no exponential can overflow; outputs may be as large as half of what
-float32 holds. A row that saw no key has log-sum-exp
-minus infinity and output 0, and leaves the other part unchanged.
+Computed in float32 and shifted by the maximum, so that no exponential overflows; outputs may be as large as half the
+float32 maximum. A row that saw no key has log-sum-exp minus infinity and output 0, and leaves the other part unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, into: 
     ----------
     out_a, out_b : (batch, heads, tokens, head_dim), softmax-weighted values over each set
     lse_a, lse_b : (batch, heads, tokens), float32, natural log
-    into : where the result goes, of its shape and dtype; by default a new tensor
+    into : tensor that receives the result; by default a new one
 
     Returns
     -------
@@ -34,7 +33,7 @@ def merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, into: 
 
 @profiling.belongs_to(profiling.ATTENTION)
 def merge_two_fused(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, into: Tensor | None = None) -> Tensor:
-    """As `merge_two`, in one kernel."""
+    """Merge as `merge_two` does, in one compiled kernel."""
     if into is None:
         into = empty_tokens_first(out_a)
     compiled(_merge_two_into)(into, out_a, lse_a, out_b, lse_b)
@@ -42,9 +41,9 @@ def merge_two_fused(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, 
 
 
 def empty_tokens_first(like: Tensor) -> Tensor:
-    """Return an empty tensor like one of (batch, heads, tokens, head_dim) that lies in memory as models have it.
+    """Return an empty (batch, heads, tokens, head_dim) tensor laid out as (batch, tokens, heads, head_dim).
 
-    These project (batch, tokens, heads, head_dim) and want attention's output so, too.
+    That is how models project queries, and how they expect attention's output.
     """
     batch, heads, tokens, head_dim = like.shape
     return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
@@ -67,7 +66,7 @@ def merge_many(outs: Tensor, lses: Tensor) -> Tensor:
     top = torch.where(torch.isneginf(top), torch.zeros_like(top), top)
     weights = torch.exp(lses - top)
     total = weights.sum(dim=0)
-    # Shares first: a sum of whole outputs could be beyond what float32 holds, an average is not.
+    # Normalise first: a sum of outputs could overflow float32, an average cannot.
     shares = weights / torch.where(total > 0, total, torch.ones_like(total))
     return (shares.unsqueeze(-1) * outs.float()).sum(dim=0)
 
@@ -77,7 +76,7 @@ def _merge_two_into(into: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, l
 
 
 def _merge_two(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
-    # With one softmax over both sets, set a has the share exp(lse_a) / (exp(lse_a) + exp(lse_b)).
+    # In one softmax over both sets, set a would have the share exp(lse_a) / (exp(lse_a) + exp(lse_b)).
     share_a = torch.sigmoid(torch.nan_to_num(lse_a - lse_b, nan=0.0, posinf=torch.inf, neginf=-torch.inf))
     merged = torch.lerp(out_b.float(), out_a.float(), share_a.unsqueeze(-1))
     return merged.to(out_a.dtype)

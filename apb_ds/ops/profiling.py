@@ -1,6 +1,6 @@
-"""Named parts of a forward, for a profiler: where the time goes. Off unless `recorded` is in force, and free then.
+"""Named parts of a forward for a profiler, to see where the time goes. Off and free except within `recorded`.
 
-A part is a ``torch.profiler.record_function`` range. Ranges nest; what runs belongs to the innermost one.
+A part is a ``torch.profiler.record_function`` range. Ranges nest; an operation belongs to the innermost one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 @contextmanager
 def recorded() -> Iterator[None]:
-    """Have the parts of what runs meanwhile, in this thread, be ranges of the profiler that is on."""
+    """Record the parts that this thread runs as ranges of the active profiler."""
     token = _RECORDED.set(True)
     try:
         yield
@@ -42,17 +42,17 @@ def recorded() -> Iterator[None]:
 
 
 def are_recorded() -> bool:
-    """Whether `recorded` is in force."""
+    """Whether this code runs within `recorded`."""
     return _RECORDED.get()
 
 
 def part(name: str) -> AbstractContextManager[object]:
-    """Return a context in which what runs is the named one of `PARTS`; nothing while ranges are off."""
+    """Return a context that marks what runs in it as one of `PARTS`; it does nothing while ranges are off."""
     return torch.profiler.record_function(PREFIX + name) if _RECORDED.get() else _NOTHING
 
 
 def belongs_to(name: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Decorator: what a function does is the named one of `PARTS`."""
+    """Decorate a function so that its work counts as one of `PARTS`."""
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""Choose which tokens of a block are passed on: the best scores, ties to the earlier token, in document order."""
+"""Choose the tokens that a block passes on: the best scores, earlier tokens first among ties, in document order."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def select_by_sorting(scores: Tensor, count: int) -> Tensor:
-    """The obvious version of `select_top`: a stable descending sort, whose first `count` are put in document order."""
+    """Select as `select_top` does, the obvious way: sort stably, take the first `count`, sort those by position."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :count].sort(dim=-1).values
 
 
 def select_top(scores: Tensor, count: int) -> Tensor:
-    """Return the indices of the `count` best scores, earlier tokens first among equals, in ascending order.
+    """Return the indices of the `count` best scores in ascending order; among equal scores the earlier tokens win.
 
-    ``torch.topk`` leaves open which of several equal scores it returns, so only its threshold is used: everything
-    above it is kept, and the ties at it by position. Nothing here waits for the device.
+    ``torch.topk`` does not define which of several equal scores it returns, so only its threshold is used: scores
+    above it are kept, then ties by position. Nothing here waits for the device.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def select_top(scores: Tensor, count: int) -> Tensor:
     tied = scores == threshold
     room = count - above.sum(dim=-1, keepdim=True)
     kept = above | (tied & (tied.cumsum(dim=-1) <= room))
-    # The i-th kept token goes to slot i; the others all go to one slot past the end, which is cut off.
+    # The i-th kept token goes to slot i; all others go to one slot past the end, which is cut off.
     slots = torch.where(kept, kept.cumsum(dim=-1) - 1, count)
     positions = torch.arange(tokens, device=scores.device).expand(heads, tokens)
     chosen = positions.new_empty((heads, count + 1))
@@ -60,20 +60,20 @@ def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
     return states[0].gather(1, picked).unsqueeze(0)
 
 
-def gather_pair(keys: Tensor, values: Tensor, places: Tensor, into: Tensor) -> None:
-    """Copy some tokens' keys and values, per KV head, to where they are needed.
+def gather_pair(keys: Tensor, values: Tensor, indices: Tensor, into: Tensor) -> None:
+    """Copy the keys and values of some tokens, chosen per KV head.
 
     Parameters
     ----------
     keys, values : (1, kv_heads, tokens, head_dim)
-    places : (kv_heads, count), int64
+    indices : (kv_heads, count), int64
     into : (2, kv_heads, count, head_dim), keys first; may be a view
     """
-    into[0:1] = gather_tokens(keys, places)
-    into[1:2] = gather_tokens(values, places)
+    into[0:1] = gather_tokens(keys, indices)
+    into[1:2] = gather_tokens(values, indices)
 
 
-def place_pair(keys: Tensor, values: Tensor, into: Tensor) -> None:
+def copy_pair(keys: Tensor, values: Tensor, into: Tensor) -> None:
     """Copy keys and values, (1, kv_heads, tokens, head_dim) each, into (2, kv_heads, tokens, head_dim), keys first."""
     into[0:1] = keys
     into[1:2] = values

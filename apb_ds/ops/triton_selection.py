@@ -1,7 +1,7 @@
-"""Selection and gathering with one kernel each, in Triton. Imported only where something runs on CUDA.
+"""Selection and gathering as one Triton kernel each. Imported only on CUDA.
 
-The same as `apb_ds.ops.selection` computes with some twenty operations. A short block takes the device less time than
-the host needs to launch those.
+`apb_ds.ops.selection` computes the same with some twenty operations, which take longer to launch than a short block
+takes to compute.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS_AT_A_TIME = 1024
-ROWS_AT_A_TIME = 32
+TOKENS_PER_STEP = 1024
+ROWS_PER_PROGRAM = 32
 
 
 @triton.jit(do_not_specialize=["count", "tokens", "first"])
-def _place_kernel(scores, best, places, count, tokens, first, score_stride, best_stride, AT_A_TIME: tl.constexpr):
-    """Write where the kept tokens of one KV head are: all above the lowest of the best scores, then ties in order."""
+def _select_kernel(scores, best, indices, count, tokens, first, score_stride, best_stride, STEP: tl.constexpr):
+    """Write the indices of one KV head's kept tokens: all above the lowest of the best scores, then ties in order."""
     head = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, AT_A_TIME)
+    columns = tl.arange(0, STEP)
     scores += head * score_stride
-    places += head * count
+    indices += head * count
     lowest = float("inf")
-    for start in range(0, count, AT_A_TIME):
+    for start in range(0, count, STEP):
         inside = start + columns < count
         values = tl.load(best + head * best_stride + start + columns, mask=inside, other=float("inf"))
         lowest = tl.minimum(lowest, tl.min(values, axis=0))
     room = count
-    for start in range(0, tokens, AT_A_TIME):
+    for start in range(0, tokens, STEP):
         inside = start + columns < tokens
         values = tl.load(scores + start + columns, mask=inside, other=float("-inf"))
         room -= tl.sum((inside & (values > lowest)).to(tl.int32), axis=0)
     num_tied = 0
     num_kept = 0
-    for start in range(0, tokens, AT_A_TIME):
+    for start in range(0, tokens, STEP):
         inside = start + columns < tokens
         values = tl.load(scores + start + columns, mask=inside, other=float("-inf"))
         tied = (inside & (values == lowest)).to(tl.int32)
         has_room = num_tied + tl.cumsum(tied, axis=0) <= room
         kept = (inside & ((values > lowest) | ((tied > 0) & has_room))).to(tl.int32)
         slots = num_kept + tl.cumsum(kept, axis=0) - 1
-        tl.store(places + slots, (first + start + columns).to(tl.int64), mask=kept > 0)
+        tl.store(indices + slots, (first + start + columns).to(tl.int64), mask=kept > 0)
         num_tied += tl.sum(tied, axis=0)
         num_kept += tl.sum(kept, axis=0)
 
@@ -50,11 +50,11 @@ def _place_kernel(scores, best, places, count, tokens, first, score_stride, best
 def _gather_kernel(
     keys,
     values,
-    places,
+    indices,
     out_keys,
     out_values,
     num_rows,
-    place_stride,
+    index_stride,
     key_head,
     key_token,
     value_head,
@@ -71,7 +71,7 @@ def _gather_kernel(
     head = tl.program_id(1).to(tl.int64)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < num_rows
-    picked = tl.load(places + head * place_stride + rows, mask=inside, other=0)
+    picked = tl.load(indices + head * index_stride + rows, mask=inside, other=0)
     channels = tl.arange(0, CHANNELS)
     mask = inside[:, None] & (channels < head_dim)[None, :]
     states = tl.load(keys + head * key_head + picked[:, None] * key_token + channels[None, :], mask=mask)
@@ -83,7 +83,7 @@ def _gather_kernel(
 
 
 def select_top(scores: Tensor, count: int, first: int = 0) -> Tensor:
-    """As `apb_ds.ops.selection.select_top`, with `first` added to every index.
+    """Select as `apb_ds.ops.selection.select_top` does, and add `first` to every index.
 
     Parameters
     ----------
@@ -93,35 +93,35 @@ def select_top(scores: Tensor, count: int, first: int = 0) -> Tensor:
     heads, tokens = scores.shape
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     best = scores.topk(count, dim=-1, sorted=False).values
-    places = torch.empty((heads, count), dtype=torch.int64, device=scores.device)
+    indices = torch.empty((heads, count), dtype=torch.int64, device=scores.device)
     with torch.cuda.device_of(scores):  # Triton launches on the current device
-        _place_kernel[(heads,)](
-            scores, best, places, count, tokens, first, scores.stride(0), best.stride(0), AT_A_TIME=TOKENS_AT_A_TIME
+        _select_kernel[(heads,)](
+            scores, best, indices, count, tokens, first, scores.stride(0), best.stride(0), STEP=TOKENS_PER_STEP
         )
-    return places
+    return indices
 
 
-def gather_pair(keys: Tensor, values: Tensor, places: Tensor, into: Tensor) -> None:
-    """As `apb_ds.ops.selection.gather_pair`; the channels of a head lie next to each other in all of them."""
-    heads, num_rows = places.shape
+def gather_pair(keys: Tensor, values: Tensor, indices: Tensor, into: Tensor) -> None:
+    """Copy as `apb_ds.ops.selection.gather_pair` does; the channels of a head must be contiguous in all tensors."""
+    heads, num_rows = indices.shape
     if num_rows == 0:
         return
     head_dim = keys.shape[-1]
     states = keys, values, into[0:1], into[1:2]
-    assert all(tensor.stride(-1) == 1 for tensor in states) and places.stride(1) == 1
+    assert all(tensor.stride(-1) == 1 for tensor in states) and indices.stride(1) == 1
     strides = [tensor.stride(dim) for tensor in states for dim in (1, 2)]
-    grid = (triton.cdiv(num_rows, ROWS_AT_A_TIME), heads)
+    grid = (triton.cdiv(num_rows, ROWS_PER_PROGRAM), heads)
     with torch.cuda.device_of(keys):
         _gather_kernel[grid](
             keys,
             values,
-            places,
+            indices,
             into[0],
             into[1],
             num_rows,
-            places.stride(0),
+            indices.stride(0),
             *strides,
             head_dim=head_dim,
             CHANNELS=triton.next_power_of_2(head_dim),
-            ROWS=ROWS_AT_A_TIME,
+            ROWS=ROWS_PER_PROGRAM,
         )

@@ -1,8 +1,8 @@
-"""One rank of a group that is not there: what the others would send is made up, so that one process can be timed.
+"""Emulate one rank of a larger group in a single process, to time it.
 
-Every collective returns at once: this rank's own part is real, the others' are random numbers of the shape and dtype
-that they would have. Bytes are counted as in a real group. Only a prefill can run in it, whose work depends on no
-value; whatever ends in a broadcast (queries, decoding) is refused.
+Every collective returns at once: this rank's part is real, the other ranks' parts are random numbers of the right
+shape and dtype. Bytes are counted as in a real group. Only prefill can run, because its work does not depend on values;
+anything that ends in a broadcast (queries, decoding) is refused.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ PEER_SEED = 0
 
 
 class Peers:
-    """What other ranks send: one random buffer for each kind of message, drawn once, so that drawing is not timed."""
+    """What other ranks send: one random buffer per kind of message, drawn once, so that drawing is not timed."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
 
     def buffer(self, like: Tensor, shape: tuple[int, ...], kind: str = "") -> Tensor:
-        """Return a tensor of `shape` with dtype and device of `like`, standard normal; the same one each time."""
+        """Return a standard normal tensor of `shape` with the dtype and device of `like`; the same one each time."""
         key = (kind, shape, like.dtype, like.device)
         if key not in self._buffers:
             generator = torch.Generator(like.device).manual_seed(PEER_SEED)
@@ -39,7 +39,7 @@ class Peers:
 
 @dataclass
 class EmulatedGather(PendingGather):
-    """An all-gather in which only this rank's own part is real. Use what `wait` returns before the next one."""
+    """An all-gather in which only this rank's part is real. Use the result before the next gather overwrites it."""
 
     rank: int = 0
 
@@ -53,12 +53,12 @@ class EmulatedGather(PendingGather):
 
 @dataclass
 class EmulatedGroup(SequenceGroup):
-    """Rank `rank` of `world_size`, alone in its process.
+    """Rank `rank` of `world_size` emulated ranks, alone in its process.
 
     Attributes
     ----------
-    peers : what the other ranks send; may be shared by the ranks of one emulation
-    num_collectives : collectives of the prefills so far
+    peers : what the other ranks send; the ranks of one emulation may share it
+    num_collectives : so far, of all prefills
     """
 
     peers: Peers = field(default_factory=Peers, compare=False, repr=False)
@@ -113,11 +113,11 @@ class EmulatedGroup(SequenceGroup):
         Raises
         ------
         RuntimeError
-            Queries and decoding depend on what other ranks hold, and these are not there.
+            Queries and decoding depend on the other ranks' keys and values, which do not exist.
         """
         if self.world_size == 1:
             return tensor
-        raise RuntimeError("an emulated group runs prefills alone: the other ranks' keys and values are made up.")
+        raise RuntimeError("an emulated group only runs prefills: the other ranks' keys and values are random.")
 
     def gather_objects(self, value: Any) -> list[Any]:
         return [value] * self.world_size
@@ -126,13 +126,13 @@ class EmulatedGroup(SequenceGroup):
         return True
 
     def barrier(self) -> None:
-        """Wait for nobody."""
+        """Do nothing: no other rank exists."""
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Nothing to bound: no collective waits."""
+        """Do nothing: no collective waits."""
 
     def _with_all_tokens(self, states: Tensor, kind: str) -> Tensor:
-        """Return (1, tokens W, heads / W, head_dim), this rank's own tokens and heads real."""
+        """Return (1, tokens W, heads / W, head_dim), in which this rank's tokens are real."""
         _, tokens, heads, head_dim = states.shape
         shape = (1, tokens * self.world_size, heads // self.world_size, head_dim)
         everyone = self.peers.buffer(states, shape, kind)
@@ -144,6 +144,6 @@ class EmulatedGroup(SequenceGroup):
 
 
 def emulated_groups(world_size: int) -> list[EmulatedGroup]:
-    """Return a group for each rank of an emulation; they share what other ranks send."""
+    """Return the groups of all ranks of an emulation; they share one `Peers`."""
     peers = Peers()
     return [EmulatedGroup(rank=rank, world_size=world_size, peers=peers) for rank in range(world_size)]

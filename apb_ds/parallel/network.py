@@ -14,8 +14,8 @@ ANY_PORT = 9  # nothing is sent there
 def choose_gloo_interface() -> None:
     """Set ``GLOO_SOCKET_IFNAME`` to the interface that reaches ``MASTER_ADDR``, unless it is set.
 
-    Gloo by itself takes the interface that the host's own name resolves to. That is often the loopback device, on which
-    other nodes never answer.
+    By default gloo takes the interface that the hostname resolves to. That is often the loopback device, which does not
+    reach other nodes.
     """
     master = os.environ.get("MASTER_ADDR")
     if not master or os.environ.get(GLOO_INTERFACE):
@@ -26,18 +26,19 @@ def choose_gloo_interface() -> None:
 
 
 def interface_to(address: str) -> str | None:
-    """Return the name of the interface through which this node reaches `address` (a name or an IP address).
+    """Return the name of the interface through which this node reaches `address`, a hostname or an IP address.
 
-    None if the address cannot be resolved or reached. For one of the node's own addresses, the interface that has it.
+    For one of the node's own addresses that is the interface with this address. None if the address cannot be resolved
+    or reached.
     """
     try:
         candidates = socket.getaddrinfo(address, ANY_PORT, type=socket.SOCK_DGRAM)
     except OSError:
         return None
-    for family, kind, protocol, _, place in candidates:
+    for family, kind, protocol, _, target in candidates:
         try:
             with socket.socket(family, kind, protocol) as probe:
-                probe.connect(place)  # of a datagram socket: asks the routing table, sends nothing
+                probe.connect(target)  # a datagram socket: consults the routing table, sends nothing
                 own = probe.getsockname()[0]
         except OSError:
             continue
@@ -52,5 +53,5 @@ def _interface_with(own: str) -> str | None:
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address.partition("%")[0] == plain for address in addresses):
             return name
-    # Every address of 127.0.0.0/8 is the loopback device's, which lists one.
+    # All of 127.0.0.0/8 belongs to the loopback device, which lists one address.
     return "lo" if plain.startswith("127.") and "lo" in psutil.net_if_addrs() else None

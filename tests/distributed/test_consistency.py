@@ -29,7 +29,7 @@ def new_engine(**given: Any) -> Any:
 
 
 def message_of(call: Callable[[], Any]) -> str:
-    """Return the message of the ValueError that `call` ends in, and show that the group still works."""
+    """Return the message of the ValueError that `call` raises, and check that the group still works."""
     try:
         call()
     except ValueError as error:
@@ -41,7 +41,7 @@ def message_of(call: Callable[[], Any]) -> str:
     return "nothing was raised"
 
 
-# --- what an engine is made of
+# --- making an engine
 
 
 def other_settings(rank: int, world_size: int) -> str:
@@ -58,7 +58,7 @@ def other_weights(rank: int, world_size: int) -> str:
     model = build_model("llama")
     with torch.no_grad():
         value = model.model.layers[1].mlp.up_proj.weight[3, 5]
-        value.copy_(torch.nextafter(value, value + rank))  # the last bit of one number, on rank 1
+        value.copy_(torch.nextafter(value, value + rank))  # one bit of one number, on rank 1
     return message_of(lambda: apb_ds.init_inference(model, apb_ds.APBConfig(**GIVEN)))
 
 
@@ -101,7 +101,7 @@ def other_source(rank: int, world_size: int) -> str:
         return message_of(new_engine)
 
 
-# --- what a call is given
+# --- calling it
 
 
 def other_documents(rank: int, world_size: int) -> str:
@@ -181,17 +181,17 @@ CASES: dict[Callable[..., str], tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_a_difference_is_told_on_every_rank(pool: Pools, case: Callable[..., str]) -> None:
-    said = pool(2).run(case)
-    for message in said:
+def test_every_rank_names_the_difference(pool: Pools, case: Callable[..., str]) -> None:
+    messages = pool(2).run(case)
+    for message in messages:
         for part in CASES[case]:
             assert part in message, message
-    told = [message.removeprefix("rank 1: ") for message in said]
-    assert told[0] == told[1], "all ranks tell the same"
+    first, second = (message.removeprefix("rank 1: ") for message in messages)
+    assert first == second
 
 
 def same_with_other_clocks(rank: int, world_size: int) -> list[Any]:
-    """How tokens are drawn is the first rank's affair; objects that only it has are no difference."""
+    """Only the first rank draws tokens, so sampling settings may differ."""
     document, query = request_ids(N, Q)
     engine = new_engine()
     context = engine.prefill(document, query)
@@ -202,17 +202,17 @@ def same_with_other_clocks(rank: int, world_size: int) -> list[Any]:
     assert engine.group.is_same(b"same", torch.device("cpu")) and not engine.group.is_same(
         bytes([rank]), torch.device("cpu")
     )
-    assert engine.group.bytes_sent == sent  # what is counted is the request's own
+    assert engine.group.bytes_sent == sent  # only the request's bytes are counted
     return [tokens.tolist(), context.key]
 
 
-def test_what_may_differ(pool: Pools) -> None:
+def test_sampling_settings_may_differ(pool: Pools) -> None:
     first, second = pool(2).run(same_with_other_clocks)
     assert first == second and first[1]
 
 
 def asked_messages(rank: int, world_size: int) -> dict[str, int]:
-    """Count the exchanges of digests while an answer of many tokens is made."""
+    """Count the exchanges of digests per answer."""
     document, query = request_ids(N, Q)
     engine = new_engine()
     counts = {}
@@ -228,7 +228,7 @@ def test_one_exchange_for_an_answer_of_any_length(pool: Pools) -> None:
     assert pool(2).run(asked_messages) == [{"1 tokens": 1, "12 tokens": 1}] * 2
 
 
-def test_a_rank_alone_digests_nothing() -> None:
+def test_a_group_of_one_rank_computes_no_digest() -> None:
     document, query = request_ids(N, Q)
     with (
         mock.patch("apb_ds.parallel.consistency.hashlib", None),
@@ -244,7 +244,7 @@ def test_a_rank_alone_digests_nothing() -> None:
 # --- checksums
 
 
-def test_checksums_see_what_changes_and_nothing_else() -> None:
+def test_checksums_depend_on_values_and_their_order_alone() -> None:
     from apb_ds.parallel.consistency import checksum
 
     generator = torch.Generator().manual_seed(0)
@@ -252,7 +252,7 @@ def test_checksums_see_what_changes_and_nothing_else() -> None:
         tensor = (torch.randn(70, 300, generator=generator) * 50).to(dtype)
         sums = checksum(tensor).tolist()
         assert checksum(tensor.clone()).tolist() == sums
-        assert checksum(tensor.t().contiguous().t()).tolist() == sums  # values and their order, not strides
+        assert checksum(tensor.t().contiguous().t()).tolist() == sums  # strides do not matter
         others = [
             tensor.roll(1, dims=0),
             tensor.roll(1, dims=1),
@@ -273,7 +273,7 @@ def test_checksums_see_what_changes_and_nothing_else() -> None:
         assert len({str(one) for one in found}) == len(found)
 
 
-def test_tied_and_empty_tensors_have_a_place() -> None:
+def test_tied_and_empty_tensors() -> None:
     from apb_ds.parallel.consistency import describe_model
 
     model = torch.nn.Module()
@@ -294,7 +294,7 @@ def test_tied_and_empty_tensors_have_a_place() -> None:
     assert [name for name, value in describe_model(other).items() if value != found[name]] == ["weights number"]
 
 
-# --- through the launch scripts
+# --- the launch scripts
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Emulated ranks against real ones: each computes as many operations and sends as many bytes, exactly."""
+"""Emulated ranks do exactly as many operations and send exactly as many bytes as real ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from apb_ds.parallel.emulated import emulated_groups
 from tests.flop_counting import run_prefill_counted
 from tests.pool import Pools
 
-KV_HEADS = 4  # ulysses shares them over the ranks
+KV_HEADS = 4  # ulysses splits them over the ranks
 TOKENS = 101
 APB: dict[str, Any] = {"method": "apb", "hosts": 4, "anchor_length": 12, "passing_length": 5}
 
@@ -39,7 +39,7 @@ def test_apb(pool: Pools, schedule: str, shard_anchor: bool) -> None:
         (2, 101, APB | {"compressor": "query"}),
         (2, 101, APB | {"compressor": "retaining_heads"}),
         (2, 40, {"hosts": 4, "anchor_length": 11}),  # exact
-        (2, 3, APB | {"anchor_length": 0, "passing_length": 1}),  # blocks without a token
+        (2, 3, APB | {"anchor_length": 0, "passing_length": 1}),  # empty blocks
         (2, 101, {"method": "star", "hosts": 4, "shard_anchor": False}),
         (2, 101, {"method": "ring"}),
         (2, 101, {"method": "ulysses"}),
@@ -57,10 +57,10 @@ def test_other_settings(pool: Pools, world_size: int, n: int, given: dict[str, A
     [{"hosts": 2}, {"schedule": "natural"}, {"shard_anchor": False}, {"passing_length": 6}, {"compressor": "knorm"}],
     ids=str,
 )
-def test_other_settings_would_show(pool: Pools, changed: dict[str, Any]) -> None:
+def test_other_settings_give_other_counts(pool: Pools, changed: dict[str, Any]) -> None:
     assert emulated(2, APB | changed) != real(pool, 2, APB)
 
 
-def test_the_ranks_in_another_order_would_show(pool: Pools) -> None:
+def test_another_order_of_ranks_gives_other_counts(pool: Pools) -> None:
     given = APB | {"schedule": "natural"}
     assert emulated(2, given)[::-1] != real(pool, 2, given)

@@ -1,4 +1,4 @@
-"""The group's collectives, between real processes."""
+"""Collectives between real processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def everyones_tensors(shape: tuple[int, ...], world_size: int, dtype: torch.dtyp
 
 
 def gather_all(rank: int, world_size: int) -> list[tuple[Tensor, int]]:
-    """Gather every shape and dtype; return each result with the bytes that it cost this rank."""
+    """Gather every shape and dtype; return each result with the bytes that this rank sent for it."""
     from apb_ds.parallel.groups import world_group
 
     group = world_group()
@@ -49,7 +49,7 @@ def test_all_gather_keeps_order_and_shape(pool: Pools, world_size: int) -> None:
 
 
 def gather_in_flight(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-    """Two gathers under way at once, of tensors that are not contiguous, waited for in the other order."""
+    """Two gathers in flight, of non-contiguous tensors, waited for in reverse order."""
     from apb_ds.parallel.groups import world_group
 
     group = world_group()
@@ -83,12 +83,12 @@ def test_broadcast_and_objects(pool: Pools, world_size: int) -> None:
     objects = [None, *({"rank": rank} for rank in range(1, world_size))]
     for rank, (tensor, same, sent, gathered) in enumerate(pool(world_size).run(broadcast_and_objects)):
         assert tensor == [7, 7, 7] and same
-        assert sent == (3 * 8 * (world_size - 1) if rank == 0 else 0), "the first rank alone sends"
+        assert sent == (3 * 8 * (world_size - 1) if rank == 0 else 0), "only the first rank sends"
         assert gathered == objects
 
 
 class PairsMpu:
-    """What a Megatron-style object offers: this rank's sequence-parallel group, here of two neighbours."""
+    """A Megatron-style object whose sequence-parallel groups are pairs of neighbours."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         pairs = [torch.distributed.new_group([first, first + 1]) for first in range(0, world_size, 2)]
@@ -107,7 +107,7 @@ def gather_in_pairs(rank: int, world_size: int) -> tuple[int, int, list[int], li
 
 
 def test_the_group_of_an_mpu(pool: Pools) -> None:
-    """Ranks within a group are not global ranks: the second pair's first rank is global rank 2."""
+    """Group ranks are not global ranks: the second pair's first rank is global rank 2."""
     expected = [(0, 2, [0, 1], [0]), (1, 2, [0, 1], [0]), (0, 2, [2, 3], [2]), (1, 2, [2, 3], [2])]
     assert pool(4).run(gather_in_pairs) == expected
 
@@ -131,7 +131,7 @@ def bad_mpu(rank: int, world_size: int) -> None:
     SequenceGroup.from_mpu(object())
 
 
-def test_a_bad_mpu_is_refused_on_every_rank(pool: Pools) -> None:
+def test_every_rank_refuses_a_bad_mpu(pool: Pools) -> None:
     with pytest.raises(RankError, match="get_sequence_parallel_group") as caught:
         pool(2).run(bad_mpu)
     assert "rank 0" in str(caught.value) and "rank 1" in str(caught.value)
@@ -148,13 +148,13 @@ def settings_that_do_not_divide(rank: int, world_size: int) -> str:
     return "no error"
 
 
-def test_hosts_that_do_not_divide_are_refused_on_every_rank(pool: Pools) -> None:
+def test_every_rank_refuses_hosts_that_do_not_divide(pool: Pools) -> None:
     messages = pool(2).run(settings_that_do_not_divide)
     assert messages[0] == messages[1] and "hosts=3" in messages[0] and "use hosts=4" in messages[0]
 
 
 def start_communication(rank: int, world_size: int) -> list[Any]:
-    """Start deepspeed.comm anew, with a builder that tells whether it was asked to compile; and set a timeout."""
+    """Start deepspeed.comm again, recording which ops it compiles; then run into a timeout."""
     import deepspeed.comm.comm as comm
     import deepspeed.ops as ops
     from deepspeed.ops.op_builder.cpu import comm as builders
@@ -169,7 +169,7 @@ def start_communication(rank: int, world_size: int) -> list[Any]:
     ):
         deepspeed_comm_ready()
         assert comm.cdb is not None
-    assert ops.__dict__.get("__compatible_ops__") is before, "for others everything is as before"
+    assert ops.__dict__.get("__compatible_ops__") is before, "DeepSpeed's own state is restored"
     group = world_group()
     group.set_timeout(1)
     error = ""
@@ -182,7 +182,7 @@ def start_communication(rank: int, world_size: int) -> list[Any]:
 
 
 def test_no_shared_memory_op_is_compiled_and_a_timeout_holds() -> None:
-    """In a pool of its own: a group whose collective has failed is of no use."""
+    """Needs a fresh pool: a group is unusable after a failed collective."""
     fresh = Pool(2)
     try:
         first, second = fresh.run(start_communication, timeout=30)

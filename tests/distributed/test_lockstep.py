@@ -1,4 +1,4 @@
-"""Ranks decode in step: one token for all of them, one failure for all of them, whatever differs between them."""
+"""Ranks decode in lockstep: they share every token and every failure, whatever differs between them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def new_engine(**given: Any) -> Any:
 
 
 class Slow(StoppingCriteria):
-    """Never stops, and takes its time: the clocks of the ranks differ."""
+    """Never stops, and is slow: the ranks' clocks differ."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -41,7 +41,7 @@ class Fails(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if input_ids.shape[1] == self.length:
-            raise ValueError("this processor had enough")
+            raise ValueError("failure in the processor")
         return scores
 
 
@@ -60,7 +60,7 @@ def test_different_seeds_give_the_first_ranks_tokens(pool: Pools) -> None:
     by_rank = pool(2).run(sample)
     assert by_rank[0] == by_rank[1]
     assert len({str(answer) for answer in by_rank[0]}) == 3
-    assert sample(0, 1) == by_rank[0]  # the first rank's random stream, as if it were alone
+    assert sample(0, 1) == by_rank[0]  # the first rank's random numbers, as in a single process
 
 
 def stop_differently(rank: int, world_size: int) -> tuple[Any, int, Any, Any]:
@@ -82,7 +82,7 @@ def test_ranks_stop_at_the_same_token(pool: Pools) -> None:
     assert stopped[0] == after[0][:3]
     assert (asked, second[1]) == (3, 0)
     assert timed == second[2]
-    assert 2 <= len(timed[0]) < 8  # the first rank's clock, not the second's, which was over at once
+    assert 2 <= len(timed[0]) < 8  # the first rank's clock counts; the second's limit passed at once
     assert after == second[3]
     assert len(after[0]) == 8
 
@@ -103,7 +103,7 @@ def test_only_the_first_rank_streams(pool: Pools) -> None:
 
 
 class BreaksAt(Recorder):
-    """A streamer that fails at one of its events: 0 is the prompt, -1 the end."""
+    """A streamer that fails at one event: 0 is the prompt, -1 the end."""
 
     def __init__(self, event: int) -> None:
         super().__init__()
@@ -112,11 +112,11 @@ class BreaksAt(Recorder):
     def put(self, value: torch.Tensor) -> None:
         super().put(value)
         if len(self.events) - 1 == self.event:
-            raise BrokenPipeError("nobody listens")
+            raise BrokenPipeError("closed pipe")
 
     def end(self) -> None:
         if self.event == -1:
-            raise BrokenPipeError("nobody listens")
+            raise BrokenPipeError("closed pipe")
 
 
 def break_the_stream(rank: int, world_size: int) -> list[Any]:
@@ -133,7 +133,7 @@ def break_the_stream(rank: int, world_size: int) -> list[Any]:
     return [raised, context.num_tokens, engine.generate(**options).tolist()]
 
 
-def test_a_streamer_that_fails_fails_all(pool: Pools) -> None:
+def test_a_failing_streamer_fails_all_ranks(pool: Pools) -> None:
     first, second = pool(2).run(break_the_stream)
     assert first[0] == ["BrokenPipeError"] * 4
     assert second[0] == ["RuntimeError"] * 4
@@ -141,8 +141,8 @@ def test_a_streamer_that_fails_fails_all(pool: Pools) -> None:
     assert first[1] == N
 
 
-def fail_and_go_on(rank: int, world_size: int) -> list[Any]:
-    """Fail at the first token and in the midst of an answer, on the first rank alone; then ask again."""
+def fail_then_ask_again(rank: int, world_size: int) -> list[Any]:
+    """Fail at the first token and in the middle of an answer, on the first rank only; then ask again."""
     document, query = request_ids(N, Q)
     engine = new_engine()
     context = engine.prefill(document, query)
@@ -159,15 +159,15 @@ def fail_and_go_on(rank: int, world_size: int) -> list[Any]:
     return [*reports, same, engine.generate(**options).tolist(), context.num_tokens, context.num_cached]
 
 
-def test_a_failure_on_the_first_rank_fails_all(pool: Pools) -> None:
-    first, second = pool(2).run(fail_and_go_on)
-    assert first[:2] == [("ValueError", "this processor had enough")] * 2
+def test_a_failure_on_the_first_rank_fails_all_ranks(pool: Pools) -> None:
+    first, second = pool(2).run(fail_then_ask_again)
+    assert first[:2] == [("ValueError", "failure in the processor")] * 2
     assert [kind for kind, _ in second[:2]] == ["RuntimeError"] * 2
     assert all("first rank" in message for _, message in second[:2])
     assert first[2:] == second[2:]
     assert first[2] is True
     assert first[4:] == [N, N]
-    assert first[3] == fail_and_go_on(0, 1)[3]
+    assert first[3] == fail_then_ask_again(0, 1)[3]
 
 
 BAD: list[dict[str, Any]] = [
@@ -235,7 +235,7 @@ def answer(engine: Any, seed: int) -> tuple[torch.Tensor, Any]:
 
 
 def serve_two_documents(rank: int, world_size: int) -> tuple[int, int, int, torch.Tensor, Any]:
-    """Two groups of two ranks, each with a document of its own, answered at the same time."""
+    """Two groups of two ranks answer about different documents at the same time."""
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
 
     import apb_ds
@@ -273,7 +273,7 @@ def test_an_mpu_without_a_group_is_refused(pool: Pools) -> None:
 
 
 def join_without_tokens(rank: int, world_size: int) -> tuple[list[int], torch.Tensor, Any]:
-    """Fewer tokens than ranks, and no anchor: some ranks have no forward at all in a round."""
+    """Fewer tokens than ranks and no anchor: some ranks run no forward in a round."""
     engine = new_engine(anchor_length=0, passing_length=2)
     document, query = request_ids(3, Q)
     context = engine.prefill(document, query)
@@ -293,7 +293,7 @@ def test_an_idle_rank_joins(pool: Pools) -> None:
 
 
 def ask_for_logits(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Two queries, one of them behind a kept turn; return the engine's logits, and those that this rank computed."""
+    """Two queries, the second after an appended turn; return the engine's logits and those that this rank computed."""
     document, query = request_ids(N, Q)
     engine = new_engine()
     context = engine.prefill(document, query)
@@ -306,7 +306,7 @@ def ask_for_logits(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_logits_are_the_same_on_all_ranks(pool: Pools, world_size: int) -> None:
-    """The engine returns equal bits by sharing the first rank's; what each rank computed is equal up to rounding."""
+    """The engine returns the first rank's logits, so all bits are equal; each rank's own are equal up to rounding."""
     by_rank = pool(world_size).run(ask_for_logits)
     alone, _, _ = ask_for_logits(0, 1)
     # The shards hold every token once; the last token of an answer is not cached yet.

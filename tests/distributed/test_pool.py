@@ -1,4 +1,4 @@
-"""The pool of ranks does what the other tests here take for granted."""
+"""The pool of ranks that the other tests here rely on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def report_process(rank: int, world_size: int) -> tuple[int, int, str]:
 
 def raise_on_last_rank(rank: int, world_size: int) -> None:
     if rank == world_size - 1:
-        raise ValueError("the last rank had enough")
+        raise ValueError("failure on the last rank")
     torch.distributed.barrier()
 
 
@@ -54,15 +54,15 @@ def test_results_come_in_rank_order(pool: Pools, world_size: int) -> None:
     assert all(tensor.tolist() == [rank, rank] for rank, _, tensor in results)
 
 
-def test_processes_are_reused_and_take_one_thread(pool: Pools) -> None:
+def test_processes_are_reused_and_use_one_thread(pool: Pools) -> None:
     first, second = pool(2).run(report_process), pool(2).run(report_process)
     assert first == second
     assert {pid for pid, _, _ in first}.isdisjoint({os.getpid()})
     assert [(threads, accelerator) for _, threads, accelerator in first] == [(1, "cpu")] * 2
 
 
-def test_an_error_brings_its_traceback_and_spares_the_next_test(pool: Pools) -> None:
-    with pytest.raises(RankError, match="the last rank had enough") as caught:
+def test_an_error_reports_its_traceback_and_the_next_test_runs(pool: Pools) -> None:
+    with pytest.raises(RankError, match="failure on the last rank") as caught:
         pool(2).run(raise_on_last_rank)
     assert "in raise_on_last_rank" in str(caught.value)
     assert pool(2).run(sum_over_ranks, 0)[0][1] == 1.0
@@ -74,7 +74,7 @@ def test_every_failing_rank_is_named(pool: Pools) -> None:
     assert "rank 0 of 2" in str(caught.value) and "rank 1 of 2" in str(caught.value)
 
 
-def test_a_hang_fails_in_time_and_spares_the_next_test(pool: Pools) -> None:
+def test_a_hang_times_out_and_the_next_test_runs(pool: Pools) -> None:
     started = time.monotonic()
     with pytest.raises(RankTimeout, match=r"ranks \[0\] gave no answer") as caught:
         pool(2).run(hang_on_first_rank, timeout=1.0)

@@ -1,4 +1,4 @@
-"""The group of an emulated rank: own parts in their place, bytes as in a real group, prefill alone."""
+"""The group of an emulated rank: its own parts are real, bytes are counted as in a real group, only prefills run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apb_ds.parallel.groups import SequenceGroup
 from tests.models import build_model, request_ids
 
 
-def test_a_gather_holds_the_ranks_own_part_and_something_else_for_the_others() -> None:
+def test_a_gather_holds_the_ranks_part_and_random_parts_of_the_others() -> None:
     for group in emulated_groups(3):
         mine = torch.full((2, 5), float(group.rank))
         gathered = group.all_gather(mine)
@@ -23,7 +23,7 @@ def test_a_gather_holds_the_ranks_own_part_and_something_else_for_the_others() -
         assert (group.bytes_sent, group.num_collectives) == (2 * 5 * 4 * 2, 1)
 
 
-def test_gathers_under_way_together_each_have_their_own_part() -> None:
+def test_each_gather_in_flight_holds_its_own_part() -> None:
     group = EmulatedGroup(rank=1, world_size=2)
     first, second = torch.zeros(4), torch.ones(4)
     pending = [group.start_all_gather(first), group.start_all_gather(second)]
@@ -31,7 +31,7 @@ def test_gathers_under_way_together_each_have_their_own_part() -> None:
     assert torch.equal(pending[1].wait()[1], second)
 
 
-def test_a_shift_brings_something_of_the_same_shape() -> None:
+def test_a_shift_returns_a_random_tensor_of_the_same_shape() -> None:
     group = EmulatedGroup(rank=0, world_size=4)
     sent = torch.zeros(3, 2, dtype=torch.bfloat16)
     received = group.start_shift(sent).wait()
@@ -39,7 +39,7 @@ def test_a_shift_brings_something_of_the_same_shape() -> None:
     assert group.bytes_sent == 3 * 2 * 2
 
 
-def test_shared_heads_have_all_tokens_and_give_back_the_ranks_own() -> None:
+def test_shared_heads_see_all_tokens_and_return_the_ranks() -> None:
     group = EmulatedGroup(rank=1, world_size=2)
     query, key, value = torch.ones(1, 3, 4, 8), 2 * torch.ones(1, 3, 2, 8), 3 * torch.ones(1, 3, 2, 8)
     seen = []
@@ -60,7 +60,7 @@ def test_queries_are_refused() -> None:
     engine = APBEngine(build_model("llama"), apb_ds.APBConfig(hosts=4), EmulatedGroup(rank=0, world_size=2))
     document, query = request_ids(101, 5)
     context = engine.prefill(document, query)
-    with pytest.raises(RuntimeError, match="runs prefills alone"):
+    with pytest.raises(RuntimeError, match="only runs prefills"):
         engine.query_logits(query, context=context)
 
 
@@ -71,8 +71,8 @@ def test_a_rank_beyond_the_group() -> None:
         EmulatedGroup(rank=0, world_size=0)
 
 
-def test_own_keys_do_not_depend_on_the_others() -> None:
-    """What a rank caches in the first layer is what one process alone caches for the same hosts."""
+def test_cached_keys_do_not_depend_on_the_other_ranks() -> None:
+    """In the first layer a rank caches what a single process caches for the same hosts."""
     document, query = request_ids(101, 5)
     config = apb_ds.APBConfig(hosts=4)
     alone = APBEngine(build_model("llama"), config, SequenceGroup())

@@ -1,4 +1,4 @@
-"""A group of one rank, and what a launcher's environment says."""
+"""A group of one rank, and the environment that a launcher sets."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_one_rank_imports_no_deepspeed() -> None:
 
 
 @pytest.mark.parametrize("missing", [None, *LAUNCHER])
-def test_a_launcher_is_one_that_says_everything(no_launcher: pytest.MonkeyPatch, missing: str | None) -> None:
+def test_a_launcher_sets_all_variables(no_launcher: pytest.MonkeyPatch, missing: str | None) -> None:
     for name, value in LAUNCHER.items():
         if name != missing:
             no_launcher.setenv(name, value)
@@ -65,7 +65,7 @@ def test_a_launcher_is_one_that_says_everything(no_launcher: pytest.MonkeyPatch,
         ({}, 8, None),
         ({"LOCAL_WORLD_SIZE": "1"}, 8, None),
         ({"LOCAL_WORLD_SIZE": "2"}, 8, 4),
-        ({"LOCAL_SIZE": "2"}, 8, 4),  # deepspeed's name for it
+        ({"LOCAL_SIZE": "2"}, 8, 4),  # deepspeed's name
         ({"LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, 8, 2),
         ({"LOCAL_WORLD_SIZE": "3"}, 8, 2),
         ({"LOCAL_WORLD_SIZE": "8"}, 2, 1),

@@ -1,4 +1,4 @@
-"""Attention kernels: their numbers on CPU, the choice among them, and the adapters of packages that are not here."""
+"""Attention kernels: numerics on CPU, the choice among them, and adapters of packages that need not be installed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_numbers(kernel: type[Kernel], dtype: torch.dtype, shape: Shape) -> None
 
 
 @pytest.mark.parametrize("kernel", ON_CPU)
-def test_the_scale_is_the_callers(kernel: type[Kernel]) -> None:
+def test_the_callers_scale_is_used(kernel: type[Kernel]) -> None:
     shape = SHAPES[1]
     check_kernel(kernel(), shape.draw(torch.float32), shape.causal, 0.3)
 
@@ -42,7 +42,7 @@ def test_the_scale_is_the_callers(kernel: type[Kernel]) -> None:
 @pytest.mark.parametrize("kernel", ON_CPU)
 @pytest.mark.parametrize("causal", [True, False])
 def test_strided_and_sliced_inputs(kernel: type[Kernel], causal: bool) -> None:
-    """As they come: heads and tokens transposed by the projection, tokens sliced from a block or a cache buffer."""
+    """As models pass them: the projection transposes heads and tokens; blocks and cache buffers are sliced."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 50, 6, 64, generator=generator).transpose(1, 2)[:, :, 7:40]
     key, value = torch.randn(2, 1, 2, 90, 64, generator=generator)[:, :, :, 20:53]
@@ -60,7 +60,7 @@ def test_the_first_keys_of_buffers(kernel: type[Kernel], num_keys: int) -> None:
     assert all(torch.equal(ours, others) for ours, others in zip(got, expected, strict=True))
 
 
-def test_the_reference_is_attention_written_out() -> None:
+def test_the_reference_matches_the_definition_of_attention() -> None:
     query, key, value = Shape("", 4, 2, 5, 5, True, 8).draw(torch.float64)
     output, lse = ReferenceKernel()(query, key, value, True, 0.4)
     for head in range(4):
@@ -72,7 +72,7 @@ def test_the_reference_is_attention_written_out() -> None:
             torch.testing.assert_close(lse[0, head, token].double(), logits.exp().sum().log(), rtol=0, atol=1e-6)
 
 
-def test_one_key_more_would_be_noticed() -> None:
+def test_the_tolerance_detects_a_missing_key() -> None:
     query, key, value = SHAPES[0].draw(torch.bfloat16)
     good = call_reference(query, key, value, False, 0.125)[0]
     fewer = call_reference(query, key[:, :, 1:], value[:, :, 1:], False, 0.125)[0]
@@ -84,7 +84,7 @@ def test_one_key_more_would_be_noticed() -> None:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Pretend that flash-attn packages are installed, and which CUDA capability there is."""
+    """Pretend that flash-attn packages are installed, and that the GPU has a given compute capability."""
 
     def pretend(flash_attn2: bool = False, flash_attn3: bool = False, capability: tuple[int, int] = (9, 0)) -> None:
         monkeypatch.setattr(FlashAttn2Kernel, "is_installed", classmethod(lambda cls: flash_attn2))
@@ -191,11 +191,11 @@ def test_a_kernel_that_does_not_fit(
     assert f"kernel={name!r}" in str(caught.value) and reason in str(caught.value) and "auto" in str(caught.value)
 
 
-# --- the flash-attn packages, by stand-ins with their signatures ----------------------------------------------------
+# --- the flash-attn packages, replaced by stubs with their signatures ------------------------------------------------
 
 
-def by_the_package_s_layout(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """What a flash-attn function computes; it takes and gives (batch, tokens, heads, head_dim)."""
+def attend_tokens_first(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Compute what a flash-attn function does, in its layout: (batch, tokens, heads, head_dim)."""
     for states in (q, k, v):
         if states.dim() != 4 or states.stride(-1) != 1:
             raise RuntimeError("input tensors must be four-dimensional with a contiguous last dimension")
@@ -212,7 +212,7 @@ def flash_attn_2(
     deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
     assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
-    output, lse = by_the_package_s_layout(q, k, v, causal, softmax_scale)
+    output, lse = attend_tokens_first(q, k, v, causal, softmax_scale)
     return (output, lse, None) if return_attn_probs else output
 
 
@@ -221,7 +221,7 @@ def flash_attn_3_always(
     window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
     sm_margin=0,
 ):  # fmt: skip
-    return by_the_package_s_layout(q, k, v, causal, softmax_scale)
+    return attend_tokens_first(q, k, v, causal, softmax_scale)
 
 
 def flash_attn_3_when_asked(
@@ -229,7 +229,7 @@ def flash_attn_3_when_asked(
     window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
     sm_margin=0, return_attn_probs=False,
 ):  # fmt: skip
-    output, lse = by_the_package_s_layout(q, k, v, causal, softmax_scale)
+    output, lse = attend_tokens_first(q, k, v, causal, softmax_scale)
     return (output, lse) if return_attn_probs else output
 
 
@@ -242,13 +242,13 @@ def flash_attn_3_with_kvcache(
 ):  # fmt: skip
     assert cache_seqlens.dtype == torch.int32 and cache_seqlens.shape == q.shape[:1]
     stop = int(cache_seqlens)
-    output, lse = by_the_package_s_layout(q, k_cache[:, :stop], v_cache[:, :stop], causal, softmax_scale)
+    output, lse = attend_tokens_first(q, k_cache[:, :stop], v_cache[:, :stop], causal, softmax_scale)
     return (output, lse, None, None) if return_softmax_lse else output
 
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Any], None]]:
-    """Put a stand-in module where an import finds it."""
+    """Install a stub module."""
 
     def put(name: str, function: Any) -> None:
         module = ModuleType(name)
@@ -286,7 +286,7 @@ def test_adapters(
 
 
 @pytest.mark.parametrize("kernel, module, function", ADAPTERS)
-def test_the_stand_ins_refuse_the_other_layout(kernel: type[Kernel], module: str, function: Any) -> None:
+def test_the_stubs_reject_the_other_layout(kernel: type[Kernel], module: str, function: Any) -> None:
     query, key, value = Shape("", 6, 2, 5, 9, False, 8).draw(torch.bfloat16)
     with pytest.raises(RuntimeError, match="multiple"):
         function(query, key, value, softmax_scale=1.0)
@@ -300,7 +300,7 @@ FORWARD = (
 
 @pytest.fixture
 def register(install: Callable[[str, Any], None]) -> Iterator[Callable[[str, str], list[int]]]:
-    """Register a stand-in for a package's operator; return the list that gets each call's `num_splits`."""
+    """Register a stub of a package's operator; return the list that collects each call's `num_splits`."""
     fragments = []
 
     def put(namespace: str, schema: str) -> list[int]:
@@ -309,7 +309,7 @@ def register(install: Callable[[str, Any], None]) -> Iterator[Callable[[str, str
         def forward(q, k, v, k_new=None, softmax_scale=None, is_causal=False, num_splits=0, **others):  # type: ignore[no-untyped-def]
             calls.append(num_splits)
             assert all(states.stride(-1) == 1 for states in (q, k, v))
-            output, lse = by_the_package_s_layout(q, k, v, is_causal, softmax_scale)
+            output, lse = attend_tokens_first(q, k, v, is_causal, softmax_scale)
             return output, lse, q.new_empty(0), q.new_empty(0)
 
         fragment = library.Library(namespace, "FRAGMENT")
@@ -323,11 +323,11 @@ def register(install: Callable[[str, Any], None]) -> Iterator[Callable[[str, str
         fragment._destroy()
 
 
-@pytest.mark.skipif(FlashAttn3Kernel.is_installed(), reason="it has registered the real operator")
+@pytest.mark.skipif(FlashAttn3Kernel.is_installed(), reason="the real operator is registered")
 @pytest.mark.parametrize(
     "module, namespace", [("flash_attn_interface", "flash_attn_3"), ("fa3_fwd_interface", "fa3_fwd")]
 )
-def test_flash_attn_3_calls_the_operator_below_the_function(
+def test_flash_attn_3_calls_the_operator_directly(
     install: Callable[[str, Any], None], register: Callable[[str, str], list[int]], module: str, namespace: str
 ) -> None:
     calls = register(namespace, FORWARD)
@@ -340,12 +340,12 @@ def test_flash_attn_3_calls_the_operator_below_the_function(
     torch.testing.assert_close(FlashAttn3Kernel()(*odd, True, 0.11), FlashAttn3Kernel()(query, key, value, True, 0.11))
 
 
-@pytest.mark.skipif(FlashAttn3Kernel.is_installed(), reason="it has registered the real operator")
+@pytest.mark.skipif(FlashAttn3Kernel.is_installed(), reason="the real operator is registered")
 @pytest.mark.parametrize(
     "schema",
     ["fwd(Tensor q, Tensor k, Tensor v, float? softmax_scale = None)", FORWARD.replace("? k_new = None", " k_new")],
 )
-def test_flash_attn_3_calls_no_operator_that_it_does_not_know(
+def test_flash_attn_3_does_not_call_an_unknown_operator(
     install: Callable[[str, Any], None], register: Callable[[str, str], list[int]], schema: str
 ) -> None:
     calls = register("fa3_fwd", schema)
@@ -377,11 +377,11 @@ def test_flash_attn_3_with_the_first_keys_of_buffers(
 
 def test_flash_attn_3_missing_at_the_call() -> None:
     if FlashAttn3Kernel.is_installed():
-        pytest.skip("FlashAttention 3 is installed here")
+        pytest.skip("FlashAttention 3 is installed")
     with pytest.raises(RuntimeError, match="fa3-fwd"):
         FlashAttn3Kernel()(*SHAPES[0].draw(torch.bfloat16), True, 0.2)
 
 
-def test_both_orders_hold_known_kernels_and_end_with_one_that_fits_everything() -> None:
+def test_both_orders_end_with_a_kernel_that_supports_everything() -> None:
     for order in (kernels.PREFILL_ORDER, kernels.DECODE_ORDER):
         assert set(order) <= set(KERNELS.values()) and order[-1] is ReferenceKernel

@@ -1,4 +1,4 @@
-"""The interface that reaches the master."""
+"""The network interface that reaches the master node."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def test_loopback(address: str) -> None:
     assert interface_to(address) == "lo"
 
 
-def test_an_address_of_this_node_is_its_interface() -> None:
+def test_an_address_of_this_node() -> None:
     addresses = own_addresses()
     assert addresses
     for name, address in addresses:
         assert interface_to(address) == name
 
 
-def test_an_address_that_nobody_has() -> None:
+def test_an_unknown_address() -> None:
     assert interface_to("no-such-node.invalid") is None
 
 
@@ -45,7 +45,7 @@ def test_an_address_that_nobody_has() -> None:
         ("no-such-node.invalid", None, None),
     ],
 )
-def test_the_users_choice_comes_first(
+def test_the_users_choice_is_kept(
     monkeypatch: pytest.MonkeyPatch, master: str | None, before: str | None, after: str | None
 ) -> None:
     for name, value in (("MASTER_ADDR", master), (GLOO_INTERFACE, before)):
@@ -53,6 +53,6 @@ def test_the_users_choice_comes_first(
         if value is not None:
             monkeypatch.setenv(name, value)
     if before is None:
-        monkeypatch.setenv(GLOO_INTERFACE, "")  # so that what is set is taken back
+        monkeypatch.setenv(GLOO_INTERFACE, "")  # so that monkeypatch restores it
     choose_gloo_interface()
     assert (os.environ.get(GLOO_INTERFACE) or None) == after

@@ -1,4 +1,4 @@
-"""Merging and selection against the obvious versions."""
+"""Merging and selection, compared with the obvious versions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from apb_ds.ops.selection import gather_tokens, select_by_sorting, select_top
 
 HEADS, TOKENS, HEAD_DIM = 3, 7, 8
 
-# A partial output is stored in its dtype, so that is what the merged one can be off by: about one unit in the last
-# place of numbers up to 3 (2**-8 and 2**-11 of it), and for float32 the rounding of the log-sum-exp.
+# Partial outputs are rounded to their dtype, so the merged one can be off by about one unit in the last place of
+# numbers up to 3 (2**-8 and 2**-11 of it); in float32, by the rounding of the log-sum-exp.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
 
 
@@ -23,7 +23,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def attend(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """One softmax in float64; a row of no keys has output 0 and log-sum-exp minus infinity."""
+    """Attend with one softmax in float64; without keys, output is 0 and log-sum-exp minus infinity."""
     lse = torch.logsumexp(logits, dim=-1)
     weights = torch.exp(logits - torch.where(lse.isneginf(), 0.0, lse).unsqueeze(-1))
     return weights @ values, lse
@@ -65,7 +65,7 @@ def test_merge_many_is_one_softmax(sizes: list[int], dtype: torch.dtype) -> None
     assert_close(merged, whole, dtype)
 
 
-def test_a_merge_that_ignores_the_weights_is_noticed() -> None:
+def test_the_tolerance_detects_a_merge_that_ignores_the_weights() -> None:
     outs, _, whole = parts_and_whole([5, 9], torch.bfloat16)
     equal_shares = merge_many(outs, torch.zeros(2, 1, HEADS, TOKENS))
     assert float((equal_shares.double() - whole).abs().max()) > 10 * TOLERANCE[torch.bfloat16]
@@ -75,7 +75,7 @@ def test_a_merge_that_ignores_the_weights_is_noticed() -> None:
 def test_extreme_logits_do_not_overflow(top: float) -> None:
     """exp(88.8) overflows and exp(-104) vanishes in float32; only differences may be exponentiated."""
     outs, lses, whole = parts_and_whole([5, 9], torch.float32)
-    # Adding the same to all logits changes nothing but the rounding of the log-sum-exp: 1e-3 at 1e4.
+    # Shifting all logits only changes the rounding of the log-sum-exp: 1e-3 at 1e4.
     shifted = lses + top
     tolerance = 4 * 2.0**-24 * abs(top) * 3 + TOLERANCE[torch.float32]
     for merged in (merge_two(outs[0], shifted[0], outs[1], shifted[1]), merge_many(outs, shifted)):
@@ -83,7 +83,7 @@ def test_extreme_logits_do_not_overflow(top: float) -> None:
 
 
 @pytest.mark.parametrize("gap", [1e4, float(torch.finfo(torch.float32).max)])
-def test_a_part_far_below_the_other_adds_nothing(gap: float) -> None:
+def test_a_part_with_vanishing_weight_adds_nothing(gap: float) -> None:
     outs = draw(2, 1, HEADS, TOKENS, HEAD_DIM).float()
     high, low = torch.full((1, HEADS, TOKENS), gap), torch.full((1, HEADS, TOKENS), -gap)
     for first, second, expected in ((high, low, outs[0]), (low, high, outs[1])):
@@ -91,8 +91,8 @@ def test_a_part_far_below_the_other_adds_nothing(gap: float) -> None:
         assert torch.equal(merge_many(outs, torch.stack([first, second])), expected)
 
 
-def test_rows_that_saw_nothing() -> None:
-    """Row by row: both parts saw keys, only the first, only the second, none."""
+def test_rows_without_keys() -> None:
+    """In turn: both parts saw keys, only the first, only the second, neither."""
     outs = draw(2, 1, 1, 4, HEAD_DIM).float()
     nothing = -torch.inf
     lses = torch.tensor([[[[1.0, 2.0, nothing, nothing]]], [[[1.0, nothing, 3.0, nothing]]]])
@@ -130,7 +130,7 @@ def test_select_top_is_a_stable_sort(kind: str, tokens: int) -> None:
         assert torch.equal(chosen, select_by_sorting(scores, count)), count
 
 
-def test_select_top_written_by_hand() -> None:
+def test_select_top_on_small_examples() -> None:
     scores = torch.tensor([[1.0, 3.0, 1.0, 2.0, 1.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 5.0]])
     assert select_top(scores, 4).tolist() == [[0, 1, 3, 5], [0, 1, 2, 5]]
     assert select_by_sorting(scores, 4).tolist() == [[0, 1, 3, 5], [0, 1, 2, 5]]
@@ -145,7 +145,7 @@ def test_gather_tokens_picks_per_head() -> None:
         for slot in range(2):
             assert torch.equal(picked[0, head, slot], states[0, head, int(indices[head, slot])])
     assert gather_tokens(states, indices[:, :0]).shape == (1, 2, 0, 3)
-    # A slice of a longer block, not contiguous, as a compressor hands it in.
+    # A non-contiguous slice of a longer block, as a compressor passes it.
     assert torch.equal(
         gather_tokens(states[:, :, 1:], indices[:, :1]),
         states[:, :, 1:].contiguous()[:, [0, 1], indices[:, 0]][:, :, None],

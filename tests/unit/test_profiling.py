@@ -1,4 +1,4 @@
-"""Named parts: nothing while they are off, ranges of the profiler while they are recorded."""
+"""Named parts: profiler ranges while they are recorded, otherwise nothing."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_recorded_ranges_nest() -> None:
     assert by_name["aten::mul"].cpu_parent is inner
 
 
-def test_off_again_after_an_error() -> None:
+def test_an_error_turns_them_off() -> None:
     with pytest.raises(ValueError), profiling.recorded():
         raise ValueError
     assert not profiling.are_recorded()
 
 
-def test_a_decorated_function_stays_what_it_was() -> None:
+def test_a_decorated_function_keeps_its_name() -> None:
     assert (double.__name__, double.__doc__) == ("double", "Twice as much.")

@@ -1,4 +1,4 @@
-"""Attention kernels by name, and the choice of one by what is installed, by device and by dtype."""
+"""Attention kernels by name, and the choice among them by device, dtype and what is installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from apb_ds.ops.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
 from apb_ds.ops.kernels.reference import ReferenceKernel
 from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel, TorchCudnnKernel, TorchEfficientKernel, TorchFlashKernel
 
-# Fastest first for many queries; for the few queries of decoding, a kernel that splits the keys comes first.
+# Fastest first: for many queries, and for the few queries of decoding, where kernels that split the keys win.
 PREFILL_ORDER: tuple[type[Kernel], ...] = (
     FlashAttn3Kernel,
     TorchCudnnKernel,
@@ -39,7 +39,7 @@ KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in PREFILL_OR
 class KernelChoice:
     """The kernels of an engine: `prefill` for blocks and queries, `decode` for one token at a time.
 
-    `recorded` is for one token at a time in a CUDA graph; None where no kernel can be recorded.
+    `recorded` serves one token at a time in a CUDA graph; None if no kernel can be recorded.
     """
 
     prefill: Kernel
@@ -51,12 +51,12 @@ class KernelChoice:
         return {"prefill": self.prefill.name, "decode": self.decode.name}
 
     def in_ranges(self) -> KernelChoice:
-        """Return the same kernels, whose work a profiler sees as attention."""
+        """Return the same kernels; a profiler counts their work as attention."""
         return KernelChoice(_RangedKernel(self.prefill), _RangedKernel(self.decode), self.recorded)
 
 
 class _RangedKernel(Kernel):
-    """A kernel within the range of attention."""
+    """A kernel that runs within the profiler's range of attention."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -67,7 +67,7 @@ class _RangedKernel(Kernel):
 
 
 def check_kernel_name(name: str) -> None:
-    """Raise ValueError for a name that is no kernel, RuntimeError for one whose package is not installed."""
+    """Raise ValueError for an unknown kernel, RuntimeError if its package is not installed."""
     check_choice("kernel", name, ["auto", *KERNELS])
     if name != "auto" and not KERNELS[name].is_installed():
         kernel = KERNELS[name]
@@ -75,19 +75,19 @@ def check_kernel_name(name: str) -> None:
 
 
 def choose_kernels(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelChoice:
-    """Choose kernels for tensors on `device` of `dtype`.
+    """Choose kernels for tensors of `dtype` on `device`.
 
     Parameters
     ----------
     name : str
-        A kernel's name, or ``auto`` for the first that is installed and fits.
+        A kernel's name, or ``auto`` for the first one that is installed and supports such tensors.
 
     Raises
     ------
     ValueError
-        If the name is unknown or the named kernel does not serve such tensors.
+        If the name is unknown or the kernel does not support such tensors.
     RuntimeError
-        If the named kernel's package is not installed.
+        If the kernel's package is not installed.
     """
     check_kernel_name(name)
     if name == "auto":

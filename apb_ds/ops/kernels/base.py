@@ -1,4 +1,4 @@
-"""What an attention kernel is: output and log-sum-exp of square causal or unmasked attention."""
+"""The interface of an attention kernel: output and log-sum-exp of square causal or unmasked attention."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Kernel:
-    """Attention with grouped KV heads that returns its log-sum-exp. One subclass, one backend.
+    """Attention with grouped KV heads that returns its log-sum-exp. Each subclass wraps one backend.
 
-    Two cases only, which every stock kernel has: no mask at all, and causal with as many queries as keys. Empty
-    queries or keys are never passed: some backends crash on them.
+    Only the two cases that every stock kernel supports: unmasked, and causal with as many queries as keys. Queries and
+    keys are never empty: some backends crash on that.
     """
 
     name: ClassVar[str]
@@ -50,19 +50,19 @@ class Kernel:
         Parameters
         ----------
         query : (1, heads, 1, head_dim)
-        key, value : (1, kv_heads, capacity, head_dim); what is behind the keys that count must be finite
-        num_keys : (1,), int32, on the device: how many keys count, at least 1
+        key, value : (1, kv_heads, capacity, head_dim); values past the first `num_keys` must be finite
+        num_keys : (1,), int32, on the device: how many keys to attend to, at least 1
 
         Returns
         -------
         As `__call__`.
         """
-        stop = int(num_keys)  # waits for the device: kernels that can be recorded have another way
+        stop = int(num_keys)  # waits for the device; kernels that can be recorded override this
         return self(query, key[:, :, :stop], value[:, :, :stop], False, scale)
 
     @classmethod
     def is_installed(cls) -> bool:
-        """Whether the backend's package can be found (it is not imported)."""
+        """Whether the backend's package can be found; it is not imported."""
         return cls.package is None or importlib.util.find_spec(cls.package) is not None
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The flash-attn packages. They want (batch, tokens, heads, head_dim), so tensors are transposed here."""
+"""The flash-attn packages. They use (batch, tokens, heads, head_dim), so tensors are transposed here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from apb_ds.ops.kernels.base import Kernel
 
 FLASH_ATTN_3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
-# Where they register the operator that their functions call, and what it must know to be called by name.
+# The namespace in which each registers the operator behind its functions, and the arguments passed to it by name.
 FLASH_ATTN_3_OPERATORS = {"flash_attn_interface": "flash_attn_3", "fa3_fwd_interface": "fa3_fwd"}
 OPERATOR_ARGUMENTS = {"q", "k", "v", "softmax_scale", "is_causal", "num_splits"}
 
@@ -33,13 +33,13 @@ class FlashAttn2Kernel(Kernel):
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         function = importlib.import_module("flash_attn").flash_attn_func
         q, k, v = (states.transpose(1, 2) for states in (query, key, value))
-        # The third value is the attention matrix, which the package fills in only with dropout.
+        # The third value is the attention matrix, which is only filled in with dropout.
         output, lse, _ = function(q, k, v, softmax_scale=scale, causal=causal, return_attn_probs=True)
         return output.transpose(1, 2), lse[..., : query.shape[2]].float()
 
 
 class FlashAttn3Kernel(Kernel):
-    """FlashAttention 3 for Hopper: ``flash_attn_interface``, or the wheel ``fa3-fwd`` (``fa3_fwd_interface``)."""
+    """FlashAttention 3 for Hopper: ``flash_attn_interface``, or ``fa3_fwd_interface`` of the wheel ``fa3-fwd``."""
 
     name = "flash_attn3"
     device_type = "cuda"
@@ -64,7 +64,7 @@ class FlashAttn3Kernel(Kernel):
     ) -> tuple[Tensor, Tensor]:
         name = _flash_attn_3_module()
         assert name is not None
-        function = importlib.import_module(name).flash_attn_with_kvcache  # this one splits the keys
+        function = importlib.import_module(name).flash_attn_with_kvcache  # unlike flash_attn_func, it splits the keys
         q, k, v = (states.transpose(1, 2) for states in (query, key, value))
         output, lse, *_ = function(q, k, v, cache_seqlens=num_keys, softmax_scale=scale, return_softmax_lse=True)
         return output.transpose(1, 2), lse.float()
@@ -91,17 +91,17 @@ def _flash_attn_3() -> tuple[Any, dict[str, bool]]:
     if name is None:
         raise RuntimeError(f"flash_attn3 is not installed; {FlashAttn3Kernel.extra}.")
     function = importlib.import_module(name).flash_attn_func
-    # Older builds always return the log-sum-exp, newer ones when asked.
+    # Older builds always return the log-sum-exp, newer ones on request.
     asks = "return_attn_probs" in inspect.signature(function).parameters
     return function, {"return_attn_probs": True} if asks else {}
 
 
 @cache
 def _flash_attn_3_operator() -> Any:
-    """Return the operator below the package's function, or None if it is not as expected.
+    """Return the operator that the package's function calls, or None if its arguments are not the expected ones.
 
-    The function prepares a backward pass and goes through the dispatcher twice, which takes longer than a short
-    block's attention.
+    The function prepares a backward pass and goes through the dispatcher twice, which takes longer than attention over
+    a short block.
     """
     name = _flash_attn_3_module()
     if name is None:

@@ -1,4 +1,4 @@
-"""The slow, obvious kernel: float64, the whole matrix of logits. Every other kernel is tested against it."""
+"""The obvious, slow kernel: float64, the full matrix of logits. Tests compare every other kernel with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from apb_ds.ops.kernels.base import Kernel, expand_kv_heads
 
 
 class ReferenceKernel(Kernel):
-    """Softmax attention in float64 on any device. Memory grows with queries times keys."""
+    """Softmax attention in float64 on any device. Memory grows with queries x keys."""
 
     name = "reference"
 

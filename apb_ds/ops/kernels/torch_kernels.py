@@ -1,4 +1,4 @@
-"""The kernels inside torch, called below ``scaled_dot_product_attention``, which hides the log-sum-exp."""
+"""torch's own kernels, called directly because ``scaled_dot_product_attention`` does not return the log-sum-exp."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class CPUFlashKernel(Kernel):
-    """Flash attention on CPU: tiled, so no matrix of queries by keys, and grouped KV heads as they are."""
+    """Flash attention on CPU: tiled, so it never builds the matrix of logits; takes grouped KV heads."""
 
     name = "cpu_flash"
     device_type = "cpu"
@@ -25,7 +25,7 @@ class CPUFlashKernel(Kernel):
 
 
 class TorchCudnnKernel(Kernel):
-    """cuDNN attention through torch. Its causal mask is top-left aligned, which is right for square cases."""
+    """cuDNN attention through torch. Its causal mask is top-left aligned, which is only right for square cases."""
 
     name = "torch_cudnn"
     device_type = "cuda"
@@ -41,7 +41,7 @@ class TorchCudnnKernel(Kernel):
 
 
 class TorchFlashKernel(Kernel):
-    """FlashAttention 2 as built into torch. It splits the keys of a single query, so it suits decode."""
+    """FlashAttention 2 as built into torch. It splits the keys of a single query, so it is fast in decoding."""
 
     name = "torch_flash"
     device_type = "cuda"
@@ -59,17 +59,17 @@ class TorchFlashKernel(Kernel):
     def attend_first(
         self, query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        # As sequences of different lengths, of which there is one: (tokens, heads, head_dim), and where each begins.
+        # The variable-length form, with one sequence: (tokens, heads, head_dim) and the offsets of the sequences.
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-        begins = torch.arange(2, dtype=torch.int32, device=query.device)
+        offsets = torch.arange(2, dtype=torch.int32, device=query.device)
         output, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, begins, begins * len(k), 1, len(k), 0.0, False, False, scale=scale, seqused_k=num_keys
+            q, k, v, offsets, offsets * len(k), 1, len(k), 0.0, False, False, scale=scale, seqused_k=num_keys
         )
         return output.transpose(0, 1).unsqueeze(0), lse.reshape(query.shape[:3]).float()
 
 
 class TorchEfficientKernel(Kernel):
-    """Memory-efficient attention through torch: the CUDA path for float32. It needs KV heads repeated."""
+    """Memory-efficient attention through torch: the CUDA kernel for float32. It needs repeated KV heads."""
 
     name = "torch_efficient"
     device_type = "cuda"
@@ -80,4 +80,4 @@ class TorchEfficientKernel(Kernel):
         output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, expand_kv_heads(key, heads), expand_kv_heads(value, heads), None, True, 0.0, causal, scale=scale
         )
-        return output, lse[..., : query.shape[2]].float()  # the log-sum-exp comes padded to a multiple of 32
+        return output, lse[..., : query.shape[2]].float()  # the log-sum-exp is padded to a multiple of 32
