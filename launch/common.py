@@ -88,7 +88,9 @@ class Trainings(Jobs):
         Returns one line about a record: where the weights are, and how good.
     """
 
-    def __init__(self, train: Callable[[Job, ending.Watch], dict[str, Any]], summarise: Callable[[dict[str, Any]], str]) -> None:
+    def __init__(
+        self, train: Callable[[Job, ending.Watch], dict[str, Any]], summarise: Callable[[dict[str, Any]], str]
+    ) -> None:
         super().__init__()
         self._train = train
         self._summarise = summarise
