@@ -1,4 +1,4 @@
-"""What all tests share: the pool of ranks, and what a marked test needs."""
+"""Shared by all tests: the pool of ranks, and skips for what a marked test needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors, more threads only wait for each other
 
 import torch
 
@@ -20,8 +20,8 @@ from tests.pool import Pools
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fresh-cache", action="store_true", help="convert models into a cache of this session's own")
-    parser.addoption("--fault-times", metavar="FILE", help="write what the fault tests measure, as JSON")
+    parser.addoption("--fresh-cache", action="store_true", help="convert models into a temporary cache")
+    parser.addoption("--fault-times", metavar="FILE", help="write the fault tests' measurements as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:

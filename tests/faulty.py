@@ -1,6 +1,6 @@
-"""A launch script in which something goes wrong at a place of choice: ``deepspeed tests/faulty.py infer.py ...``.
+"""A launch script with an injected fault: ``deepspeed tests/faulty.py infer.py ...``.
 
-What goes wrong is in the environment variable `VARIABLE`, as JSON; see `Fault`.
+The environment variable `VARIABLE` holds the `Fault` as JSON.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ VARIABLE = "APB_TEST_FAULT"
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong.
+    """What goes wrong, and when.
 
     Attributes
     ----------
     kind : "kill" (SIGKILL), "hang", "memory" (runs out), "raise" (in the compressor), "link" (goes down; needs root),
         "fill" (the disk of a folder)
-    rank : where
-    phase, layer : at the entry of which attention, the first time; a "raise" is always in a prefill's
-    compressor : only with this one
-    moment : a file whose content says when it happened, seconds since the epoch
+    rank : the rank that fails
+    phase, layer : when it first enters this attention; "raise" happens in prefill's compressor instead
+    compressor : only with this compressor
+    moment : a file that gets the time of the fault, in seconds since the epoch
     folder : for "fill"
     """
 
@@ -55,7 +55,7 @@ class Fault:
 
 
 def install(fault: Fault) -> None:
-    """Have it go wrong in this process, if it is the one."""
+    """Inject the fault, if this process is the rank that fails."""
     if int(os.environ.get("RANK", "0")) != fault.rank:
         return
     if fault.kind == "raise":
@@ -103,7 +103,7 @@ def _happen(fault: Fault) -> None:
 
 
 def run_script(name: str, arguments: list[str]) -> None:
-    """Run launch/<name> with the arguments, as the main module."""
+    """Run launch/<name> as the main module."""
     fault = Fault.from_environment()
     sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
     sys.argv = [name, *arguments]

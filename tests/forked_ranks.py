@@ -1,4 +1,4 @@
-"""Ranks of a launch script, forked from the pool's server: real processes that may die, ready within a second."""
+"""Ranks of a launch script, forked from the pool's server: real processes that may die, started within a second."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Ended:
 
     Attributes
     ----------
-    code : its exit code, negative for a signal
-    seconds : from the fault to its end; from the start where nothing went wrong
+    code : exit code, negative for a signal
+    seconds : from the fault until it ended; from the start if there was no fault
     """
 
     code: int
@@ -47,7 +47,7 @@ class Network:
 
     Attributes
     ----------
-    namespaces : of each rank, none for this process' own
+    namespaces : one per rank; empty for this process's namespace
     """
 
     master: str = "127.0.0.1"
@@ -55,7 +55,7 @@ class Network:
 
 
 class ForkedRanks:
-    """Ranks of ``launch/<script>`` with these arguments, started on entering and killed at the latest on leaving."""
+    """Ranks of ``launch/<script>`` with these arguments, started on entry and killed on exit at the latest."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class ForkedRanks:
                 os.kill(self.processes[rank].pid, signal.SIGKILL)
 
     def wait(self, timeout_s: float) -> list[Ended]:
-        """Return how the ranks ended; one that has not in time fails the test."""
+        """Wait for all ranks and return how they ended; fail the test if one does not end in time."""
         deadline = time.time() + timeout_s
         ends: dict[int, float] = {}
         while len(ends) < len(self.processes) and time.time() < deadline:
@@ -108,19 +108,19 @@ class ForkedRanks:
             time.sleep(0.02)
         missing = [rank for rank in range(len(self.processes)) if rank not in ends]
         if missing:
-            said = "\n".join(f"--- rank {rank}\n{self._said(rank, 'err')}" for rank in range(len(self.processes)))
-            raise AssertionError(f"ranks {missing} did not end in {timeout_s} s\n{said}")
+            output = "\n".join(f"--- rank {rank}\n{self._output(rank, 'err')}" for rank in range(len(self.processes)))
+            raise AssertionError(f"ranks {missing} did not end in {timeout_s} s\n{output}")
         began = self.began
         if self.fault is not None and self.fault.moment:
             moment = Path(self.fault.moment)
-            assert moment.exists(), f"nothing went wrong: {self._said(0, 'err')}"
+            assert moment.exists(), f"there was no fault: {self._output(0, 'err')}"
             began = float(moment.read_text())
         return [
-            Ended(process.exitcode, self._said(rank, "out"), self._said(rank, "err"), ends[rank] - began)
+            Ended(process.exitcode, self._output(rank, "out"), self._output(rank, "err"), ends[rank] - began)
             for rank, process in enumerate(self.processes)
         ]
 
-    def _said(self, rank: int, kind: str) -> str:
+    def _output(self, rank: int, kind: str) -> str:
         path = self.directory / f"rank{rank}.{kind}"
         return path.read_text(errors="replace") if path.exists() else ""
 
@@ -143,8 +143,8 @@ def _serve(
     )
     for name in LAUNCHER:
         os.environ.pop(name, None)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()} if world_size > 1 else {})
+    launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in launcher.items()} if world_size > 1 else {})
     os.environ.update({"MASTER_ADDR": network.master, "HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"})
     if network.namespaces:
         os.environ.pop("GLOO_SOCKET_IFNAME", None)
@@ -162,7 +162,7 @@ def _serve(
 
 
 def _keep_journal(path: Path) -> None:
-    """Have each result that is on the disk leave a line with its id behind, and some time for kills."""
+    """After each result is on the disk, write its id to a journal, then leave time for kills."""
     from apb_ds.report.answers import AnswerFile
 
     append = AnswerFile.append
@@ -171,7 +171,7 @@ def _keep_journal(path: Path) -> None:
         append(self, index, result)
         with path.open("a") as stream:
             stream.write(f"{index}\n")
-        time.sleep(AFTER_RESULT_S)  # on a fast machine too, a run that is killed has a few results and not all of them
+        time.sleep(AFTER_RESULT_S)  # so that a killed run has some results but not all, on a fast machine too
 
     mock.patch.object(AnswerFile, "append", append_and_note).start()
 

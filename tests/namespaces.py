@@ -1,4 +1,4 @@
-"""Two nodes on one machine: network namespaces that a cable joins. Needs root and iproute2."""
+"""Two nodes on one machine: network namespaces joined by a virtual cable. Needs root and iproute2."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ INTERFACE = "eth0"
 
 @dataclass(frozen=True)
 class Nodes:
-    """Two namespaces, each with an interface `INTERFACE` of this address."""
+    """Two namespaces; in each, `INTERFACE` has one of the addresses."""
 
     names: tuple[str, str]
     addresses: tuple[str, str]
 
     def command(self, node: int, *command: str) -> list[str]:
-        """Return a command that runs another one on a node."""
+        """Wrap a command so that it runs on a node."""
         return ["ip", "netns", "exec", self.names[node], *command]
 
 
 def run_as_root(*command: str) -> None:
-    """Run a command that needs root; skip the test where that is missing."""
+    """Run a command that needs root; skip the test if root or the command is missing."""
     if os.geteuid() != 0:
         pytest.skip("missing: root")
     if shutil.which(command[0]) is None:
@@ -39,7 +39,7 @@ def run_as_root(*command: str) -> None:
 
 @contextmanager
 def two_nodes() -> Iterator[Nodes]:
-    """Make two namespaces and the cable, and remove them."""
+    """Create two namespaces and their cable; remove them on exit."""
     mark = f"{os.getpid() % 100000}"
     nodes = Nodes((f"apb-{mark}-a", f"apb-{mark}-b"), ("10.213.7.1", "10.213.7.2"))
     made = []

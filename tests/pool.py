@@ -1,8 +1,8 @@
-"""Processes that the test session starts once and reuses, over gloo on CPU or NCCL with a GPU for each.
+"""Processes that the test session starts once and reuses, over gloo on CPU or over NCCL with one GPU each.
 
-Those of gloo fork from a server that has torch, transformers and deepspeed loaded already, so a new pool costs a
-fraction of a second; gloo itself starts after the fork. They meet through a file and talk over the loopback device
-alone. Those of NCCL are started anew, since CUDA does not survive a fork.
+Gloo processes fork from a server that has already imported torch, transformers and deepspeed, so a new pool takes a
+fraction of a second; gloo itself starts after the fork. They meet through a file and use only the loopback device.
+NCCL processes are spawned, since CUDA does not survive a fork.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from typing import Any
 
 PRELOADED = ["tests.preloaded"]
 START_TIMEOUT_S = 120
-# Where one rank failed, the others are likely to hang in a collective: this long is given to those that also report.
+# After one rank fails, the others probably hang in a collective: how long they may take to report as well.
 GRACE_S = 3.0
 
 
 class RankError(AssertionError):
-    """One or more ranks raised; the message holds their tracebacks."""
+    """One or more ranks raised; the message has their tracebacks."""
 
 
 class RankTimeout(AssertionError):
-    """One or more ranks did not answer in time; the message holds where they were."""
+    """One or more ranks did not answer in time; the message has their stacks."""
 
 
 GLOO, NCCL = "gloo", "nccl"
@@ -47,8 +47,12 @@ ENVIRONMENTS = {
 
 @contextlib.contextmanager
 def workers_environment(backend: str = GLOO) -> Any:
-    """Set what the workers (or their server) must start with, and restore it: the session itself may use a GPU."""
-    values = {**ENVIRONMENTS[backend], "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as the launch scripts
+    """Set the environment that the workers or their server start with, then restore it: the session may use a GPU."""
+    values = {
+        **ENVIRONMENTS[backend],
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }  # like launch/*.py
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.get(name) for name in (*values, *launcher)}
     for name in launcher:
@@ -99,7 +103,7 @@ def _serve(connection: Connection, rank: int, world_size: int, directory: str) -
 
 
 class Pool:
-    """`world_size` ranks with torch.distributed and deepspeed.comm initialised, started at the first `run`."""
+    """`world_size` ranks with torch.distributed and deepspeed.comm initialised; the first `run` starts them."""
 
     def __init__(self, world_size: int, backend: str = GLOO):
         self.world_size = world_size
@@ -112,15 +116,15 @@ class Pool:
 
         Parameters
         ----------
-        function : importable by name (not a closure), its results picklable
+        function : importable by name (not a closure), with picklable results
         timeout : float, seconds until the ranks are killed
 
         Raises
         ------
         RankError
-            With the remote tracebacks. The next `run` has new ranks.
+            With the remote tracebacks. The next `run` starts new ranks.
         RankTimeout
-            With the stacks of the ranks that gave no answer. The next `run` has new ranks.
+            With the stacks of the ranks that did not answer. The next `run` starts new ranks.
         """
         if not self._workers:
             self._start()
@@ -213,7 +217,7 @@ class Pool:
 
 
 class Pools:
-    """The session's pools by number of ranks: ``pools(2).run(function, ...)``."""
+    """The session's pools by world size: ``pools(2).run(function, ...)``."""
 
     def __init__(self) -> None:
         self._pools: dict[int, Pool] = {}

@@ -1,7 +1,7 @@
-"""What the server of the forked processes has loaded: the modules whose import takes long.
+"""Slow imports, done once in the server that test processes fork from.
 
-The last thing it does is to take all of it out of the garbage collector's sight. A collection in a forked process would
-otherwise write to every object, and so copy the whole heap.
+Finally hides everything from the garbage collector: a collection in a forked process would write to every object and
+so copy the whole heap.
 """
 
 from __future__ import annotations

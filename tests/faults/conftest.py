@@ -1,4 +1,4 @@
-"""What the fault tests share: what they measure goes into one file, if `--fault-times` names one."""
+"""Shared by the fault tests: they write their measurements to the file that `--fault-times` names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FaultTimes:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, fault: str, seconds: list[float], *, timeout_s: int, says: str, codes: list[int]) -> None:
-        """Keep one fault: seconds until each other rank or node had ended, their codes, and what one of them said."""
+        """Add a fault: seconds until each other rank or node ended, their exit codes, and one of their messages."""
         self.rows.append(
             {
                 "fault": fault,
@@ -44,13 +44,13 @@ def fault_times(request: pytest.FixtureRequest) -> Iterator[FaultTimes]:
 
         file = Path(path)
         rows = {row["fault"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
-        rows |= {row["fault"]: row for row in times.rows}  # a part of the tests measures its own rows anew
+        rows |= {row["fault"]: row for row in times.rows}  # a subset of the tests replaces only its rows
         file.write_text(json.dumps({"rows": list(rows.values()), **environment(torch.device("cpu"))}, indent=2) + "\n")
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model and a document for it."""
+    """A tiny model and a document."""
     directory = tmp_path_factory.mktemp("tiny")
     save_checkpoint(directory)
     (directory / "document.txt").write_text("A lamp stands on the pier. It is lit at dusk and put out at dawn. " * 8)
@@ -59,7 +59,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ask(checkpoint: Path) -> list[str]:
-    """Arguments of launch/infer.py that ask the tiny model something."""
+    """Arguments of launch/infer.py that ask the tiny model a question."""
     return [
         "task=prompt",
         f"task.document=@{checkpoint / 'document.txt'}",

