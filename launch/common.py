@@ -30,7 +30,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from apb_ds import __version__
 from apb_ds.parallel.failure import ending
-from apb_ds.parallel.failure.ending import FAILED_EXIT, INTERRUPTED_EXIT, rank
+from apb_ds.parallel.failure.ending import FAILED_EXIT, INTERRUPTED_EXIT
+from apb_ds.parallel.launcher import launched_rank as rank
 from hydra_plugins import apb_ds_sweep
 
 from . import arguments as command_line
@@ -126,7 +127,7 @@ def run_hydra(config_name: str, jobs: Jobs) -> int:
     if any(flag in command_line.HELP for flag in sys.argv[1:]):
         return print_help(config_name)
     with jobs.watch:
-        return _run_hydra(config_name, jobs, ending.GivingUp(jobs.watch, jobs.abandon))
+        return _run_hydra(config_name, jobs)
 
 
 def print_help(config_name: str) -> int:
@@ -142,7 +143,7 @@ def print_help(config_name: str) -> int:
     return 0
 
 
-def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
+def _run_hydra(config_name: str, jobs: Jobs) -> int:
     arguments = command_line.for_hydra(sys.argv[1:])
     debug = os.environ.get("HYDRA_FULL_ERROR") == "1" or "debug=true" in (item.lower() for item in arguments)
     if rank() > 0:
@@ -196,7 +197,7 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
             return refuse(error)
         except Exception as error:
             # Hydra would go on with the sweep's next job, but the ranks that did not fail would not.
-            giving_up.on(error)
+            jobs.watch.give_up(error, jobs.abandon)
 
     Plugins.instance()  # executes the plugin modules again, once, which would reset what is set in them
     apb_ds_sweep.on_failure(bad_job)
@@ -212,7 +213,7 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
             "hydra/launcher at one_by_one, or start several commands."
         )
     except ending.Stopped as error:
-        giving_up.on(error)
+        jobs.watch.give_up(error, jobs.abandon)
     except KeyboardInterrupt:
         if rank() == 0:
             print("Interrupted.", file=sys.stderr, flush=True)
@@ -220,7 +221,7 @@ def _run_hydra(config_name: str, jobs: Jobs, giving_up: ending.GivingUp) -> int:
     try:
         succeeded = jobs.finish()
     except (Exception, ending.Stopped) as error:
-        giving_up.on(error)
+        jobs.watch.give_up(error, jobs.abandon)
     return 0 if succeeded else _wait_for_first_rank()
 
 

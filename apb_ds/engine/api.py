@@ -18,7 +18,8 @@ from apb_ds.engine.validation import settings_facts
 from apb_ds.hf.architecture import check_supported
 from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.parallel.consistency import describe_software, shared_validation
-from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, launched_world_size, world_group
+from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, world_group
+from apb_ds.parallel.launcher import launched_world_size
 from apb_ds.plan import check_ranks
 
 

@@ -23,6 +23,7 @@ from apb_ds.ops import profiling
 from apb_ds.parallel.failure.board import Board, lost_ranks_named
 from apb_ds.parallel.failure.ending import Watch
 from apb_ds.parallel.failure.progress import Progress
+from apb_ds.parallel.launcher import launched_world_size, ranks_on_node
 from apb_ds.parallel.network import choose_gloo_interface
 from apb_ds.parallel.pending import PendingGather, PendingShift
 
@@ -215,23 +216,12 @@ class SequenceGroup:
         self.bytes_sent += tensor.numel() * tensor.element_size() * (self.world_size - 1)
 
 
-def launched_world_size() -> int:
-    """Return how many ranks the launcher (deepspeed, torchrun) started; 1 without a launcher."""
-    started = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    return int(os.environ["WORLD_SIZE"]) if started else 1
-
-
-def launched_rank() -> int:
-    """Return the global rank that the launcher gave this process; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0")) if launched_world_size() > 1 else 0
-
-
 def share_cpu_cores() -> None:
     """Limit this process to its share of the node's cores, so that the node's ranks do not compete for all of them.
 
     Does nothing if the user set ``OMP_NUM_THREADS``; torchrun sets it to 1 by default, which does not count.
     """
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    local_ranks = ranks_on_node()
     asked = os.environ.get("OMP_NUM_THREADS")
     unasked = asked is None or (asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ)
     if local_ranks > 1 and unasked:

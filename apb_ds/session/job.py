@@ -10,7 +10,8 @@ from apb_ds.attention import check_available
 from apb_ds.compressors.base import names_with_heads, needs_heads
 from apb_ds.config import APBConfig, check_bool, check_choice, check_integer, from_mapping
 from apb_ds.loading import ModelConfig
-from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, launched_world_size
+from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S
+from apb_ds.parallel.launcher import launched_world_size
 from apb_ds.plan import check_ranks
 from apb_ds.tasks import TaskConfig, build_task_config
 from apb_ds.tasks.checks import check_optional_text

@@ -17,7 +17,8 @@ from rich.console import Console
 from apb_ds.loading import ModelConfig
 from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.failure.ending import Watch
-from apb_ds.parallel.groups import SequenceGroup, launched_rank, world_group
+from apb_ds.parallel.groups import SequenceGroup, world_group
+from apb_ds.parallel.launcher import launched_rank
 from apb_ds.report.compare import compare_records
 from apb_ds.report.memory import peak_memory_kind
 from apb_ds.report.paths import hide_paths

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.parallel.launcher import ranks_on_node
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
 from apb_ds.report.progress import steps_progress
 from apb_ds.report.record import environment, write_json
@@ -200,6 +201,5 @@ def load_batches(batches: Dataset[Batch], first: int, steps: int, workers: int |
 
 def _num_workers() -> int:
     """Return how many processes this rank may start next to itself."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_WORKERS, max(0, cores // max(1, local_ranks) - 1))
+    return min(MAX_WORKERS, max(0, cores // ranks_on_node() - 1))

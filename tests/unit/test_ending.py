@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 END_S = 30
 ARRIVES_S = 0.5  # between its "ready" and its wait
-RANK = {"RANK": "1", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+LAUNCHER = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+RANK = LAUNCHER | {"PYTHONPATH": str(ROOT)}
 # Locking a mutex twice blocks the main thread in C, where Python runs no signal handlers, as a collective does.
 WAITS = {
     "in Python": "import time\nwhile True: time.sleep(0.01)",
@@ -32,7 +33,7 @@ with watch:
     try:
         {wait}
     except ending.Stopped as error:
-        ending.GivingUp(watch, lambda why: print("kept", why, flush=True)).on(error)
+        watch.give_up(error, lambda why: print("kept", why, flush=True))
 """
 
 
@@ -145,7 +146,7 @@ def test_a_closed_pipe_is_no_traceback() -> None:
         "    try:\n"
         "        while True: print('words', flush=True)\n"
         "    except BrokenPipeError as error:\n"
-        "        ending.GivingUp(watch, None).on(error)\n"
+        "        watch.give_up(error)\n"
     )
     for world_size in ("1", "2"):
         process = start([sys.executable, "-c", code], WORLD_SIZE=world_size)

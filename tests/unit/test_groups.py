@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from apb_ds.parallel import groups
-from apb_ds.parallel.groups import SequenceGroup, launched_rank, launched_world_size, share_cpu_cores
+from apb_ds.parallel.groups import SequenceGroup, share_cpu_cores
+from apb_ds.parallel.launcher import launched_rank, launched_world_size
 
 LAUNCHER = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

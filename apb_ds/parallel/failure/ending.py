@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from apb_ds.parallel.failure.board import LostRankError
 from apb_ds.parallel.failure.reports import Kind
+from apb_ds.parallel.launcher import launched_rank, launched_world_size
 
 if TYPE_CHECKING:
     from apb_ds.parallel.groups import SequenceGroup
@@ -46,23 +47,6 @@ class Stopped(BaseException):
     """This process was asked to exit. Not an Exception, so that nothing takes it for a failed job."""
 
 
-def rank() -> int:
-    """Return the global rank that the launcher gave this process, 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def under_launcher() -> bool:
-    """Whether a launcher started this process as one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
-def print_error(message: str) -> None:
-    """Print an error on standard error in one write, since several ranks share it."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"Error: {message}\n")
-        sys.stderr.flush()
-
-
 class Watch:
     """Watches over this process, as a context manager; does nothing without a launcher.
 
@@ -80,7 +64,7 @@ class Watch:
         self._ended = threading.Event()
 
     def __enter__(self) -> Self:
-        if under_launcher() and threading.current_thread() is threading.main_thread():
+        if launched_world_size() > 1 and threading.current_thread() is threading.main_thread():
             self._pipe = os.pipe()
             for end in self._pipe:
                 os.set_blocking(end, False)
@@ -112,23 +96,35 @@ class Watch:
         """Have `leave` call this: `os._exit` runs no atexit handlers."""
         self._cleanups.append(cleanup)
 
-    def close(self) -> None:
-        """Stop watching: the main thread is ending the process already."""
-        self._ended.set()
+    def give_up(self, error: BaseException, abandon: Abandon | None = None) -> NoReturn:
+        """End the process after an error: tell the other ranks and the user why, and call ``abandon(why)``."""
+        self._ended.set()  # the main thread ends the process
         if self._before is not None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    def diagnose(self, kind: Kind, why: str, *, grace_s: float | None = None) -> str:
-        """Report why this process ends, and return the message it ends with."""
-        board = None if self._group is None else self._group.board
-        return why if board is None else board.diagnose(kind, why, grace_s=grace_s)
+        if isinstance(error, Stopped):
+            message, code = self._diagnose(Kind.STOPPED, str(error)), STOPPED_EXIT
+        elif isinstance(error, LostRankError):
+            message, code = str(error), LOST_EXIT
+        elif isinstance(error, BrokenPipeError):
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (or the last flush fails again)
+            message, code = self._diagnose(Kind.RAISED, "the reader of its output has exited (closed pipe)."), PIPE_EXIT
+        elif _is_out_of_memory(error):
+            message, code = self._diagnose(Kind.RAISED, str(error)), FAILED_EXIT
+        else:
+            print(f"[rank {launched_rank()}] {traceback.format_exc()}", file=sys.stderr, flush=True)
+            message, code = self._diagnose(Kind.RAISED, f"{type(error).__name__}: {error}"), CRASH_EXIT
+        _print_error(message)
+        if abandon is not None:
+            with contextlib.suppress(Exception):  # a full disk, a closed pipe: the message is out already
+                abandon(message)
+        self.leave(code)
 
     def leave(self, code: int) -> NoReturn:
         """End the process: at once if it is one of several ranks, else normally.
 
         After a lost connection, gloo's threads would abort a process that exits normally.
         """
-        if not under_launcher():
+        if launched_world_size() == 1:
             raise SystemExit(code)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -136,6 +132,11 @@ class Watch:
         for cleanup in self._cleanups:
             cleanup()
         os._exit(code)
+
+    def _diagnose(self, kind: Kind, why: str, *, grace_s: float | None = None) -> str:
+        """Report why this process ends, and return the message it ends with."""
+        board = None if self._group is None else self._group.board
+        return why if board is None else board.diagnose(kind, why, grace_s=grace_s)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Run in the main thread, as soon as it is not inside C code."""
@@ -174,38 +175,15 @@ class Watch:
         """End the process, since the main thread does not."""
         if self._ended.is_set():
             return
-        print_error(self.diagnose(Kind.STOPPED, self._why, grace_s=1.0))
+        _print_error(self._diagnose(Kind.STOPPED, self._why, grace_s=1.0))
         self.leave(STOPPED_EXIT)
 
 
-class GivingUp:
-    """How this rank ends when it cannot continue."""
-
-    def __init__(self, watch: Watch, abandon: Abandon | None) -> None:
-        self._watch = watch
-        self._abandon = abandon
-
-    def on(self, error: BaseException) -> NoReturn:
-        """Tell the other ranks and the user why, save what can be saved, and end the process."""
-        watch = self._watch
-        watch.close()
-        if isinstance(error, Stopped):
-            message, code = watch.diagnose(Kind.STOPPED, str(error)), STOPPED_EXIT
-        elif isinstance(error, LostRankError):
-            message, code = str(error), LOST_EXIT
-        elif isinstance(error, BrokenPipeError):
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (or the last flush fails again)
-            message, code = watch.diagnose(Kind.RAISED, "the reader of its output has exited (closed pipe)."), PIPE_EXIT
-        elif _is_out_of_memory(error):
-            message, code = watch.diagnose(Kind.RAISED, str(error)), FAILED_EXIT
-        else:
-            print(f"[rank {rank()}] {traceback.format_exc()}", file=sys.stderr, flush=True)
-            message, code = watch.diagnose(Kind.RAISED, f"{type(error).__name__}: {error}"), CRASH_EXIT
-        print_error(message)
-        if self._abandon is not None:
-            with contextlib.suppress(Exception):  # a full disk, a closed pipe: the message is out already
-                self._abandon(message)
-        watch.leave(code)
+def _print_error(message: str) -> None:
+    """Print an error on standard error in one write, since several ranks share it."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"Error: {message}\n")
+        sys.stderr.flush()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
