@@ -295,7 +295,7 @@ def _no_shared_memory_op() -> Iterator[None]:
     """Start DeepSpeed's communication without its shared-memory op, which none of our collectives uses.
 
     DeepSpeed compiles it at the first start on CPU, which takes a minute. A rank that is killed while it compiles
-    leaves a lock in torch's extensions directory, and every later start waits for that lock for ever.
+    leaves a lock in torch's extensions directory, and every later start waits for that lock forever.
     """
     ops: Any = importlib.import_module("deepspeed.ops")
     name = "__compatible_ops__"  # DeepSpeed fills it lazily; an op that is not in it counts as incompatible
