@@ -32,6 +32,7 @@ from apb_ds import __version__
 from apb_ds.parallel.failure import ending
 from apb_ds.parallel.failure.ending import FAILED_EXIT, INTERRUPTED_EXIT
 from apb_ds.parallel.launcher import launched_rank as rank
+from apb_ds.parallel.launcher import launched_world_size
 from hydra_plugins import apb_ds_sweep
 
 from . import arguments as command_line
@@ -187,7 +188,8 @@ def _run_hydra(config_name: str, jobs: Jobs) -> int:
         if OmegaConf.select(config, "model.device") == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed moves models to its accelerator
         try:
-            check_early(config)
+            if launched_world_size() == 1:  # ranks tell each other of errors, for which they meet first
+                check_early(config)
         except (OmegaConfBaseException, ValueError) as error:
             return refuse(error)
         try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from omegaconf import DictConfig, OmegaConf
 
 from apb_ds.config import APBConfig
@@ -13,10 +11,10 @@ HEADS_KEY = "retaining_heads"  # not a field of APBConfig
 
 
 def check_early(config: DictConfig) -> None:
-    """Raise ValueError, or OmegaConf's own errors, for settings of the method that cannot run on these ranks."""
+    """Raise ValueError, or OmegaConf's own errors, for settings of the method that cannot run on a single rank."""
     if "method" not in config:
         return
     values = OmegaConf.to_container(config.method, resolve=True)
     assert isinstance(values, dict)
     fields = {str(name): value for name, value in values.items() if name != HEADS_KEY}
-    check_ranks(APBConfig.from_dict(fields), int(os.environ.get("WORLD_SIZE", "1")))
+    check_ranks(APBConfig.from_dict(fields), 1)

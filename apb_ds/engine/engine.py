@@ -285,7 +285,8 @@ class APBEngine(InferenceEngine):
         call = GenerateCall(
             document_ids, query_ids, max_new_tokens, context, append, input_ids, query_length, generate_arguments
         )
-        with exclusive_call(self.module), ended_after_errors(generate_arguments.get("streamer")):
+        streamer = generate_arguments.get("streamer") if self.group.is_first else None
+        with exclusive_call(self.module), ended_after_errors(streamer):
             with shared_validation(self.group, "generate", self.device) as comparison:
                 request = self._validator.generate(call)
                 comparison.facts = request.facts | self._shared_facts

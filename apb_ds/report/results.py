@@ -136,7 +136,8 @@ def _text(value: Any) -> str:
 def _read_result(directory: Path) -> Result:
     summary = _parse(directory / SUMMARY_NAME, _read(directory, SUMMARY_NAME))
     found = summary.get("settings")
-    settings = flatten(found) if isinstance(found, dict) else {}
+    flat = flatten(found) if isinstance(found, dict) else {}
+    settings = {path: value for path, value in flat.items() if value != {}}  # an empty section sets nothing
     parts = ("task", "settings", "all", "cells")
     if not all(part in summary for part in parts) or METHOD not in settings:
         raise ValueError(f"{directory / SUMMARY_NAME} is not a summary of launch/eval.py: it needs {', '.join(parts)}.")

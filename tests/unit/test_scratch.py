@@ -17,7 +17,7 @@ def test_directories_of_killed_ranks_are_removed(tmp_path: Path) -> None:
     ended.wait()
     for name in (f"apb_ds-{ended.pid}-old", f"apb_ds-{os.getpid()}-alive", "apb_ds-users", f"other-{ended.pid}-x"):
         (tmp_path / name / "0").mkdir(parents=True)
-    code = "from launch import common; print(common._private_directory().name)"
+    code = "from launch import common; print(common._private_directory(common.ending.Watch()).name)"
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("apb_ds-")
