@@ -29,8 +29,9 @@ class Case:
     ----------
     world_sizes : where the case is one
     patches : see `run_infer`
-    composes : false if Hydra, or a check before heavy imports, refuses it: then the first rank alone speaks, and there
-        is no job
+    composes : false if Hydra refuses it: then the first rank alone speaks, and there is no job
+    early : whether one rank alone refuses it before heavy imports, so that there is no job either; several ranks meet
+        first, to tell each other
     """
 
     overrides: tuple[str, ...]
@@ -38,6 +39,7 @@ class Case:
     world_sizes: tuple[int, ...] = (1, 2)
     patches: tuple[str, ...] = ()
     composes: bool = True
+    early: bool = False
     stdin: str = ""
 
 
@@ -66,30 +68,28 @@ CASES: dict[str, Case] = {
     "a conversation's document from standard input": Case(("task=chat", "task.document=-"), ("standard input",)),
     # --- numbers
     "hosts no multiple of the ranks": Case(
-        (*PROMPT, "method.hosts=3"), ("hosts=3", "multiple", "(2)", "hosts=4"), (2,), composes=False
+        (*PROMPT, "method.hosts=3"), ("hosts=3", "multiple", "(2)", "hosts=4"), (2,)
     ),
-    "no hosts": Case((*PROMPT, "method.hosts=0"), ("hosts=0", "at least 1"), composes=False),
+    "no hosts": Case((*PROMPT, "method.hosts=0"), ("hosts=0", "at least 1"), early=True),
     "an anchor too short for the query": Case(
         (*PROMPT, "method.anchor_length=4"),
         ("anchor_length=4", "cannot hold the query", "query_position=2", "13", "15"),
     ),
-    "a negative anchor": Case((*PROMPT, "method.anchor_length=-1"), ("anchor_length=-1", "at least 0"), composes=False),
-    "a fractional anchor": Case(
-        (*PROMPT, "method.anchor_length=1.5"), ("anchor_length=1.5", "integer"), composes=False
-    ),
+    "a negative anchor": Case((*PROMPT, "method.anchor_length=-1"), ("anchor_length=-1", "at least 0"), early=True),
+    "a fractional anchor": Case((*PROMPT, "method.anchor_length=1.5"), ("anchor_length=1.5", "integer"), early=True),
     "a negative passing length": Case(
-        (*PROMPT, "method.passing_length=-2"), ("passing_length=-2", "at least 0"), composes=False
+        (*PROMPT, "method.passing_length=-2"), ("passing_length=-2", "at least 0"), early=True
     ),
     "a fractional passing length": Case(
-        (*PROMPT, "method.passing_length=0.5"), ("passing_length=0.5", "integer"), composes=False
+        (*PROMPT, "method.passing_length=0.5"), ("passing_length=0.5", "integer"), early=True
     ),
     "a ratio below 1": Case(
-        (*PROMPT, "method.compression_ratio=0.5"), ("compression_ratio=0.5", "at least 1"), composes=False
+        (*PROMPT, "method.compression_ratio=0.5"), ("compression_ratio=0.5", "at least 1"), early=True
     ),
     "ratio and length": Case(
         (*PROMPT, "method.compression_ratio=4", "method.passing_length=8"),
         ("passing_length=8", "compression_ratio=4", "one of them"),
-        composes=False,
+        early=True,
     ),
     "no new tokens": Case((*PROMPT, "task.max_new_tokens=0"), ("task.max_new_tokens=0", "at least 1")),
     "temperature 0": Case((*PROMPT, "task.temperature=0"), ("task.temperature=0", "above 0", "leave it out")),
@@ -101,10 +101,10 @@ CASES: dict[str, Case] = {
     "unknown compressor": Case((*PROMPT, "method.compressor=windw"), ("compressor='windw'", "Did you mean 'window'?")),
     "unknown kernel": Case((*PROMPT, "method.kernel=cpu_flsh"), ("kernel='cpu_flsh'", "Did you mean 'cpu_flash'?")),
     "unknown schedule": Case(
-        (*PROMPT, "method.schedule=zigzak"), ("schedule='zigzak'", "Did you mean 'zigzag'?"), composes=False
+        (*PROMPT, "method.schedule=zigzak"), ("schedule='zigzak'", "Did you mean 'zigzag'?"), early=True
     ),
     "unknown method": Case(
-        (*PROMPT, "method.method=abp"), ("method='abp'", "apb, star", "Did you mean 'apb'?"), composes=False
+        (*PROMPT, "method.method=abp"), ("method='abp'", "apb, star", "Did you mean 'apb'?"), early=True
     ),
     "unknown method file": Case(
         (*PROMPT, "method=starr"), ("method=starr", "apb, dense, ring, star", "Did you mean 'star'?"), composes=False
@@ -247,9 +247,10 @@ def test_bad_input(pool: Pools, files: Path, tmp_path: Path, name: str, world_si
     if case.patches:
         return  # each rank reports its own failure
     assert all(rank.stderr == "" for rank in ended[1:]), "only the first rank prints"
-    expected: Any = [] if not case.composes else ended[0].errors
+    is_job = case.composes and not (case.early and world_size == 1)
+    expected: Any = ended[0].errors if is_job else []
     assert [rank.errors for rank in ended] == [expected] * world_size
-    if case.composes:
+    if is_job:
         assert ended[0].errors[0] in said
         assert json.loads((tmp_path / "run" / "record.json").read_text())["error"] == hide_paths(
             ended[0].errors[0], tmp_path / "run"
