@@ -42,7 +42,7 @@ from apb_ds.plan import Plan, check_ranks
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 # DeepSpeed counts prompt and new tokens against this; its default of 1024 does not apply here.
 NO_TOKEN_LIMIT = 2**31
@@ -88,6 +88,7 @@ class APBEngine(InferenceEngine):
         self._attached_to: tuple[InferenceEngine, dict[str, Any]] | None = None
         self._training = [(module, module.training) for module in model.modules()]
         self._heads: list[RetainingHeads] = []  # a list, which keeps them out of this module's tree
+        self._heads_facts: dict[str, str] | None = None
         attention, heads = self._build_attention(config, retaining_heads)
         self._acceleration = Acceleration(self.module, config.settings, group, self._kernels_of(attention))
         self._put_in_force(config, attention, heads)
@@ -123,7 +124,7 @@ class APBEngine(InferenceEngine):
         if retaining_heads is None and needs_heads(config.compressor):
             retaining_heads = next(iter(self._heads), None)
         heads = heads_for(self.module, config, retaining_heads)
-        if heads is not None:
+        if heads is not None and heads not in self._heads:
             heads = heads.placed(self.device, self.module.dtype)
         attention = APBAttention(config, self.group, heads)
         attention.check_heads(self.sizes.heads, self.sizes.kv_heads)
@@ -132,13 +133,12 @@ class APBEngine(InferenceEngine):
     def _put_in_force(self, config: APBConfig, attention: APBAttention, heads: RetainingHeads | None) -> None:
         self.apb_config = config
         self.attention = attention
-        if heads is not None:
+        if heads is not None and heads not in self._heads:
             self._heads = [heads]
+            self._heads_facts = describe_model(heads) if self.group.world_size > 1 else None
         self._warned_exact = False
         # What all ranks must share besides a request's own facts; `configure` itself sends nothing.
-        self._shared_facts: dict[str, Any] = {"kernels": self.kernel_names}
-        if heads is not None and self.group.world_size > 1:
-            self._shared_facts["retaining heads"] = describe_model(heads)
+        self._shared_facts = {"kernels": self.kernel_names, "retaining heads": self._heads_facts if heads else None}
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +169,7 @@ class APBEngine(InferenceEngine):
         query_ids: Tensor | None = None,
         *,
         max_positions: int | None = None,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
     ) -> Context:
         """Put a document into the sharded cache.
 
@@ -201,7 +201,7 @@ class APBEngine(InferenceEngine):
                 comparison.facts = request.facts | self._shared_facts
             return self._run_prefill(request, comparison.digest, progress)
 
-    def _run_prefill(self, request: PrefillRequest, key: str, progress: Progress | None) -> Context:
+    def _run_prefill(self, request: PrefillRequest, key: str, progress: OnProgress | None) -> Context:
         plan, num_tokens = request.plan, request.document_ids.shape[1]
         self._warn_if_exact(plan)
         cache = ShardedCache(
@@ -250,7 +250,7 @@ class APBEngine(InferenceEngine):
         append: bool = False,
         input_ids: Tensor | None = None,
         query_length: int | None = None,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         **generate_arguments: Any,
     ) -> Tensor:
         """Answer a query about a document, with transformers' own `generate` arguments.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apb_ds.config import BlockSettings
 from apb_ds.engine.context import Context
-from apb_ds.engine.engine import APBEngine, Progress
+from apb_ds.engine.engine import APBEngine, OnProgress
 from apb_ds.tasks.lm_eval.prompts import NO_ROLLING, HarnessPrompts, HarnessRequest, Pair
 from apb_ds.tasks.lm_eval.split import Split
 
@@ -143,7 +143,7 @@ class HarnessModel(HarnessPrompts):
             )
 
 
-def respond(engine: APBEngine, tokenizer: Any, request: HarnessRequest, progress: Progress | None = None) -> Response:
+def respond(engine: APBEngine, tokenizer: Any, request: HarnessRequest, progress: OnProgress | None = None) -> Response:
     """Answer a request. All ranks call this together.
 
     Raises
