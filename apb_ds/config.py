@@ -273,6 +273,21 @@ class APBConfig:
         return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 
     @classmethod
+    def of(cls, config: object) -> APBConfig:
+        """Return a config, a mapping of its fields, or None for all defaults, as a config.
+
+        Raises
+        ------
+        ValueError
+            For anything else, and for fields that do not exist.
+        """
+        if isinstance(config, APBConfig):
+            return config
+        if config is not None and not isinstance(config, Mapping):
+            raise ValueError(f"config={config!r} must be an APBConfig, or a mapping of its fields.")
+        return cls.from_dict(dict(config or {}), "config")
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "method") -> APBConfig:
         """Build from a mapping; an unknown key is a ValueError that names the nearest field."""
         return from_mapping(cls, values, where)

@@ -58,8 +58,7 @@ def init_inference(
         For a model, settings or a group that cannot be served, on every rank before anything is computed; where ranks
         have other settings, weights or versions than the others, saying which rank has what.
     """
-    if not isinstance(config, APBConfig):
-        config = APBConfig.from_dict(dict(config or {}), "config")
+    config = APBConfig.of(config)
     if isinstance(model, PipelineModule):
         raise ValueError("model is a DeepSpeed PipelineModule; APB does not run in a pipeline.")
     if isinstance(model, InferenceEngine):

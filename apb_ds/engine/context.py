@@ -31,8 +31,8 @@ class Context:
     """
 
     plan: Plan
-    cache: ShardedCache
-    token_ids: Tensor
+    cache: ShardedCache = field(repr=False)
+    token_ids: Tensor = field(repr=False)
     max_positions: int
     prefill_s: float
     bytes_sent: int

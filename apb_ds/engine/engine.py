@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -94,11 +94,14 @@ class APBEngine(InferenceEngine):
         self._put_in_force(config, attention, heads)
         self.module.eval()
 
-    def configure(self, config: APBConfig, retaining_heads: HeadsSource | None = None) -> None:
+    def configure(
+        self, config: APBConfig | Mapping[str, Any] | None = None, retaining_heads: HeadsSource | None = None
+    ) -> None:
         """Change the settings; contexts made before stay usable.
 
         Parameters
         ----------
+        config : as in `init_inference`
         retaining_heads : as in `init_inference`; by default those that were given before
 
         Raises
@@ -107,6 +110,7 @@ class APBEngine(InferenceEngine):
             For settings that do not fit the group or the model, or name something that is not installed. Nothing is
             changed then.
         """
+        config = APBConfig.of(config)
         with exclusive_call(self.module):
             attention, heads = self._build_attention(config, retaining_heads)
             kernels = self._kernels_of(attention)
@@ -348,6 +352,7 @@ class APBEngine(InferenceEngine):
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Free what `destroy` frees; the engine can be used again."""
         self.destroy()
 
     def detach(self) -> InferenceEngine | nn.Module:

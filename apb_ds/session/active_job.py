@@ -18,7 +18,7 @@ from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import plan_request
 from apb_ds.session.job import Job, Settings
 from apb_ds.session.metrics import Usage
-from apb_ds.session.served_model import ServedModel
+from apb_ds.session.model_in_use import ModelInUse
 from apb_ds.session.steps import Steps
 from apb_ds.tasks import Sample
 
@@ -56,7 +56,7 @@ class ActiveJob:
     job: Job
     settings: Settings
     steps: Steps
-    model: ServedModel
+    model: ModelInUse
     error_console: Console
     stdin: TextIO
     engine: Any = field(default=None, init=False)

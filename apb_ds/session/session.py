@@ -31,8 +31,8 @@ from apb_ds.session.chat import Conversation
 from apb_ds.session.evaluation import Evaluation
 from apb_ds.session.harness import HarnessEvaluation
 from apb_ds.session.job import Job, Settings, read_settings
+from apb_ds.session.model_in_use import ModelInUse, free_memory
 from apb_ds.session.question import serve_question
-from apb_ds.session.served_model import ServedModel, free_memory
 from apb_ds.session.steps import JOB_ERRORS, JobError, Steps
 from apb_ds.tasks import BatchConfig, ChatConfig, LmEvalConfig
 from apb_ds.utils.text import first_line
@@ -78,7 +78,7 @@ class Session:
         self._owns_group = group is None
         self._job: Job | None = None  # the running one
         self._other_failed = False
-        self._loaded: ServedModel | None = None
+        self._loaded: ModelInUse | None = None
 
     @property
     def is_first(self) -> bool:
@@ -213,10 +213,10 @@ class Session:
             **environment(loaded.device),
         }
 
-    def _model_for(self, config: ModelConfig) -> ServedModel:
+    def _model_for(self, config: ModelConfig) -> ModelInUse:
         if self._loaded is None or self._loaded.config != config:
             self._drop_model()
-            self._loaded = ServedModel(config)
+            self._loaded = ModelInUse(config)
         return self._loaded
 
     def _drop_model(self) -> None:

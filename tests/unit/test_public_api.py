@@ -52,6 +52,10 @@ def test_a_mapping_serves_as_config() -> None:
     assert engine.apb_config == apb_ds.APBConfig(hosts=4)
     with pytest.raises(ValueError, match=r"config key='host'.*Did you mean 'hosts'\?"):
         apb_ds.init_inference(build_model("llama"), {"host": 4})
+    with pytest.raises(ValueError, match="config=4 must be an APBConfig"):
+        apb_ds.init_inference(build_model("llama"), 4)
+    engine.configure({"hosts": 2})
+    assert engine.apb_config == apb_ds.APBConfig(hosts=2)
 
 
 def test_an_engine_frees_what_it_holds_at_the_end_of_a_block() -> None:

@@ -16,7 +16,7 @@ from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.session.job import Settings
 
 
-class ServedModel:
+class ModelInUse:
     """A loaded model.
 
     Attributes
