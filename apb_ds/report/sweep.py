@@ -65,6 +65,8 @@ def job_line(number: int, asked: Mapping[str, str], record: Record, where: Path 
     if metrics.get("prefill_s") is not None:
         parts.append(f"prefill {metrics['prefill_s']:.2f} s")
     parts.extend(_outcome(record.get("task", {}), metrics))
+    if "directory" in record.get("task", {}):
+        parts.append(f"results in {record['task']['directory']}")
     if where is not None:
         parts.append(str(where))
     return ", ".join(parts)

@@ -95,4 +95,4 @@ def test_two_samples_each(finished: Finished, place: Path, name: str) -> None:
         assert all(0 <= line["score"] <= 1 and line["reference"] for line in lines)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["task"] == name and summary["all"]["samples"] == 2
-    assert f"Results: {folder}" in finished.stdout
+    assert f"results in {folder}" in finished.stdout
