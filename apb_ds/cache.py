@@ -101,7 +101,7 @@ class ShardedCacheLayer(CacheLayerMixin):
             Before anything was stored.
         """
         if self.keys is None or self.values is None:
-            raise RuntimeError("this layer of the cache has no buffers: nothing was stored in it.")
+            raise RuntimeError("this layer of the cache is empty: nothing was stored in it.")
         return self.keys, self.values
 
     def shard(self) -> tuple[Tensor, Tensor]:

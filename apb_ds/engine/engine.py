@@ -142,7 +142,10 @@ class APBEngine(InferenceEngine):
             self._heads_facts = describe_model(heads) if self.group.world_size > 1 else None
         self._warned_exact = False
         # What all ranks must share besides a request's own facts; `configure` itself sends nothing.
-        self._shared_facts = {"kernels": self.kernel_names, "retaining heads": self._heads_facts if heads else None}
+        self._shared_facts = {
+            "kernels": self.kernel_names,
+            "retaining heads": self._heads_facts if heads is not None else None,
+        }
 
     @property
     def device(self) -> torch.device:
