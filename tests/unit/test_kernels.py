@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -13,12 +14,22 @@ import torch
 from torch import Tensor, library
 
 from apb_ds.ops import kernels
-from apb_ds.ops.kernels import KERNELS, check_kernel_name, choose_kernels, flash_attn
-from apb_ds.ops.kernels.base import Kernel
+from apb_ds.ops.kernels import KERNELS, KernelChoice, check_kernel_name, choose_kernels, flash_attn, pieces
+from apb_ds.ops.kernels.base import Kernel, Logits
 from apb_ds.ops.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
 from apb_ds.ops.kernels.reference import ReferenceKernel
-from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel
-from tests.kernel_cases import LSE_TOLERANCE, OUTPUT_TOLERANCE, SHAPES, Shape, call_reference, check_kernel
+from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel, TorchCudnnKernel, TorchFlashKernel
+from tests.kernel_cases import (
+    CAPS,
+    LSE_TOLERANCE,
+    OUTPUT_TOLERANCE,
+    SHAPES,
+    WINDOWS,
+    Shape,
+    call_reference,
+    check_kernel,
+    check_shape,
+)
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -26,11 +37,36 @@ ON_CPU = [ReferenceKernel, CPUFlashKernel]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+class PiecesKernel(Kernel):
+    """The plain torch that kernels share, for every call."""
+
+    name = "pieces"
+    has_window = True
+    has_softcap = True
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        return pieces.attend_in_pieces(query, key, value, logits)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *WINDOWS, *CAPS], ids=lambda shape: shape.name)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", ON_CPU)
+@pytest.mark.parametrize("kernel", [*ON_CPU, PiecesKernel])
 def test_numbers(kernel: type[Kernel], dtype: torch.dtype, shape: Shape) -> None:
-    check_kernel(kernel(), shape.draw(dtype), shape.causal, shape.head_dim**-0.5)
+    check_shape(kernel(), shape, dtype)
+
+
+SMALL = [shape for shape in (*SHAPES, *WINDOWS, *CAPS) if shape.queries * shape.keys < 5000]
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("queries, logits", [(1, 1), (5, 700), (16, 2000)])
+def test_small_pieces(monkeypatch: pytest.MonkeyPatch, shape: Shape, queries: int, logits: int) -> None:
+    """Tiles of which a window hides all from some queries."""
+    monkeypatch.setattr(pieces, "MAX_QUERIES", queries)
+    monkeypatch.setattr(pieces, "MASKED_QUERIES", queries)
+    monkeypatch.setattr(pieces, "MAX_LOGITS", logits)
+    check_shape(PiecesKernel(), shape, torch.float32)
+    check_shape(CPUFlashKernel(), shape, torch.float32)
 
 
 @pytest.mark.parametrize("kernel", ON_CPU)
@@ -40,34 +76,48 @@ def test_the_callers_scale_is_used(kernel: type[Kernel]) -> None:
 
 
 @pytest.mark.parametrize("kernel", ON_CPU)
-@pytest.mark.parametrize("causal", [True, False])
-def test_strided_and_sliced_inputs(kernel: type[Kernel], causal: bool) -> None:
+@pytest.mark.parametrize("causal, options", [(True, {}), (False, {}), (True, {"window": 5}), (True, {"softcap": 2.0})])
+def test_strided_and_sliced_inputs(kernel: type[Kernel], causal: bool, options: dict[str, Any]) -> None:
     """As models pass them: the projection transposes heads and tokens; blocks and cache buffers are sliced."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 50, 6, 64, generator=generator).transpose(1, 2)[:, :, 7:40]
     key, value = torch.randn(2, 1, 2, 90, 64, generator=generator)[:, :, :, 20:53]
     assert not (query.is_contiguous() or key.is_contiguous() or value.is_contiguous())
-    check_kernel(kernel(), (query, key, value), causal, 0.125)
+    check_kernel(kernel(), (query, key, value), causal, 0.125, **options)
+
+
+# (number of keys, window), and the first key that is seen
+FIRST_KEYS = [(1, None, 0), (5, None, 0), (40, None, 0), (1, 1, 0), (5, 3, 2), (40, 40, 0), (40, 1, 39), (23, 99, 0)]
 
 
 @pytest.mark.parametrize("kernel", ON_CPU)
-@pytest.mark.parametrize("num_keys", [1, 5, 40])
-def test_the_first_keys_of_buffers(kernel: type[Kernel], num_keys: int) -> None:
+@pytest.mark.parametrize("num_keys, window, first", FIRST_KEYS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_first_keys_of_buffers(
+    kernel: type[Kernel], num_keys: int, window: int | None, first: int, softcap: float | None
+) -> None:
     query, key, value = Shape("", 4, 2, 1, 40, False).draw(torch.float32)
     count = torch.tensor([num_keys], dtype=torch.int32)
-    got = kernel().attend_first(query, key, value, count, 0.3)
-    expected = kernel()(query, key[:, :, :num_keys], value[:, :, :num_keys], False, 0.3)
+    got = kernel().attend_first(query, key, value, count, 0.3, window=window, softcap=softcap)
+    seen = slice(first, num_keys)
+    expected = kernel()(query, key[:, :, seen], value[:, :, seen], False, 0.3, softcap=softcap)
     assert all(torch.equal(ours, others) for ours, others in zip(got, expected, strict=True))
 
 
-def test_the_reference_matches_the_definition_of_attention() -> None:
-    query, key, value = Shape("", 4, 2, 5, 5, True, 8).draw(torch.float64)
-    output, lse = ReferenceKernel()(query, key, value, True, 0.4)
+@pytest.mark.parametrize("queries, window, softcap", [(5, None, None), (5, 2, None), (3, 2, None), (5, None, 0.7)])
+def test_the_reference_matches_the_definition_of_attention(
+    queries: int, window: int | None, softcap: float | None
+) -> None:
+    query, key, value = Shape("", 4, 2, queries, 5, True, 8).draw(torch.float64)
+    output, lse = ReferenceKernel()(query, key, value, True, 0.4, window=window, softcap=softcap)
     for head in range(4):
-        for token in range(5):
-            logits = torch.stack([query[0, head, token] @ key[0, head // 2, other] for other in range(token + 1)]) * 0.4
+        for token in range(queries):
+            place = 5 - queries + token
+            seen = [other for other in range(5) if other <= place and (window is None or other > place - window)]
+            logits = torch.stack([query[0, head, token] @ key[0, head // 2, other] for other in seen]) * 0.4
+            logits = logits if softcap is None else softcap * (logits / softcap).tanh()
             weights = logits.exp() / logits.exp().sum()
-            expected = sum(weights[other] * value[0, head // 2, other] for other in range(token + 1))
+            expected = sum(weight * value[0, head // 2, other] for weight, other in zip(weights, seen, strict=True))
             torch.testing.assert_close(output[0, head, token], expected)
             torch.testing.assert_close(lse[0, head, token].double(), logits.exp().sum().log(), rtol=0, atol=1e-6)
 
@@ -77,6 +127,96 @@ def test_the_tolerance_detects_a_missing_key() -> None:
     good = call_reference(query, key, value, False, 0.125)[0]
     fewer = call_reference(query, key[:, :, 1:], value[:, :, 1:], False, 0.125)[0]
     assert float((good - fewer).abs().max()) > 5 * OUTPUT_TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("shape", WINDOWS, ids=lambda shape: shape.name)
+def test_the_tolerance_detects_a_window_that_is_off_by_one(shape: Shape) -> None:
+    states = shape.draw(torch.bfloat16)
+    assert shape.window is not None
+    good = call_reference(*states, True, shape.scale, window=shape.window)[1]
+    for window in (shape.window - 1, shape.window + 1):
+        if window > 0 and min(window, shape.window) < shape.keys:  # else both see every key
+            moved = call_reference(*states, True, shape.scale, window=window)[1]
+            assert float((good - moved).abs().max()) > 5 * LSE_TOLERANCE[torch.bfloat16]
+
+
+def test_the_tolerance_detects_a_cap_that_is_missing_or_wrong() -> None:
+    shape = CAPS[0]
+    states = shape.draw(torch.bfloat16)
+    good, uncapped, inverted, after_scale = (
+        call_reference(*states, True, scale, softcap=softcap)[0]
+        for scale, softcap in [(shape.scale, 5.0), (shape.scale, None), (shape.scale, 0.2), (shape.scale / 5, 1.0)]
+    )
+    for wrong in (uncapped, inverted, after_scale):
+        assert float((good - wrong).abs().max()) > 5 * OUTPUT_TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("options", [{"window": 64}, {"window": 64, "softcap": 5.0}, {"softcap": 5.0}])
+@pytest.mark.parametrize("kernel", [CPUFlashKernel, PiecesKernel])
+def test_scratch_does_not_grow_with_the_square_of_the_tokens(kernel: type[Kernel], options: dict[str, Any]) -> None:
+    tokens = 8192
+    query, key, value = Shape("", 2, 1, tokens, tokens, True, 8).draw(torch.float32)
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        kernel()(query, key, value, True, 0.3, **options)
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    square = 2 * tokens * tokens * query.element_size()  # 512 MiB
+    assert 0 < max(accumulate(changes)) < square / 8
+
+
+@pytest.mark.parametrize(
+    "queries, causal, options, named",
+    [
+        (9, False, {"window": 3}, "window=3 needs causal=True"),
+        (31, True, {"window": 3}, "31 queries <= 30 keys"),
+        (30, True, {"window": 0}, "window=0"),
+        (30, True, {"window": -1}, "window=-1"),
+        (30, True, {"softcap": 0.0}, "softcap=0.0"),
+        (30, True, {"softcap": float("nan")}, "softcap=nan"),
+        (9, True, {}, "without a window"),
+    ],
+)
+@pytest.mark.parametrize("kernel", ON_CPU)
+def test_a_mask_that_does_not_fit(
+    kernel: type[Kernel], queries: int, causal: bool, options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        kernel()(*Shape("", 4, 2, queries, 30, causal, 8).draw(torch.float32), causal, 1.0, **options)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kernel, options, lacking",
+    [
+        (TorchCudnnKernel, {"window": 3}, "window"),
+        (TorchCudnnKernel, {"softcap": 3.0}, "softcap"),
+        (TorchFlashKernel, {"softcap": 3.0}, "softcap"),
+        (TorchFlashKernel, {"window": 3, "softcap": 3.0}, "softcap"),
+    ],
+)
+def test_a_kernel_refuses_what_it_lacks(kernel: type[Kernel], options: dict[str, Any], lacking: str) -> None:
+    query, key, value = Shape("", 4, 2, 1, 30, True).draw(torch.bfloat16)
+    count = torch.tensor([30], dtype=torch.int32)
+    for call in (
+        lambda: kernel()(query, key, value, True, 1.0, **({"window": 30} | options)),
+        lambda: kernel().attend_first(query, key, value, count, 1.0, **options),
+    ):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert repr(kernel.name) in str(caught.value) and f"({lacking})" in str(caught.value)
+
+
+def test_kernels_in_ranges_pass_everything_on() -> None:
+    kernel = CPUFlashKernel()
+    ranged = KernelChoice(kernel, kernel).in_ranges().prefill
+    assert (ranged.name, ranged.has_window, ranged.has_softcap) == ("cpu_flash", True, True)
+    check_shape(ranged, CAPS[-3], torch.float32)
+    query, key, value = Shape("", 4, 2, 1, 40, False).draw(torch.float32)
+    count = torch.tensor([30], dtype=torch.int32)
+    got, expected = (
+        each.attend_first(query, key, value, count, 0.3, window=4, softcap=2.0)[0] for each in (ranged, kernel)
+    )
+    assert torch.equal(got, expected)
 
 
 # --- choosing -------------------------------------------------------------------------------------------------------
@@ -131,6 +271,65 @@ def test_auto_on_cuda(
 ) -> None:
     fake(*installed, capability)
     assert choose_kernels("auto", CUDA, dtype, head_dim).names == {"prefill": prefill, "decode": decode}
+
+
+@pytest.mark.parametrize(
+    "installed, dtype, head_dim, asked, prefill, decode, recorded",
+    [
+        ((False, False), BF16, 128, "window", "torch_flash", "torch_flash", "torch_flash"),
+        ((True, False), BF16, 128, "window", "flash_attn2", "torch_flash", "torch_flash"),
+        ((True, True), BF16, 128, "window", "flash_attn3", "torch_flash", "flash_attn3"),
+        ((False, False), BF16, 512, "window", "torch_efficient", "torch_efficient", None),
+        ((False, False), FP32, 128, "window", "torch_efficient", "torch_efficient", None),
+        ((False, False), torch.float64, 128, "window", "reference", "reference", None),
+        ((False, False), BF16, 128, "softcap", "torch_efficient", "torch_efficient", None),
+        ((True, False), BF16, 128, "softcap", "flash_attn2", "flash_attn2", None),
+        ((False, True), BF16, 128, "softcap", "flash_attn3", "flash_attn3", "flash_attn3"),
+        ((True, True), BF16, 256, "window softcap", "flash_attn3", "flash_attn2", "flash_attn3"),
+        ((True, True), FP16, 256, "window softcap", "flash_attn2", "flash_attn2", None),
+    ],
+)
+def test_auto_on_cuda_with_windows_and_caps(
+    fake: Callable[..., None],
+    installed: tuple[bool, bool],
+    dtype: torch.dtype,
+    head_dim: int,
+    asked: str,
+    prefill: str,
+    decode: str,
+    recorded: str | None,
+) -> None:
+    fake(*installed)
+    choice = choose_kernels("auto", CUDA, dtype, head_dim, **dict.fromkeys(asked.split(), True))
+    assert choice.names == {"prefill": prefill, "decode": decode}
+    assert (choice.recorded and choice.recorded.name) == recorded
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA, torch.device("meta")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_auto_never_fails(fake: Callable[..., None], device: torch.device, dtype: torch.dtype) -> None:
+    fake()
+    for head_dim in (64, 100, 512):
+        choice = choose_kernels("auto", device, dtype, head_dim, window=True, softcap=True)
+        assert all(kernel.has_window and kernel.has_softcap for kernel in (choice.prefill, choice.decode))
+
+
+@pytest.mark.parametrize(
+    "name, asked, lacking, others",
+    [
+        ("torch_cudnn", ["window"], "(window)", "one of: flash_attn2, torch_flash, torch_efficient, reference."),
+        ("torch_cudnn", ["window", "softcap"], "(window) and", "one of: flash_attn2, torch_efficient, reference."),
+        ("torch_flash", ["softcap"], "(softcap)", "one of: flash_attn2, torch_efficient, reference."),
+    ],
+)
+def test_a_named_kernel_without_windows_or_caps(
+    fake: Callable[..., None], name: str, asked: list[str], lacking: str, others: str
+) -> None:
+    fake(flash_attn2=True)
+    with pytest.raises(ValueError) as caught:
+        choose_kernels(name, CUDA, BF16, 128, **dict.fromkeys(asked, True))
+    message = str(caught.value)
+    assert f"kernel={name!r}" in message and lacking in message and others in message
 
 
 def test_by_name() -> None:
@@ -194,7 +393,9 @@ def test_a_kernel_that_does_not_fit(
 # --- the flash-attn packages, replaced by stubs with their signatures ------------------------------------------------
 
 
-def attend_tokens_first(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def attend_tokens_first(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window_size: tuple[int, int], softcap: float
+) -> tuple[Tensor, Tensor]:
     """Compute what a flash-attn function does, in its layout: (batch, tokens, heads, head_dim)."""
     for states in (q, k, v):
         if states.dim() != 4 or states.stride(-1) != 1:
@@ -203,16 +404,28 @@ def attend_tokens_first(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: fl
         raise RuntimeError("the number of query heads must be a multiple of that of keys and values")
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise RuntimeError("only fp16 and bf16 are supported")
-    output, lse = ReferenceKernel()(*(states.transpose(1, 2) for states in (q, k, v)), causal, scale)
-    return output.transpose(1, 2).contiguous(), lse
+    groups = q.shape[2] // k.shape[2]
+    keys, values = (states.double().repeat_interleave(groups, dim=2) for states in (k, v))
+    logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), keys) * scale
+    if softcap > 0:
+        logits = (logits / softcap).tanh() * softcap
+    # As the packages document it: from place - left to place + right, both included; -1 is no bound.
+    left, right = window_size[0], 0 if causal else window_size[1]
+    distance = torch.arange(k.shape[1]) - (torch.arange(q.shape[1]) + k.shape[1] - q.shape[1]).unsqueeze(1)
+    if left >= 0:
+        logits = logits.masked_fill(distance < -left, -torch.inf)
+    if right >= 0:
+        logits = logits.masked_fill(distance > right, -torch.inf)
+    output = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(dim=-1), values)
+    return output.to(q.dtype).contiguous(), logits.logsumexp(dim=-1).float()
 
 
 def flash_attn_2(
     q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
-    assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
-    output, lse = attend_tokens_first(q, k, v, causal, softmax_scale)
+    assert (dropout_p, alibi_slopes) == (0.0, None)
+    output, lse = attend_tokens_first(q, k, v, causal, softmax_scale, window_size, softcap)
     return (output, lse, None) if return_attn_probs else output
 
 
@@ -221,7 +434,7 @@ def flash_attn_3_always(
     window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
     sm_margin=0,
 ):  # fmt: skip
-    return attend_tokens_first(q, k, v, causal, softmax_scale)
+    return attend_tokens_first(q, k, v, causal, softmax_scale, window_size, softcap)
 
 
 def flash_attn_3_when_asked(
@@ -229,7 +442,7 @@ def flash_attn_3_when_asked(
     window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
     sm_margin=0, return_attn_probs=False,
 ):  # fmt: skip
-    output, lse = attend_tokens_first(q, k, v, causal, softmax_scale)
+    output, lse = attend_tokens_first(q, k, v, causal, softmax_scale, window_size, softcap)
     return (output, lse) if return_attn_probs else output
 
 
@@ -242,23 +455,31 @@ def flash_attn_3_with_kvcache(
 ):  # fmt: skip
     assert cache_seqlens.dtype == torch.int32 and cache_seqlens.shape == q.shape[:1]
     stop = int(cache_seqlens)
-    output, lse = attend_tokens_first(q, k_cache[:, :stop], v_cache[:, :stop], causal, softmax_scale)
+    output, lse = attend_tokens_first(
+        q, k_cache[:, :stop], v_cache[:, :stop], causal, softmax_scale, window_size, softcap
+    )
     return (output, lse, None, None) if return_softmax_lse else output
 
 
 @pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Any], None]]:
-    """Install a stub module."""
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Install a stub module, and one that says how it was built."""
 
-    def put(name: str, function: Any) -> None:
+    def put(name: str, function: Any, flags: dict[str, bool] | None = None) -> None:
+        put_module(name, flash_attn_func=function, flash_attn_with_kvcache=flash_attn_3_with_kvcache)
+        if flags is not None:
+            put_module(flash_attn.FLASH_ATTN_3_BUILDS[name], CONFIG={"build_flags": flags})
+        forget()
+
+    def put_module(name: str, **contents: Any) -> None:
         module = ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, loader=None)
-        module.flash_attn_func = function  # type: ignore[attr-defined]
+        vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
-        forget()
 
     def forget() -> None:
         flash_attn._flash_attn_3.cache_clear()
+        flash_attn._flash_attn_3_build.cache_clear()
         flash_attn._flash_attn_3_operator.cache_clear()
 
     yield put
@@ -274,15 +495,13 @@ ADAPTERS = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", [*SHAPES, *WINDOWS, *CAPS], ids=lambda shape: shape.name)
 @pytest.mark.parametrize("kernel, module, function", ADAPTERS)
-def test_adapters(
-    install: Callable[[str, Any], None], kernel: type[Kernel], module: str, function: Any, shape: Shape
-) -> None:
+def test_adapters(install: Callable[..., None], kernel: type[Kernel], module: str, function: Any, shape: Shape) -> None:
     install(module, function)
     assert kernel.is_installed()
     for dtype in kernel.dtypes or ():
-        check_kernel(kernel(), shape.draw(dtype), shape.causal, 0.11)
+        check_shape(kernel(), shape, dtype)
 
 
 @pytest.mark.parametrize("kernel, module, function", ADAPTERS)
@@ -294,22 +513,26 @@ def test_the_stubs_reject_the_other_layout(kernel: type[Kernel], module: str, fu
 
 FORWARD = (
     "fwd(Tensor q, Tensor k, Tensor v, Tensor? k_new = None, float? softmax_scale = None, bool is_causal = False, "
-    "int num_splits = 0)"
+    "int window_size_left = -1, int window_size_right = -1, float softcap = 0.0, int num_splits = 0)"
 )
 
 
 @pytest.fixture
-def register(install: Callable[[str, Any], None]) -> Iterator[Callable[[str, str], list[int]]]:
+def register(install: Callable[..., None]) -> Iterator[Callable[[str, str], list[int]]]:
     """Register a stub of a package's operator; return the list that collects each call's `num_splits`."""
     fragments = []
 
     def put(namespace: str, schema: str) -> list[int]:
         calls: list[int] = []
 
-        def forward(q, k, v, k_new=None, softmax_scale=None, is_causal=False, num_splits=0, **others):  # type: ignore[no-untyped-def]
+        def forward(
+            q, k, v, k_new=None, softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
+            softcap=0.0, num_splits=0, **others,
+        ):  # fmt: skip
             calls.append(num_splits)
             assert all(states.stride(-1) == 1 for states in (q, k, v))
-            output, lse = attend_tokens_first(q, k, v, is_causal, softmax_scale)
+            window_size = (window_size_left, window_size_right)
+            output, lse = attend_tokens_first(q, k, v, is_causal, softmax_scale, window_size, softcap)
             return output, lse, q.new_empty(0), q.new_empty(0)
 
         fragment = library.Library(namespace, "FRAGMENT")
@@ -328,13 +551,14 @@ def register(install: Callable[[str, Any], None]) -> Iterator[Callable[[str, str
     "module, namespace", [("flash_attn_interface", "flash_attn_3"), ("fa3_fwd_interface", "fa3_fwd")]
 )
 def test_flash_attn_3_calls_the_operator_directly(
-    install: Callable[[str, Any], None], register: Callable[[str, str], list[int]], module: str, namespace: str
+    install: Callable[..., None], register: Callable[[str, str], list[int]], module: str, namespace: str
 ) -> None:
     calls = register(namespace, FORWARD)
     install(module, None)  # its function is not called
-    for shape in SHAPES:
-        check_kernel(FlashAttn3Kernel(), shape.draw(torch.bfloat16), shape.causal, 0.11)
-    assert calls == [1] * len(calls) and len(calls) >= len(SHAPES)
+    shapes = [*SHAPES, *WINDOWS, *CAPS]
+    for shape in shapes:
+        check_shape(FlashAttn3Kernel(), shape, torch.bfloat16)
+    assert calls == [1] * len(calls) and len(calls) >= len(shapes)
     query, key, value = SHAPES[1].draw(torch.bfloat16)
     odd = [states.transpose(2, 3).contiguous().transpose(2, 3) for states in (query, key, value)]
     torch.testing.assert_close(FlashAttn3Kernel()(*odd, True, 0.11), FlashAttn3Kernel()(query, key, value, True, 0.11))
@@ -346,7 +570,7 @@ def test_flash_attn_3_calls_the_operator_directly(
     ["fwd(Tensor q, Tensor k, Tensor v, float? softmax_scale = None)", FORWARD.replace("? k_new = None", " k_new")],
 )
 def test_flash_attn_3_does_not_call_an_unknown_operator(
-    install: Callable[[str, Any], None], register: Callable[[str, str], list[int]], schema: str
+    install: Callable[..., None], register: Callable[[str, str], list[int]], schema: str
 ) -> None:
     calls = register("fa3_fwd", schema)
     install("fa3_fwd_interface", flash_attn_3_when_asked)
@@ -354,25 +578,40 @@ def test_flash_attn_3_does_not_call_an_unknown_operator(
     assert not calls
 
 
-def test_flash_attn_3_prefers_the_package_over_the_wheel(install: Callable[[str, Any], None]) -> None:
+def test_flash_attn_3_prefers_the_package_over_the_wheel(install: Callable[..., None]) -> None:
     install("fa3_fwd_interface", None)
     install("flash_attn_interface", flash_attn_3_always)
     check_kernel(FlashAttn3Kernel(), SHAPES[1].draw(torch.bfloat16), True, 0.2)
 
 
+@pytest.mark.parametrize("num_keys, window, first", FIRST_KEYS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
 def test_flash_attn_3_with_the_first_keys_of_buffers(
-    install: Callable[[str, Any], None], monkeypatch: pytest.MonkeyPatch
+    install: Callable[..., None], num_keys: int, window: int | None, first: int, softcap: float | None
 ) -> None:
     install("fa3_fwd_interface", flash_attn_3_when_asked)
-    monkeypatch.setattr(
-        sys.modules["fa3_fwd_interface"], "flash_attn_with_kvcache", flash_attn_3_with_kvcache, raising=False
-    )
     query, key, value = Shape("", 4, 2, 1, 40, False).draw(torch.bfloat16)
-    count = torch.tensor([23], dtype=torch.int32)
-    output, lse = FlashAttn3Kernel().attend_first(query, key, value, count, 0.2)
-    expected, expected_lse = call_reference(query, key[:, :, :23], value[:, :, :23], False, 0.2)
+    count = torch.tensor([num_keys], dtype=torch.int32)
+    output, lse = FlashAttn3Kernel().attend_first(query, key, value, count, 0.2, window=window, softcap=softcap)
+    seen = slice(first, num_keys)
+    expected, expected_lse = call_reference(query, key[:, :, seen], value[:, :, seen], False, 0.2, softcap=softcap)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=OUTPUT_TOLERANCE[torch.bfloat16])
     torch.testing.assert_close(lse, expected_lse.float(), rtol=0, atol=LSE_TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("module", ["flash_attn_interface", "fa3_fwd_interface"])
+@pytest.mark.parametrize("no_local, no_softcap", [(True, False), (False, True), (False, False)])
+def test_flash_attn_3_has_what_it_was_built_with(
+    install: Callable[..., None], fake: Callable[..., None], module: str, no_local: bool, no_softcap: bool
+) -> None:
+    fake(flash_attn3=True)
+    flags = {"FLASHATTENTION_DISABLE_LOCAL": no_local, "FLASHATTENTION_DISABLE_SOFTCAP": no_softcap}
+    install(module, flash_attn_3_always, flags)
+    assert (FlashAttn3Kernel.has_window, FlashAttn3Kernel.has_softcap) == (not no_local, not no_softcap)
+    for asked, is_missing in (({"window": True}, no_local), ({"softcap": True}, no_softcap)):
+        reason = FlashAttn3Kernel.why_not(CUDA, BF16, 128, **asked)
+        assert (reason is not None) == is_missing
+        assert reason is None or (next(iter(asked)) in reason and f"as {module} was built" in reason)
 
 
 def test_flash_attn_3_missing_at_the_call() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ PREFILL_ORDER: tuple[type[Kernel], ...] = (
 DECODE_ORDER: tuple[type[Kernel], ...] = (
     TorchFlashKernel,
     FlashAttn2Kernel,
+    FlashAttn3Kernel,
     TorchCudnnKernel,
     TorchEfficientKernel,
     CPUFlashKernel,
@@ -60,10 +62,17 @@ class _RangedKernel(Kernel):
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+        self.name = kernel.name  # type: ignore[misc]
+        self.has_window = kernel.has_window  # type: ignore[misc]
+        self.has_softcap = kernel.has_softcap  # type: ignore[misc]
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         with profiling.part(profiling.ATTENTION):
-            return self.kernel(query, key, value, causal, scale)
+            return self.kernel(*arguments, **options)
+
+    def attend_first(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        with profiling.part(profiling.ATTENTION):
+            return self.kernel.attend_first(*arguments, **options)
 
 
 def check_kernel_name(name: str) -> None:
@@ -74,34 +83,53 @@ def check_kernel_name(name: str) -> None:
         raise RuntimeError(f"kernel={name!r} needs a package that is not installed ({kernel.package}): {kernel.extra}.")
 
 
-def choose_kernels(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelChoice:
+@dataclass(frozen=True)
+class _Case:
+    """What kernels are chosen for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    window: bool
+    softcap: bool
+
+    def why_not(self, kernel: type[Kernel]) -> str | None:
+        return kernel.why_not(self.device, self.dtype, self.head_dim, window=self.window, softcap=self.softcap)
+
+    def fitting(self, order: tuple[type[Kernel], ...]) -> list[Kernel]:
+        return [kernel() for kernel in order if kernel.is_installed() and self.why_not(kernel) is None]
+
+
+def choose_kernels(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, window: bool = False, softcap: bool = False
+) -> KernelChoice:
     """Choose kernels for tensors of `dtype` on `device`.
 
     Parameters
     ----------
     name : str
-        A kernel's name, or ``auto`` for the first one that is installed and supports such tensors.
+        A kernel's name, or ``auto`` for the first one that is installed and supports what is asked for.
+    window, softcap : bool
+        Whether calls will have a window, a cap on the logits.
 
     Raises
     ------
     ValueError
-        If the name is unknown or the kernel does not support such tensors.
+        If the name is unknown or the kernel does not support what is asked for.
     RuntimeError
         If the kernel's package is not installed.
     """
     check_kernel_name(name)
+    case = _Case(device, dtype, head_dim, window, softcap)
+    fitting = case.fitting(PREFILL_ORDER)
     if name == "auto":
-        prefill, decode = (_fitting(order, device, dtype, head_dim)[0] for order in (PREFILL_ORDER, DECODE_ORDER))
-        return KernelChoice(prefill, decode, _recordable(_fitting(PREFILL_ORDER, device, dtype, head_dim)))
-    reason = KERNELS[name].why_not(device, dtype, head_dim)
+        return KernelChoice(fitting[0], case.fitting(DECODE_ORDER)[0], _recordable(fitting))
+    reason = case.why_not(KERNELS[name])
     if reason is not None:
-        raise ValueError(f"kernel={name!r} does not fit: {reason}. Use kernel=auto or another kernel.")
+        others = ", ".join(kernel.name for kernel in fitting)
+        raise ValueError(f"kernel={name!r} does not fit: {reason}. Use kernel=auto, or one of: {others}.")
     kernel = KERNELS[name]()
     return KernelChoice(kernel, kernel, _recordable([kernel]))
-
-
-def _fitting(order: tuple[type[Kernel], ...], device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Kernel]:
-    return [kernel() for kernel in order if kernel.is_installed() and kernel.why_not(device, dtype, head_dim) is None]
 
 
 def _recordable(kernels: list[Kernel]) -> Kernel | None:

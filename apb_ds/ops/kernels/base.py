@@ -1,19 +1,30 @@
-"""The interface of an attention kernel: output and log-sum-exp of square causal or unmasked attention."""
+"""The interface of an attention kernel: output and log-sum-exp of unmasked, causal or sliding-window attention."""
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Logits:
+    """How a call makes logits of queries and keys; `Kernel.__call__` explains the fields."""
+
+    causal: bool
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
 class Kernel:
     """Attention with grouped KV heads that returns its log-sum-exp. Each subclass wraps one backend.
 
-    Only the two cases that every stock kernel supports: unmasked, and causal with as many queries as keys. Queries and
-    keys are never empty: some backends crash on that.
+    Every stock kernel supports two cases: unmasked, and causal with as many queries as keys. Sliding windows and capped
+    logits are for those that say so. Queries and keys are never empty: some backends crash on that.
     """
 
     name: ClassVar[str]
@@ -24,41 +35,113 @@ class Kernel:
     package: ClassVar[str | None] = None  # module that must be installed
     extra: ClassVar[str | None] = None  # what to install to get it
     can_be_recorded: ClassVar[bool] = False  # whether `attend_first` may be part of a CUDA graph
+    has_window: ClassVar[bool] = False
+    has_softcap: ClassVar[bool] = False
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        causal: bool,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Compute attention.
 
         Parameters
         ----------
         query : (1, heads, queries, head_dim), queries >= 1
         key, value : (1, kv_heads, keys, head_dim), keys >= 1; heads is a multiple of kv_heads
-        causal : query i sees keys 0..i; needs queries == keys
+        causal : query i sees keys 0..i; needs queries == keys, unless there is a window
         scale : factor on the logits
+        window : the queries are the last tokens of the keys, and each sees only the last `window` keys up to itself,
+            which is one of them; needs causal and queries <= keys
+        softcap : logits become ``softcap * tanh(logits / softcap)``, before the mask
 
         Returns
         -------
         output : (1, heads, queries, head_dim) in ``query.dtype``
-        lse : (1, heads, queries), float32, natural log
+        lse : (1, heads, queries), float32, natural log, of the capped logits
+
+        Raises
+        ------
+        ValueError
+            For a mask that does not fit the shapes, or a window or cap that this kernel lacks.
         """
+        queries, keys = query.shape[2], key.shape[2]
+        self._check(window, softcap)
+        if window is None:
+            if causal and queries != keys:
+                raise ValueError(f"causal attention without a window needs as many keys as queries: {keys}, {queries}.")
+            return self._attend(query, key, value, Logits(causal, scale, None, softcap))
+        if not causal or queries > keys:
+            raise ValueError(f"window={window} needs causal=True (got {causal}) and {queries} queries <= {keys} keys.")
+        # No query sees anything before the first one's window, and a lone one sees all that is left.
+        start = max(0, keys - queries - window + 1)
+        key, value = key[:, :, start:], value[:, :, start:]
+        keys -= start
+        if queries == 1:
+            logits = Logits(False, scale, None, softcap)
+        elif queries == keys and window >= keys:
+            logits = Logits(True, scale, None, softcap)
+        else:
+            logits = Logits(True, scale, min(window, keys), softcap)
+        return self._attend(query, key, value, logits)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        """Compute attention; the arguments are checked, and a window is at most as long as the keys."""
         raise NotImplementedError
 
     def attend_first(
-        self, query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_keys: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attend without a mask to the first keys of buffers.
+        """Attend to the first keys of buffers: to all of them, or to the last `window` of them.
 
         Parameters
         ----------
-        query : (1, heads, 1, head_dim)
+        query : (1, heads, 1, head_dim), the last of the first `num_keys` tokens
         key, value : (1, kv_heads, capacity, head_dim); values past the first `num_keys` must be finite
         num_keys : (1,), int32, on the device: how many keys to attend to, at least 1
+        window, softcap : as in `__call__`
 
         Returns
         -------
         As `__call__`.
         """
         stop = int(num_keys)  # waits for the device; kernels that can be recorded override this
-        return self(query, key[:, :, :stop], value[:, :, :stop], False, scale)
+        causal = window is not None
+        return self(query, key[:, :, :stop], value[:, :, :stop], causal, scale, window=window, softcap=softcap)
+
+    def _check(self, window: int | None, softcap: float | None) -> None:
+        """Raise ValueError for a window or cap that is out of range, or that this kernel lacks."""
+        if window is not None and window < 1:
+            raise ValueError(f"window={window} must be at least 1.")
+        if softcap is not None and not softcap > 0:
+            raise ValueError(f"softcap={softcap} must be greater than 0.")
+        lacking = self.lacks(window is not None, softcap is not None)
+        if lacking is not None:
+            raise ValueError(f"kernel={self.name!r}: {lacking}. Use kernel=auto.")
+
+    @classmethod
+    def lacks(cls, window: bool, softcap: bool) -> str | None:
+        """Return what this kernel lacks of what is asked for, or None if nothing."""
+        missing = []
+        if window and not cls.has_window:
+            missing.append("sliding windows (window)")
+        if softcap and not cls.has_softcap:
+            missing.append("capped logits (softcap)")
+        return f"it does not support {' and '.join(missing)}" if missing else None
 
     @classmethod
     def is_installed(cls) -> bool:
@@ -66,7 +149,9 @@ class Kernel:
         return cls.package is None or importlib.util.find_spec(cls.package) is not None
 
     @classmethod
-    def why_not(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def why_not(
+        cls, device: torch.device, dtype: torch.dtype, head_dim: int, *, window: bool = False, softcap: bool = False
+    ) -> str | None:
         """Return why this kernel cannot serve such tensors here, or None if it can."""
         if cls.device_type is not None and device.type != cls.device_type:
             return f"it runs on {cls.device_type}, not on {device.type}"
@@ -76,7 +161,7 @@ class Kernel:
             return f"it takes head dimensions up to {cls.max_head_dim} in steps of 8, not {head_dim}"
         if cls.min_capability and torch.cuda.get_device_capability(device)[0] < cls.min_capability:
             return f"it needs compute capability {cls.min_capability}.0 or newer"
-        return None
+        return cls.lacks(window, softcap)
 
 
 def expand_kv_heads(states: Tensor, heads: int) -> Tensor:

@@ -11,12 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apb_ds.ops.kernels.base import Kernel
+from apb_ds.ops.kernels.base import Kernel, Logits
 
 FLASH_ATTN_3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 # The namespace in which each registers the operator behind its functions, and the arguments passed to it by name.
 FLASH_ATTN_3_OPERATORS = {"flash_attn_interface": "flash_attn_3", "fa3_fwd_interface": "fa3_fwd"}
-OPERATOR_ARGUMENTS = {"q", "k", "v", "softmax_scale", "is_causal", "num_splits"}
+OPERATOR_ARGUMENTS = {
+    "q", "k", "v", "softmax_scale", "is_causal", "window_size_left", "window_size_right", "softcap", "num_splits",
+}  # fmt: skip
+# The module in which each says how it was built.
+FLASH_ATTN_3_BUILDS = {"flash_attn_interface": "flash_attn_config", "fa3_fwd_interface": "fa3_fwd_config"}
+
+
+class _Built:
+    """A class attribute: whether the installed FlashAttention 3 was built with something that builds may leave out."""
+
+    def __init__(self, disabling_flag: str) -> None:
+        self.disabling_flag = disabling_flag
+
+    def __get__(self, instance: Any, owner: type) -> bool:
+        return not _flash_attn_3_build().get(self.disabling_flag, False)
 
 
 class FlashAttn2Kernel(Kernel):
@@ -29,12 +43,17 @@ class FlashAttn2Kernel(Kernel):
     min_capability = 8
     package = "flash_attn"
     extra = "pip install 'apb_ds[flash]'"
+    has_window = True
+    has_softcap = True
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
         function = importlib.import_module("flash_attn").flash_attn_func
         q, k, v = (states.transpose(1, 2) for states in (query, key, value))
+        options = _options(logits.window, logits.softcap)
         # The third value is the attention matrix, which is only filled in with dropout.
-        output, lse, _ = function(q, k, v, softmax_scale=scale, causal=causal, return_attn_probs=True)
+        output, lse, _ = function(
+            q, k, v, softmax_scale=logits.scale, causal=logits.causal, return_attn_probs=True, **options
+        )
         return output.transpose(1, 2), lse[..., : query.shape[2]].float()
 
 
@@ -48,37 +67,73 @@ class FlashAttn3Kernel(Kernel):
     package = FLASH_ATTN_3_MODULES[0]
     extra = "pip install fa3-fwd"
     can_be_recorded = True
+    has_window = _Built("FLASHATTENTION_DISABLE_LOCAL")  # fa3-fwd 0.0.3 is built without
+    has_softcap = _Built("FLASHATTENTION_DISABLE_SOFTCAP")
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
         q, k, v = (states.transpose(1, 2) for states in (query, key, value))
+        options = _options(logits.window, logits.softcap)
         if (operator := _flash_attn_3_operator()) is not None:
             q, k, v = (states if states.stride(-1) == 1 else states.contiguous() for states in (q, k, v))
-            output, lse, *_ = operator(q, k, v, softmax_scale=scale, is_causal=causal, num_splits=1)
+            if "window_size" in options:
+                options["window_size_left"], options["window_size_right"] = options.pop("window_size")
+            output, lse, *_ = operator(
+                q, k, v, softmax_scale=logits.scale, is_causal=logits.causal, num_splits=1, **options
+            )
         else:
-            function, options = _flash_attn_3()
-            output, lse, *_ = function(q, k, v, softmax_scale=scale, causal=causal, **options)
+            function, asking = _flash_attn_3()
+            output, lse, *_ = function(q, k, v, softmax_scale=logits.scale, causal=logits.causal, **asking, **options)
         return output.transpose(1, 2), lse.float()
 
     def attend_first(
-        self, query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_keys: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
+        self._check(window, softcap)
         name = _flash_attn_3_module()
         assert name is not None
         function = importlib.import_module(name).flash_attn_with_kvcache  # unlike flash_attn_func, it splits the keys
         q, k, v = (states.transpose(1, 2) for states in (query, key, value))
-        output, lse, *_ = function(q, k, v, cache_seqlens=num_keys, softmax_scale=scale, return_softmax_lse=True)
+        options = _options(window, softcap)
+        output, lse, *_ = function(
+            q, k, v, cache_seqlens=num_keys, softmax_scale=scale, return_softmax_lse=True, **options
+        )
         return output.transpose(1, 2), lse.float()
+
+    @classmethod
+    def lacks(cls, window: bool, softcap: bool) -> str | None:
+        reason = super().lacks(window, softcap)
+        return reason and f"{reason}, as {_flash_attn_3_module()} was built"
 
     @classmethod
     def is_installed(cls) -> bool:
         return _flash_attn_3_module() is not None
 
     @classmethod
-    def why_not(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        reason = super().why_not(device, dtype, head_dim)
+    def why_not(
+        cls, device: torch.device, dtype: torch.dtype, head_dim: int, *, window: bool = False, softcap: bool = False
+    ) -> str | None:
+        reason = super().why_not(device, dtype, head_dim, window=window, softcap=softcap)
         if reason is None and torch.cuda.get_device_capability(device)[0] != 9:
             return "it is built for Hopper (compute capability 9.0)"
         return reason
+
+
+def _options(window: int | None, softcap: float | None) -> dict[str, Any]:
+    """Return the arguments that the packages' functions share; versions without them still serve other calls."""
+    options: dict[str, Any] = {}
+    if window is not None:
+        options["window_size"] = (window - 1, 0)  # keys before and after the query's place
+    if softcap is not None:
+        options["softcap"] = softcap
+    return options
 
 
 def _flash_attn_3_module() -> str | None:
@@ -94,6 +149,16 @@ def _flash_attn_3() -> tuple[Any, dict[str, bool]]:
     # Older builds always return the log-sum-exp, newer ones on request.
     asks = "return_attn_probs" in inspect.signature(function).parameters
     return function, {"return_attn_probs": True} if asks else {}
+
+
+@cache
+def _flash_attn_3_build() -> dict[str, bool]:
+    """Return the flags that the package was built with; none if it does not say, or is not installed."""
+    config = FLASH_ATTN_3_BUILDS.get(_flash_attn_3_module() or "")
+    if config is None or importlib.util.find_spec(config) is None:
+        return {}
+    flags: dict[str, bool] = importlib.import_module(config).CONFIG["build_flags"]
+    return flags
 
 
 @cache

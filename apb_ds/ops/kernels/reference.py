@@ -5,21 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apb_ds.ops.kernels.base import Kernel, expand_kv_heads
+from apb_ds.ops.kernels.base import Kernel, Logits, expand_kv_heads
 
 
 class ReferenceKernel(Kernel):
     """Softmax attention in float64 on any device. Memory grows with queries x keys."""
 
     name = "reference"
+    has_window = True
+    has_softcap = True
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
         heads = query.shape[1]
         keys, values = (expand_kv_heads(states.double(), heads) for states in (key, value))
-        logits = query.double() @ keys.transpose(-1, -2) * scale
-        if causal:
-            hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
-            logits = logits.masked_fill(hidden, -torch.inf)
-        lse = torch.logsumexp(logits, dim=-1)
-        output = torch.exp(logits - lse.unsqueeze(-1)) @ values
+        weights = query.double() @ keys.transpose(-1, -2) * logits.scale
+        if logits.softcap is not None:
+            weights = logits.softcap * torch.tanh(weights / logits.softcap)
+        if logits.causal:
+            seen = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device)
+            offset = seen.shape[1] - seen.shape[0]  # the queries are the last tokens
+            seen = seen.tril(offset)
+            if logits.window is not None:
+                seen = seen.triu(offset - logits.window + 1)
+            weights = weights.masked_fill(~seen, -torch.inf)
+        lse = torch.logsumexp(weights, dim=-1)
+        output = torch.exp(weights - lse.unsqueeze(-1)) @ values
         return output.to(query.dtype), lse.float()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apb_ds.ops.kernels.base import Kernel, expand_kv_heads
+from apb_ds.ops.kernels.base import Kernel, Logits, expand_kv_heads
+from apb_ds.ops.kernels.pieces import attend_in_pieces, attend_in_windows
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -16,10 +17,22 @@ class CPUFlashKernel(Kernel):
     name = "cpu_flash"
     device_type = "cpu"
     dtypes = (torch.float32, torch.float64, *HALF)
+    has_window = True  # by a mask over the keys of a piece
+    has_softcap = True  # in plain torch
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        if logits.softcap is not None:
+            return attend_in_pieces(query, key, value, logits)
+        if logits.window is not None:
+            return attend_in_windows(self._call, query, key, value, logits.scale, logits.window)
+        return self._call(query, key, value, logits.scale, is_causal=logits.causal)
+
+    @staticmethod
+    def _call(
+        query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool = False, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p=0.0, is_causal=causal, attn_mask=None, scale=scale
+            query, key, value, dropout_p=0.0, is_causal=is_causal, attn_mask=mask, scale=scale
         )
         return output, lse.float()
 
@@ -33,9 +46,9 @@ class TorchCudnnKernel(Kernel):
     max_head_dim = 128
     min_capability = 8
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
         output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            query, key, value, None, True, 0.0, causal, False, scale=scale
+            query, key, value, None, True, 0.0, logits.causal, False, scale=logits.scale
         )
         return output, lse.reshape(query.shape[:3]).float()
 
@@ -49,21 +62,38 @@ class TorchFlashKernel(Kernel):
     max_head_dim = 256
     min_capability = 8
     can_be_recorded = True
+    has_window = True
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, causal, False, scale=scale
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        if logits.window is None:
+            output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, 0.0, logits.causal, False, scale=logits.scale
+            )
+            return output, lse[..., : query.shape[2]].float()
+        q, k, v = (states.transpose(1, 2) for states in (query, key, value))
+        output, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=logits.scale, **_sides(logits.window)
         )
-        return output, lse[..., : query.shape[2]].float()
+        return output.transpose(1, 2), lse[..., : query.shape[2]].float()
 
     def attend_first(
-        self, query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_keys: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
+        self._check(window, softcap)
         # The variable-length form, with one sequence: (tokens, heads, head_dim) and the offsets of the sequences.
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         offsets = torch.arange(2, dtype=torch.int32, device=query.device)
+        sides = {} if window is None else _sides(window)
         output, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, offsets, offsets * len(k), 1, len(k), 0.0, False, False, scale=scale, seqused_k=num_keys
+            q, k, v, offsets, offsets * len(k), 1, len(k), 0.0, False, False, scale=scale, seqused_k=num_keys, **sides
         )
         return output.transpose(0, 1).unsqueeze(0), lse.reshape(query.shape[:3]).float()
 
@@ -74,10 +104,19 @@ class TorchEfficientKernel(Kernel):
     name = "torch_efficient"
     device_type = "cuda"
     dtypes = (torch.float32, *HALF)
+    has_window = True  # both in plain torch: the backend takes a mask only as a bias for every head
+    has_softcap = True
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        heads = query.shape[1]
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        if logits.window is not None or logits.softcap is not None:
+            return attend_in_pieces(query, key, value, logits)
+        keys, values = (expand_kv_heads(states, query.shape[1]) for states in (key, value))
         output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, expand_kv_heads(key, heads), expand_kv_heads(value, heads), None, True, 0.0, causal, scale=scale
+            query, keys, values, None, True, 0.0, logits.causal, scale=logits.scale
         )
         return output, lse[..., : query.shape[2]].float()  # the log-sum-exp is padded to a multiple of 32
+
+
+def _sides(window: int) -> dict[str, int]:
+    """Return the arguments of torch's flash attention for a window: how many keys on each side of the query's place."""
+    return {"window_size_left": window - 1, "window_size_right": 0}
