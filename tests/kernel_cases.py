@@ -97,16 +97,16 @@ LONG_SHAPES = [
     Shape("decode", 32, 8, 1, 8191, False, 128),
 ]
 LONG_WINDOWS = [
-    Shape("prefill", 32, 8, 1500, 1500, True, 128, window=1024),
+    Shape("prefill, window", 32, 8, 1500, 1500, True, 128, window=1024),
     Shape("block behind its halo", 8, 4, 700, 1211, True, 256, window=512),
-    Shape("query", 32, 8, 26, 3001, True, 128, window=1024),
-    Shape("decode", 64, 8, 1, 8191, True, window=128),
+    Shape("query, window", 32, 8, 26, 3001, True, 128, window=1024),
+    Shape("decode, window", 64, 8, 1, 8191, True, window=128),
 ]
 LONG_CAPS = [
-    Shape("prefill", 16, 8, 1500, 1500, True, 128, softcap=5.0),
-    Shape("passed blocks", 8, 4, 700, 1900, False, 256, softcap=5.0),
-    Shape("decode", 16, 8, 1, 8191, False, 128, softcap=5.0),
-    Shape("prefill, window", 16, 8, 1500, 1500, True, 128, softcap=5.0, window=1024),
+    Shape("capped, prefill", 16, 8, 1500, 1500, True, 128, softcap=5.0),
+    Shape("capped, passed blocks", 8, 4, 700, 1900, False, 256, softcap=5.0),
+    Shape("capped, decode", 16, 8, 1, 8191, False, 128, softcap=5.0),
+    Shape("capped, prefill, window", 16, 8, 1500, 1500, True, 128, softcap=5.0, window=1024),
 ]
 
 

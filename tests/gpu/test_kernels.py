@@ -54,7 +54,7 @@ def test_numbers(kernel: type[Kernel], dtype: torch.dtype, shape: Shape) -> None
     check_shape(attend, shape, dtype, "cuda")
 
 
-@pytest.mark.parametrize("shape", [*LONG_SHAPES, *LONG_WINDOWS, *LONG_CAPS], ids=str)
+@pytest.mark.parametrize("shape", [*LONG_SHAPES, *LONG_WINDOWS, *LONG_CAPS], ids=lambda shape: shape.name)
 @pytest.mark.parametrize("kernel, dtype", CASES)
 def test_numbers_of_prefill_and_decode(kernel: type[Kernel], dtype: torch.dtype, shape: Shape) -> None:
     """The heads of real models, and lengths that no tile divides."""

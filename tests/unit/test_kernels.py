@@ -49,17 +49,17 @@ class PiecesKernel(Kernel):
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *WINDOWS, *CAPS], ids=lambda shape: shape.name)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", [*ON_CPU, PiecesKernel])
-def test_numbers(kernel: type[Kernel], dtype: torch.dtype, shape: Shape) -> None:
-    check_shape(kernel(), shape, dtype)
+def test_numbers(kernel: type[Kernel], shape: Shape) -> None:
+    for dtype in DTYPES:
+        check_shape(kernel(), shape, dtype)
 
 
 SMALL = [shape for shape in (*SHAPES, *WINDOWS, *CAPS) if shape.queries * shape.keys < 5000]
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.name)
-@pytest.mark.parametrize("queries, logits", [(1, 1), (5, 700), (16, 2000)])
+@pytest.mark.parametrize("queries, logits", [(1, 1), (5, 700)])
 def test_small_pieces(monkeypatch: pytest.MonkeyPatch, shape: Shape, queries: int, logits: int) -> None:
     """Tiles of which a window hides all from some queries."""
     monkeypatch.setattr(pieces, "MAX_QUERIES", queries)

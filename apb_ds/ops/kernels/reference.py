@@ -18,16 +18,16 @@ class ReferenceKernel(Kernel):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
         heads = query.shape[1]
         keys, values = (expand_kv_heads(states.double(), heads) for states in (key, value))
-        weights = query.double() @ keys.transpose(-1, -2) * logits.scale
+        scores = query.double() @ keys.transpose(-1, -2) * logits.scale
         if logits.softcap is not None:
-            weights = logits.softcap * torch.tanh(weights / logits.softcap)
+            scores = logits.softcap * torch.tanh(scores / logits.softcap)
         if logits.causal:
-            seen = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device)
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
             offset = seen.shape[1] - seen.shape[0]  # the queries are the last tokens
             seen = seen.tril(offset)
             if logits.window is not None:
                 seen = seen.triu(offset - logits.window + 1)
-            weights = weights.masked_fill(~seen, -torch.inf)
-        lse = torch.logsumexp(weights, dim=-1)
-        output = torch.exp(weights - lse.unsqueeze(-1)) @ values
+            scores = scores.masked_fill(~seen, -torch.inf)
+        lse = torch.logsumexp(scores, dim=-1)
+        output = torch.exp(scores - lse.unsqueeze(-1)) @ values
         return output.to(query.dtype), lse.float()
