@@ -6,6 +6,7 @@ import enum
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apb_ds.compressors import build_compressor
@@ -13,7 +14,8 @@ from apb_ds.compressors.base import Compressor
 from apb_ds.compressors.retaining_heads import RetainingHeads, RetainingHeadsCompressor
 from apb_ds.config import APBConfig, BlockSettings
 from apb_ds.methods import apb, dense, ring, ulysses
-from apb_ds.methods.decode import attend_shards, merge_ranks
+from apb_ds.methods import window as sliding
+from apb_ds.methods.decode import attend_shards, attend_window, merge_ranks
 from apb_ds.methods.state import PrefillState, Tools
 from apb_ds.ops import profiling
 from apb_ds.ops.compiled import can_compile
@@ -65,7 +67,7 @@ class APBAttention(nn.Module):
             self.compressor = build_compressor(settings)
             if isinstance(self.compressor, RetainingHeadsCompressor):
                 self.compressor.heads = retaining_heads
-        self._choices: dict[tuple[torch.device, torch.dtype, int], KernelChoice] = {}
+        self._choices: dict[tuple[torch.device, torch.dtype, int, bool, bool], KernelChoice] = {}
 
     @property
     def needs_query(self) -> bool:
@@ -82,11 +84,19 @@ class APBAttention(nn.Module):
         if self.config.settings.method == "ulysses":
             ulysses.check_heads(heads, kv_heads, self.group.world_size)
 
-    def kernels_for(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelChoice:
-        """Return the kernels for such tensors; they are chosen on first use."""
-        case = (device, dtype, head_dim)
+    def kernels_for(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, *, window: bool = False, softcap: bool = False
+    ) -> KernelChoice:
+        """Return the kernels for such tensors; they are chosen on first use.
+
+        Parameters
+        ----------
+        window, softcap : whether the layer attends within a window, or caps its logits
+        """
+        case = (device, dtype, head_dim, window, softcap)
         if case not in self._choices:
-            self._choices[case] = choose_kernels(self.config.settings.kernel, device, dtype, head_dim)
+            name = self.config.settings.kernel
+            self._choices[case] = choose_kernels(name, device, dtype, head_dim, window=window, softcap=softcap)
         return self._choices[case]
 
     def forward(
@@ -99,6 +109,9 @@ class APBAttention(nn.Module):
         layer_idx: int,
         state: PrefillState | None = None,
         scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
         num_keys: Tensor | None = None,
     ) -> Tensor:
         """Attend for this rank's tokens.
@@ -108,44 +121,70 @@ class APBAttention(nn.Module):
         query : (1, heads, tokens, head_dim), rotated
             In PREFILL local: the rank's share of the anchor, then the blocks of its hosts. Otherwise the new tokens,
             the same on every rank.
-        key, value : (1, kv_heads, keys, head_dim), keys rotated, local
-            In PREFILL those of the same tokens as `query`. Otherwise the rank's shard, as `ShardedCache.update`
-            returned it.
+        key : (1, kv_heads, keys, head_dim), rotated, local
+            In PREFILL of the same tokens as `query`. Otherwise the rank's shard, as `ShardedCache.update` returned it.
+        value : (1, kv_heads, keys, value_dim), local
         state : PrefillState
             The request's state; needed in PREFILL.
         scale : float
             Factor on the logits; by default ``head_dim ** -0.5``.
+        window : int
+            How many tokens a token sees, itself included. Such a layer is exact with every method.
+        softcap : float
+            Bound of the logits: they become ``softcap * tanh(logits / softcap)``.
+        sinks : (heads,)
+            Logits of one more key per head, whose value is zero.
         num_keys : (1,), int32, on the device
             In DECODE: how many of the first keys count, at least one. For a step that is recorded as a CUDA graph.
 
         Returns
         -------
-        (1, heads, tokens, head_dim) in ``query.dtype``: local in PREFILL (zeros in the last layer, whose output is not
+        (1, heads, tokens, value_dim) in ``query.dtype``: local in PREFILL (zeros in the last layer, whose output is not
         used), otherwise the same on every rank.
         """
         _check_shapes(query, key, value)
-        head_dim = query.shape[-1]
+        head_dim, value_dim = query.shape[-1], value.shape[-1]
         scale = head_dim**-0.5 if scale is None else scale
-        kernels = self.kernels_for(query.device, query.dtype, head_dim)
+        query, key, value = _equally_wide(query, key, value)
+        kernels = self.kernels_for(
+            query.device, query.dtype, query.shape[-1], window=window is not None, softcap=softcap is not None
+        )
         if profiling.are_recorded():
             kernels = kernels.in_ranges()
         fused = self._is_fused(query.device)
-        tools = Tools(self.group, kernels, scale, merge_two_fused if fused else merge_two, fused)
+        tools = Tools(self.group, kernels, scale, softcap, sinks, merge_two_fused if fused else merge_two, fused)
         if phase is Phase.PREFILL:
-            if state is None:
-                raise ValueError("phase=PREFILL needs state=PrefillState(plan, cache, rank).")
-            _check_tokens(state, query, key)
-            self.group.progress.enter_layer(phase.value, layer_idx, state.round_index, len(state.plan.rounds))
-            if self.compressor is not None:
-                return apb.prefill(self.compressor, tools, state, layer_idx, query, key, value)
-            return EXACT_PREFILLS[self.config.settings.method](tools, state, layer_idx, query, key, value)
-        self.group.progress.enter_layer(phase.value, layer_idx)
-        if num_keys is not None:
-            if kernels.recorded is None:
-                raise RuntimeError(f"num_keys: no attention kernel on {query.device} can be recorded in a CUDA graph.")
-            return merge_ranks(tools, *kernels.recorded.attend_first(query, key, value, num_keys, scale))
-        kernel = kernels.decode if phase is Phase.DECODE else kernels.prefill
-        return attend_shards(tools, kernel, query, key, value)
+            output = self._prefill(tools, state, layer_idx, query, key, value, window)
+        else:
+            self.group.progress.enter_layer(phase.value, layer_idx)
+            if num_keys is not None:
+                output = _attend_first(tools, query, key, value, num_keys, window)
+            elif window is not None:
+                output = attend_window(tools, query, key, value, window)
+            else:
+                kernel = kernels.decode if phase is Phase.DECODE else kernels.prefill
+                output = attend_shards(tools, kernel, query, key, value)
+        return output[..., :value_dim]
+
+    def _prefill(
+        self,
+        tools: Tools,
+        state: PrefillState | None,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        if state is None:
+            raise ValueError("phase=PREFILL needs state=PrefillState(plan, cache, rank).")
+        _check_tokens(state, query, key)
+        self.group.progress.enter_layer(Phase.PREFILL.value, layer_idx, state.round_index, len(state.plan.rounds))
+        if window is not None:
+            return sliding.prefill(tools, state, layer_idx, query, key, value, window)
+        if self.compressor is not None:
+            return apb.prefill(self.compressor, tools, state, layer_idx, query, key, value)
+        return EXACT_PREFILLS[self.config.settings.method](tools, state, layer_idx, query, key, value)
 
     def _is_fused(self, device: torch.device) -> bool:
         return self.config.settings.fused and device.type == "cuda" and can_compile(device)
@@ -164,16 +203,35 @@ def check_available(config: APBConfig) -> None:
         build_compressor(settings)
 
 
+def _attend_first(
+    tools: Tools, query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor, window: int | None
+) -> Tensor:
+    """Attend for one new token to the first keys of buffers, in a step that can be recorded."""
+    kernel = tools.kernels.recorded
+    if kernel is None:
+        raise RuntimeError(f"num_keys: no attention kernel on {query.device} can be recorded in a CUDA graph.")
+    part = kernel.attend_first(query, key, value, num_keys, tools.scale, window=window, softcap=tools.softcap)
+    if window is not None or tools.group.is_last:
+        part = tools.with_sinks(part)
+    return part[0] if window is not None else merge_ranks(tools, *part)
+
+
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.dim() != 4 or query.shape[0] != 1:
         raise ValueError(f"query must be (1, heads, tokens, head_dim), got {tuple(query.shape)}.")
-    if key.shape != value.shape or key.dim() != 4 or key.shape[0] != 1 or key.shape[-1] != query.shape[-1]:
+    if key.dim() != 4 or key.shape[0] != 1 or key.shape[-1] != query.shape[-1] or key.shape[:-1] != value.shape[:-1]:
         raise ValueError(
-            f"key and value must both be (1, kv_heads, keys, {query.shape[-1]}), "
+            f"key must be (1, kv_heads, keys, {query.shape[-1]}) and value (1, kv_heads, keys, value_dim), "
             f"got {tuple(key.shape)} and {tuple(value.shape)}."
         )
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads must be a multiple of {key.shape[1]} KV heads.")
+
+
+def _equally_wide(*states: Tensor) -> list[Tensor]:
+    """Pad the head dimension with zeros to the widest, which changes no logit and no output."""
+    widest = max(part.shape[-1] for part in states)
+    return [part if part.shape[-1] == widest else F.pad(part, (0, widest - part.shape[-1])) for part in states]
 
 
 def _check_tokens(state: PrefillState, query: Tensor, key: Tensor) -> None:

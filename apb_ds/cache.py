@@ -2,16 +2,22 @@
 
 A rank stores the keys and values of the blocks it serves; new tokens (queries and generated ones) are stored on the
 last rank only. A shard's tokens need no order: keys carry their rotation, and every query sees all of them.
+
+Layers that attend within a window are stored otherwise: every rank has what the window still reaches, and the new
+tokens, in order. That is little, and attending to it needs no other rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from apb_ds.utils.sizes import LayerAttention
 
 GROWTH_TOKENS = 256
 # Buffers that can grow are a multiple of this long, so that documents of similar length get buffers of the same size.
@@ -21,21 +27,25 @@ STEP_TOKENS = 512
 class ShardedCacheLayer(CacheLayerMixin):
     """One layer's shard, in buffers that grow in steps, not per token.
 
-    Keys and values are written in two places only: `store_block` during prefill, `update` afterwards.
+    Keys and values are written in two places only: `store_block` in a prefill, `update` afterwards.
 
     Parameters
     ----------
     stores_new : bool
         Whether this rank stores the tokens that come after the document.
+    is_expanded : bool
+        Whether the model makes something else of what `update` returns. It cannot of no tokens, so that a rank without
+        any gets one token of zeros, to be left out of the attention.
     """
 
     is_sliding = False
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, stores_new: bool) -> None:
+    def __init__(self, stores_new: bool, is_expanded: bool = False) -> None:
         super().__init__()
         self.stores_new = stores_new
+        self.is_expanded = is_expanded
         self.global_length = 0
         self.local_length = 0
         self.capacity = 0
@@ -79,6 +89,8 @@ class ShardedCacheLayer(CacheLayerMixin):
         if self.stores_new:
             self._append(key_states, value_states)
         self.global_length += key_states.shape[-2]
+        if self.is_expanded and self.local_length == 0:
+            return torch.zeros_like(key_states[:, :, :1]), torch.zeros_like(value_states[:, :, :1])
         return self.shard()
 
     def advance(self) -> None:
@@ -180,6 +192,45 @@ class ShardedCacheLayer(CacheLayerMixin):
         return grown
 
 
+class WindowCacheLayer(ShardedCacheLayer):
+    """A layer that attends within a window: the tokens that a later one can see, in order, on every rank.
+
+    Tokens that the window has left behind are dropped by `forget_unreachable`, not while a turn may still be cropped.
+
+    Parameters
+    ----------
+    window : int
+        How many tokens a token sees, itself included.
+    """
+
+    def __init__(self, window: int) -> None:
+        super().__init__(stores_new=True)
+        self.window = window
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new tokens, and return what they see: the tokens before them in the window, and themselves.
+
+        Returns
+        -------
+        keys, values : (1, kv_heads, up to window - 1 + tokens, head_dim), the same on every rank. With a `slot`, the
+            whole buffers.
+        """
+        keys, values = super().update(key_states, value_states)
+        if self.slot is not None:
+            return keys, values
+        seen = self.window - 1 + key_states.shape[-2]
+        return keys[:, :, -seen:], values[:, :, -seen:]
+
+    def forget_unreachable(self) -> None:
+        """Drop the tokens that no later one sees; what is left cannot be cropped."""
+        kept = self.window - 1
+        if self.local_length <= kept:
+            return
+        for buffer in self.buffers():
+            buffer[:, :, :kept] = buffer[:, :, self.local_length - kept : self.local_length].clone()
+        self.local_length = kept
+
+
 def _stepped(num_tokens: int) -> int:
     return -(-num_tokens // STEP_TOKENS) * STEP_TOKENS
 
@@ -189,21 +240,37 @@ class ShardedCache(Cache):
 
     Parameters
     ----------
-    num_layers : int
+    layers : sequence of LayerAttention
+        How each layer attends; those with a window are stored on every rank.
     stores_new : bool
         Whether this rank stores the tokens that come after the document (the last rank does).
     shard_tokens : int
         Document tokens that this rank will store, for sizing the buffers.
     new_tokens : int
         Tokens that are expected after the document, likewise.
+
+    Attributes
+    ----------
+    attention : the layers, as they were given
     """
 
-    def __init__(self, num_layers: int, stores_new: bool, shard_tokens: int, new_tokens: int = 0) -> None:
-        layers = [ShardedCacheLayer(stores_new) for _ in range(num_layers)]
-        for layer in layers:
-            layer.reserve(_stepped(shard_tokens + max(GROWTH_TOKENS, new_tokens)) if stores_new else shard_tokens)
-        self._sharded_layers = layers
-        super().__init__(layers=layers)  # type: ignore[arg-type]
+    def __init__(
+        self, layers: Sequence[LayerAttention], stores_new: bool, shard_tokens: int, new_tokens: int = 0
+    ) -> None:
+        self.attention = tuple(layers)
+        self._sharded_layers: list[ShardedCacheLayer] = []
+        for attention in layers:
+            if attention.window is None:
+                layer = ShardedCacheLayer(stores_new, is_expanded=attention.stores and not attention.stores_attended)
+                num_document = shard_tokens
+            else:
+                layer = WindowCacheLayer(attention.window)
+                num_document = attention.window - 1
+            grows = _stepped(num_document + max(GROWTH_TOKENS, new_tokens))
+            layer.reserve(grows if layer.stores_new else num_document)
+            self._sharded_layers.append(layer)
+        self._storing = [layer for layer, of in zip(self._sharded_layers, layers, strict=True) if of.stores]
+        super().__init__(layers=self._sharded_layers)  # type: ignore[arg-type]
 
     def layer(self, layer_idx: int) -> ShardedCacheLayer:
         """Return one layer's shard."""
@@ -215,18 +282,23 @@ class ShardedCache(Cache):
             layer.global_length = num_tokens
 
     @contextmanager
-    def writing_to(self, slot: Tensor) -> Iterator[None]:
-        """Have new tokens written at a place that is read on the device, (1,) int64, and whole buffers given out."""
+    def writing_to(self, slots: Mapping[int | None, Tensor]) -> Iterator[None]:
+        """Have new tokens written at places that are read on the device, and whole buffers given out.
+
+        Parameters
+        ----------
+        slots : by `LayerAttention.window`, (1,) int64 each
+        """
         try:
-            for layer in self._sharded_layers:
-                layer.slot = slot
+            for attention, layer in zip(self.attention, self._sharded_layers, strict=True):
+                layer.slot = slots[attention.window]
             yield
         finally:
             for layer in self._sharded_layers:
                 layer.slot = None
 
     def advance(self) -> None:
-        """Count one new token that was written to the slot behind the last one, in all layers."""
+        """Count one new token that was written to the slots, in all layers."""
         for layer in self._sharded_layers:
             layer.advance()
 
@@ -236,7 +308,7 @@ class ShardedCache(Cache):
         New buffers hold arbitrary bits. A kernel that reads whole tiles gives the unused part zero weight, but zero
         times NaN is NaN.
         """
-        for layer in self._sharded_layers:
+        for layer in self._storing:
             layer.clear_unused()
 
     def take_over(self, buffers: Sequence[Tensor]) -> bool:
@@ -244,19 +316,33 @@ class ShardedCache(Cache):
 
         The other cache must not be used any more.
         """
-        if len(buffers) != 2 * len(self.layers) or buffers[0].shape[2] != self.layer(0).capacity:
+        if len(buffers) != 2 * len(self._storing):
             return False
-        for layer, keys, values in zip(self._sharded_layers, buffers[::2], buffers[1::2], strict=True):
-            layer.given = (keys, values)
+        pairs = list(zip(buffers[::2], buffers[1::2], strict=True))
+        if any(keys.shape[2] != layer.capacity for (keys, _), layer in zip(pairs, self._storing, strict=True)):
+            return False
+        for layer, pair in zip(self._storing, pairs, strict=True):
+            layer.given = pair
         return True
 
-    def buffers(self, num_tokens: int) -> list[Tensor]:
-        """Return all layers' buffers of keys and values, (1, kv_heads, capacity, head_dim), with room for so many."""
+    def buffers(self, num_new: int = 0) -> list[Tensor]:
+        """Return all layers' buffers of keys and values, (1, kv_heads, capacity, head_dim).
+
+        Parameters
+        ----------
+        num_new : for how many new tokens they must have room
+        """
         found: list[Tensor] = []
-        for layer in self._sharded_layers:
-            layer.make_room(num_tokens)
+        for layer in self._storing:
+            layer.make_room(layer.local_length + num_new * int(layer.stores_new))
             found += layer.buffers()
         return found
+
+    def forget_unreachable(self) -> None:
+        """Drop the tokens that windows have left behind; call it before a turn, which may be cropped again."""
+        for layer in self._storing:
+            if isinstance(layer, WindowCacheLayer):
+                layer.forget_unreachable()
 
     def crop_to(self, num_tokens: int) -> None:
         """Forget what came after the first `num_tokens` tokens, layer by layer (a failed forward fills only some)."""
@@ -270,10 +356,18 @@ class ShardedCache(Cache):
 
     @property
     def local_length(self) -> int:
-        """Tokens stored on this rank."""
-        return self.layer(0).local_length
+        """Tokens stored on this rank, by layers that attend to all of them."""
+        return self.local_lengths().get(None, 0)
 
-    @property
-    def length_with_next(self) -> int:
-        """Tokens stored on this rank once one more new token has come."""
-        return self.local_length + int(self.layer(0).stores_new)
+    def local_lengths(self, *, with_next: bool = False) -> dict[int | None, int]:
+        """Return the tokens stored on this rank by `LayerAttention.window`.
+
+        Parameters
+        ----------
+        with_next : once one more new token has come
+        """
+        storing = (of for of in self.attention if of.stores)
+        return {
+            of.window: layer.local_length + int(with_next and layer.stores_new)
+            for of, layer in zip(storing, self._storing, strict=True)
+        }

@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import apb_ds
 from apb_ds.ops.kernels import Kernel, KernelChoice
+from apb_ds.ops.kernels.base import Logits
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.session.metrics import count_prefill
 from tests.heads import engine_with_heads
-from tests.models import FAMILIES, request_ids
+from tests.models import FAMILIES, HYBRIDS, request_ids
 
 QUERY = 6
 
@@ -23,14 +24,17 @@ class CountingKernel(Kernel):
     """Counts the pairs of tokens it is given instead of computing: operations do not depend on values."""
 
     name = "counting"
+    has_window = True
+    has_softcap = True
 
     def __init__(self) -> None:
         self.flops = 0
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
         _, heads, queries, head_dim = query.shape
-        assert not causal or queries == key.shape[2]
-        pairs = sum(range(1, queries + 1)) if causal else queries * key.shape[2]
+        keys = key.shape[2]
+        last = range(keys - queries + 1, keys + 1) if logits.causal else [keys] * queries
+        pairs = sum(min(seen, logits.window or keys) for seen in last)
         self.flops += 4 * heads * head_dim * pairs
         return torch.zeros_like(query), torch.zeros(query.shape[:3])
 
@@ -80,7 +84,7 @@ def _group(world_size: int) -> SequenceGroup:
 
 
 def _engine(group: SequenceGroup, family: str, given: dict[str, Any], kv_heads: int) -> Any:
-    engine = engine_with_heads(FAMILIES[family](num_key_value_heads=kv_heads), group=group)
+    engine = engine_with_heads((FAMILIES | HYBRIDS)[family](num_key_value_heads=kv_heads), group=group)
     engine.configure(apb_ds.APBConfig(**given))
     return engine
 
@@ -92,7 +96,7 @@ def _request(engine: Any, n: int) -> tuple[Tensor, Tensor, bool]:
 
 def _measure(engine: Any, work: Any) -> tuple[Any, int]:
     kernel = CountingKernel()
-    engine.attention.kernels_for = lambda *_: KernelChoice(kernel, kernel)
+    engine.attention.kernels_for = lambda *_, **__: KernelChoice(kernel, kernel)
     with FlopCounterMode(display=False) as counter:
         result = work()
     # The rotary angles are an outer product, which torch counts among matrix products.

@@ -12,6 +12,16 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -178,9 +188,77 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
 }
 
 
+WINDOW = 20
+_EAGER = {**_SHAPE, "attn_implementation": "eager"}  # families for which torch's own function does not do
+
+
+def mistral_window(seed: int = 0) -> PreTrainedModel:
+    """Mistral whose layers all attend within a window."""
+    return mistral(seed, sliding_window=WINDOW)
+
+
+def qwen2_mixed(seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Qwen2 whose first layer attends to all tokens, and the others within a window."""
+    windows = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+    return _build(Qwen2ForCausalLM, Qwen2Config(**{**_SHAPE, **windows, **overrides}), seed)
+
+
+def gemma2(seed: int = 0) -> PreTrainedModel:
+    """Gemma 2: every other layer attends within a window, and logits are capped."""
+    config = Gemma2Config(
+        **_EAGER, head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW, attn_logit_softcapping=6.0
+    )
+    return _build(Gemma2ForCausalLM, config, seed)
+
+
+def gemma3(seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Gemma 3: two layers within a window to one that sees all, each kind with its rotary frequencies."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    shape = {**_SHAPE, "num_hidden_layers": 4, "layer_types": kinds, **overrides}
+    config = Gemma3TextConfig(**shape, head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW)
+    return _build(Gemma3ForCausalLM, config, seed)
+
+
+def gemma3n(seed: int = 0) -> PreTrainedModel:
+    """Gemma 3n: the last two layers attend to keys and values of earlier ones."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    shape = {**_SHAPE, "num_hidden_layers": 4, "layer_types": kinds, "num_kv_shared_layers": 2}
+    of_layers = {"intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.0] * 4}
+    inputs = {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8, "laurel_rank": 8}
+    config = Gemma3nTextConfig(**{**shape, **of_layers, **inputs}, head_dim=16, sliding_window=WINDOW)
+    return _build(Gemma3nForCausalLM, config, seed)
+
+
+def gpt_oss(seed: int = 0) -> PreTrainedModel:
+    """GPT-OSS: sinks, every other layer within a window, experts."""
+    shape = {**_EAGER, "num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = GptOssConfig(**shape, head_dim=16, sliding_window=WINDOW)
+    return _build(GptOssForCausalLM, config, seed)
+
+
+def deepseek_v3(seed: int = 0) -> PreTrainedModel:
+    """DeepSeek V3: latent attention, whose values are narrower than its keys."""
+    latents = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    shape = {**_SHAPE, "num_key_value_heads": 4, "first_k_dense_replace": 1, "moe_intermediate_size": 32}
+    return _build(DeepseekV3ForCausalLM, DeepseekV3Config(**shape, **latents, **experts), seed)
+
+
+# Families whose layers are not all attention to all tokens over what they cache.
+HYBRIDS: dict[str, Callable[..., PreTrainedModel]] = {
+    "mistral_window": mistral_window,
+    "qwen2_mixed": qwen2_mixed,
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+    "gemma3n": gemma3n,
+    "gpt_oss": gpt_oss,
+    "deepseek_v3": deepseek_v3,
+}
+
+
 def build_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Return a new model of `family`, a key of `FAMILIES`: equal seeds give equal weights in every process."""
-    return FAMILIES[family](seed)
+    """Return a new model of `family`, of `FAMILIES` or `HYBRIDS`: equal seeds give equal weights in every process."""
+    return (FAMILIES | HYBRIDS)[family](seed)
 
 
 def distinct_ids(length: int, seed: int = 0) -> torch.Tensor:

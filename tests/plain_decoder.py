@@ -11,9 +11,11 @@ from apb_ds.attention import APBAttention, Phase
 from apb_ds.cache import ShardedCache
 from apb_ds.methods.state import PrefillState
 from apb_ds.plan import Plan
+from apb_ds.utils.sizes import LayerAttention
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2, 4, 2, 8, 300
 WIDTH = HEADS * HEAD_DIM
+LAYER = LayerAttention(HEADS, KV_HEADS, HEAD_DIM)
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -95,7 +97,7 @@ def dense_logits(decoder: Decoder, ids: Tensor) -> Tensor:
 def prefill_by_hand(decoder: Decoder, attention: APBAttention, plan: Plan, document: Tensor) -> ShardedCache:
     """Run the rounds of a plan without a query in its anchor, and return this rank's shard."""
     group = attention.group
-    cache = ShardedCache(LAYERS, group.is_last, plan.shard_length(group.rank))
+    cache = ShardedCache([LAYER] * LAYERS, group.is_last, plan.shard_length(group.rank))
     state = PrefillState(plan, cache, group.rank)
 
     def attend(layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -138,6 +138,15 @@ def _select(scores: Tensor, block: range, settings: Settings) -> list[int]:
     return sorted(by_rank[: settings.passing_length])
 
 
+def tokens_in_window(layout: Layout, window: int) -> Tensor:
+    """Return the mask of a layer with a window: anchor sees anchor, document and query what is before them."""
+    mask = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    for row in range(layout.num_tokens):
+        first = 0 if row < layout.document_start else layout.document_start
+        mask[row, max(first, row + 1 - window) : row + 1] = True
+    return mask
+
+
 def visible_tokens(layout: Layout, kept: list[list[int]]) -> Tensor:
     """Return the mask of one KV head, (tokens, tokens), bool: may the row's query see the column's key?
 
@@ -186,15 +195,25 @@ class _MaskedAttention:
     ) -> tuple[Tensor, None]:
         layout, layer = self.run.layout, module.layer_idx
         queries, keys, values = query[0], key[0], value[0]
-        kept = self._kept_tokens(layer, queries, keys, scaling)
-        masks = torch.stack([visible_tokens(layout, of_head) for of_head in kept])
+        window, softcap, sinks = (kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux"))
+        if window is None:
+            kept = self._kept_tokens(layer, queries, keys, scaling)
+            masks = torch.stack([visible_tokens(layout, of_head) for of_head in kept])
+        else:
+            kept = []
+            masks = tokens_in_window(layout, window).expand(keys.shape[0], -1, -1)
         if self.edit_mask is not None:
             masks = self.edit_mask(layer, masks, layout)
         group = queries.shape[0] // keys.shape[0]
         outputs, largest = [], []
         for head in range(queries.shape[0]):
             logits = queries[head].double() @ keys[head // group].double().T * scaling
-            weights = logits.masked_fill(~masks[head // group], -torch.inf).softmax(dim=-1)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            logits = logits.masked_fill(~masks[head // group], -torch.inf)
+            if sinks is not None:  # one more key, whose value is zero
+                logits = torch.cat([logits, sinks[head].double().expand(len(logits), 1)], dim=1)
+            weights = logits.softmax(dim=-1)[:, : keys.shape[1]]
             outputs.append(weights @ values[head // group].double())
             largest.append(weights.amax(dim=-1))
         self.run.kept.append(kept)
@@ -239,6 +258,8 @@ def _project(module: Any, hidden: Tensor) -> Tensor:
     """Return [q; k; v] of (tokens, hidden) states by the weights of an attention module: (tokens, channels)."""
     names = ("qkv_proj",) if hasattr(module, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
     parts = []
+    if not all(hasattr(module, name) for name in names):
+        return hidden[:, :0]  # heads do not serve such a layer
     for name in names:
         linear = getattr(module, name)
         parts.append(hidden @ linear.weight.T + (0 if linear.bias is None else linear.bias))
@@ -249,14 +270,15 @@ def _project(module: Any, hidden: Tensor) -> Tensor:
 def fixed_rotary(model: PreTrainedModel, length: int) -> Iterator[None]:
     """Rotate every forward inside as one that reaches position ``length - 1``, whatever was forwarded before."""
     rotary: Any = model.base_model.rotary_emb
-    if rotary.rope_type == "dynamic":
+    if getattr(rotary, "rope_type", None) == "dynamic":
         rotary.register_buffer("inv_freq", rotary.original_inv_freq.clone(), persistent=False)
         rotary.max_seq_len_cached = rotary.original_max_seq_len
 
     def append(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        hidden, positions = (*args, *kwargs.values()) if args else (kwargs["x"], kwargs["position_ids"])
+        given = (*args, *kwargs.values()) if args else (kwargs["x"], kwargs["position_ids"])
+        hidden, positions, *rest = given  # the rest is a kind of layers
         last = positions.new_full((positions.shape[0], 1), length - 1)
-        return (hidden, torch.cat([positions, last], dim=1)), {}
+        return (hidden, torch.cat([positions, last], dim=1), *rest), {}
 
     def drop(module: Any, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         cos, sin = output

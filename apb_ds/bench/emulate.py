@@ -16,6 +16,7 @@ from apb_ds.engine.engine import APBEngine
 from apb_ds.parallel.emulated import EmulatedGroup
 from apb_ds.plan import Plan
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
+from apb_ds.utils.sizes import num_prefilled
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def time_emulated_rank(engine: APBEngine, document_ids: Tensor, query_ids: Tenso
     """Prefill as the rank of `engine.group`, an `EmulatedGroup`."""
     group = engine.group
     assert isinstance(group, EmulatedGroup)
-    num_layers = engine.sizes.num_layers
+    num_layers = num_prefilled(engine.layers)
     collectives = [group.num_collectives]
     reset_peak_memory(engine.device)
     watch = Stopwatch(engine.device)

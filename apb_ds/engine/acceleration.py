@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from apb_ds.config import MethodSettings
 from apb_ds.engine.cuda_graph import RecordedSteps, can_record
+from apb_ds.hf.architecture import text_decoder
 from apb_ds.hf.fused_layers import fused_layers
 from apb_ds.hf.onednn_linears import onednn_linears
 from apb_ds.hf.tiled_mlps import default_tile, tiled_mlps
@@ -25,7 +26,7 @@ class Acceleration:
     model : transformers decoder, on its device
     settings : MethodSettings
     group : the ranks that share a request
-    kernels : that attention uses
+    kernels : that attention uses, by kind of layer
 
     Attributes
     ----------
@@ -34,23 +35,31 @@ class Acceleration:
     """
 
     def __init__(
-        self, model: PreTrainedModel, settings: MethodSettings, group: SequenceGroup, kernels: KernelChoice
+        self,
+        model: PreTrainedModel,
+        settings: MethodSettings,
+        group: SequenceGroup,
+        kernels: Mapping[str, KernelChoice],
     ) -> None:
         device = next(model.parameters()).device
-        self.recorded = RecordedSteps(model, group) if settings.cuda_graph and can_record(model, kernels) else None
+        records = settings.cuda_graph and can_record(model, kernels.values())
+        self.recorded = RecordedSteps(model, group) if records else None
         self.fused = fused_layers(model, settings.fused, device)
         self._model = (model,)  # not a submodule of anything
         self._tile = default_tile(device) if settings.mlp_tile is None else settings.mlp_tile
         self._made_for = _key(settings, group, kernels)
 
-    def serves(self, settings: MethodSettings, group: SequenceGroup, kernels: KernelChoice) -> bool:
+    def serves(self, settings: MethodSettings, group: SequenceGroup, kernels: Mapping[str, KernelChoice]) -> bool:
         """Whether it can stay under other settings: an evaluation changes the prefill's with every sample."""
         return self._made_for == _key(settings, group, kernels)
 
     @contextmanager
     def in_prefill(self, num_tokens: int) -> Iterator[None]:
         """Have the model compute forwards of about `num_tokens` tokens; restore it on leaving."""
-        with onednn_linears(self._model[0].base_model, min(num_tokens, self._tile or num_tokens)), self.in_decoding():
+        with (
+            onednn_linears(text_decoder(self._model[0]), min(num_tokens, self._tile or num_tokens)),
+            self.in_decoding(),
+        ):
             yield
 
     @contextmanager
@@ -63,6 +72,6 @@ class Acceleration:
             yield
 
 
-def _key(settings: MethodSettings, group: SequenceGroup, kernels: KernelChoice) -> tuple[Any, ...]:
-    recorded = None if kernels.recorded is None else kernels.recorded.name
+def _key(settings: MethodSettings, group: SequenceGroup, kernels: Mapping[str, KernelChoice]) -> tuple[Any, ...]:
+    recorded = tuple(None if choice.recorded is None else choice.recorded.name for choice in kernels.values())
     return settings.cuda_graph, settings.fused, settings.mlp_tile, recorded, group.world_size

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import operator
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,9 @@ class DecodeStep:
         self._group = group
         self._token = torch.zeros((1, 1), dtype=torch.int64, device=device)
         self._position = torch.zeros((1, 1), dtype=torch.int64, device=device)
-        self._slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self._num_keys = torch.ones(1, dtype=torch.int32, device=device)
+        # By `LayerAttention.window`, since layers with windows store other tokens than the rest.
+        self._slots: dict[int | None, Tensor] = {}
+        self._num_keys: dict[int | None, Tensor] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._bytes_sent = 0  # in one step
@@ -54,7 +56,7 @@ class DecodeStep:
 
     def fits(self, cache: ShardedCache) -> bool:
         """Whether the recording reads and writes this cache, after making room for one more token."""
-        buffers = _buffers(cache)
+        buffers = cache.buffers(num_new=1)
         return len(buffers) == len(self.buffers) and all(map(operator.is_, buffers, self.buffers))
 
     def serves(self, model: nn.Module, cache: ShardedCache) -> bool:
@@ -63,7 +65,10 @@ class DecodeStep:
 
     def prepare(self, model: nn.Module, cache: ShardedCache) -> None:
         """Bind the step to the buffers of a cache and the model's weights."""
-        self.buffers, self._weights = _buffers(cache), _weights(model)
+        self.buffers, self._weights = cache.buffers(num_new=1), _weights(model)
+        device = self._token.device
+        self._slots = {window: torch.zeros(1, dtype=torch.int64, device=device) for window in cache.local_lengths()}
+        self._num_keys = {window: torch.ones(1, dtype=torch.int32, device=device) for window in self._slots}
         cache.clear_unused()  # a later cache that takes the buffers over must not find NaN in them
 
     def warm_up(self, model: nn.Module, cache: ShardedCache, call: ActiveCall) -> None:
@@ -101,7 +106,7 @@ class DecodeStep:
 
     def forward(self, model: nn.Module, cache: ShardedCache, call: ActiveCall) -> Tensor:
         """Run the model on what the inputs hold; the cache does not count the token."""
-        with call.attending_to_first(self._num_keys), cache.writing_to(self._slot):
+        with call.attending_to_first(self._num_keys), cache.writing_to(self._slots):
             output = model(
                 input_ids=self._token,
                 position_ids=self._position,
@@ -115,8 +120,10 @@ class DecodeStep:
     def _set(self, token: Tensor, cache: ShardedCache) -> None:
         self._token.copy_(token)
         self._position.fill_(cache.get_seq_length())
-        self._slot.fill_(cache.local_length)
-        self._num_keys.fill_(cache.length_with_next)
+        for window, length in cache.local_lengths().items():
+            self._slots[window].fill_(length)
+        for window, length in cache.local_lengths(with_next=True).items():
+            self._num_keys[window].fill_(length)
 
 
 class RecordedSteps:
@@ -178,7 +185,7 @@ class RecordedSteps:
 
     def _record(self, cache: ShardedCache, call: ActiveCall, device: torch.device) -> None:
         """Record a step on all ranks together; if that fails on one of them, none has it or tries again."""
-        if not self._all(cache.local_length > 0, device):  # a kernel needs a key
+        if not self._all(min(cache.local_lengths(with_next=True).values()) > 0, device):  # a kernel needs a key
             return
         step, model = DecodeStep(device, self._group), self._model[0]
         failure: RuntimeError | None = None
@@ -207,14 +214,10 @@ class RecordedSteps:
         return bool(self._group.all_gather(torch.tensor([mine], dtype=torch.int64, device=device)).all())
 
 
-def can_record(model: nn.Module, kernels: KernelChoice) -> bool:
+def can_record(model: nn.Module, kernels: Iterable[KernelChoice]) -> bool:
     """Whether decode steps can be recorded with these kernels and the model's rotary embedding."""
     waits = any(is_position_dependent_rope(module) for module in model.modules())
-    return kernels.recorded is not None and not waits
-
-
-def _buffers(cache: ShardedCache) -> list[Tensor]:
-    return cache.buffers(cache.length_with_next)
+    return all(choice.recorded is not None for choice in kernels) and not waits
 
 
 def _weights(model: nn.Module) -> list[int]:

@@ -27,7 +27,7 @@ from apb_ds.engine.decoding import LockstepDecoder, RequestStats
 from apb_ds.engine.generation_settings import arguments_for_loop, warn_of_overrides
 from apb_ds.engine.prefill import run_rounds
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator
-from apb_ds.hf.architecture import attention_sizes, check_supported
+from apb_ds.hf.architecture import check_supported
 from apb_ds.hf.interface import apb_attention
 from apb_ds.hf.probe import probe_model
 from apb_ds.hf.rotary import warn_of_rough_frequencies
@@ -59,7 +59,7 @@ class APBEngine(InferenceEngine):
     ----------
     apb_config : the options in force; change them with `configure`
     group : the ranks that share a request
-    windows : by layer, the windows of layers that attend within one, in tokens
+    layers : how each layer attends
     stats : where the time of the last `prefill` or `generate` went
     """
 
@@ -81,10 +81,9 @@ class APBEngine(InferenceEngine):
         dtype = model.dtype if model.dtype in get_accelerator().supported_dtypes() else torch.float32
         super().__init__(nn.Module(), DeepSpeedInferenceConfig(dtype=dtype, max_out_tokens=NO_TOKEN_LIMIT))
         self.module, self.config = model, model.config
-        self.windows = probe_model(model)
+        self.layers = probe_model(model)
         self.group = group
         self.stats = RequestStats()
-        self.sizes = attention_sizes(model)
         self._attached_to: tuple[InferenceEngine, dict[str, Any]] | None = None
         self._training = [(module, module.training) for module in model.modules()]
         self._heads: list[RetainingHeads] = []  # a list, which keeps them out of this module's tree
@@ -131,7 +130,8 @@ class APBEngine(InferenceEngine):
         if heads is not None and heads not in self._heads:
             heads = heads.placed(self.device, self.module.dtype)
         attention = APBAttention(config, self.group, heads)
-        attention.check_heads(self.sizes.heads, self.sizes.kv_heads)
+        for heads_of_layer in {(layer.heads, layer.kv_heads) for layer in self.layers if layer.window is None}:
+            attention.check_heads(*heads_of_layer)
         return attention, heads
 
     def _put_in_force(self, config: APBConfig, attention: APBAttention, heads: RetainingHeads | None) -> None:
@@ -153,22 +153,35 @@ class APBEngine(InferenceEngine):
 
     @property
     def kernel_names(self) -> dict[str, str]:
-        """Names of the kernels in use, for ``prefill``, ``decode`` and, where steps are recorded, ``recorded``."""
-        kernels = self._kernels_of(self.attention)
-        if self._recorded is None or kernels.recorded is None:
-            return kernels.names
-        return kernels.names | {"recorded": kernels.recorded.name}
+        """Names of the kernels in use, for ``prefill``, ``decode`` and, where steps are recorded, ``recorded``.
+
+        Layers with windows or soft caps have theirs under such names as ``prefill (window)``.
+        """
+        names: dict[str, str] = {}
+        for kind, kernels in self._kernels_of(self.attention).items():
+            of_kind = kernels.names
+            if self._recorded is not None and kernels.recorded is not None:
+                of_kind["recorded"] = kernels.recorded.name
+            names |= {f"{phase} ({kind})" if kind else phase: name for phase, name in of_kind.items()}
+        return names
 
     @property
     def _validator(self) -> Validator:
-        return Validator(self.module, self.apb_config, self.attention, self.group, self.windows)
+        return Validator(self.module, self.apb_config, self.attention, self.group)
 
     @property
     def _recorded(self) -> RecordedSteps | None:
         return self._acceleration.recorded
 
-    def _kernels_of(self, attention: APBAttention) -> KernelChoice:
-        return attention.kernels_for(self.device, self.module.dtype, self.sizes.head_dim)
+    def _kernels_of(self, attention: APBAttention) -> dict[str, KernelChoice]:
+        """Return the kernels by the kind of layer that they serve, empty for one without window and soft cap."""
+        found = {}
+        for layer in self.layers:
+            width = max(layer.head_dim, layer.value_dim or 0)
+            needs = {"window": layer.window is not None, "softcap": layer.softcap is not None}
+            kind = " and ".join(name for name, needed in needs.items() if needed)
+            found[kind] = attention.kernels_for(self.device, self.module.dtype, width, **needs)
+        return found
 
     def prefill(
         self,
@@ -212,7 +225,7 @@ class APBEngine(InferenceEngine):
         plan, num_tokens = request.plan, request.document_ids.shape[1]
         self._warn_if_exact(plan)
         cache = ShardedCache(
-            self.sizes.num_layers,
+            self.layers,
             self.group.is_last,
             plan.shard_length(self.group.rank),
             new_tokens=request.max_positions - num_tokens,
@@ -228,7 +241,7 @@ class APBEngine(InferenceEngine):
                 levers(plan, self.module.dtype, is_prefill=True),
             ),
             self._acceleration.in_prefill(longest),
-            apb_attention(self.module, self.attention, Phase.PREFILL, request.max_positions, state),
+            apb_attention(self.module, self.attention, cache, Phase.PREFILL, request.max_positions, state),
         ):
             run_rounds(self.module, self.attention, state, request.document_ids, request.query_ids)
         self.group.progress.leave_model()
@@ -324,12 +337,13 @@ class APBEngine(InferenceEngine):
                 comparison.facts = request.facts | self._shared_facts
             num_query = request.ids.shape[1]
             cached = context.num_cached
+            context.cache.forget_unreachable()
             fed = torch.cat([context.token_ids[:, cached:], request.ids], dim=-1)
             positions = torch.arange(cached, cached + fed.shape[1], device=self.device).unsqueeze(0)
             try:
                 with (
                     self._acceleration.in_decoding(),
-                    apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions),
+                    apb_attention(self.module, self.attention, context.cache, Phase.QUERY, context.max_positions),
                 ):
                     output = self.module(
                         input_ids=fed,
@@ -372,6 +386,7 @@ class APBEngine(InferenceEngine):
 
     def _decode(self, request: QueryRequest, context: Context) -> Tensor:
         before = context.num_cached
+        context.cache.forget_unreachable()
         prompt = torch.cat([context.token_ids, request.ids], dim=-1)
         arguments = arguments_for_loop(self.module, request.arguments)
         streamer = arguments.pop("streamer", None)
@@ -383,7 +398,7 @@ class APBEngine(InferenceEngine):
                     levers(context.plan, self.module.dtype, is_prefill=False),
                 ),
                 self._acceleration.in_decoding(),
-                apb_attention(self.module, self.attention, Phase.QUERY, context.max_positions) as call,
+                apb_attention(self.module, self.attention, context.cache, Phase.QUERY, context.max_positions) as call,
             ):
                 decoder = LockstepDecoder(self.group, call, streamer, self._synchronize, self._recorded)
                 everything = self.module.generate(

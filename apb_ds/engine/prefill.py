@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apb_ds.attention import APBAttention, Phase
-from apb_ds.hf.architecture import attention_sizes
-from apb_ds.hf.interface import PrefillComplete
+from apb_ds.hf.architecture import text_decoder
+from apb_ds.hf.interface import PrefillCache, PrefillComplete
 from apb_ds.methods.state import PrefillState
 
 
@@ -48,7 +48,8 @@ def run_round(
         _join_round(model, attention, state)
         return
     try:
-        model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        cache = PrefillCache(state)
+        text_decoder(model)(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
     except PrefillComplete:
         return
     raise RuntimeError("the last layer's attention was never called: the model does not use the engine's attention.")
@@ -56,12 +57,12 @@ def run_round(
 
 def _join_round(model: PreTrainedModel, attention: APBAttention, state: PrefillState) -> None:
     """Join every layer's collectives without a token, since no forward may see zero tokens."""
-    sizes = attention_sizes(model)
-    device = next(model.parameters()).device
-    queries = torch.empty((1, sizes.heads, 0, sizes.head_dim), dtype=model.dtype, device=device)
-    states = queries[:, : sizes.kv_heads]
-    for layer_idx in range(sizes.num_layers):
-        attention(queries, states, states, phase=Phase.PREFILL, layer_idx=layer_idx, state=state)
+    nothing = torch.empty((1, 1, 0, 1), dtype=model.dtype, device=next(model.parameters()).device)
+    for layer_idx, layer in enumerate(state.cache.attention[: state.num_layers]):
+        queries = nothing.expand(1, layer.heads, 0, layer.head_dim)
+        keys = nothing.expand(1, layer.kv_heads, 0, layer.head_dim)
+        values = nothing.expand(1, layer.kv_heads, 0, layer.value_dim or layer.head_dim)
+        attention(queries, keys, values, phase=Phase.PREFILL, layer_idx=layer_idx, state=state, window=layer.window)
 
 
 def round_inputs(state: PrefillState, document_ids: Tensor, query_ids: Tensor | None) -> tuple[Tensor, Tensor]:

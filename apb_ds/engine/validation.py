@@ -6,7 +6,6 @@ all ranks must share; see `apb_ds.parallel.consistency`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +88,6 @@ class Validator:
     module : the engine's model
     config, attention : the settings in force and the layer built from them
     group : the ranks that share a request
-    windows : of the layers that attend within one
     """
 
     def __init__(
@@ -98,13 +96,11 @@ class Validator:
         config: APBConfig,
         attention: APBAttention,
         group: SequenceGroup,
-        windows: Mapping[int, int],
     ) -> None:
         self._module = module
         self._config = config
         self._attention = attention
         self._group = group
-        self._windows = windows
 
     def prefill(self, document_ids: Tensor, query_ids: Tensor | None, max_positions: int | None) -> PrefillRequest:
         """Validate `APBEngine.prefill`'s arguments."""
@@ -119,7 +115,7 @@ class Validator:
         if self._attention.needs_query and num_query == 0 and not plan.exact:
             raise ValueError(f"compressor={self._config.compressor!r} needs query_ids at prefill; it scores with them.")
         max_positions = max(max_positions or 0, num_tokens + num_query)
-        check_positions(self._module, max_positions, self._windows)
+        check_positions(self._module, max_positions)
         facts = settings_facts(self._config)
         facts |= {"document_ids": document_ids, "query_ids": query_ids, "max_positions": max_positions}
         return PrefillRequest(document_ids, query_ids, plan, max_positions, facts)
@@ -168,7 +164,7 @@ class Validator:
     def _check_context(self, context: Context, num_positions: int) -> None:
         if context.model is not self._module or context.group != self._group:
             raise ValueError("context belongs to another engine: its keys and values are another model's or group's.")
-        check_reach(self._module, context.max_positions, num_positions, self._windows)
+        check_reach(self._module, context.max_positions, num_positions)
 
     def _query_facts(self, query_ids: Tensor, context: Context, num_new: int) -> dict[str, Any]:
         of_context = {"prefill": context.key[:SHOWN_KEY], "tokens": context.num_tokens}

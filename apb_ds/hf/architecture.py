@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -14,17 +12,27 @@ from transformers import PreTrainedModel
 
 from apb_ds.utils.sizes import AttentionSizes, read_attention_sizes
 
-NO_WINDOWS: Mapping[int, int] = MappingProxyType({})
-
 
 def attention_sizes(model: PreTrainedModel) -> AttentionSizes:
-    """Read the attention's sizes from the model's config."""
+    """Read the attention's sizes from the model's config; ValueError if they differ between layers."""
     return read_attention_sizes(model.config)
 
 
+def text_config(model: PreTrainedModel) -> Any:
+    """Return the config of the model's text part: of all of it, unless it takes images or sound as well."""
+    return model.config.get_text_config()
+
+
+def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of the model that makes hidden states of text."""
+    decoder: Any = model.base_model if text_config(model) is model.config else model.get_decoder()
+    return cast("PreTrainedModel", decoder)
+
+
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Return the model's attention modules by layer index."""
-    modules = (module for module in model.modules() if hasattr(module, "is_causal") and hasattr(module, "layer_idx"))
+    """Return the text decoder's attention modules by layer index."""
+    parts = text_decoder(model).modules()
+    modules = (module for module in parts if hasattr(module, "is_causal") and hasattr(module, "layer_idx"))
     return {int(module.layer_idx): module for module in modules}  # type: ignore[arg-type]
 
 
@@ -60,13 +68,9 @@ def check_supported(model: PreTrainedModel) -> None:
     """
     _check_class(model)
     check_weights(model)
-    name, config = type(model).__name__, model.config
-    if config.is_encoder_decoder:
+    name, config = type(model).__name__, text_config(model)
+    if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; APB serves decoders.")
-    if config.get_text_config() is not config:
-        raise ValueError(
-            f"{name} combines several models; APB serves decoders of text alone, loaded with AutoModelForCausalLM."
-        )
     if model.get_output_embeddings() is None or not model.can_generate():
         raise ValueError(f"{name} has no language-model head; load the model with AutoModelForCausalLM.")
     modules = attention_modules(model)
@@ -78,8 +82,6 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} does not route its attention through transformers' AttentionInterface.")
     for layer_idx in range(config.num_hidden_layers):
         _check_attention(f"{name}, layer {layer_idx}", config, modules.get(layer_idx))
-    if getattr(config, "num_kv_shared_layers", None):
-        raise ValueError(f"{name} shares keys and values between layers; APB serves layers with their own.")
     if getattr(config, "attn_temperature_tuning", None):
         raise ValueError(f"{name} scales its queries by their position (attn_temperature_tuning), which APB does not.")
 
@@ -127,7 +129,7 @@ def check_weights(model: nn.Module) -> None:
 
 def _check_layer_type(where: str, layer_type: str) -> None:
     if layer_type in OTHER_LAYERS:
-        raise ValueError(f"{where}{OTHER_LAYERS[layer_type]} ({layer_type}); APB serves attention over all tokens.")
+        raise ValueError(f"{where}{OTHER_LAYERS[layer_type]} ({layer_type}); APB serves no such layer.")
     if layer_type not in ATTENTION_LAYERS:
         raise ValueError(f"{where}is a recurrent or convolution layer ({layer_type}); APB serves attention layers.")
 
@@ -138,33 +140,24 @@ def _check_attention(where: str, config: Any, module: nn.Module | None) -> None:
     where = f"{where} ({type(module).__name__})"
     if module.is_causal is not True:
         raise ValueError(f"{where} does not attend causally (is_causal={module.is_causal}); APB serves decoders.")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError(f"{where} caps its logits (attn_logit_softcapping); APB serves plain softmax attention.")
-    if hasattr(module, "sinks"):
-        raise ValueError(f"{where} has attention sinks; APB serves plain softmax attention.")
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise ValueError(f"{where} is latent attention; APB serves attention with keys and values per head.")
 
 
-def check_positions(model: PreTrainedModel, num_positions: int, windows: Mapping[int, int] = NO_WINDOWS) -> None:
-    """Refuse a request that needs more positions than a layer's window or the model has.
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Return how many positions the model has; None where nothing limits them."""
+    limit: int | None = getattr(text_config(model), "max_position_embeddings", None)
+    is_scaled = any(getattr(module, "rope_type", None) == "dynamic" for module in model.modules())
+    return None if is_scaled else limit
+
+
+def check_positions(model: PreTrainedModel, num_positions: int) -> None:
+    """Refuse a request that needs more positions than the model has.
 
     Parameters
     ----------
     num_positions : document, query and new tokens together
-    windows : of the layers that attend within one, as `apb_ds.hf.probe.probe_model` found them
     """
-    for layer_idx, window in sorted(windows.items()):
-        if window < num_positions:
-            kind = type(attention_modules(model)[layer_idx]).__name__
-            raise ValueError(
-                f"layer {layer_idx} ({kind}) attends within a window of sliding_window={window} tokens, shorter than "
-                f"the {num_positions} positions of this request; APB serves full attention."
-            )
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is None or num_positions <= limit:
-        return
-    if not any(getattr(module, "rope_type", None) == "dynamic" for module in model.modules()):
+    limit = position_limit(model)
+    if limit is not None and num_positions > limit:
         raise ValueError(
             f"the document, query and new tokens need {num_positions} positions; the model has "
             f"max_position_embeddings={limit}. Shorten them, or extend the model by rope scaling: set its config's "

@@ -8,16 +8,18 @@ look at positions either, for which it would wait for the device.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from apb_ds.attention import APBAttention, Phase
-from apb_ds.hf.architecture import attention_modules, attention_sizes
+from apb_ds.cache import ShardedCache
+from apb_ds.hf.architecture import attention_modules, attention_sizes, text_decoder
 from apb_ds.hf.overrides import attention_implementation
 from apb_ds.hf.rotary import fixed_rotary_frequencies
 from apb_ds.methods.state import PrefillState
@@ -27,8 +29,8 @@ IMPLEMENTATION = "apb"
 # Names of the linear layers that project to queries, keys and values, in this order.
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 
-# Arguments of attention functions that make it something other than plain softmax attention.
-CHANGES_ATTENTION = ("attention_mask", "softcap", "s_aux", "position_bias", "head_mask")
+# Arguments of attention functions that make it something that APB does not serve.
+CHANGES_ATTENTION = ("attention_mask", "position_bias", "head_mask")
 
 
 class PrefillComplete(Exception):
@@ -41,18 +43,27 @@ class ActiveCall:
     Parameters
     ----------
     attention : APBAttention
+    cache : ShardedCache
+        The context's.
     phase : Phase
         The phase to begin with.
     state : PrefillState, optional
         Needed in the prefill phase.
     """
 
-    def __init__(self, attention: APBAttention, phase: Phase, state: PrefillState | None = None) -> None:
+    def __init__(
+        self,
+        attention: APBAttention,
+        cache: ShardedCache,
+        phase: Phase,
+        state: PrefillState | None = None,
+    ) -> None:
         self.attention = attention
+        self._cache = cache
         self._phase = phase
         self.state = state
         self.projections: list[Tensor] = []
-        self._num_keys: Tensor | None = None
+        self._num_keys: Mapping[int | None, Tensor] = {}
 
     @property
     def phase(self) -> Phase:
@@ -63,20 +74,34 @@ class ActiveCall:
         self._phase = Phase.DECODE
 
     @contextmanager
-    def attending_to_first(self, num_keys: Tensor) -> Iterator[None]:
-        """Have only so many of the first keys count, (1,) int32 on the device; see `APBAttention.forward`."""
+    def attending_to_first(self, num_keys: Mapping[int | None, Tensor]) -> Iterator[None]:
+        """Have only so many of the first keys count; see `APBAttention.forward`.
+
+        Parameters
+        ----------
+        num_keys : by `LayerAttention.window`, (1,) int32 each, on the device
+        """
         self._num_keys = num_keys
         try:
             yield
         finally:
-            self._num_keys = None
+            self._num_keys = {}
 
     def keep_projection(self, layer_idx: int, output: Tensor) -> None:
         """Keep what a layer has projected until its attention is called, if tokens are scored there."""
         if _ACTIVE.get() is self and self.state is not None and self.state.needs_scores(layer_idx):
             self.projections.append(output)
 
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Run one layer's attention, as `APBAttention.forward`.
 
         Raises
@@ -87,6 +112,11 @@ class ActiveCall:
         if self.state is not None:
             # Handed over, not shared: projections live only until the layer's scores are made.
             self.state.projections, self.projections = self.projections or None, []
+        layer = self._cache.attention[layer_idx]
+        num_keys = self._num_keys.get(layer.window)
+        cached = self._cache.layer(layer_idx)
+        if cached.is_expanded and num_keys is None and self._phase is not Phase.PREFILL:
+            key, value = key[:, :, : cached.local_length], value[:, :, : cached.local_length]
         output: Tensor = self.attention(
             query,
             key,
@@ -95,11 +125,34 @@ class ActiveCall:
             layer_idx=layer_idx,
             state=self.state,
             scale=scale,
-            num_keys=self._num_keys,
+            window=layer.window,
+            softcap=layer.softcap,
+            sinks=sinks,
+            num_keys=num_keys,
         )
         if self._phase is Phase.PREFILL and self.state is not None and self.state.is_last_layer(layer_idx):
             raise PrefillComplete
         return output
+
+
+class PrefillCache(Cache):
+    """What the model's forwards take for their cache in a prefill: it hands what is to be cached to the state.
+
+    A layer attends to what it gave its cache, or to what it makes of that.
+    """
+
+    def __init__(self, state: PrefillState) -> None:
+        super().__init__(layers=[])
+        self._state = state
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._state.given_to_cache = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
 
 
 _ACTIVE: ContextVar[ActiveCall | None] = ContextVar("apb_ds_active_call", default=None)
@@ -120,7 +173,7 @@ def attention_forward(
 
     Returns
     -------
-    (1, tokens, heads, head_dim), and no attention weights
+    (1, tokens, heads, value_dim), and no attention weights
     """
     call = _ACTIVE.get()
     if call is None:
@@ -130,7 +183,9 @@ def attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} passes {name} to its attention, which APB does not support.")
     layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
-    return call.attend(layer_idx, query, key, value, scaling).transpose(1, 2), None
+    output = call.attend(layer_idx, query, key, value, scale=scaling, sinks=kwargs.get("s_aux"))
+    # Contiguous as transformers' own functions return it: some models look at it through a view.
+    return output.transpose(1, 2).contiguous(), None
 
 
 @contextmanager
@@ -153,6 +208,7 @@ def _registered() -> Iterator[None]:
 def apb_attention(
     model: PreTrainedModel,
     attention: APBAttention,
+    cache: ShardedCache,
     phase: Phase,
     max_positions: int,
     state: PrefillState | None = None,
@@ -161,6 +217,8 @@ def apb_attention(
 
     Parameters
     ----------
+    cache : ShardedCache
+        The context's.
     phase : Phase
         The phase to begin with; the yielded call's `start_decoding` changes it.
     max_positions : int
@@ -168,7 +226,7 @@ def apb_attention(
     state : PrefillState
         Needed in the prefill phase.
     """
-    call = ActiveCall(attention, phase, state)
+    call = ActiveCall(attention, cache, phase, state)
     with ExitStack() as stack:
         stack.enter_context(_registered())
         stack.enter_context(_implementation(model, IMPLEMENTATION))
@@ -198,7 +256,7 @@ def own_attention(model: PreTrainedModel, name: str, function: Callable[..., Any
 
 
 def _implementation(model: PreTrainedModel, name: str) -> AbstractContextManager[None]:
-    configs = [getattr(module, "config", None) for module in model.modules()]
+    configs = [getattr(module, "config", None) for module in text_decoder(model).modules()]
     return attention_implementation([config for config in configs if isinstance(config, PretrainedConfig)], name)
 
 

@@ -2,62 +2,63 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
-from apb_ds.hf.architecture import attention_modules
+from apb_ds.hf.architecture import attention_modules, position_limit, text_config, text_decoder
 from apb_ds.hf.interface import CHANGES_ATTENTION, own_attention
+from apb_ds.utils.sizes import LayerAttention
 from apb_ds.utils.text import kind_and_line
 
 IMPLEMENTATION = "apb_probe"
 
+Pair = tuple[Tensor, Tensor]  # keys and values
+
 
 @torch.no_grad()
-def probe_model(model: PreTrainedModel) -> dict[int, int]:
-    """Refuse a model that attends otherwise than APB serves; return the windows of its layers.
+def probe_model(model: PreTrainedModel) -> tuple[LayerAttention, ...]:
+    """Return how each layer attends; refuse a model that attends otherwise than APB serves.
 
-    The model runs twice on two tokens: as it is, and with positions 0 and 1 given, as the engine gives them. Its
-    attention is replaced by one that returns zeros and notes the arguments.
-
-    Returns
-    -------
-    dict : layer index -> window in tokens, of the layers that attend within one
+    The model runs twice on two tokens: as it is, and with positions and a cache, as the engine runs it. Its attention
+    is replaced by one that returns zeros and notes the arguments.
 
     Raises
     ------
     ValueError
-        If a layer does not call transformers' attention interface exactly once, passes something that makes its
-        attention more than plain softmax attention, or if the model does not count positions from 0.
+        If a layer does not call transformers' attention interface exactly once, passes something that APB does not
+        serve, attends to what no layer caches, or if the model does not count positions from 0.
     """
     name = type(model).__name__
     ids = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
-    calls = _Calls()
+    positions = torch.arange(2, device=ids.device).unsqueeze(0)
+    first, calls = _Calls(), _Calls()
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with own_attention(model, IMPLEMENTATION, calls.attend):
-            with _positions_noted(model) as plain:
-                _run(model, input_ids=ids)
-            calls.check(name, sorted(attention_modules(model)))
-            with _positions_noted(model) as given:
-                _run(model, input_ids=ids, position_ids=torch.arange(2, device=ids.device).unsqueeze(0))
+        with own_attention(model, IMPLEMENTATION, first.attend), _positions_noted(model) as plain:
+            _run(model, input_ids=ids, use_cache=False)
+        first.check(name, sorted(attention_modules(model)))
+        with own_attention(model, IMPLEMENTATION, calls.attend), _positions_noted(model) as given:
+            cache = NotingCache(calls.stored)
+            _run(model, input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
     finally:
         for module in was_training:
             module.training = True
     if len(plain) != len(given) or not all(map(torch.equal, plain, given)):
         raise ValueError(f"{name} does not number positions from 0, as the engine does; it cannot be served.")
-    return calls.windows
+    return calls.layers(name, text_config(model), position_limit(model))
 
 
-def _run(model: PreTrainedModel, **inputs: Tensor) -> None:
+def _run(model: PreTrainedModel, **inputs: Any) -> None:
     try:
-        model.base_model(**inputs, use_cache=False)
+        text_decoder(model)(**inputs)
     except (TypeError, AttributeError, LookupError, RuntimeError) as error:
         raise ValueError(
             f"{type(model).__name__} cannot run as APB runs it, on {' and '.join(inputs)} without an attention mask: "
@@ -65,41 +66,109 @@ def _run(model: PreTrainedModel, **inputs: Tensor) -> None:
         ) from error
 
 
+class NotingCache(Cache):
+    """A cache that keeps what it is given in a list, by layer, and gives it back as it is."""
+
+    def __init__(self, stored: dict[int, list[Pair]]) -> None:
+        super().__init__(layers=[])
+        self._stored = stored
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
+        self._stored.setdefault(layer_idx, []).append((key_states, value_states))
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of the attention function."""
+
+    query: Tensor
+    attended: Pair
+    window: int | None
+    softcap: float | None
+
+
 class _Calls:
-    """What the attention function was called with, by layer."""
+    """What the attention function and the cache were called with, by layer."""
 
     def __init__(self) -> None:
-        self.counts: Counter[int] = Counter()
-        self.windows: dict[int, int] = {}
-        self.unsupported: dict[int, str] = {}
+        self._calls: dict[int, list[_Call]] = {}
+        self._unsupported: dict[int, str] = {}
+        self.stored: dict[int, list[Pair]] = {}
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         layer_idx = int(getattr(module, "layer_idx", -1))
-        self.counts[layer_idx] += 1
-        if kwargs.get("sliding_window") is not None:
-            self.windows[layer_idx] = int(kwargs["sliding_window"])
+        call = _Call(query, (key, value), kwargs.get("sliding_window"), kwargs.get("softcap"))
+        self._calls.setdefault(layer_idx, []).append(call)
         kwargs["attention_mask"] = attention_mask
         passed = [name for name in CHANGES_ATTENTION if kwargs.get(name) is not None]
         if passed:
-            self.unsupported[layer_idx] = ", ".join(passed)
+            self._unsupported[layer_idx] = ", ".join(passed)
         batch, heads, tokens, _ = query.shape
         return query.new_zeros(batch, tokens, heads, value.shape[-1]), None
 
     def check(self, name: str, layers: list[int]) -> None:
-        """Raise ValueError unless every layer attends once, and plainly."""
-        for layer_idx in sorted({*layers, *self.counts}):
-            count = self.counts[layer_idx]
+        """Raise ValueError unless every layer attends once, and to what its arguments say alone."""
+        for layer_idx in sorted({*layers, *self._calls}):
+            count = len(self._calls.get(layer_idx, []))
             if count != 1:
                 raise ValueError(
                     f"{name}, layer {layer_idx}, calls transformers' AttentionInterface {count} times in a forward; "
                     "APB serves layers that call it once."
                 )
-        for layer_idx, passed in sorted(self.unsupported.items()):
+        for layer_idx, passed in sorted(self._unsupported.items()):
             raise ValueError(
                 f"{name}, layer {layer_idx}, passes {passed} to its attention, which APB does not support."
             )
+
+    def layers(self, name: str, config: Any, limit: int | None) -> tuple[LayerAttention, ...]:
+        """Return how each layer attends.
+
+        Parameters
+        ----------
+        config : of the model's text part
+        limit : how many positions the model has, if that is limited; a window of as many limits nothing
+        """
+        layer_types = getattr(config, "layer_types", None) or []
+        found = []
+        for layer_idx, (call,) in sorted(self._calls.items()):
+            where = f"{name}, layer {layer_idx},"
+            window = call.window if call.window is None or limit is None or call.window < limit else None
+            if call.window is None and layer_types[layer_idx : layer_idx + 1] == ["sliding_attention"]:
+                raise ValueError(f"{where} is to attend within a window, but passes none to its attention.")
+            layer = self._layer(where, layer_idx, call, window)
+            if window is not None and layer.stores and not layer.stores_attended:
+                raise ValueError(f"{where} attends within a window to other states than it caches; APB does not.")
+            found.append(layer)
+        return tuple(found)
+
+    def _layer(self, where: str, layer_idx: int, call: _Call, window: int | None) -> LayerAttention:
+        stored = self.stored.get(layer_idx, [])
+        is_anothers = not stored and any(
+            _are_equal(call.attended, pair) for pairs in self.stored.values() for pair in pairs
+        )
+        if len(stored) != 1 and not is_anothers:
+            raise ValueError(f"{where} caches keys and values {len(stored)} times in a forward; APB needs it once.")
+        keys, values = call.attended
+        return LayerAttention(
+            heads=call.query.shape[1],
+            kv_heads=keys.shape[1],
+            head_dim=keys.shape[-1],
+            value_dim=values.shape[-1],
+            window=window,
+            softcap=call.softcap,
+            stores=bool(stored),
+            stores_attended=bool(stored) and _are_equal(call.attended, stored[0]) and keys.shape == values.shape,
+        )
+
+
+def _are_equal(pair: Pair, other: Pair) -> bool:
+    return all(map(torch.equal, pair, other))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apb_ds.hf.architecture import NO_WINDOWS, check_positions
+from apb_ds.hf.architecture import check_positions
 from apb_ds.hf.overrides import Function, forward_override, overridden
 
 logger = logging.getLogger(__name__)
@@ -92,18 +92,15 @@ def _with_last_position(position: int) -> Callable[[Function], Function]:
     return make
 
 
-def check_reach(
-    model: PreTrainedModel, max_positions: int, num_positions: int, windows: Mapping[int, int] = NO_WINDOWS
-) -> None:
+def check_reach(model: PreTrainedModel, max_positions: int, num_positions: int) -> None:
     """Refuse a turn that needs rotary frequencies other than those its context was prefilled with.
 
     Parameters
     ----------
     max_positions : positions that the context's frequencies were chosen for
     num_positions : positions that the turn needs, the document's included
-    windows : see `check_positions`
     """
-    check_positions(model, num_positions, windows)
+    check_positions(model, num_positions)
     rotary = [module for module in model.modules() if is_position_dependent_rope(module)]
     rotary = [module for module in rotary if _frequencies_differ(module, max_positions, num_positions)]
     if num_positions > max_positions and rotary:

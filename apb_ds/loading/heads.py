@@ -13,7 +13,7 @@ from apb_ds.compressors.retaining_heads.checkpoint import FIELD, FILE_PATTERNS, 
 from apb_ds.compressors.retaining_heads.compressor import no_heads
 from apb_ds.compressors.retaining_heads.module import HeadSizes, RetainingHeads
 from apb_ds.config import APBConfig, BlockSettings
-from apb_ds.hf.architecture import attention_sizes
+from apb_ds.hf.architecture import attention_sizes, text_config
 from apb_ds.hf.interface import check_projections
 from apb_ds.loading.source import find_files
 
@@ -54,7 +54,7 @@ def heads_for(model: PreTrainedModel, config: APBConfig, given: HeadsSource | No
 
 def head_sizes(model: PreTrainedModel) -> HeadSizes:
     """Read the sizes of a model's heads from its config."""
-    sizes, config = attention_sizes(model), model.config
+    sizes, config = attention_sizes(model), text_config(model)
     activation: Any = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if not isinstance(activation, str):
         raise ValueError(

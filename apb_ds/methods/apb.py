@@ -16,11 +16,9 @@ from torch import Tensor
 
 from apb_ds.compressors.base import BlockStates, Compressor
 from apb_ds.methods.passed import Arrival, PassedStates, PassingBlocks, nothing_to_wait_for
-from apb_ds.methods.state import PrefillState, Tools
+from apb_ds.methods.state import Part, PrefillState, States, Tools
 from apb_ds.ops.merge import empty_tokens_first
 from apb_ds.plan import split_evenly
-
-States = Sequence[Tensor]  # queries, keys and values of the same tokens
 
 
 def prefill(
@@ -46,26 +44,24 @@ def prefill(
     output is not used: prefill leaves only keys and values behind.
     """
     plan = state.plan
-    start, stop = state.anchor_share
-    lengths = [stop - start, *(plan.block_length(host) for host in state.hosts)]
     if state.is_last_layer(layer_idx):
-        state.store_block(layer_idx, key[:, :, lengths[0] :], value[:, :, lengths[0] :])
+        state.store_blocks(layer_idx, key, value)
         state.finish_layer(layer_idx)
         return torch.zeros_like(query)
 
-    anchor, *blocks = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    anchor, *blocks, _ = zip(*(states.split(state.lengths, dim=2) for states in (query, key, value)), strict=True)
     passed = state.passed(layer_idx, key, tools.fused)
     anchor_arrives = _start_anchor(compressor, tools, state, passed, anchor)
     kept_arrives = _start_kept(compressor, tools, state, passed, layer_idx, blocks)
     # Stored between sending and attending: attention holds every multiprocessor while it runs, so a collective that is
     # not under way by then starts after it; copies hold them only briefly.
-    state.store_block(layer_idx, key[:, :, lengths[0] :], value[:, :, lengths[0] :])
+    state.store_blocks(layer_idx, key, value)
     blocks_local = [_attend_causally(tools, block) for block in blocks]
     anchor_local = _attend_causally(tools, anchor)
     output = empty_tokens_first(query)
-    anchor_output, *block_outputs = output.split(lengths, dim=2)
+    anchor_output, *block_outputs, _ = output.split(state.lengths, dim=2)
     anchor_arrives()
-    _merge_with(tools, anchor[0], anchor_local, passed.first(start), anchor_output)
+    _merge_with(tools, anchor[0], anchor_local, passed.first(state.anchor_share[0]), anchor_output)
     kept_arrives()
     seen = [plan.num_seen(host) for host in state.hosts]
     keys, values = passed.first(max(seen))
@@ -76,17 +72,15 @@ def prefill(
     return output
 
 
-def _attend_causally(tools: Tools, states: States) -> tuple[Tensor, Tensor] | None:
+def _attend_causally(tools: Tools, states: States) -> Part | None:
     query, key, value = states
-    if query.shape[2] == 0:
-        return None
-    return tools.kernels.prefill(query, key, value, True, tools.scale)
+    return tools.attend_causally(query, key, value) if query.shape[2] else None
 
 
 def _merge_with(
     tools: Tools,
     query: Tensor,
-    local: tuple[Tensor, Tensor] | None,
+    local: Part | None,
     others: tuple[Tensor, Tensor],
     output: Tensor,
 ) -> None:
@@ -97,7 +91,7 @@ def _merge_with(
     if keys.shape[2] == 0:
         output.copy_(local[0])
     else:
-        tools.merge_two(*local, *tools.kernels.prefill(query, keys, values, False, tools.scale), output)
+        tools.merge_two(*local, *tools.attend(query, keys, values), output)
 
 
 def _start_anchor(

@@ -29,6 +29,24 @@ def attend_shards(tools: Tools, kernel: Kernel, query: Tensor, keys: Tensor, val
     return merge_ranks(tools, output, lse)
 
 
+def attend_window(tools: Tools, query: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
+    """Attend for new tokens within a window, whose keys and values every rank has.
+
+    Parameters
+    ----------
+    query : (1, heads, new_tokens, head_dim), the same on every rank
+    keys, values : (1, kv_heads, up to window - 1 + new_tokens, head_dim), the same on every rank; the new tokens last
+    window : how many tokens a token sees, itself included
+
+    Returns
+    -------
+    (1, heads, new_tokens, head_dim) in ``query.dtype``, the same on every rank
+    """
+    if query.shape[2] == 1:  # sees all of it: no mask
+        return tools.with_sinks(tools.attend(query, keys, values, kernel=tools.kernels.decode))[0]
+    return tools.attend_causally(query, keys, values, window)[0]
+
+
 def merge_ranks(tools: Tools, output: Tensor, lse: Tensor) -> Tensor:
     """Merge the ranks' partial outputs, in one collective; in several for a query of many thousand tokens.
 
@@ -59,13 +77,13 @@ def _attend_shard(
     num_new = query.shape[2]
     num_past = keys.shape[2] - num_new if holds_new else keys.shape[2]
     if holds_new and num_new == 1:
-        return kernel(query, keys, values, False, tools.scale)  # one query sees all of it: no mask
+        return tools.with_sinks(tools.attend(query, keys, values, kernel=kernel))  # one query sees all of it: no mask
     past = None
     if num_past > 0:
-        past = kernel(query, keys[:, :, :num_past], values[:, :, :num_past], False, tools.scale)
+        past = tools.attend(query, keys[:, :, :num_past], values[:, :, :num_past], kernel=kernel)
     if not holds_new:
         return past if past is not None else _saw_nothing(query)
-    new = kernel(query, keys[:, :, num_past:], values[:, :, num_past:], True, tools.scale)
+    new = tools.attend_causally(query, keys[:, :, num_past:], values[:, :, num_past:])
     if past is None:
         return new
     return merge_two(*past, *new), torch.logaddexp(past[1], new[1])

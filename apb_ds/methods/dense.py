@@ -20,9 +20,9 @@ def prefill(tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, ke
     -------
     (1, heads, n, head_dim) in ``query.dtype``. Zeros in the last layer, whose output is not used.
     """
-    state.store_block(layer_idx, key, value)
+    state.store_blocks(layer_idx, key, value)
     output = torch.zeros_like(query)
     if not state.is_last_layer(layer_idx):
-        output, _ = tools.kernels.prefill(query, key, value, True, tools.scale)
+        output, _ = tools.attend_causally(query, key, value)
     state.finish_layer(layer_idx)
     return output

@@ -28,7 +28,7 @@ def prefill(tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, ke
     (1, heads, early + late, head_dim) in ``query.dtype``. Zeros in the last layer, whose output is not used.
     """
     plan, group = state.plan, tools.group
-    state.store_block(layer_idx, key, value)
+    state.store_blocks(layer_idx, key, value)
     if state.is_last_layer(layer_idx):
         state.finish_layer(layer_idx)
         return torch.zeros_like(query)
@@ -64,7 +64,7 @@ class _Running:
         query = self.query[:, :, first_row:]
         if query.shape[2] == 0 or keys.shape[2] == 0:
             return
-        output, lse = tools.kernels.prefill(query, keys, values, causal, tools.scale)
+        output, lse = (tools.attend_causally if causal else tools.attend)(query, keys, values)
         before = self.output[:, :, first_row:], self.lse[:, :, first_row:]
         self.output[:, :, first_row:] = tools.merge_two(*before, output.float(), lse)
         self.lse[:, :, first_row:] = torch.logaddexp(before[1], lse)

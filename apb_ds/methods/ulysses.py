@@ -31,10 +31,9 @@ def prefill(tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, ke
     ValueError
         If the heads do not divide over the ranks.
     """
-    plan, group = state.plan, tools.group
+    group = tools.group
     check_heads(query.shape[1], key.shape[1], group.world_size)
-    length = plan.block_length(group.rank)
-    state.store_block(layer_idx, key[:, :, :length], value[:, :, :length])
+    state.store_blocks(layer_idx, key, value)
     if state.is_last_layer(layer_idx):
         state.finish_layer(layer_idx)
         return torch.zeros_like(query)
@@ -42,7 +41,7 @@ def prefill(tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, ke
     def attend(queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
         """Attend causally: all tokens, some heads, (1, tokens, heads, head_dim)."""
         query, key, value = (states.transpose(1, 2).contiguous() for states in (queries, keys, values))
-        output, _lse = tools.kernels.prefill(query, key, value, True, tools.scale)
+        output, _lse = tools.of_own_heads().attend_causally(query, key, value)
         return output.transpose(1, 2).contiguous()
 
     tokens_first = [states.transpose(1, 2) for states in (query, key, value)]

@@ -71,6 +71,24 @@ def merge_many(outs: Tensor, lses: Tensor) -> Tensor:
     return (shares.unsqueeze(-1) * outs.float()).sum(dim=0)
 
 
+@profiling.belongs_to(profiling.ATTENTION)
+def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Count one more key per head, whose value is zero, in a partial output.
+
+    Parameters
+    ----------
+    output : (batch, heads, tokens, head_dim)
+    lse : (batch, heads, tokens), float32, natural log
+    sinks : (heads,), logits of these keys
+
+    Returns
+    -------
+    output in ``output.dtype`` and lse, float32, of the softmax over the keys and the sink
+    """
+    with_sink = torch.logaddexp(lse, sinks.float().view(1, -1, 1))
+    return (output * torch.exp(lse - with_sink).unsqueeze(-1)).to(output.dtype), with_sink
+
+
 def _merge_two_into(into: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
     into.copy_(_merge_two(out_a, lse_a, out_b, lse_b))
 

@@ -21,19 +21,24 @@ SIZE_NAMES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "interm
 
 @dataclass(frozen=True)
 class ModelSizes(AttentionSizes):
-    """Sizes of a decoder whose layers are attention and a gated MLP (gate, up and down)."""
+    """Sizes of a decoder whose layers are attention and a gated MLP (gate, up and down).
+
+    `windows` has the window of each layer in tokens, None where it sees all; empty if every layer does.
+    """
 
     hidden_size: int
     intermediate_size: int
     vocab_size: int
+    windows: tuple[int | None, ...] = ()
 
     @classmethod
-    def from_config(cls, config: Any) -> ModelSizes | None:
-        """Read the sizes from a transformers config; None if it lacks one."""
+    def from_config(cls, config: Any, windows: tuple[int | None, ...] = ()) -> ModelSizes | None:
+        """Read the sizes from a transformers config; None if it lacks one, or has several of one."""
         found: list[Any] = [getattr(config, name, None) for name in SIZE_NAMES]
         if not all(isinstance(size, int) and size > 0 for size in found):
             return None
-        return cls(**vars(read_attention_sizes(config)), **dict(zip(SIZE_NAMES[2:], found[2:], strict=True)))
+        others = dict(zip(SIZE_NAMES[2:], found[2:], strict=True))
+        return cls(**vars(read_attention_sizes(config)), **others, windows=windows)
 
     @property
     def before_attention(self) -> int:
@@ -57,14 +62,28 @@ class ModelSizes(AttentionSizes):
         return 2 * (layers * self.before_attention + (layers - 1) * self.after_attention)
 
     @property
+    def num_full(self) -> int:
+        """How many layers attend to all tokens in a prefill, in which the last layer does not attend."""
+        return self.num_layers - 1 - len(self.bounds)
+
+    @property
+    def bounds(self) -> list[int]:
+        """The windows of the other layers that attend in a prefill."""
+        return [window for window in self.windows[:-1] if window is not None]
+
+    @property
     def per_pair(self) -> int:
-        """Operations of attention for one pair of query and key, over the layers in which a prefill attends."""
-        return 4 * (self.num_layers - 1) * self.heads * self.head_dim
+        """Operations of attention for one pair of query and key, over the layers that attend to all tokens."""
+        return self.num_full * self.per_pair_of_layer
+
+    @property
+    def per_pair_of_layer(self) -> int:
+        return 4 * self.heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class RankFlops:
-    """Operations of one rank. The first seven fields make up its prefill.
+    """Operations of one rank. All fields but the last make up its prefill.
 
     Attributes
     ----------
@@ -73,6 +92,7 @@ class RankFlops:
     block_attention : attention within blocks; all attention of ring and ulysses
     anchor_attention : attention of the anchor's tokens to each other
     to_anchor, to_passed : attention of the blocks' tokens to the anchor and to the passing blocks
+    window_attention : all attention of layers with windows
     scoring : the compressor's matrix products
     query : all layers and the head, for the query's pass over the cache
     """
@@ -83,6 +103,7 @@ class RankFlops:
     anchor_attention: int = 0
     to_anchor: int = 0
     to_passed: int = 0
+    window_attention: int = 0
     scoring: int = 0
     query: int = 0
 
@@ -142,7 +163,9 @@ def count_flops(
                 compressor.score_products(tokens, plan.anchor_query_length, sizes.heads, sizes.head_dim)
                 for tokens in scored
             )
-            parts["scoring"] = 2 * (sizes.num_layers - 1) * sum(products)
+            parts["scoring"] = 2 * sizes.num_full * sum(products)
+        pairs = sum(_window_pairs(plan, rank, window) for window in sizes.bounds)
+        parts["window_attention"] = sizes.per_pair_of_layer * pairs
         parts["query"] = _count_query(sizes, plan, rank, query_length, num_logits)
         ranks.append(RankFlops(**parts))
     return PrefillFlops(tuple(ranks))
@@ -150,6 +173,17 @@ def count_flops(
 
 def _causal_pairs(num_tokens: int) -> int:
     return num_tokens * (num_tokens + 1) // 2
+
+
+def _pairs_until(position: int, window: int) -> int:
+    """Return how many pairs the tokens before a position see within a window, whose first tokens see fewer."""
+    return _causal_pairs(min(position, window)) + max(0, position - window) * window
+
+
+def _window_pairs(plan: Plan, rank: int, window: int) -> int:
+    """Count the pairs of one layer with a window: of the rank's share of the anchor, and of its blocks."""
+    spans = [plan.anchor_share(rank, 0), *(plan.blocks[host] for host in plan.hosts_of(rank))]
+    return sum(_pairs_until(stop, window) - _pairs_until(start, window) for start, stop in spans)
 
 
 def _count_blocks(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:
@@ -198,6 +232,9 @@ def _count_query(sizes: ModelSizes, plan: Plan, rank: int, num_query: int, num_l
     pairs = num_query * plan.shard_length(rank)
     if rank == plan.world_size - 1:
         pairs += _causal_pairs(num_query)
+    bounds = [window for window in sizes.windows if window is not None]
+    pairs *= sizes.num_layers - len(bounds)
+    num_all = plan.num_tokens + num_query
+    pairs += sum(_pairs_until(num_all, window) - _pairs_until(plan.num_tokens, window) for window in bounds)
     head = min(num_query, num_logits) * sizes.hidden_size * sizes.vocab_size
-    attention = 4 * sizes.num_layers * sizes.heads * sizes.head_dim * pairs
-    return 2 * (num_query * sizes.linear_weights + head) + attention
+    return 2 * (num_query * sizes.linear_weights + head) + sizes.per_pair_of_layer * pairs

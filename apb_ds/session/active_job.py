@@ -88,7 +88,7 @@ class ActiveJob:
     @property
     def max_positions(self) -> int | None:
         """The model's positions, None if its config sets no limit."""
-        return getattr(self.loaded.model.config, "max_position_embeddings", None)
+        return getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
 
     def track_usage(self) -> Usage:
         """Start to count bytes sent and peak memory."""

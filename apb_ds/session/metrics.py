@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from apb_ds.engine.context import Context
+from apb_ds.hf.architecture import text_config, text_decoder
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.report.flops import ModelSizes, count_flops
 from apb_ds.report.memory import peak_memory_bytes, reset_peak_memory
@@ -62,8 +63,8 @@ def count_prefill(engine: Any, context: Context, num_query: int, *, num_logits: 
     quantised weights).
     """
     model, plan = engine.module, context.plan
-    sizes = ModelSizes.from_config(model.config)
-    linears = (module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear))
+    sizes = ModelSizes.from_config(text_config(model), tuple(layer.window for layer in engine.layers))
+    linears = (module for module in text_decoder(model).modules() if isinstance(module, torch.nn.Linear))
     if sizes is None or sum(linear.in_features * linear.out_features for linear in linears) != sizes.linear_weights:
         return None
     compressor = engine.attention.compressor

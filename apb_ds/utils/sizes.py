@@ -1,7 +1,8 @@
-"""The sizes of a decoder's attention, from its transformers config."""
+"""The sizes of a decoder's attention, from its transformers config, and how one of its layers attends."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,52 @@ class AttentionSizes:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
 
+@dataclass(frozen=True)
+class LayerAttention:
+    """How one layer attends.
+
+    Attributes
+    ----------
+    heads, kv_heads : of what its attention function gets
+    head_dim : channels of a head's queries and keys
+    value_dim : channels of a head's values; None for as many
+    window : how many tokens a token sees, itself included; None for all before it
+    softcap : bound of the attention logits; None without
+    stores : whether it has keys and values in the cache; if not, it attends to another layer's
+    stores_attended : whether what it stores is what it attends to; latent attention stores latents
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int | None = None
+    window: int | None = None
+    softcap: float | None = None
+    stores: bool = True
+    stores_attended: bool = True
+
+
+def num_prefilled(layers: Sequence[LayerAttention]) -> int:
+    """Return how many layers a prefill computes: it ends with the last one that stores anything."""
+    return max(layer_idx for layer_idx, layer in enumerate(layers) if layer.stores) + 1
+
+
 def read_attention_sizes(config: Any) -> AttentionSizes:
-    heads = config.num_attention_heads
-    return AttentionSizes(
-        num_layers=config.num_hidden_layers,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
+    """Read the sizes from a transformers config, of its text part if it has several.
+
+    Raises
+    ------
+    ValueError
+        If they differ between layers.
+    """
+    config = config.get_text_config()
+    try:
+        heads = config.num_attention_heads
+        return AttentionSizes(
+            num_layers=config.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        )
+    except RuntimeError as error:  # transformers' way to say so
+        raise ValueError(f"the sizes of a {config.model_type} model's attention differ between its layers.") from error

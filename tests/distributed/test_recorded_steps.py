@@ -57,9 +57,9 @@ def recording(fails: bool = False) -> Iterator[Counts]:
         yield counts
 
 
-def new_engine(cuda_graph: Any, method: str = "apb") -> Any:
+def new_engine(cuda_graph: Any, method: str = "apb", family: str = "llama") -> Any:
     given = GIVEN if method == "apb" else {}
-    return apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(method=method, cuda_graph=cuda_graph, **given))
+    return apb_ds.init_inference(build_model(family), apb_ds.APBConfig(method=method, cuda_graph=cuda_graph, **given))
 
 
 def answer(engine: Any, context: Any, num_new: int = NEW, **given: Any) -> list[int]:
@@ -68,12 +68,14 @@ def answer(engine: Any, context: Any, num_new: int = NEW, **given: Any) -> list[
     return tokens[0].tolist()
 
 
-def answer_twice(rank: int, world_size: int, method: str) -> tuple[list[list[int]], list[list[int]], int, int]:
+def answer_twice(
+    rank: int, world_size: int, method: str, family: str
+) -> tuple[list[list[int]], list[list[int]], int, int]:
     """Return what two documents are answered with and without recording, and how often a step was recorded and run."""
     answers = []
     with recording() as counts:
         for cuda_graph in (False, True):
-            engine = new_engine(cuda_graph, method)
+            engine = new_engine(cuda_graph, method, family)
             found = []
             for length in (101, 97):
                 document, query = request_ids(length, 5)
@@ -85,10 +87,21 @@ def answer_twice(rank: int, world_size: int, method: str) -> tuple[list[list[int
     return answers[0], answers[1], counts.recorded, counts.run
 
 
-@pytest.mark.parametrize("method", ["apb", "ring"])
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_the_tokens_are_the_same(pool: Pools, world_size: int, method: str) -> None:
-    by_rank = pool(world_size).run(answer_twice, method, timeout=120)
+@pytest.mark.parametrize(
+    ("world_size", "method", "family"),
+    [
+        (2, "apb", "llama"),
+        (4, "apb", "llama"),
+        (2, "ring", "llama"),
+        (4, "ring", "llama"),
+        (2, "apb", "gpt_oss"),
+        (4, "apb", "gemma3"),
+        (2, "apb", "gemma3n"),
+        (2, "apb", "deepseek_v3"),
+    ],
+)
+def test_the_tokens_are_the_same(pool: Pools, world_size: int, method: str, family: str) -> None:
+    by_rank = pool(world_size).run(answer_twice, method, family, timeout=120)
     for usual, recorded, num_recorded, num_run in by_rank:
         assert recorded == usual == by_rank[0][0]
         # One recording serves both answers of a document, and the next document where its buffers were handed on.

@@ -159,10 +159,13 @@ def converse(rank: int, world_size: int, family: str) -> tuple[list[Any], torch.
     return [turn.tolist() for turn in turns], before, after
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_conversation_keeps_its_turns(pool: Pools, world_size: int) -> None:
-    by_rank = [converse(0, 1, "qwen3")] if world_size == 1 else pool(world_size).run(converse, "qwen3")
-    model = build_model("qwen3")
+@pytest.mark.parametrize(
+    ("world_size", "family"),
+    [(1, "qwen3"), (2, "qwen3"), (4, "qwen3"), (1, "gemma3"), (2, "gpt_oss"), (4, "gemma3n")],
+)
+def test_a_conversation_keeps_its_turns(pool: Pools, world_size: int, family: str) -> None:
+    by_rank = [converse(0, 1, family)] if world_size == 1 else pool(world_size).run(converse, family)
+    model = build_model(family)
     document, query = CONVERSATION.ids()
     settings = {**CONVERSATION.given, "embedded_query": query}
     first = reference_greedy(model, document, query, 4, **settings)

@@ -197,7 +197,7 @@ def test_what_calls_the_interface_is_exact_whatever_its_class_says(model_type: s
 def test_a_window_in_the_config_that_no_layer_uses_is_not_one() -> None:
     model = build_model("llama")
     model.config.sliding_window = 8
-    assert probe_model(model) == {}
+    assert {layer.window for layer in probe_model(model)} == {None}
     document, query = request_ids(60, 5)
     assert apb_ds.init_inference(model, CONFIG).generate(document, query, max_new_tokens=2).shape == (1, 2)
 

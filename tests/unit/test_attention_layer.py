@@ -15,6 +15,7 @@ from tests.plain_decoder import (
     HEAD_DIM,
     HEADS,
     KV_HEADS,
+    LAYER,
     LAYERS,
     Decoder,
     ask_by_hand,
@@ -119,7 +120,7 @@ def test_prefill_checks_its_tokens_against_the_plan() -> None:
     config = apb_ds.APBConfig(hosts=4, anchor_length=2, query_in_anchor=False)
     attention = APBAttention(config)
     plan = apb_ds.plan_request(config, 20, 0)
-    state = PrefillState(plan, ShardedCache(LAYERS, True, 20))
+    state = PrefillState(plan, ShardedCache([LAYER] * LAYERS, True, 20))
     with pytest.raises(ValueError) as caught:
         attention(states(HEADS, 6), states(tokens=6), states(tokens=6), phase=Phase.PREFILL, layer_idx=0, state=state)
     assert "6" in str(caught.value)

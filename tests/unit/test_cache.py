@@ -10,8 +10,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from apb_ds.cache import GROWTH_TOKENS, STEP_TOKENS, ShardedCache, ShardedCacheLayer
+from apb_ds.utils.sizes import LayerAttention
 
 KV_HEADS, HEAD_DIM = 2, 4
+
+LAYER = LayerAttention(heads=4, kv_heads=2, head_dim=8)
 
 
 def states(start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -31,7 +34,7 @@ def tokens_in(layer: ShardedCacheLayer) -> list[int]:
 
 
 def filled(stores_new: bool, blocks: list[tuple[int, int]], num_tokens: int, num_layers: int = 2) -> ShardedCache:
-    cache = ShardedCache(num_layers, stores_new, sum(stop - start for start, stop in blocks))
+    cache = ShardedCache([LAYER] * num_layers, stores_new, sum(stop - start for start, stop in blocks))
     for layer_idx in range(num_layers):
         for start, stop in blocks:
             cache.layer(layer_idx).store_block(*states(start, stop))
@@ -40,7 +43,7 @@ def filled(stores_new: bool, blocks: list[tuple[int, int]], num_tokens: int, num
 
 
 def test_it_is_a_transformers_cache() -> None:
-    cache = ShardedCache(3, True, 10)
+    cache = ShardedCache([LAYER] * 3, True, 10)
     assert isinstance(cache, Cache) and len(cache.layers) == 3
     assert all(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
     assert cache.get_seq_length() == 0 and cache.num_bytes == 0
@@ -98,7 +101,7 @@ def test_a_token_written_to_a_slot_is_counted_by_advance() -> None:
     usual, fixed = (filled(True, [(0, 20)], 20) for _ in range(2))
     for layer_idx in range(2):
         usual.update(*states(20, 21), layer_idx)
-    with fixed.writing_to(torch.tensor([20])):
+    with fixed.writing_to({None: torch.tensor([20])}):
         for layer_idx in range(2):
             keys, values = fixed.update(*states(20, 21), layer_idx)
             assert keys is fixed.layer(layer_idx).keys and values is fixed.layer(layer_idx).values
@@ -112,16 +115,16 @@ def test_a_token_written_to_a_slot_is_counted_by_advance() -> None:
 
 def test_buffers_that_another_cache_has_left() -> None:
     before = filled(True, [(0, 20)], 20)
-    buffers = before.buffers(20)
-    after = ShardedCache(2, True, 20)
+    buffers = before.buffers()
+    after = ShardedCache([LAYER] * 2, True, 20)
     assert after.take_over(buffers)
     for layer_idx in range(2):
         after.layer(layer_idx).store_block(*states(40, 55))
-    assert all(one is other for one, other in zip(after.buffers(15), buffers, strict=True))
+    assert all(one is other for one, other in zip(after.buffers(), buffers, strict=True))
     assert tokens_in(after.layer(1)) == list(range(40, 55))
-    assert not ShardedCache(2, True, STEP_TOKENS).take_over(buffers), "longer ones are needed"
-    assert not ShardedCache(3, True, 20).take_over(buffers)
-    other = ShardedCache(2, True, 20)
+    assert not ShardedCache([LAYER] * 2, True, STEP_TOKENS).take_over(buffers), "longer ones are needed"
+    assert not ShardedCache([LAYER] * 3, True, 20).take_over(buffers)
+    other = ShardedCache([LAYER] * 2, True, 20)
     assert other.take_over([buffer.double() for buffer in buffers])
     other.layer(0).store_block(*states(0, 5))
     keys = other.layer(0).keys
@@ -130,14 +133,14 @@ def test_buffers_that_another_cache_has_left() -> None:
 
 def test_buffers_with_room_for_more() -> None:
     cache = filled(True, [(0, 20)], 20)
-    before = [buffer.data_ptr() for buffer in cache.buffers(21)]
-    assert len(before) == 4 and [buffer.data_ptr() for buffer in cache.buffers(STEP_TOKENS)] == before
-    assert all(buffer.shape[2] > STEP_TOKENS for buffer in cache.buffers(STEP_TOKENS + 1))
+    before = [buffer.data_ptr() for buffer in cache.buffers(1)]
+    assert len(before) == 4 and [buffer.data_ptr() for buffer in cache.buffers(STEP_TOKENS - 20)] == before
+    assert all(buffer.shape[2] > STEP_TOKENS for buffer in cache.buffers(STEP_TOKENS - 19))
     assert tokens_in(cache.layer(0)) == list(range(20))
 
 
 def test_more_blocks_than_announced() -> None:
-    cache = ShardedCache(1, False, 4)
+    cache = ShardedCache([LAYER] * 1, False, 4)
     for start in range(0, 3000, 500):
         cache.layer(0).store_block(*states(start, start + 500))
     assert tokens_in(cache.layer(0)) == list(range(3000))
@@ -177,17 +180,17 @@ def test_crop_counts_backwards() -> None:
 
 def test_a_rank_without_a_block() -> None:
     """Fewer tokens than hosts: the shard is empty, but still a tensor of the right shape."""
-    empty = ShardedCache(1, False, 0)
+    empty = ShardedCache([LAYER] * 1, False, 0)
     empty.set_length(3)
     keys, values = empty.update(*states(3, 5), 0)
     assert keys.shape == values.shape == (1, KV_HEADS, 0, HEAD_DIM) and empty.get_seq_length() == 5
-    owner = ShardedCache(1, True, 0)
+    owner = ShardedCache([LAYER] * 1, True, 0)
     owner.set_length(3)
     assert owner.update(*states(3, 5), 0)[0].shape[2] == 2
 
 
 def test_dtype_follows_what_is_stored_and_reset_frees_it() -> None:
-    cache = ShardedCache(1, True, 4)
+    cache = ShardedCache([LAYER] * 1, True, 4)
     keys, values = states(0, 4)
     cache.layer(0).store_block(keys.bfloat16(), values.bfloat16())
     assert cache.layer(0).shard()[0].dtype == torch.bfloat16
@@ -198,7 +201,7 @@ def test_dtype_follows_what_is_stored_and_reset_frees_it() -> None:
 
 
 def test_memory_that_runs_out_while_growing_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = ShardedCache(1, stores_new=True, shard_tokens=4)
+    cache = ShardedCache([LAYER] * 1, stores_new=True, shard_tokens=4)
     layer = cache.layer(0)
     keys, values = states(0, 4)
     layer.store_block(keys, values)

@@ -71,7 +71,13 @@ def test_what_new_buffers_hold_changes_nothing(counts: Counts, monkeypatch: pyte
         return states.new_full((*states.shape[:2], capacity, states.shape[3]), torch.nan)
 
     def weigh_whole_buffers(
-        self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_keys: torch.Tensor, scale: float
+        self: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        num_keys: torch.Tensor,
+        scale: float,
+        **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (expand_kv_heads(states, query.shape[1]) for states in (key, value))
         behind = torch.arange(key.shape[2]) >= num_keys
@@ -101,11 +107,11 @@ def test_nan_that_was_left_behind_the_tokens_reaches_no_later_answer(
     run = DecodeStep.run
 
     def look(self: Any, model: Any, cache: Any, *arguments: Any) -> Any:
-        for buffer in cache.buffers(1):
+        for buffer in cache.buffers():
             seen.append(bool(buffer[:, :, cache.local_length :].isfinite().all()))
         return run(self, model, cache, *arguments)
 
-    for buffer in context.cache.buffers(1):
+    for buffer in context.cache.buffers():
         buffer[:, :, context.cache.local_length :] = torch.nan
     monkeypatch.setattr(DecodeStep, "run", look)
     assert answer(recording, context) == expected
@@ -136,7 +142,7 @@ def test_the_next_document_takes_the_buffers_over(counts: Counts) -> None:
         document, query = request_ids(length, 5)
         context = recording.prefill(document, query)
         assert answer(recording, context) == answer(usual, usual.prefill(document, query))
-        buffers.append(context.cache.buffers(1))
+        buffers.append(context.cache.buffers())
         del context
     assert counts.recorded == 1
     assert all(one is other for one, other in zip(buffers[0], buffers[2], strict=True))
@@ -149,7 +155,7 @@ def test_buffers_of_a_context_that_is_still_there_stay_its_own(counts: Counts) -
     first = engine.prefill(document, query)
     expected = answer(engine, first)
     second = engine.prefill(other, query)
-    assert not any(one is two for one, two in zip(first.cache.buffers(1), second.cache.buffers(1), strict=True))
+    assert not any(one is two for one, two in zip(first.cache.buffers(), second.cache.buffers(), strict=True))
     answer(engine, second)
     assert counts.recorded == 2
     assert answer(engine, first) == expected and counts.recorded == 3
@@ -160,7 +166,7 @@ def test_a_cache_of_another_size_frees_the_memory(counts: Counts) -> None:
     engine = new_engine()
     context = engine.prefill(document, query)
     answer(engine, context)
-    buffer = weakref.ref(context.cache.buffers(1)[0])
+    buffer = weakref.ref(context.cache.buffers()[0])
     del context
     assert buffer() is not None, "kept for the next one"
     engine.prefill(request_ids(600, 5)[0], query)
@@ -235,7 +241,7 @@ def test_what_cannot_be_recorded_is_said_once(
 
 def test_when_steps_can_be_recorded(counts: Counts) -> None:
     engine = new_engine()
-    kernels = engine.attention.kernels_for(CPU, torch.float32, engine.sizes.head_dim)
+    kernels = [engine.attention.kernels_for(CPU, torch.float32, engine.layers[0].head_dim)]
     assert can_record(engine.module, kernels)
     longrope = phi3()
     assert not can_record(longrope, kernels), "its rotary embedding reads positions"

@@ -26,7 +26,7 @@ SIZES = ModelSizes(num_layers=3, hidden_size=64, intermediate_size=96, heads=4, 
 APB: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5}
 
 
-@pytest.mark.parametrize("family", ["llama", "yi", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "yi", "qwen3", "phi3", "gemma3", "qwen2_mixed"])
 @pytest.mark.parametrize(
     ("n", "given"),
     [
@@ -104,7 +104,7 @@ def test_a_shared_anchor_is_counted_once() -> None:
 
 
 def test_configs_without_sizes_are_not_counted() -> None:
-    engine: Any = SimpleNamespace(module=models.llama(), attention=SimpleNamespace(compressor=None))
+    engine: Any = SimpleNamespace(module=models.llama(), attention=SimpleNamespace(compressor=None), layers=())
     context: Any = SimpleNamespace(plan=plan_request(APBConfig(method="dense"), 8, 0))
     assert count_prefill(engine, context, 2) is not None
     engine.module.model.layers[1].mlp.extra = engine.module.model.layers[0].mlp.up_proj.__class__(64, 96)

@@ -22,6 +22,7 @@ from apb_ds.compressors.base import compressor_names, needs_heads
 from apb_ds.methods.state import PrefillState
 from apb_ds.ops.kernels import KERNELS
 from apb_ds.ops.merge import merge_many, merge_two
+from apb_ds.utils.sizes import LayerAttention
 from tests.engine_cases import engine_random_scores
 from tests.kernel_cases import OUTPUT_TOLERANCE
 from tests.models import build_model, distinct_ids, request_ids
@@ -63,7 +64,9 @@ def served(states: tuple[Tensor, ...], n: int, q: int, given: dict[str, Any]) ->
     config = apb_ds.APBConfig(**given)
     attention = APBAttention(config)
     plan = apb_ds.plan_request(config, n, 0)
-    cache = ShardedCache(2, True, n)  # the last layer's output is used by nobody, so there are two
+    _, heads, _, head_dim = states[0].shape
+    layer = LayerAttention(heads, states[1].shape[1], head_dim)
+    cache = ShardedCache([layer] * 2, True, n)  # the last layer's output is used by nobody, so there are two
     state = PrefillState(plan, cache)
     length = plan.anchor_length
     output = torch.full_like(states[0], torch.nan)

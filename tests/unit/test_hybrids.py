@@ -1,0 +1,149 @@
+"""Layers with windows, sinks, capped logits, latents or another layer's keys: the engine against the reference."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import apb_ds
+from apb_ds.cache import WindowCacheLayer
+from apb_ds.hf.probe import probe_model
+from tests.engine_cases import TOLERANCE, Case
+from tests.models import HYBRIDS, WINDOW, build_model, request_ids
+from tests.reference import STAR, reference_greedy, run_reference
+
+# Documents of several windows, one shorter than a window, blocks shorter than a window, and blocks of several.
+CASES = [
+    Case("defaults", 203, 7),
+    Case("blocks longer than the window", 130, 6, {"hosts": 4, "anchor_length": 12, "passing_length": 4}),
+    Case("anchor longer than the window", 230, 6, {"hosts": 4, "anchor_length": 45, "passing_length": 4}),
+    Case("blocks shorter than the window", 90, 5, {"hosts": 16, "anchor_length": 3, "query_in_anchor": False}),
+    Case("document shorter than the window", 15, 4, {"hosts": 4, "anchor_length": 0, "passing_length": 1}),
+    Case("query longer than the window", 90, 33, {"hosts": 4, "query_in_anchor": False, "compressor": "keydiff"}),
+    Case("query compressor", 130, 6, {"hosts": 4, "compressor": "query", "passing_length": 4}),
+    Case("empty blocks", 5, 3, {"hosts": 8, "anchor_length": 1, "passing_length": 1, "query_in_anchor": False}),
+    Case("star", 118, 5, {"hosts": 4, **STAR}),
+    Case("exact", 60, 9),
+]
+WAYS: list[dict[str, Any]] = [{}, {"schedule": "natural", "hosts_per_round": 3}]
+
+
+def new_engine(family: str, **given: Any) -> Any:
+    return apb_ds.init_inference(build_model(family), apb_ds.APBConfig(**given))
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_logits_and_tokens_are_the_references(family: str) -> None:
+    engine, judge = new_engine(family), build_model(family)
+    for case, way in itertools.product(CASES, WAYS):
+        document, query = case.ids()
+        engine.configure(apb_ds.APBConfig(**case.given, **way))
+        context = engine.prefill(document, query)
+        expected = run_reference(judge, document, query, **case.reference_settings(family)).logits
+        logits = engine.query_logits(query, context=context)
+        assert float((logits - expected).abs().max()) < TOLERANCE, (case.name, way)
+    case = CASES[1]
+    document, query = case.ids()
+    engine.configure(apb_ds.APBConfig(**case.given))
+    tokens = engine.generate(document, query, max_new_tokens=5, do_sample=False)
+    assert tokens.tolist() == reference_greedy(judge, document, query, 5, **case.given).tolist()
+
+
+@pytest.mark.parametrize("family", ["mistral_window", "gemma3", "gpt_oss"])
+def test_a_window_of_another_length_would_be_noticed(family: str) -> None:
+    case = Case("blocks longer than the window", 130, 6, {"hosts": 4, "anchor_length": 12, "passing_length": 4})
+    document, query = case.ids()
+    engine = new_engine(family, **case.given)
+    logits = engine.query_logits(query, context=engine.prefill(document, query))
+
+    def one_more(layer: int, masks: Tensor, layout: Any) -> Tensor:
+        if engine.layers[layer].window is None:
+            return masks
+        wider = masks.clone()
+        for row in range(layout.document_start + WINDOW, layout.num_tokens):
+            wider[:, row, row - WINDOW] = True
+        return wider
+
+    other = run_reference(build_model(family), document, query, edit_mask=one_more, **case.given).logits
+    assert float((logits - other).abs().max()) > 10 * TOLERANCE
+
+
+def test_what_the_probe_finds() -> None:
+    layers = {family: probe_model(build_model(family)) for family in HYBRIDS}
+    assert [layer.window for layer in layers["gemma3"]] == [WINDOW, WINDOW, None, WINDOW]
+    assert {layer.softcap for layer in layers["gemma2"]} == {6.0}
+    assert [(layer.stores, layer.window) for layer in layers["gemma3n"]] == [
+        (True, WINDOW),
+        (True, None),
+        (False, WINDOW),
+        (False, None),
+    ]
+    latent = layers["deepseek_v3"][0]
+    assert (latent.head_dim, latent.value_dim, latent.stores_attended) == (24, 16, False)
+    unbound = build_model("mistral_window")
+    unbound.config.max_position_embeddings = WINDOW
+    assert {layer.window for layer in probe_model(unbound)} == {None}, "no request can be longer than the window"
+
+
+def test_a_layer_whose_window_is_not_passed_on_is_refused() -> None:
+    model = build_model("gemma3")
+    model.model.layers[1].self_attn.sliding_window = None
+    with pytest.raises(ValueError, match="layer 1, is to attend within a window, but passes none"):
+        apb_ds.init_inference(model, apb_ds.APBConfig())
+
+
+def test_a_layer_that_caches_nothing_is_refused() -> None:
+    model = build_model("llama")
+    forward = model.model.layers[1].self_attn.forward
+    model.model.layers[1].self_attn.forward = lambda *args, **given: forward(
+        *args, **{**given, "past_key_values": None}
+    )
+    with pytest.raises(ValueError, match="layer 1, caches keys and values 0 times"):
+        apb_ds.init_inference(model, apb_ds.APBConfig())
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma3n"])
+def test_layers_with_windows_store_no_more_than_these_reach(family: str) -> None:
+    document, query = request_ids(400, 6)
+    engine = new_engine(family, hosts=4)
+    context = engine.prefill(document, query)
+    stored = [
+        layer.local_length
+        for layer, attention in zip(context.cache.layers, engine.layers, strict=True)
+        if attention.stores
+    ]
+    assert stored == [WINDOW - 1 if layer.window else 400 for layer in engine.layers if layer.stores]
+    windows = [layer for layer in context.cache.layers if isinstance(layer, WindowCacheLayer) and layer.is_initialized]
+    full = context.cache.layer(1 if family == "gemma3n" else 2)
+    assert all(layer.num_bytes < full.num_bytes for layer in windows)
+
+
+def test_turns_that_are_kept_leave_no_more_behind() -> None:
+    """What a window has left behind is dropped before the next turn, and a turn that is not kept loses nothing."""
+    document, query = request_ids(150, 30)
+    engine, judge = new_engine("gemma3", hosts=4), build_model("gemma3")
+    context = engine.prefill(document, query)
+    before = engine.query_logits(query, context=context)
+    engine.generate(query_ids=query, context=context, max_new_tokens=3, do_sample=False)
+    assert torch.equal(engine.query_logits(query, context=context), before)
+    kept = engine.generate(query_ids=query, context=context, max_new_tokens=3, do_sample=False, append=True)
+    asked = query.flip(1)[:, :4]
+    logits = engine.query_logits(asked, context=context)
+    tail = torch.cat([query, kept, asked], dim=1)
+    expected = run_reference(judge, document, tail, embedded_query=query, hosts=4).logits[:, -4:]
+    assert float((logits - expected).abs().max()) < TOLERANCE
+    assert context.cache.layer(0).local_length == WINDOW - 1 and context.cache.layer(2).local_length == 182
+
+
+def test_a_prefill_ends_with_the_last_layer_that_stores_anything() -> None:
+    engine = new_engine("gemma3n", hosts=4)
+    calls: list[int] = []
+    for layer_idx, layer in enumerate(engine.module.model.layers):
+        layer.register_forward_pre_hook(lambda *_, layer_idx=layer_idx: calls.append(layer_idx))
+    done: list[tuple[int, int]] = []
+    engine.prefill(request_ids(100, 5)[0], progress=lambda *at: done.append(at))
+    assert set(calls) == {0, 1} and done[-1] == (8, 8), "two layers in four rounds"
