@@ -15,7 +15,7 @@ from apb_ds.engine.cuda_graph import DecodeStep
 from apb_ds.ops.kernels import KERNELS
 from tests.engine_cases import Case
 from tests.heads import engine_with_heads
-from tests.models import build_model, request_ids
+from tests.models import HYBRIDS, build_model, request_ids
 from tests.reference import reference_greedy, run_reference
 
 pytestmark = pytest.mark.gpu
@@ -95,6 +95,37 @@ def test_bfloat16_logits(family: str, given: dict[str, Any], per_round: int | No
     assert relative_error(logits, expected) < BFLOAT16_TOLERANCE
     other = run_reference(build_model(family), document, query, hosts=8, anchor_length=0, passing_length=0).logits
     assert relative_error(other, expected) > 2 * BFLOAT16_TOLERANCE, "blocks that see nothing else would be noticed"
+
+
+@pytest.mark.parametrize("given", GIVEN[:3], ids=str)
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_hybrids_in_float32(family: str, given: dict[str, Any]) -> None:
+    document, query = request_ids(203, 7)
+    engine, judge = new_engine(family, torch.float32, **given), build_model(family)
+    expected = run_reference(judge, document, query, **given).logits
+    assert float((answer(engine, document, query) - expected).abs().max()) < FLOAT32_TOLERANCE
+    tokens = engine.generate(document, query, max_new_tokens=6, do_sample=False)
+    assert tokens.cpu().tolist() == reference_greedy(judge, document, query, 6, **given).tolist()
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_hybrids_in_bfloat16(family: str, cuda_graph: bool) -> None:
+    document, query = request_ids(203, 7)
+    engine = new_engine(family, torch.bfloat16, **GIVEN[1], cuda_graph=cuda_graph)
+    context = engine.prefill(document, query)
+    logits = engine.query_logits(query, context=context)
+    expected = run_reference(build_model(family), document, query, **GIVEN[1]).logits
+    # Experts of random routers flip as soon as anything is rounded.
+    if family not in ("gpt_oss", "deepseek_v3"):
+        assert relative_error(logits.cpu(), expected) < 2 * BFLOAT16_TOLERANCE
+    # A step that is replayed sees the tokens that a step run kernel by kernel sees.
+    long = engine.generate(query_ids=query, context=context, max_new_tokens=12, do_sample=False)
+    again = torch.cat([query.cuda(), long[:, :-1]], dim=1)
+    stepwise = engine.query_logits(again, context=context)[:, query.shape[1] - 1 :]
+    top = stepwise.topk(2, dim=-1)
+    sure = top.values[0, :, 0] - top.values[0, :, 1] > 0.1 * stepwise.abs().max()
+    assert sure.any() and torch.equal(long[0][sure], top.indices[0, :, 0][sure])
 
 
 def test_float32_tokens() -> None:
