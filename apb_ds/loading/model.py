@@ -15,7 +15,7 @@ import torch
 from apb_ds.loading.adapter import merge_adapter
 from apb_ds.loading.config import ModelConfig
 from apb_ds.loading.damage import find_damage
-from apb_ds.loading.geometry import USE_A_DECODER, keep_layers, make_config, override_config, read_config
+from apb_ds.loading.geometry import keep_layers, make_config, override_config, read_config
 from apb_ds.loading.quiet import quiet_transformers
 from apb_ds.loading.source import find_model, weight_files
 from apb_ds.loading.tokenizer import available_tokenizer, read_tokenizer
@@ -75,7 +75,7 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Loade
     Returns
     -------
     LoadedModel
-        In eval mode, without gradients, with ``sdpa`` attention.
+        In eval mode, without gradients, with the attention that transformers prefers (``sdpa`` where it can).
 
     Raises
     ------
@@ -120,7 +120,6 @@ def _read_model(config: ModelConfig, path: str, device: torch.device, dtype: tor
             directory,
             config=model_config,
             dtype=dtype,
-            attn_implementation="sdpa",
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
             **options,
@@ -142,11 +141,6 @@ def _explain(directory: Path | None, model_config: Any, error: Exception) -> str
     """Return why transformers cannot make this model, and what to do; `directory` holds its weights, if it has any."""
     if isinstance(error, ImportError):
         return f"loading it needs a package that is not installed or too old ({first_line(error)})."
-    if "does not support an attention implementation" in str(error):
-        return (
-            f"model_type={model_config.model_type!r} has no attention that transformers can compute with sdpa and APB "
-            f"can replace; {USE_A_DECODER}."
-        )
     if directory is None:
         return f"transformers cannot build this model ({kind_and_line(error)}); correct its fields or model.overrides."
     damage = find_damage([*weight_files(directory), directory / "generation_config.json"])
@@ -190,7 +184,7 @@ def _make_dummy(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     try:
         with torch.random.fork_rng(devices), torch.device(device):
             torch.manual_seed(DUMMY_SEED)
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     except Exception as error:  # of many kinds: whatever layers raise for sizes that do not fit together
         if is_out_of_memory(error):
             raise

@@ -33,7 +33,7 @@ def cases(method: APBConfig | None = None, world_size: int = 1, **given: Any) ->
         (),
         *((f"+exp={exp}", "model.load_format=dummy") for exp in EXPS),
         *((f"method={name}",) for name in ("apb", "star", "dense", "ring", "ulysses")),
-        *((f"model={name}",) for name in ("smollm2", "smollm2_ruler", "llama31_8b", "qwen25_14b", "yi_34b")),
+        *((f"model={name}",) for name in ("smollm2", "smollm2_ruler", "llama31_8b", "gemma3_27b")),
     ],
     ids=str,
 )
