@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -14,7 +15,12 @@ from torch.nn import functional as F
 
 from apb_ds.config import BlockSettings, check_choice
 from apb_ds.ops import profiling
+from apb_ds.ops.compiled import compiled_if
 from apb_ds.ops.selection import copy_pair, gather_pair, select_top
+
+# Logits that `mean_attention` computes at a time: 256 MiB, and twice that in use. A product still has 512 rows over a
+# block of 131,072 tokens, enough to keep a device busy, and short blocks are not split.
+MAX_LOGITS = 2**26
 
 
 @dataclass(frozen=True)
@@ -134,24 +140,41 @@ def max_pool(scores: Tensor, width: int = 5) -> Tensor:
     return F.max_pool1d(scores.unsqueeze(0), width, stride=1, padding=width // 2).squeeze(0)
 
 
-def attention_mass(queries: Tensor, keys: Tensor, scale: float, num_hidden: Tensor | None = None) -> Tensor:
-    """Softmax of queries over keys in float32, grouped by KV head.
+def mean_attention(
+    queries: Tensor, keys: Tensor, scale: float, num_hidden: Tensor | None = None, fused: bool = False
+) -> Tensor:
+    """Return the share of the queries' attention that each key gets, averaged over the queries, grouped by KV head.
+
+    Computed in pieces of KV heads and queries: all logits of a long query over a long block take tens of GiB.
 
     Parameters
     ----------
     queries : (1, heads, queries, head_dim)
     keys : (1, kv_heads, tokens, head_dim)
     num_hidden : (queries,), how many of the last keys each query does not see, or None
+    fused : whether elementwise operations are compiled
 
     Returns
     -------
-    (kv_heads, heads per KV head, queries, tokens), float32
+    (kv_heads, heads per KV head, tokens), float32
     """
-    return softmax_of_visible(attention_products(queries, keys) * scale, num_hidden)
+    group, num_queries = queries.shape[1] // keys.shape[1], queries.shape[2]
+    queries_at_once = max(1, MAX_LOGITS // (group * keys.shape[2]))
+    heads_at_once = max(1, queries_at_once // num_queries)
+    unseen = itertools.repeat(None) if num_hidden is None else num_hidden.split(queries_at_once)
+    share = compiled_if(_share, fused)
+    shares = []
+    for of_heads, of_keys in zip(
+        queries.split(group * heads_at_once, dim=1), keys.split(heads_at_once, dim=1), strict=True
+    ):
+        pieces = zip(of_heads.split(queries_at_once, dim=2), unseen, strict=False)
+        parts = (share(_products_by_group(piece, of_keys), hidden, scale, num_queries) for piece, hidden in pieces)
+        shares.append(functools.reduce(torch.add, parts))
+    return torch.cat(shares) if len(shares) > 1 else shares[0]
 
 
-def attention_products(queries: Tensor, keys: Tensor) -> Tensor:
-    """Return the products of queries and keys, unscaled; shapes as in `attention_mass`."""
+def _products_by_group(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the products of queries and keys, (kv_heads, heads per KV head, queries, tokens), float32, unscaled."""
     grouped = queries[0].unflatten(0, (keys.shape[1], -1))
     # One matrix product per KV head for all queries of its group, without copying keys per head.
     products = _products(grouped.flatten(1, 2), keys[0].transpose(-1, -2))
@@ -178,13 +201,14 @@ def _gives_float32(device: torch.device) -> bool:
         return False
 
 
-def softmax_of_visible(logits: Tensor, num_hidden: Tensor | None) -> Tensor:
-    """Softmax over the last dimension (keys), in which each query (the dimension before) does not see its last
-    `num_hidden` keys."""
+def _share(products: Tensor, num_hidden: Tensor | None, scale: float, num_queries: int) -> Tensor:
+    """Return these products' part of `mean_attention`: the weights summed over the queries, by `num_queries`."""
+    logits = products * scale
+    del products  # so that not more than two such arrays exist at a time
     if num_hidden is not None:
         positions = torch.arange(logits.shape[-1], device=logits.device)
         logits = logits.masked_fill(positions >= logits.shape[-1] - num_hidden.unsqueeze(-1), -torch.inf)
-    return logits.softmax(dim=-1)
+    return logits.softmax(dim=-1).sum(dim=2) / num_queries
 
 
 CompressorClass = TypeVar("CompressorClass", bound=type[Compressor])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from apb_ds.compressors.base import BlockStates, Compressor, attention_mass, max_pool, register_compressor
+from apb_ds.compressors.base import BlockStates, Compressor, max_pool, mean_attention, register_compressor
 
 
 @register_compressor("query")
@@ -15,15 +14,9 @@ class QueryCompressor(Compressor):
     needs_anchor_queries = True
 
     def score(self, block: BlockStates) -> Tensor:
-        if block.anchor_queries is None:
+        if block.anchor_queries is None or block.anchor_queries.shape[2] == 0:
             raise ValueError("compressor='query' needs the anchor's query vectors; set BlockStates.anchor_queries.")
-        group = block.queries.shape[1] // block.kv_heads
-        scores = []
-        for head in range(block.kv_heads):  # one at a time: a long query over a long block makes a large matrix
-            queries = block.anchor_queries[:, head * group : (head + 1) * group]
-            mass = attention_mass(queries, block.keys[:, head : head + 1], block.scale)
-            scores.append(mass.mean(dim=2).amax(dim=1))
-        return max_pool(torch.cat(scores))
+        return max_pool(mean_attention(block.anchor_queries, block.keys, block.scale).amax(dim=1))
 
     def score_products(self, block_tokens: int, query_tokens: int, heads: int, head_dim: int) -> int:
         return query_tokens * block_tokens * heads * head_dim

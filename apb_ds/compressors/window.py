@@ -7,15 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apb_ds.compressors.base import (
-    BlockStates,
-    Compressor,
-    attention_products,
-    max_pool,
-    register_compressor,
-    softmax_of_visible,
-)
-from apb_ds.ops.compiled import compiled_if
+from apb_ds.compressors.base import BlockStates, Compressor, max_pool, mean_attention, register_compressor
 
 
 @register_compressor("window")
@@ -36,10 +28,5 @@ def window_mass(block: BlockStates, window: int) -> Tensor:
     """Return each token's share of the last `window` queries' attention, (kv_heads, block_tokens), float32."""
     observers = min(window, block.num_tokens)
     num_hidden = torch.arange(observers - 1, -1, -1, device=block.keys.device)
-    products = attention_products(block.queries[:, :, -observers:], block.keys)
-    return compiled_if(_mean_mass, block.fused)(products, num_hidden, block.scale)
-
-
-def _mean_mass(products: Tensor, num_hidden: Tensor, scale: float) -> Tensor:
-    """Return each key's attention, (kv_heads, tokens), averaged over the group's heads and the queries."""
-    return softmax_of_visible(products * scale, num_hidden).mean(dim=(1, 2))
+    queries = block.queries[:, :, -observers:]
+    return mean_attention(queries, block.keys, block.scale, num_hidden, block.fused).mean(dim=1)

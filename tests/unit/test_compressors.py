@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import apb_ds
 from apb_ds.attention import APBAttention
@@ -19,7 +22,9 @@ from apb_ds.compressors import (
     compressor_names,
     register_compressor,
 )
+from apb_ds.compressors.window import WindowCompressor
 from apb_ds.config import APBConfig
+from apb_ds.ops.selection import select_top
 from tests.models import build_model, request_ids
 
 HEAD_DIM = 8
@@ -139,6 +144,54 @@ def test_scores_of_half_precision_are_computed_in_float32(name: str) -> None:
     )
     compressor = build(name)
     assert torch.equal(compressor.score(half), compressor.score(again))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 7, 12, 100])
+@pytest.mark.parametrize("name", ["window", "query"])
+def test_scores_in_pieces(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of one query, of several, of all queries of one KV head, and of two of its three KV heads."""
+    block = new_block(50, heads=6, kv_heads=3, num_query=6)
+    compressor = WindowCompressor(window=6) if name == "window" else build(name)
+    whole = compressor.score(block)
+    monkeypatch.setattr(base, "MAX_LOGITS", rows * 2 * 50)
+    pieces = compressor.score(block)
+    torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=0)  # rounding of sums of at most 12 terms in float32
+    assert torch.equal(select_top(pieces, 10), select_top(whole, 10))
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes that operations take, of the tensors that exist at the same time, besides those given."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {tensor.untyped_storage()._cdata for tensor in given}
+        self.existing: weakref.WeakSet[Tensor] = weakref.WeakSet()
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        made = function(*arguments, **(keywords or {}))
+        self.existing.update(part for part in tree_leaves(made) if isinstance(part, Tensor))
+        storages = {storage._cdata: storage.nbytes() for storage in map(Tensor.untyped_storage, self.existing)}
+        self.peak = max(self.peak, sum(size for place, size in storages.items() if place not in self.given))
+        return made
+
+
+@pytest.mark.parametrize(
+    "name, heads, kv_heads, num_query", [("query", 32, 8, 2048), ("query", 64, 1, 1024), ("window", 64, 8, 1)]
+)
+def test_memory_of_a_long_query_over_a_long_block(name: str, heads: int, kv_heads: int, num_query: int) -> None:
+    tokens = 131_072
+    queries, states, asked = (
+        torch.empty(1, *sizes, 128, dtype=torch.bfloat16, device="meta")
+        for sizes in ((heads, tokens), (kv_heads, tokens), (heads, num_query))
+    )
+    block = BlockStates(queries, states, states, start=0, layer_idx=0, scale=SCALE, anchor_queries=asked)
+    with PeakMemory(queries, states, asked) as memory:
+        build(name).score(block)
+    # Two arrays of logits, float32 copies of the keys (on CPU), and the result with two pieces of it. All logits of one
+    # KV head would take 4 or 32 GiB for the query, and those of the window 1 GiB.
+    logits, keys, result = base.MAX_LOGITS, states.numel(), heads * tokens
+    assert memory.peak < 4 * (2 * logits + keys + 3 * result) + 2**20
 
 
 def test_recent_is_the_position() -> None:
