@@ -12,7 +12,7 @@ from apb_ds.config import MethodSettings
 from apb_ds.engine.cuda_graph import RecordedSteps, can_record
 from apb_ds.hf.architecture import text_decoder
 from apb_ds.hf.fused_layers import fused_layers
-from apb_ds.hf.onednn_linears import onednn_linears
+from apb_ds.hf.onednn_linears import bound_primitive_caches, onednn_linears
 from apb_ds.hf.tiled_mlps import default_tile, tiled_mlps
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.parallel.groups import SequenceGroup
@@ -42,6 +42,8 @@ class Acceleration:
         kernels: Mapping[str, KernelChoice],
     ) -> None:
         device = next(model.parameters()).device
+        if device.type == "cpu":
+            bound_primitive_caches()
         records = settings.cuda_graph and can_record(model, kernels.values())
         self.recorded = RecordedSteps(model, group) if records else None
         self.fused = fused_layers(model, settings.fused, device)

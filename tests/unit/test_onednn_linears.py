@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import apb_ds
 from apb_ds.hf import onednn_linears as linears
 from apb_ds.hf.onednn_linears import onednn_linears
+from tests.models import build_model
 
 
 @pytest.mark.parametrize("limit", [0, 2**30], ids=["in place", "reordered"])
@@ -79,3 +82,13 @@ def test_off_where_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with onednn_linears(linear, 50):
         assert "forward" not in linear.__dict__
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_an_engine_bounds_the_primitive_caches(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in linears.CACHE_CAPACITIES:
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name) if own is None else monkeypatch.setenv(name, own)
+    apb_ds.init_inference(build_model("llama"))
+    expected = own or str(linears.CACHED_PRIMITIVES)
+    assert [os.environ[name] for name in linears.CACHE_CAPACITIES] == [expected] * 2
