@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
@@ -330,6 +331,11 @@ class APBEngine(InferenceEngine):
         Returns
         -------
         (1, q, vocab), float32, the same on every rank
+
+        Raises
+        ------
+        ValueError, torch.OutOfMemoryError
+            As `prefill`.
         """
         with exclusive_call(self.module):
             with shared_validation(self.group, "query_logits", self.device) as comparison:
@@ -342,6 +348,7 @@ class APBEngine(InferenceEngine):
             positions = torch.arange(cached, cached + fed.shape[1], device=self.device).unsqueeze(0)
             try:
                 with (
+                    self._explaining_memory(context, num_query),
                     self._acceleration.in_decoding(),
                     apb_attention(self.module, self.attention, context.cache, Phase.QUERY, context.max_positions),
                 ):
@@ -352,10 +359,11 @@ class APBEngine(InferenceEngine):
                         use_cache=True,
                         logits_to_keep=num_query,
                     )
+                    logits = output.logits[:, -num_query:].float().contiguous()
             finally:
                 context.cache.crop_to(cached)
             self.group.progress.leave_model()
-            return self.group.broadcast(output.logits[:, -num_query:].float().contiguous())
+            return self.group.broadcast(logits)
 
     def destroy(self) -> None:
         """Free what the engine holds besides the model: a recorded step with its cache, and retaining heads.
@@ -393,10 +401,7 @@ class APBEngine(InferenceEngine):
         kept = False
         try:
             with (
-                explain_out_of_memory(
-                    f"answering {request.ids.shape[1]} query tokens after {context.num_tokens}",
-                    levers(context.plan, self.module.dtype, is_prefill=False),
-                ),
+                self._explaining_memory(context, request.ids.shape[1]),
                 self._acceleration.in_decoding(),
                 apb_attention(self.module, self.attention, context.cache, Phase.QUERY, context.max_positions) as call,
             ):
@@ -418,6 +423,11 @@ class APBEngine(InferenceEngine):
         if request.append:
             context.token_ids = everything
         return everything[:, prompt.shape[1] :].clone()  # the caller may change it; the context keeps the original
+
+    def _explaining_memory(self, context: Context, num_query: int) -> AbstractContextManager[None]:
+        """Say what helps if memory runs out while a query is answered."""
+        doing = f"answering {num_query} query tokens after {context.num_tokens}"
+        return explain_out_of_memory(doing, levers(context.plan, self.module.dtype, is_prefill=False))
 
     def _warn_if_exact(self, plan: Plan) -> None:
         if not plan.exact or self.apb_config.is_exact_method or self._warned_exact or not self.group.is_first:

@@ -43,10 +43,13 @@ def explain_out_of_memory(doing: str, levers: str) -> Iterator[None]:
 
 def levers(plan: Plan, dtype: torch.dtype, is_prefill: bool) -> str:
     """Return the `levers` of `explain_out_of_memory` for a request with this plan."""
-    per_round = len(plan.served(0, 0)) if is_prefill and plan.method == "apb" else 1
+    by_rounds = is_prefill and plan.method == "apb"  # only there do hosts matter
+    per_round = len(plan.served(0, 0)) if by_rounds else 1
     fewer = f"one host per round (hosts_per_round=1 instead of {per_round}), " if per_round > 1 else ""
+    if by_rounds:
+        fewer += f"more hosts than {plan.hosts} (fewer tokens per round), "
     return (
-        f"What helps: {fewer}more hosts than {plan.hosts} (fewer tokens per round), more ranks than "
-        f"{plan.world_size} (each holds its share of the cache), MLPs in tiles (mlp_tile=2048), a smaller dtype than "
-        f"{str(dtype).removeprefix('torch.')}, or a shorter document."
+        f"What helps: {fewer}more ranks than {plan.world_size} (each holds its share of the cache), MLPs in tiles "
+        f"(mlp_tile=2048), a smaller dtype than {str(dtype).removeprefix('torch.')}, or a shorter "
+        f"document{'' if is_prefill else ' or query'}."
     )
