@@ -65,13 +65,11 @@ def main() -> None:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if world_size > 1:
-        deepspeed.init_distributed()
     loaded = load_tiny() if arguments.tiny else load_model(arguments.model, arguments.num_facts)
     model, tokenizer, document, query = loaded
 
     engine = deepspeed.init_inference(model, dtype=model.dtype)
-    apb_ds.attach(engine, apb_ds.APBConfig(hosts=8))  # APB, line 2 of 3
+    apb_ds.attach(engine, apb_ds.APBConfig(hosts=8))  # APB, line 2 of 3: the ranks meet, unless they have already
 
     prompt = torch.cat([document, query], dim=1).to(engine.module.device)
     tokens = engine.generate(

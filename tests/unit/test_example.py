@@ -61,7 +61,6 @@ def test_alone(expected: list[int]) -> None:
 
 @pytest.mark.launcher
 def test_under_the_launcher(expected: list[int]) -> None:
-    """Its first run compiles DeepSpeed's collectives for the CPU."""
     lines = run([*deepspeed_command(), str(SCRIPT), "--tiny"])
     assert "408 prompt tokens on 2 ranks" in lines
     assert [line for line in lines if line.startswith("Answer: ")] == [f"Answer: {expected}"]
