@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -79,9 +80,8 @@ def test_the_packaged_instrument() -> None:
     trained = record["settings"]["train"]
     geometry = ModelConfig.from_dict(record["settings"]["model"]).geometry
     torch.manual_seed(0)
-    plain, model = (build(geometry) for _ in range(2))
-    model.load_state_dict(plain.state_dict())
-    merged = merge_adapter(model, "package://apb_ds/tasks/assets/smollm2_ruler")
+    plain = build(geometry)
+    merged = merge_adapter(copy.deepcopy(plain), "package://apb_ds/tasks/assets/smollm2_ruler")
     tensors = load_file(directory / "adapter_model.safetensors")
     linear = [name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)]
     linear.remove("lm_head")

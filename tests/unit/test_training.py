@@ -126,10 +126,10 @@ def test_batches_are_full_and_answers_come_from_their_documents() -> None:
 def test_questions_before_the_document() -> None:
     """As in an anchor: one turn holds the question, then the document."""
     tokenizer = byte_tokenizer()
-    plain, sometimes, always = (batches(share, num_steps=8, num_tokens=4000) for share in (0.0, 0.5, 1.0))
+    plain, sometimes, always = (batches(share, num_steps=4, num_tokens=4000) for share in (0.0, 0.5, 1.0))
     firsts = {0.5: 0, 1.0: 0}
     total = 0
-    for step in range(8):
+    for step in range(4):
         for share, made in ((0.5, sometimes), (1.0, always)):
             for ids in made[step].input_ids:
                 text = tokenizer.decode(ids)
@@ -139,7 +139,7 @@ def test_questions_before_the_document() -> None:
                 firsts[share] += document.partition("<|user|>")[2].startswith(f"{question}\n\n")
         total += len(always[step].input_ids)
     assert firsts[1.0] == total and 0 < firsts[0.5] < total
-    assert torch.equal(plain[3].input_ids, batches(num_steps=8, num_tokens=4000)[3].input_ids)
+    assert torch.equal(plain[3].input_ids, batches(num_steps=4, num_tokens=4000)[3].input_ids)
 
 
 def test_lengths_grow() -> None:
