@@ -177,11 +177,14 @@ class APBEngine(InferenceEngine):
     def _kernels_of(self, attention: APBAttention) -> dict[str, KernelChoice]:
         """Return the kernels by the kind of layer that they serve, empty for one without window and soft cap."""
         found = {}
-        for layer in self.layers:
+        for layer_idx, layer in enumerate(self.layers):
             width = max(layer.head_dim, layer.value_dim or 0)
             needs = {"window": layer.window is not None, "softcap": layer.softcap is not None}
             kind = " and ".join(name for name, needed in needs.items() if needed)
-            found[kind] = attention.kernels_for(self.device, self.module.dtype, width, **needs)
+            try:
+                found[kind] = attention.kernels_for(self.device, self.module.dtype, width, **needs)
+            except ValueError as error:
+                raise ValueError(f"layer {layer_idx} of {type(self.module).__name__}: {error}") from error
         return found
 
     def prefill(

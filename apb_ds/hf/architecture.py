@@ -15,7 +15,7 @@ from apb_ds.utils.sizes import AttentionSizes, read_attention_sizes
 
 def attention_sizes(model: PreTrainedModel) -> AttentionSizes:
     """Read the attention's sizes from the model's config; ValueError if they differ between layers."""
-    return read_attention_sizes(model.config)
+    return read_attention_sizes(text_config(model))
 
 
 def text_config(model: PreTrainedModel) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from apb_ds.hf.architecture import attention_modules
 from apb_ds.hf.overrides import forward_replacement, has_other_forward, overridden
-from apb_ds.ops.compiled import can_compile, compiled, rms_norm
+from apb_ds.ops.compiled import can_compile, compiled, rms_norm, rms_norm_around_one
 
 EPSILONS = ("variance_epsilon", "eps")
 ROTATION = "apply_rotary_pos_emb"
@@ -46,11 +46,12 @@ class FusedLayers:
         self.counts = {"norms": 0, "mlps": 0, "rotations": 0}
         verdicts: dict[tuple[Any, ...], bool] = {}
         for module in model.modules():
-            for name, make in (("norms", _norm_forward), ("mlps", _mlp_forward)):
+            for name, make in FORWARDS:
                 forward = make(module)
-                if forward is not None and _is_same(module, forward, verdicts):
+                if forward is not None and _is_same(module, make, forward, verdicts):
                     self._forwards.append((module, forward))
                     self.counts[name] += 1
+                    break
         names = {type(module).__module__ for module in attention_modules(model).values()}  # type: ignore[arg-type]
         self._namespaces = [vars(sys.modules[name]) for name in sorted(names) if ROTATION in vars(sys.modules[name])]
         self.counts["rotations"] = len(self._namespaces)
@@ -66,13 +67,18 @@ class FusedLayers:
             yield
 
 
-def _norm_forward(module: nn.Module) -> Forward | None:
+def _norm_forward(module: nn.Module, norm: Callable[..., Tensor] = rms_norm) -> Forward | None:
     """Return an RMS norm's forward, if the module looks like one."""
     weight = getattr(module, "weight", None)
     eps = next((getattr(module, name) for name in EPSILONS if isinstance(getattr(module, name, None), float)), None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or eps is None or list(module.children()):
         return None
-    return lambda hidden: compiled(rms_norm)(hidden, module.weight, eps)
+    return lambda hidden: compiled(norm)(hidden, module.weight, eps)
+
+
+def _norm_around_one_forward(module: nn.Module) -> Forward | None:
+    """Return the forward of an RMS norm whose weights are differences to one, as Gemma's are, likewise."""
+    return _norm_forward(module, rms_norm_around_one)
 
 
 def _mlp_forward(module: nn.Module) -> Forward | None:
@@ -103,11 +109,18 @@ def _gate_of(activation: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return _GATES.setdefault(kind, lambda gate, up: activation(gate) * up)
 
 
+FORWARDS: tuple[tuple[str, Callable[[nn.Module], Forward | None]], ...] = (
+    ("norms", _norm_forward),
+    ("norms", _norm_around_one_forward),
+    ("mlps", _mlp_forward),
+)
+
+
 @torch.no_grad()
-def _is_same(module: nn.Module, forward: Forward, verdicts: dict[tuple[Any, ...], bool]) -> bool:
+def _is_same(module: nn.Module, make: Any, forward: Forward, verdicts: dict[tuple[Any, ...], bool]) -> bool:
     """Whether the module's own forward gives what `forward` does; tried once per class and shapes."""
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
-    key = (type(module), shapes)
+    key = (type(module), make, shapes)
     if key not in verdicts:
         verdicts[key] = _gives_the_same(module, forward)
     return verdicts[key]

@@ -84,3 +84,10 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     states = hidden.float()
     states = states * torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + eps)
     return weight * states.to(hidden.dtype)
+
+
+def rms_norm_around_one(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return RMS norm in float32, (..., channels), times one plus the weight, also in float32, as Gemma's."""
+    states = hidden.float()
+    states = states * torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + eps)
+    return (states * (1.0 + weight.float())).to(hidden.dtype)

@@ -53,14 +53,13 @@ def num_prefilled(layers: Sequence[LayerAttention]) -> int:
 
 
 def read_attention_sizes(config: Any) -> AttentionSizes:
-    """Read the sizes from a transformers config, of its text part if it has several.
+    """Read the sizes from a transformers config.
 
     Raises
     ------
     ValueError
         If they differ between layers.
     """
-    config = config.get_text_config()
     try:
         heads = config.num_attention_heads
         return AttentionSizes(

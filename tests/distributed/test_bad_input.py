@@ -153,7 +153,6 @@ CASES: dict[str, Case] = {
     "a tokenizer that does not match": Case(
         (*PROMPT, "model.tokenizer={files}/wide"), ("model.tokenizer", "859", "260")
     ),
-    "a layer with a short window": Case((*PROMPT, "model.path={files}/sliding"), ("layer 0", "sliding_window=16")),
     # --- heads
     "a compressor without its heads": Case(
         (*PROMPT, "method.compressor=retaining_heads", "model.retaining_heads=null"),
@@ -209,10 +208,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cut = save_checkpoint(directory / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1000])
     (save_checkpoint(directory / "weightless") / "model.safetensors").unlink()
-    save_checkpoint(directory / "sliding")
-    config = json.loads((directory / "sliding" / "config.json").read_text())
-    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
-    (directory / "sliding" / "config.json").write_text(json.dumps(config))
     (directory / "bad.gguf").write_bytes(b"GGUF" + bytes(range(200)))
     return directory
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,7 +124,11 @@ def _change_query_kernel(patch: Patch, change: Callable[..., tuple[Tensor, Tenso
     attend = decode._attend_shard
 
     def attend_changed(tools: Any, kernel: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        return attend(tools, lambda *inputs: change(kernel, *inputs), *args)  # type: ignore[arg-type]
+        def changed(*inputs: Any, **_: Any) -> tuple[Tensor, Tensor]:
+            return change(kernel, *inputs)
+
+        kernels: Any = SimpleNamespace(prefill=changed, decode=changed)
+        return attend(replace(tools, kernels=kernels), changed, *args)  # type: ignore[arg-type]
 
     patch.setattr(decode, "_attend_shard", attend_changed)
 

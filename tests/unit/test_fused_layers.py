@@ -20,7 +20,7 @@ from apb_ds.ops import compiled as compiling
 from apb_ds.ops.merge import merge_two, merge_two_fused
 from tests.models import build_model, request_ids
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+NORMS_OF_A_LAYER = {"llama": 2, "qwen2": 2, "qwen3": 4, "mistral": 2, "phi3": 2, "gemma3": 6}
 
 
 @pytest.fixture
@@ -41,15 +41,14 @@ def leftovers(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NORMS_OF_A_LAYER)
 def test_the_plain_models_logits(family: str, uncompiled: list[Any]) -> None:
     model = build_model(family)
     ids = request_ids(60, 5)[0]
     expected = model(ids).logits
     layers = FusedLayers(model)
     num_layers = model.config.num_hidden_layers
-    norms_of_a_layer = 4 if family == "qwen3" else 2
-    assert layers.counts == {"norms": norms_of_a_layer * num_layers + 1, "mlps": num_layers, "rotations": 1}
+    assert layers.counts == {"norms": NORMS_OF_A_LAYER[family] * num_layers + 1, "mlps": num_layers, "rotations": 1}
     assert not leftovers(model)
     space = vars(sys.modules[type(attention_modules(model)[0]).__module__])
     before = space[ROTATION]
@@ -57,7 +56,8 @@ def test_the_plain_models_logits(family: str, uncompiled: list[Any]) -> None:
     with layers.in_force():
         assert len(leftovers(model)) == layers.counts["norms"] + num_layers
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
-    assert before in uncompiled and compiling.rms_norm in uncompiled
+    norm = compiling.rms_norm_around_one if family == "gemma3" else compiling.rms_norm
+    assert before in uncompiled and norm in uncompiled
     assert not leftovers(model) and space[ROTATION] is before
     assert torch.equal(model(ids).logits, expected)
 
@@ -96,7 +96,7 @@ def test_compiled_for_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class ShiftedNorm(nn.Module):
-    """As Gemma's: it looks like an RMS norm, and its weights are off by one."""
+    """It looks like an RMS norm, and its weights are off by two."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class ShiftedNorm(nn.Module):
         self.variance_epsilon = 1e-6
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return compiling.rms_norm(hidden, 1 + self.weight, self.variance_epsilon)
+        return compiling.rms_norm(hidden, 2 + self.weight, self.variance_epsilon)
 
 
 class ClampedMLP(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor
 import apb_ds
 from apb_ds.cache import WindowCacheLayer
 from apb_ds.hf.probe import probe_model
+from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel
 from tests.engine_cases import TOLERANCE, Case
 from tests.models import HYBRIDS, WINDOW, build_model, request_ids
 from tests.reference import STAR, reference_greedy, run_reference
@@ -147,3 +148,14 @@ def test_a_prefill_ends_with_the_last_layer_that_stores_anything() -> None:
     done: list[tuple[int, int]] = []
     engine.prefill(request_ids(100, 5)[0], progress=lambda *at: done.append(at))
     assert set(calls) == {0, 1} and done[-1] == (8, 8), "two layers in four rounds"
+
+
+def test_a_kernel_without_windows_is_not_used_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CPUFlashKernel, "has_window", False)
+    engine = new_engine("gemma3")
+    assert engine.kernel_names["prefill (window)"] != "cpu_flash" == engine.kernel_names["prefill"]
+    named = "layer 0 of Gemma3ForCausalLM: kernel='cpu_flash' does not fit: .*window"
+    with pytest.raises(ValueError, match=named):
+        new_engine("gemma3", kernel="cpu_flash")
+    with pytest.raises(ValueError, match=named):
+        engine.configure(apb_ds.APBConfig(kernel="cpu_flash"))

@@ -269,7 +269,6 @@ def test_a_bad_config_is_not_blamed_on_other_files(copy: Path) -> None:
         ("bart", "encoder-decoder"),
         ("bert", "is an encoder"),
         ("vit", "transformers has no decoder"),
-        ("mamba", "no attention"),
     ],
 )
 def test_not_a_causal_model(copy: Path, model_type: str, kind: str, load_format: str) -> None:
