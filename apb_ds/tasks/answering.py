@@ -8,6 +8,7 @@ from typing import Any
 from apb_ds.config import check_bool, check_integer
 from apb_ds.tasks.base import TaskConfig
 from apb_ds.tasks.checks import as_tuple, is_number
+from apb_ds.tasks.text import check_quoted, clean
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
 
@@ -71,9 +72,13 @@ class AnsweringConfig(TaskConfig):
     def _check_stop(self) -> None:
         if self.stop is None:
             return
-        # A number on the command line arrives as one.
-        stops = [str(text) if is_number(text) else text for text in as_tuple(self.stop)]
-        if not stops or not all(isinstance(text, str) and text for text in stops):
+        stops = list(as_tuple(self.stop))
+        for place, text in enumerate(stops):
+            check_quoted("task.stop", text)
+            stops[place], problem = clean(text, may_be_blank=True) if isinstance(text, str) else ("", None)
+            if problem:
+                raise ValueError(f"task.stop={text!r} {problem}.")
+        if not stops or not all(stops):
             raise ValueError(f"task.stop={self.stop!r} must be a text or a list of texts, none of them empty.")
         object.__setattr__(self, "stop", stops)
 

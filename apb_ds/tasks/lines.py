@@ -11,6 +11,7 @@ from typing import Any
 
 from apb_ds.config import check_integer, suggest
 from apb_ds.tasks.jsonl import file_problem, numbered_lines, parse_object, shortened, strip_line, type_name
+from apb_ds.tasks.text import clean, is_path
 
 KEYS = ("id", "document", "document_file", "query", "max_new_tokens")
 SHOWN_LINES = 5
@@ -28,8 +29,8 @@ class Line:
     id : as given
     query : the question
     max_new_tokens : tokens of this answer at most, or None
-    document_digest : SHA-256 of the document's UTF-8 bytes in hexadecimal; None if it cannot be read
-    document_bytes : the document's length in UTF-8; 0 if it cannot be read
+    document_digest : SHA-256 of the document's UTF-8 bytes in hexadecimal; None if it cannot be used
+    document_bytes : the document's length in UTF-8; 0 if it cannot be used
     problem : why this line cannot be answered, or None
     fingerprint : SHA-256 of digest, query and max_new_tokens: what the answer depends on besides the settings
     offset : bytes from the file's start to the line's
@@ -103,7 +104,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def read_document(path: Path, line: Line) -> str:
-    """Return the document of a `line` that `read_lines` found in the file at `path`, unchanged.
+    """Return the document of a `line` that `read_lines` found in the file at `path`.
 
     Raises
     ------
@@ -125,7 +126,8 @@ def read_document(path: Path, line: Line) -> str:
         raise ValueError(f"{where}: the document can no longer be read: {error.strerror}.") from error
     except ValueError:  # no longer UTF-8 or JSON
         text = None
-    if not isinstance(text, str) or _digest(text)[0] != line.document_digest:
+    text = clean(text)[0] if isinstance(text, str) else ""
+    if _digest(text)[0] != line.document_digest:
         raise ValueError(f"{where}: the document has changed since the job began; run it again.")
     return text
 
@@ -169,9 +171,9 @@ def _check(values: dict[str, Any]) -> None:
             raise ValueError(f"no {key}; every line needs one.")
     if isinstance(values["id"], bool) or not isinstance(values["id"], (str, int)):
         raise ValueError(f"id is {type_name(values['id'])}, but must be a string or an integer.")
-    examined = _examine(str(values["id"]), "id")
-    if examined.digest is None:
-        raise ValueError(examined.problem)
+    problem = clean(str(values["id"]), may_be_blank=True)[1]
+    if problem:
+        raise ValueError(f"id {problem}.")
     for key in ("query", "document", "document_file"):
         if key in values and not isinstance(values[key], str):
             raise ValueError(f"{key} is {type_name(values[key])}, but must be a string.")
@@ -187,13 +189,19 @@ def _build_line(number: int, offset: int, values: dict[str, Any], folder: Path, 
     source = None
     if "document" in values:
         document = _examine(values["document"], "document")
+        if is_path(values["document"], folder):
+            why = (
+                f"document is a path, {_shown(values['document'])}; name the file as document_file. If these letters "
+                "themselves are the document, put a space before them."
+            )
+            document = _Digest(None, 0, why)
     else:
         source = folder / values["document_file"]
         if source not in documents:
             documents[source] = _read_file(source)
         document = documents[source]
-    query, max_new_tokens = values["query"], values.get("max_new_tokens")
-    problems = [text for text in (document.problem, _examine(query, "query").problem) if text]
+    (query, problem), max_new_tokens = clean(values["query"]), values.get("max_new_tokens")
+    problems = [text for text in (document.problem, problem and f"query {problem}.") if text]
     basis = json.dumps([document.digest, query, max_new_tokens])
     return Line(
         number=number,
@@ -225,16 +233,10 @@ def _read_file(path: Path) -> _Digest:
 
 def _examine(text: str, name: str) -> _Digest:
     """Return a text's digest and length, and why it cannot be used, if so."""
-    try:
-        digest, num_bytes = _digest(text)
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        problem = f"{name} is not Unicode text: half a surrogate pair (\\u{code:04x}) at character {error.start}."
-        return _Digest(None, 0, problem)
-    if not text or text.isspace():
-        kind = "only white space" if text else "empty"
-        return _Digest(digest, num_bytes, f"{name} is {kind}; give some text.")
-    return _Digest(digest, num_bytes, None)
+    text, problem = clean(text)
+    if problem:
+        return _Digest(None, 0, f"{name} {problem}.")
+    return _Digest(*_digest(text), None)
 
 
 def _digest(text: str) -> tuple[str, int]:

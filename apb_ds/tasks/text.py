@@ -1,40 +1,100 @@
-"""Text that a user gives: as it stands, from a file, or from standard input."""
+"""Text that a user gives: as it stands, from a file, or from standard input; and what counts as text, see `clean`."""
 
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from pathlib import Path
 from typing import TextIO
 
+from apb_ds.tasks.jsonl import shortened
+
 FILE_MARK = "@"
 STANDARD_INPUT = "-"
 SHOWN_CHARACTERS = 100
+MAX_PATH = 255  # characters; longer texts are not taken for paths
 ESCAPE_HINT = "(A text that begins with @ is written with @@.)"
+BYTE_ORDER_MARK = "\ufeff"
+# Bytes that a stream could not decode, as Python keeps them (errors="surrogateescape").
+UNDECODED = range(0xDC80, 0xDD00)
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_PATH = re.compile(r"(~|\.{0,2})/\S*|\S+\.(csv|docx?|html?|jsonl?|log|md|pdf|py|rst|tex|tsv|txt|xml|ya?ml)", re.I)
+
+
+def clean(text: str, *, may_be_blank: bool = False) -> tuple[str, str | None]:
+    """Return a text as it is used, and why it cannot be used, or None; for every text, wherever it comes from.
+
+    A byte order mark at the start is not part of the text. White space alone is refused unless `may_be_blank`, and so
+    are NUL characters and what is not Unicode.
+    """
+    text = text.lstrip(BYTE_ORDER_MARK)
+    nul = text.find("\0")
+    if nul >= 0:
+        return text, f"has a NUL character at character {nul}; binary files and UTF-16 must be converted to UTF-8 first"
+    surrogate = _SURROGATE.search(text)
+    if surrogate:
+        code, place = ord(surrogate[0]), surrogate.start()
+        if code in UNDECODED:
+            return text, f"is not UTF-8: byte {code - 0xDC00:#04x} at character {place}; convert it to UTF-8"
+        return text, f"is not Unicode text: half a surrogate pair (\\u{code:04x}) at character {place}"
+    if not may_be_blank and not text.strip():
+        return text, f"is {'only white space' if text else 'empty'}; give some text"
+    return text, None
 
 
 def check_text(field: str, value: object) -> str:
-    """Return the setting as a string; ValueError if it is empty, or a list or mapping.
-
-    A number or truth value on the command line arrives as one.
-    """
-    if isinstance(value, bool):
-        value = str(value).lower()
-    if isinstance(value, (int, float)):
-        value = str(value)
+    """Return the setting as a string; ValueError if it is not a text, or cannot be used."""
+    check_quoted(field, value)
     if isinstance(value, (list, tuple, dict)):
         raise ValueError(f"{field}={value!r} is not a text; it must be quoted, as in '{field}=\"a, b\"'.")
-    if not isinstance(value, str) or not value.strip():
+    text, problem = clean(value) if isinstance(value, str) else ("", None)
+    if not text.strip():
         raise ValueError(
             f"{field}={value!r} is empty; give a text, @FILE for a file's contents, or - for standard input."
         )
-    return value
+    if problem:
+        raise ValueError(f"{field}={_shown(text)} {problem}.")
+    return text
+
+
+def check_quoted(field: str, value: object) -> None:
+    """Raise ValueError for a number or a truth value: in YAML, ``query: 1.10`` is 1.1 and ``query: yes`` is true.
+
+    On the command line, texts are taken as they were typed.
+    """
+    if isinstance(value, (bool, int, float)):
+        shown = str(value).lower() if isinstance(value, bool) else value
+        kind = "true or false" if isinstance(value, bool) else "a number"
+        key = field.rpartition(".")[2]
+        raise ValueError(f'{field}={shown} is {kind}, not a text; quote it in the config file: {key}: "...".')
 
 
 def check_text_source(field: str, value: str) -> None:
-    """Raise ValueError if `value` names a file that does not exist."""
+    """Raise ValueError if `value` names a file that does not exist, or is a path whose ``@`` was forgotten."""
     if is_file(value):
         _existing_file(field, value)
+    elif value != STANDARD_INPUT and is_path(value):
+        raise ValueError(
+            f"{field}={value!r} is a path; to read the file write {field}=@{value}. To ask about these letters "
+            f"themselves, put a space before them: '{field}=\" {value}\"'."
+        )
+
+
+def is_path(value: str, folder: Path | None = None) -> bool:
+    """Return whether a text is the path of something that exists, in `folder` if relative, or looks like a path.
+
+    A text with white space at either end is never one.
+    """
+    if not 0 < len(value) <= MAX_PATH or value != value.strip() or "\n" in value:
+        return False
+    if _PATH.fullmatch(value):
+        return True
+    try:
+        return (folder or Path()).joinpath(Path(value).expanduser()).exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def is_file(value: str) -> bool:
@@ -54,7 +114,7 @@ def read_text(field: str, value: str) -> str:
     Raises
     ------
     ValueError
-        If the file does not exist, cannot be read, is not UTF-8 or contains no text.
+        If the file does not exist, cannot be read, is not UTF-8 or contains no text, see `clean`.
     """
     if value == STANDARD_INPUT:
         if sys.stdin is None:
@@ -71,8 +131,9 @@ def read_text(field: str, value: str) -> str:
             raise ValueError(f"{field}={value!r}: cannot read {path.absolute()} ({error.strerror}).") from error
     else:
         text = value.removeprefix(FILE_MARK)
-    if not text.strip():
-        raise ValueError(f"{field}={value!r} is empty; give some text.")
+    text, problem = clean(text)
+    if problem:
+        raise ValueError(f"{field}={_shown(value)} {problem}.")
     return text
 
 
@@ -117,11 +178,11 @@ def _existing_file(field: str, value: str) -> Path:
 
 
 def _shown(value: str) -> str:
-    return repr(value if len(value) <= SHOWN_CHARACTERS else value[:SHOWN_CHARACTERS] + "...")
+    return repr(shortened(value, SHOWN_CHARACTERS))
 
 
 def _decoded(what: str, content: bytes) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} is not UTF-8 text (at byte {error.start}); convert it first.") from error

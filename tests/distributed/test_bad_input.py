@@ -61,6 +61,20 @@ CASES: dict[str, Case] = {
     "not UTF-8": Case(
         ("task=prompt", "task.document=@{files}/latin.txt", "task.query=x"), ("latin.txt", "UTF-8", "byte 3")
     ),
+    "UTF-16": Case(
+        ("task=prompt", "task.document=@{files}/wide.txt", "task.query=x"), ("wide.txt", "NUL character", "UTF-8")
+    ),
+    "a forgotten @": Case(
+        ("task=prompt", "task.document={files}/document.txt", "task.query=x"),
+        ("task.document='{files}/document.txt' is a path", "task.document=@{files}/document.txt", '" {files}'),
+    ),
+    "a forgotten @ in a conversation": Case(
+        ("task=chat", "task.document=x", "task.query=question.txt"), ("task.query='question.txt' is a path",)
+    ),
+    "a number in a config file": Case(
+        ("task=prompt", "task.document=x", "+exp=number", "--config-dir={files}"),
+        ("task.query=1.1 is a number", "quote it", 'query: "'),
+    ),
     "nothing on standard input": Case(
         ("task=prompt", "task.document=-", "task.query=x"), ("task.document='-'", "empty")
     ),
@@ -197,6 +211,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "A lamp stands on the pier. It is lit at dusk and put out at dawn. " * 8
     (directory / "document.txt").write_text(text)
     (directory / "empty.txt").write_text(" \n")
+    (directory / "wide.txt").write_bytes(text.encode("utf-16-le"))
+    (directory / "exp").mkdir()
+    (directory / "exp" / "number.yaml").write_text("# @package _global_\ntask:\n  query: 1.10\n")
     (directory / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     line = json.dumps({"id": 1, "document": text, "query": "What?"})
     (directory / "broken.jsonl").write_text(line + "\n{'id': 2}\n")

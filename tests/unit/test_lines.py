@@ -54,10 +54,12 @@ def test_byte_order_mark_and_line_ends(tmp_path: Path, end: bytes) -> None:
     assert [read_document(path, line) for line in lines] == ["one\u2028more", "two"]
 
 
-def test_byte_order_mark_of_a_document_stays(tmp_path: Path) -> None:
+def test_byte_order_mark_of_a_text(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_bytes(b"\xef\xbb\xbfText")
-    path = write(tmp_path, asked_of(1, tmp_path / "one.txt"))
-    assert read_document(path, read_lines(path)[0]) == "\ufeffText"
+    path = write(tmp_path, asked_of(1, "one.txt", "\ufeffWhy?"), question(2, "\ufeffText"), question(3, "Text"))
+    lines = read_lines(path)
+    assert [read_document(path, line) for line in lines] == ["Text"] * 3
+    assert len({line.fingerprint for line in lines}) == 1 and lines[0].query == "Why?"
 
 
 def test_null_is_not_given(tmp_path: Path) -> None:
@@ -159,15 +161,21 @@ def test_problem_of_one_line_does_not_stop_the_others(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "latin.txt").write_bytes(b"abc\xfc")
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf")
+    (tmp_path / "wide.txt").write_bytes("wide".encode("utf-16-le"))
     cases: list[tuple[dict[str, Any], str, bool]] = [  # line, problem, whether the document is known
         (asked_of("missing", "none.txt"), "none.txt' does not exist; name a text file", False),
         (asked_of("folder", "folder"), "folder' is a directory; name a text file", False),
         (asked_of("no name", "a\0b"), "does not exist; name a text file", False),
         (asked_of("long", "text " * 200), "cannot be read (File name too long); name a text file", False),
         (asked_of("latin-1", "latin.txt"), "latin.txt' is not UTF-8: byte 0xfc at position 3", False),
-        (asked_of("empty file", "empty.txt"), "empty.txt' is empty; give some text", True),
-        (question("empty", ""), "document is empty; give some text", True),
-        (question("blank", " \n\u3000"), "document is only white space; give some text", True),
+        (asked_of("empty file", "empty.txt"), "empty.txt' is empty; give some text", False),
+        (asked_of("only a mark", "mark.txt"), "mark.txt' is empty; give some text", False),
+        (asked_of("UTF-16", "wide.txt"), "wide.txt' has a NUL character at character 1", False),
+        (question("empty", ""), "document is empty; give some text", False),
+        (question("blank", " \n\u3000"), "document is only white space; give some text", False),
+        (question("a path", "/no/such"), "document is a path, '/no/such'; name the file as document_file", False),
+        (question("a file's name", "wide.txt"), "document is a path, 'wide.txt'", False),
         (question("half", "ab\ud83d"), "document is not Unicode text: half a surrogate pair (\\ud83d) at", False),
         (question("no query", query=""), "query is empty; give some text", True),
         (question("blank query", query=" \n"), "query is only white space; give some text", True),

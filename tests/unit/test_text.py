@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from apb_ds.tasks.answering import AnsweringConfig
+from apb_ds.tasks.lines import read_lines
 from apb_ds.tasks.text import check_text, check_text_source, expand_path, is_file, read_text
 
 FIELD = "task.document"
@@ -28,7 +32,12 @@ def feed(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
         ("@@", "@"),
         ("-1", "-1"),
         ("--", "--"),
-        ("\ufeffmark", "\ufeffmark"),
+        ("\ufeffmark", "mark"),
+        ("ma\ufeffrk", "ma\ufeffrk"),
+        (" s.txt", " s.txt"),
+        ("What is s.txt?", "What is s.txt?"),
+        ("and/or", "and/or"),
+        ("1.10", "1.10"),
     ],
 )
 def test_text_as_it_stands(value: str, text: str) -> None:
@@ -74,11 +83,59 @@ def test_not_utf8(content: bytes, position: int, tmp_path: Path, monkeypatch: py
 def test_nothing_in_it(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "empty.txt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"task.document='@.*empty.txt' is empty"):
+    with pytest.raises(ValueError, match=r"task.document='@.*empty.txt' is (empty|only white space)"):
         read_text(FIELD, f"@{path}")
     feed(monkeypatch, content)
-    with pytest.raises(ValueError, match=r"task.document='-' is empty"):
+    with pytest.raises(ValueError, match=r"task.document='-' is (empty|only white space)"):
         read_text(FIELD, "-")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("ab\0", "NUL character at character 2"),
+        ("\ufeff\0", "NUL character at character 0"),
+        ("ab\ud83d", r"half a surrogate pair \(\\ud83d\) at character 2"),
+        ("caf\udce9", "not UTF-8: byte 0xe9 at character 3"),
+    ],
+)
+def test_what_is_no_text(text: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it comes from: a setting, a file, standard input, a stop string, a line of a batch."""
+    with pytest.raises(ValueError, match=problem):
+        check_text(FIELD, text)
+    with pytest.raises(ValueError, match=rf"task.stop=.*{problem}"):
+        AnsweringConfig(stop=["\n", text])
+    line = json.dumps({"id": 1, "document": text, "query": text})
+    (tmp_path / "q.jsonl").write_text(line)
+    assert len(re.findall(problem, read_lines(tmp_path / "q.jsonl")[0].problem or "")) == 2
+    if "\0" in text:
+        feed(monkeypatch, text.encode())
+        with pytest.raises(ValueError, match=f"task.document='-' has a {problem}"):
+            read_text(FIELD, "-")
+
+
+def test_utf16_without_a_mark(tmp_path: Path) -> None:
+    (tmp_path / "wide.txt").write_bytes("wide".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"NUL character at character 1.*UTF-16"):
+        read_text(FIELD, f"@{tmp_path}/wide.txt")
+
+
+def test_a_mark_is_part_of_no_text(tmp_path: Path) -> None:
+    assert check_text(FIELD, "\ufefftext") == "text"
+    assert AnsweringConfig(stop="\ufeffEnd").stop == ["End"]
+    for stop in ("\ufeff", ["x", "\ufeff"]):
+        with pytest.raises(ValueError, match=r"task.stop=.* none of them empty"):
+            AnsweringConfig(stop=stop)
+
+
+@pytest.mark.parametrize("value", ["s.txt", "notes.MD", "./log", "~/log", "/var/log/x", "https://a.org/b.html", "here"])
+def test_a_forgotten_mark(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        check_text_source(FIELD, value)
+    for part in (f"task.document='{value}'", f"task.document=@{value}", f'task.document=" {value}"'):
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -134,11 +191,12 @@ def test_home_of_nobody() -> None:
         check_text_source(FIELD, "@~nobody-at-all/x")
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [("text", "text"), (7, "7"), (0, "0"), (1.5, "1.5"), (True, "true"), (False, "false")]
-)
-def test_what_the_command_line_makes_of_a_text(value: object, text: str) -> None:
-    assert check_text(FIELD, value) == text
+@pytest.mark.parametrize(("value", "shown"), [(7, "7"), (0, "0"), (1.10, "1.1"), (True, "true"), (False, "false")])
+def test_what_yaml_makes_of_a_text(value: object, shown: str) -> None:
+    with pytest.raises(ValueError, match=rf'task.document={shown} is .*, not a text; quote it .*: document: "'):
+        check_text(FIELD, value)
+    with pytest.raises(ValueError, match=rf'task.stop={shown} is .*, not a text; quote it .*: stop: "'):
+        AnsweringConfig(stop=["a", value])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("value", ["", " \n", None])
