@@ -219,6 +219,8 @@ def _run_hydra(config_name: str, jobs: Jobs) -> int:
     except KeyboardInterrupt:
         if rank() == 0:
             print("Interrupted.", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):  # a full disk, a closed pipe
+            jobs.abandon("interrupted by Ctrl-C.")
         jobs.watch.leave(INTERRUPTED_EXIT)
     try:
         succeeded = jobs.finish()

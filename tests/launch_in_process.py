@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import os
@@ -40,7 +41,7 @@ def run_infer(
     rank: int,
     world_size: int,
     arguments: list[str],
-    stdin: str = "",
+    stdin: str | bytes = "",
     patches: tuple[str, ...] = (),
     config: str = "infer",
 ) -> Ended:
@@ -56,12 +57,13 @@ def run_infer(
     from apb_ds.session import Session
 
     out, err = io.StringIO(), io.StringIO()
+    content = stdin.encode() if isinstance(stdin, str) else stdin
     with contextlib.ExitStack() as stack:
         stack.enter_context(_as_rank(rank, world_size))
         stack.enter_context(mock.patch.object(common, "FIRST_RANK_GRACE_S", 0))
         stack.enter_context(mock.patch.object(common.ending.Watch, "leave", _leave))
         stack.enter_context(mock.patch.object(sys, "argv", ["infer.py", *arguments]))
-        stack.enter_context(mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()))))
+        stack.enter_context(mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(content))))
         for name in patches:
             stack.enter_context(PATCHES[name](rank))
         stack.enter_context(contextlib.redirect_stdout(out))
@@ -199,10 +201,55 @@ def _optimizer(rank: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _ctrl_c(times: int, rank: int) -> Iterator[None]:
+    """Press Ctrl-C so many times when a run's third token is chosen, on every rank, as a terminal does."""
+    import signal
+
+    from apb_ds.engine.decoding import LockstepDecoder
+
+    choose, chosen = LockstepDecoder._choose, 0
+
+    def choose_three(self: Any, *arguments: Any) -> Any:
+        nonlocal chosen
+        chosen += 1
+        for _ in range(times if chosen == 3 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return choose(self, *arguments)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a pool's processes ignore it
+    try:
+        with mock.patch.object(LockstepDecoder, "_choose", choose_three):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _ctrl_c_at_the_prompt(rank: int) -> Iterator[None]:
+    """Press Ctrl-C while the second question is awaited."""
+    from apb_ds.session.chat import QuestionLines
+
+    following, asked = QuestionLines.next, 0
+
+    def next_one(self: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            raise KeyboardInterrupt
+        return following(self)
+
+    with mock.patch.object(QuestionLines, "next", next_one):
+        yield
+
+
 PATCHES: dict[str, Any] = {
     "an optimizing sweeper": _optimizer,
     "no memory for a round": lambda rank: mock.patch("apb_ds.engine.prefill.run_round", _no_memory),
     "text on the first rank only": _no_text,
     "interrupted at the third line": _interrupt,
     "slow questions": _slow_questions,
+    "Ctrl-C during an answer": functools.partial(_ctrl_c, 1),
+    "Ctrl-C twice": functools.partial(_ctrl_c, 2),
+    "Ctrl-C at the prompt": _ctrl_c_at_the_prompt,
 }

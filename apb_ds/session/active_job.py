@@ -51,6 +51,7 @@ class ActiveJob:
     ----------
     error_console, stdin : where the first rank shows progress, and reads questions
     engine : with the settings of the latest `set_up`; None before
+    so_far : parts of the record, for a job that ends early
     """
 
     job: Job
@@ -60,6 +61,7 @@ class ActiveJob:
     error_console: Console
     stdin: TextIO
     engine: Any = field(default=None, init=False)
+    so_far: dict[str, Any] = field(default_factory=dict, init=False)
 
     @property
     def group(self) -> SequenceGroup:

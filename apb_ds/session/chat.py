@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import queue
 import sys
 import threading
@@ -18,15 +19,17 @@ from apb_ds.report.record import rate
 from apb_ds.session.active_job import ActiveJob, Answer
 from apb_ds.session.metrics import plan_metrics
 from apb_ds.session.steps import JobError, Steps
+from apb_ds.session.stop_request import StopRequest
 from apb_ds.tasks import ChatConfig
 from apb_ds.tasks.base import needs_tokenizer
 from apb_ds.tasks.prompts import EncodedDocument, encode_document, encode_embedded, encode_next_turn, encode_query
-from apb_ds.tasks.text import read_text
+from apb_ds.tasks.text import clean, read_text
 
 PROMPT = "> "
 # While the user types, the other ranks wait in a collective, which must end before its timeout.
 WAITS_PER_TIMEOUT = 4
 MAX_WAIT_S = 30.0
+FIRST_WAIT_S = 0.2  # for the first line of a pipe; an empty one ends at once
 
 
 class Conversation:
@@ -45,6 +48,7 @@ class Conversation:
         self.task = task
         self.turns: list[dict[str, Any]] = []
         self.last_id: int | None = None  # the last token of the latest answer
+        self.lines = QuestionLines(job.steps, job.stdin, job.settings.timeout_s)
 
     def hold(self) -> dict[str, Any]:
         """Hold the conversation; return its parts of the record, the same on every rank."""
@@ -58,10 +62,12 @@ class Conversation:
         usage = job.track_usage()
         context = job.steps.together(lambda: self._prefill(document_ids, query_ids))
         job.seed_everything()
+        task = {"name": self.task.name, "turns": self.turns, "query_position": position, "correct": None}
+        job.so_far["task"] = task
         for question, turn_ids in self._questions(first):
             self._turn(context, question, turn_ids)
         parts = {
-            "task": {"name": self.task.name, "turns": self.turns, "query_position": position, "correct": None},
+            "task": task,
             "metrics": plan_metrics(context, job.group) | usage.metrics() | self._turn_metrics(),
             "exact": context.plan.exact,
             "method": method.resolved(),
@@ -75,6 +81,8 @@ class Conversation:
         """Encode the document. Return the first question with its ids, if given, the ids that the anchor embeds, and
         the document's length and query position."""
         tokenizer = needs_tokenizer(self.job.tokenizer, self.task.name)
+        if self.task.query is None:
+            self.lines.check()
         text = read_text("task.document", self.task.document)
         self.document = encode_document(tokenizer, text, allow_special=self.task.allow_special_tokens)
         first, embedded = None, []
@@ -96,30 +104,33 @@ class Conversation:
         with prefill_progress(job.error_console, shown=job.is_first) as progress:
             return job.engine.prefill(document_ids, query_ids, max_positions=num_positions, progress=progress)
 
-    def _questions(self, first: tuple[str, list[int]] | None) -> Iterator[tuple[str, list[int]]]:
-        """Yield each question and its ids, on every rank."""
+    def _questions(self, first: tuple[str, list[int]] | None) -> Iterator[tuple[str, list[int] | None]]:
+        """Yield each question, and the first one's ids, on every rank."""
         if first is not None:
             yield first
-        lines = QuestionLines(self.job.steps, self.job.stdin, self.job.settings.timeout_s)
-        while (question := lines.next()) is not None:
-            question = question.strip()
-            if question:
-                yield question, self.job.steps.from_first(functools.partial(self._ids_of, question))
+        while (question := self.lines.next()) is not None:
+            yield question, None
 
     def _ids_of(self, question: str) -> list[int]:
+        problem = clean(question)[1]
+        if problem:
+            raise ValueError(f"the question {problem}.")
         if self.last_id is None:
             return encode_query(self.job.tokenizer, self.document, question)
         allow_special = self.task.allow_special_tokens
         return encode_next_turn(self.job.tokenizer, question, self.last_id, allow_special=allow_special)
 
-    def _turn(self, context: Context, question: str, ids: list[int]) -> None:
+    def _turn(self, context: Context, question: str, ids: list[int] | None) -> None:
         job = self.job
+        shown = question.encode("utf-8", "backslashreplace").decode("utf-8")
         if job.is_first and not job.stdin.isatty():
-            print(f"{PROMPT}{question}", flush=True)  # on a terminal the user sees what they type
+            print(f"{PROMPT}{shown}", flush=True)  # on a terminal the user sees what they type
+        stop = StopRequest()
         try:
-            answer = job.steps.together(lambda: self._answer(context, ids))
+            ids = ids or job.steps.from_first(functools.partial(self._ids_of, question))
+            answer = job.steps.together(functools.partial(self._answer, context, ids, stop))
         except JobError as error:  # the conversation is unchanged
-            self.turns.append({"question": question, "answer": None, "error": str(error)})
+            self.turns.append({"question": shown, "answer": None, "error": str(error)})
             if job.is_first:
                 print(f"Error: {error}", file=sys.stderr, flush=True)
             return
@@ -129,8 +140,9 @@ class Conversation:
             print(text, flush=True)
         self.turns.append(
             {
-                "question": question,
+                "question": shown,
                 "answer": text,
+                "stopped": job.steps.from_first(lambda: stop.is_made),
                 "query_tokens": len(ids),
                 "new_tokens": len(answer.tokens),
                 "query_s": answer.query_s,
@@ -138,11 +150,12 @@ class Conversation:
             }
         )
 
-    def _answer(self, context: Context, ids: list[int]) -> Answer:
+    def _answer(self, context: Context, ids: list[int], stop: StopRequest) -> Answer:
         options: dict[str, Any] = {"streamer": self.job.streamer()} if self.task.stream else {}
         query_ids = torch.tensor([ids], device=self.job.device)
-        arguments = self.task.generate_arguments()
-        return self.job.answer(context, query_ids, self.task.max_new_tokens, arguments, append=True, **options)
+        arguments = {**self.task.generate_arguments(), "stopping_criteria": [stop]}
+        with stop.by_interrupt():
+            return self.job.answer(context, query_ids, self.task.max_new_tokens, arguments, append=True, **options)
 
     def _turn_metrics(self) -> dict[str, Any]:
         answered = [turn for turn in self.turns if turn["answer"] is not None]
@@ -154,9 +167,10 @@ class Conversation:
 
 
 class QuestionLines:
-    """Lines from the first rank's standard input, sent to all ranks.
+    """Lines from the first rank's standard input, sent to all ranks; blank ones are skipped.
 
-    A thread reads the stream, so that the first rank can tell the others from time to time to keep waiting.
+    A thread reads the stream, so that the first rank can tell the others from time to time to keep waiting. Bytes that
+    cannot be decoded become surrogates, which `clean` finds: one such line must not end the conversation.
     """
 
     def __init__(self, steps: Steps, stream: TextIO, timeout_s: float) -> None:
@@ -164,8 +178,26 @@ class QuestionLines:
         self.stream = stream
         self.wait_s = min(timeout_s / WAITS_PER_TIMEOUT, MAX_WAIT_S)
         self._lines: queue.Queue[tuple[str, str]] = queue.Queue()
+        self._ahead: tuple[str, str] | None = None  # read by `check`
         if steps.group.is_first:
+            if isinstance(stream, io.TextIOWrapper) and stream.errors != "surrogateescape":
+                stream.reconfigure(errors="surrogateescape")
             threading.Thread(target=self._read, daemon=True).start()
+
+    def check(self) -> None:
+        """Raise ValueError if it is certain that there is no question. For the first rank, before its long work."""
+        if self.stream.isatty():
+            return
+        kind, text = self._wait(FIRST_WAIT_S)
+        if kind == "waiting":
+            return
+        if kind == "end":
+            raise ValueError(
+                "there is no question: standard input is empty. Pipe questions into it, one a line, or give task.query."
+            )
+        if kind == "failed":
+            raise ValueError(text)
+        self._ahead = kind, text
 
     def next(self) -> str | None:
         """Return the next line on every rank, None at the end.
@@ -178,23 +210,29 @@ class QuestionLines:
         if self.steps.group.is_first and self.stream.isatty():
             print(PROMPT, end="", flush=True)
         while True:
-            kind, text = self.steps.from_first(self._wait)
+            kind, text = self.steps.from_first(self._next)
             if kind != "waiting":
                 break
         if kind == "failed":
             raise JobError(text)
         return text if kind == "line" else None
 
-    def _wait(self) -> tuple[str, str]:
+    def _next(self) -> tuple[str, str]:
+        ahead, self._ahead = self._ahead, None
+        return ahead or self._wait(self.wait_s)
+
+    def _wait(self, seconds: float) -> tuple[str, str]:
         try:
-            return self._lines.get(timeout=self.wait_s)
+            return self._lines.get(timeout=seconds)
         except queue.Empty:
             return "waiting", ""
 
     def _read(self) -> None:
         try:
             for line in self.stream:
-                self._lines.put(("line", line))
+                question = clean(line)[0].strip()
+                if question:
+                    self._lines.put(("line", question))
         except (OSError, ValueError) as error:
             self._lines.put(("failed", f"standard input cannot be read: {error}"))
             return

@@ -77,6 +77,7 @@ class Session:
         self.comparisons: list[dict[str, Any]] = []
         self._owns_group = group is None
         self._job: Job | None = None  # the running one
+        self._so_far: dict[str, Any] = {}  # of its record
         self._other_failed = False
         self._loaded: ModelInUse | None = None
 
@@ -98,12 +99,12 @@ class Session:
             The record, the same on every rank except for the queries' times; ``status`` is ``ok`` or ``failed``, and
             ``error`` says why.
         """
-        self._job = job
+        self._job, self._so_far = job, {}
         record = _new_record(job)
         try:
             record |= {"status": "ok"} | self._serve(job, *self._agreed_settings(job))
         except JobError as error:
-            record["error"] = str(error)
+            record |= self._so_far | {"error": str(error)}
         self._keep(job, record)
         self._job = None
         return record
@@ -132,7 +133,7 @@ class Session:
         if not self.is_first:
             return
         if self._job is not None:
-            record = _new_record(self._job) | {"error": why}
+            record = _new_record(self._job) | self._so_far | {"error": why}
             self.records.append(record)
             if self._job.run_dir is not None:
                 write_json(self._job.run_dir / RECORD_NAME, hide_paths(record, self._job.run_dir))
@@ -197,6 +198,7 @@ class Session:
         steps.together(lambda: model.load_heads(settings), local=True)
         loaded = model.loaded
         active = ActiveJob(job, settings, steps, model, self.error_console, self.stdin)
+        self._so_far = active.so_far
         parts = _serve_task(active)
         method = parts.pop("method")
         return {

@@ -80,6 +80,11 @@ CASES: dict[str, Case] = {
     ),
     "both from standard input": Case(("task=prompt", "task.document=-", "task.query=-"), ("both -",)),
     "a conversation's document from standard input": Case(("task=chat", "task.document=-"), ("standard input",)),
+    "a conversation without a question": Case(
+        ("task=chat", "task.document=@{files}/document.txt"),
+        ("no question", "standard input is empty", "task.query"),
+        stdin="\n \n",
+    ),
     # --- numbers
     "hosts no multiple of the ranks": Case(
         (*PROMPT, "method.hosts=3"), ("hosts=3", "multiple", "(2)", "hosts=4"), (2,)

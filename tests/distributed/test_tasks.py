@@ -74,7 +74,12 @@ def library(model_path: Path) -> Library:
 
 
 def infer(
-    pool: Pools, world_size: int, model_path: Path, *overrides: str, stdin: str = "", patches: tuple[str, ...] = ()
+    pool: Pools,
+    world_size: int,
+    model_path: Path,
+    *overrides: str,
+    stdin: str | bytes = "",
+    patches: tuple[str, ...] = (),
 ) -> list[Ended]:
     arguments = [
         f"model.path={model_path}",
@@ -153,17 +158,20 @@ def test_methods_side_by_side(pool: Pools, model_path: Path, tmp_path: Path) -> 
 # --- a conversation ---------------------------------------------------------------------------------------------------
 
 
-def conversation(library: Library, questions: tuple[str, ...], query: torch.Tensor | None = None) -> list[str]:
-    """Return the answers of one conversation, turn after turn."""
+def conversation(
+    library: Library, questions: tuple[str, ...], query: torch.Tensor | None = None, first_tokens: int = NEW_TOKENS
+) -> list[str]:
+    """Return the answers of one conversation, turn after turn; the first one's length can differ."""
     context = library.engine.prefill(library.document(DOCUMENT), query)
     answers, end = [], library.tokenizer.eos_token_id
     last = None
-    for text in questions:
+    for place, text in enumerate(questions):
         ids = library.query(text)
+        length = NEW_TOKENS if place else first_tokens
         if last is not None and last != end:  # the answer was cut short: the template closes it
             ids = torch.cat([torch.tensor([[end]]), ids], dim=1)
         tokens = library.engine.generate(
-            query_ids=ids, context=context, append=True, do_sample=False, max_new_tokens=NEW_TOKENS
+            query_ids=ids, context=context, append=True, do_sample=False, max_new_tokens=length
         )
         last = int(tokens[0, -1])
         answers.append(library.text(tokens))
@@ -226,6 +234,47 @@ def test_a_failed_turn_leaves_the_conversation_unchanged(
     assert turns[1]["answer"] is None and "max_position_embeddings" in turns[1]["error"]
     assert ended[0].stderr.startswith("Error: ") and "positions" in ended[0].stderr
     assert "1 of 3 turns failed: " in ended[0].records[0]["error"]
+    assert [rank.code for rank in ended] == [2] * world_size
+
+
+@SIZES
+def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
+    pool: Pools, library: Library, model_path: Path, tmp_path: Path, world_size: int
+) -> None:
+    overrides = ("task=chat", f"task.document='{DOCUMENT}'", f"hydra.run.dir={tmp_path}")
+    stdin = "\n".join(QUESTIONS)
+    ended = infer(pool, world_size, model_path, *overrides, stdin=stdin, patches=("Ctrl-C during an answer",))
+    assert [rank.code for rank in ended] == [0] * world_size, ended[0].stderr
+    for rank in ended:
+        turns = rank.records[0]["task"]["turns"]
+        assert [turn["answer"] for turn in turns] == conversation(library, QUESTIONS, first_tokens=3)
+        assert [turn["stopped"] for turn in turns] == [True, False, False]
+
+
+@pytest.mark.parametrize(("patch", "kept"), [("Ctrl-C twice", 0), ("Ctrl-C at the prompt", 1)])
+def test_ctrl_c_that_ends_a_conversation_leaves_its_record(
+    pool: Pools, library: Library, model_path: Path, tmp_path: Path, patch: str, kept: int
+) -> None:
+    overrides = ("task=chat", f"task.document='{DOCUMENT}'", f"hydra.run.dir={tmp_path}")
+    (ended,) = infer(pool, 1, model_path, *overrides, stdin="\n".join(QUESTIONS), patches=(patch,))
+    assert ended.code == INTERRUPTED and ended.stderr.endswith("Interrupted.\n"), ended.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["status"] == "failed" and "Ctrl-C" in record["error"]
+    assert [turn["answer"] for turn in record["task"]["turns"]] == conversation(library, QUESTIONS[:kept])
+
+
+@SIZES
+def test_a_line_that_is_no_text_fails_its_turn_only(
+    pool: Pools, library: Library, model_path: Path, tmp_path: Path, world_size: int
+) -> None:
+    overrides = ("task=chat", f"task.document='{DOCUMENT}'", f"hydra.run.dir={tmp_path}")
+    stdin = "\n".join(("\ufeff" + QUESTIONS[0], "caf\xe9", "a\0b", QUESTIONS[1])).encode().replace(b"\xc3", b"")
+    ended = infer(pool, world_size, model_path, *overrides, stdin=stdin)
+    for rank in ended:
+        turns = rank.records[0]["task"]["turns"]
+        assert [turn["answer"] for turn in turns if turn["answer"] is not None] == conversation(library, QUESTIONS[:2])
+        assert "not UTF-8: byte 0xa9 at character 3" in turns[1]["error"] and "NUL character" in turns[2]["error"]
+    assert "2 of 4 turns failed: " in ended[0].records[0]["error"]
     assert [rank.code for rank in ended] == [2] * world_size
 
 

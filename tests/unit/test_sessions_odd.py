@@ -98,6 +98,7 @@ def test_an_interrupt_is_reported_without_a_traceback(model_path: Path, tmp_path
         ended = infer(model_path, tmp_path / "run", "task=prompt", f"task.document='{DOCUMENT}'", "task.query=hi")
     assert ended.code == INTERRUPTED
     assert ended.stderr.endswith("Interrupted.\n") and "Traceback" not in ended.stderr
+    assert "Ctrl-C" in json.loads((tmp_path / "run" / "record.json").read_text())["error"]
 
 
 def test_an_answer_that_standard_output_cannot_show(model_path: Path, tmp_path: Path) -> None:
