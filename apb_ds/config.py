@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -291,3 +292,18 @@ class APBConfig:
     def from_dict(cls, values: dict[str, Any], where: str = "method") -> APBConfig:
         """Build from a mapping; an unknown key is a ValueError that names the nearest field."""
         return from_mapping(cls, values, where)
+
+
+def name_keys(message: str, *, of_method: bool = False) -> str:
+    """Return a message with the method's settings as they are called in configs, such as ``method.hosts=0``.
+
+    Whoever reads configs calls this; in Python, `APBConfig` has them without the section.
+
+    Parameters
+    ----------
+    of_method : whether ``seed``, a key of its own in configs, is the method's here
+    """
+    others = ("method",) if of_method else ("method", "seed")
+    names = [field.name for field in fields(APBConfig) if field.name not in others]
+    # method=dense is a group's choice, and stands as it is; method='dens' is the field's value.
+    return re.sub(rf"(?<![\w.'/])(?=(?:{'|'.join(names)})=|method=')", "method.", message)

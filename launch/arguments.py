@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from apb_ds.config import suggest
+
 from .quoting import has_several_values, readable, unquoted
 
 LOCAL_RANK = ("--local_rank", "--local-rank")
@@ -13,6 +15,13 @@ HELP = ("-h", "--help")
 SWEEP = ("-m", "--multirun")
 SWEEP_MODE = "hydra.mode=MULTIRUN"
 CONFIG_DIRECTORY = ("-cd", "--config-dir")
+FLAGS = (
+    *HELP,
+    *SWEEP,
+    *CONFIG_DIRECTORY,
+    *("--version", "--hydra-help", "-sc", "--shell-completion", "-r", "--run", "--experimental-rerun"),
+    *("-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-cp", "--config-path", "-cn", "--config-name"),
+)
 LEAVES_FILES = (
     "hydra/job_logging=",
     "hydra/hydra_logging=",
@@ -43,6 +52,14 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
             others.append(argument)
     in_sweep = SWEEP_MODE in others or any(flag in SWEEP for flag in flags)
     return [*flags, *(readable(argument, in_sweep=in_sweep) for argument in others)]
+
+
+def check_flags(arguments: Sequence[str]) -> None:
+    """Raise ValueError for a flag that does not exist, naming the nearest."""
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("-") and name not in (*FLAGS, *LOCAL_RANK):
+            raise ValueError(f"{name} is not a flag.{suggest(name, FLAGS)} --help lists the settings and flags.")
 
 
 def split_config_directory(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -127,6 +127,10 @@ def run_hydra(config_name: str, jobs: Jobs) -> int:
         return 0
     if any(flag in command_line.HELP for flag in sys.argv[1:]):
         return print_help(config_name)
+    try:
+        command_line.check_flags(sys.argv[1:])
+    except ValueError as error:
+        return say_once(str(error))
     with jobs.watch:
         return _run_hydra(config_name, jobs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
-from apb_ds.config import APBConfig
+from apb_ds.config import APBConfig, name_keys
 from apb_ds.plan import check_ranks
 
 HEADS_KEY = "retaining_heads"  # not a field of APBConfig
@@ -17,4 +17,7 @@ def check_early(config: DictConfig) -> None:
     values = OmegaConf.to_container(config.method, resolve=True)
     assert isinstance(values, dict)
     fields = {str(name): value for name, value in values.items() if name != HEADS_KEY}
-    check_ranks(APBConfig.from_dict(fields), 1)
+    try:
+        check_ranks(APBConfig.from_dict(fields), 1)
+    except ValueError as error:
+        raise ValueError(name_keys(str(error), of_method=True)) from error

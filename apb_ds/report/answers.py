@@ -17,7 +17,6 @@ from apb_ds.report.results import flatten
 
 SHOWN_KEYS = 5
 SHOWN_CHARACTERS = 60
-WAY_OUT = "give another task.output, or task.overwrite=true to start over (the old output is kept as .bak)"
 OUTCOMES = ("answer", "error")
 
 Result = dict[str, Any]
@@ -41,6 +40,8 @@ class AnswerFile:
         What the answers depend on besides their lines.
     overwrite : bool
         Start over.
+    section : str
+        The config section that has ``output`` and ``overwrite``, for messages.
 
     Attributes
     ----------
@@ -57,7 +58,13 @@ class AnswerFile:
     """
 
     def __init__(
-        self, path: Path, lines: Sequence[tuple[str | int, str]], settings: dict[str, Any], *, overwrite: bool = False
+        self,
+        path: Path,
+        lines: Sequence[tuple[str | int, str]],
+        settings: dict[str, Any],
+        *,
+        overwrite: bool = False,
+        section: str = "task",
     ) -> None:
         self.path = Path(os.path.realpath(path))  # replacing the file at a link would cut the link
         self.settings_path = self.path.with_name(f"{self.path.name}.settings.json")
@@ -66,6 +73,11 @@ class AnswerFile:
         self._lines = list(lines)
         self._settings: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
         self._overwrite = overwrite
+        self._section = section
+        self._where = f"{section}.output: {self.path}"
+        self._way_out = (
+            f"give another {section}.output, or {section}.overwrite=true to start over (the old output is kept as .bak)"
+        )
         self._results: dict[int, Result] = {}  # by index in the input, in the order of the file
         self._must_rewrite = False
         self._is_started = False
@@ -75,11 +87,11 @@ class AnswerFile:
     def __enter__(self) -> Self:
         if os.path.exists(self.path) and not os.path.isfile(self.path):
             kind = "is a directory" if os.path.isdir(self.path) else "is not a regular file"
-            raise ValueError(f"task.output={self.path} {kind}; name a file.")
+            raise ValueError(f"{self._where} {kind}; give another {self._section}.output.")
         with contextlib.ExitStack() as stack:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(self.path))
+                stack.enter_context(self._locked())
                 for path in (self.path, self.settings_path):
                     remove_scratch(path)
                 if self._overwrite:
@@ -90,7 +102,8 @@ class AnswerFile:
                 sync_directory(self.path.parent)
             except OSError as error:
                 raise ValueError(
-                    f"task.output={self.path} cannot be written ({error}); name a file in a writable folder."
+                    f"{self._where} cannot be written ({error}); give another {self._section}.output, in a folder that "
+                    "can be written."
                 ) from error
             self._open = stack.pop_all()
         return self
@@ -129,6 +142,53 @@ class AnswerFile:
             ordered = dict(sorted(self._results.items()))
             self._rewrite(ordered.values())
             self._results = ordered
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock of the output, or raise ValueError if another run does."""
+        file = self.path.with_name(f"{self.path.name}.lock")
+        lock = FileLock(str(file), timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"{self._where} is being written by another run ({file.name} is locked); wait for it, or give "
+                f"another {self._section}.output."
+            ) from error
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)  # before the release: afterwards it may be another run's
+            lock.release()
+
+    def _read_results(self) -> tuple[list[Result], bool]:
+        """Return the results in the output, and whether the file has anything besides their lines."""
+        records: list[Result] = []
+        numbers: dict[str, int] = {}
+        has_more = False
+        with self.path.open("rb") as stream:
+            for number, raw in enumerate(stream, start=1):
+                is_whole = raw.endswith(b"\n")
+                record = _parse(raw)
+                if not _is_result(record):
+                    # A killed run leaves the start of an object, a power cut zeros.
+                    is_torn = record is None and not is_whole and raw.lstrip(b"\0")[:1] in (b"", b"{")
+                    if raw.strip() and not is_torn:
+                        start = raw[:SHOWN_CHARACTERS].decode("utf-8", "replace")
+                        raise ValueError(
+                            f"{self._where}, line {number} is not a result: {_quote(start)}; fix it, {self._way_out}."
+                        )
+                    has_more = True
+                    continue
+                first = numbers.setdefault(str(record["id"]), number)
+                if first != number:
+                    raise ValueError(
+                        f"{self._where}, lines {first} and {number} both have id {_quote(record['id'])}; remove "
+                        f"one, {self._way_out}."
+                    )
+                has_more = has_more or not is_whole
+                records.append(record)
+        return records, has_more
 
     def _start(self) -> None:
         """Before the first result: remove what is dropped, then write the settings."""
@@ -176,13 +236,13 @@ class AnswerFile:
 
     def _resume(self) -> None:
         """Take over the results that stay; changes nothing on disk."""
-        records, self._must_rewrite = _read_results(self.path)
+        records, self._must_rewrite = self._read_results()
         indices = {str(key): index for index, (key, _) in enumerate(self._lines)}
         foreign = [record["id"] for record in records if "answer" in record and str(record["id"]) not in indices]
         if foreign:
             raise ValueError(
-                f"task.output={self.path} has answers to ids that the input does not have: "
-                f"{_first(map(_quote, foreign), ', ', ' and')}; {WAY_OUT}."
+                f"{self._where} has answers to ids that the input does not have: "
+                f"{_first(map(_quote, foreign), ', ', ' and')}; {self._way_out}."
             )
         for record in records:
             index = indices[str(record["id"])] if "answer" in record else None
@@ -204,11 +264,11 @@ class AnswerFile:
                 raise ValueError("not an object")
         except FileNotFoundError:
             raise ValueError(
-                f"task.output={self.path} has answers, but the settings they were made with, "
-                f"{self.settings_path.name}, are missing; {WAY_OUT}."
+                f"{self._where} has answers, but the settings they were made with, "
+                f"{self.settings_path.name}, are missing; {self._way_out}."
             ) from None
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.settings_path} cannot be read ({error}); {WAY_OUT}.") from error
+            raise ValueError(f"{self.settings_path} cannot be read ({error}); {self._way_out}.") from error
         before, now = _texts(old), _texts(self._settings)
         changes = [
             f"{key} was {_short(before.get(key, 'not set'))} and is {_short(now.get(key, 'not set'))}"
@@ -217,59 +277,9 @@ class AnswerFile:
         ]
         if changes:
             raise ValueError(
-                f"task.output={self.path} has answers made with other settings: {_first(changes, '; ', '; and')}. "
-                f"Use the old settings, {WAY_OUT}."
+                f"{self._where} has answers made with other settings: {_first(changes, '; ', '; and')}. "
+                f"Use the old settings, {self._way_out}."
             )
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of the output at `path`, or raise ValueError if another run does."""
-    file = path.with_name(f"{path.name}.lock")
-    lock = FileLock(str(file), timeout=0, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(
-            f"task.output={path} is being written by another run ({file.name} is locked); wait for it, or give "
-            "another task.output."
-        ) from error
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)  # before the release: afterwards it may be another run's
-        lock.release()
-
-
-def _read_results(path: Path) -> tuple[list[Result], bool]:
-    """Return the results in the output at `path`, and whether the file has anything besides their lines."""
-    records: list[Result] = []
-    numbers: dict[str, int] = {}
-    has_more = False
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            is_whole = raw.endswith(b"\n")
-            record = _parse(raw)
-            if not _is_result(record):
-                # A killed run leaves the start of an object, a power cut zeros.
-                is_torn = record is None and not is_whole and raw.lstrip(b"\0")[:1] in (b"", b"{")
-                if raw.strip() and not is_torn:
-                    start = raw[:SHOWN_CHARACTERS].decode("utf-8", "replace")
-                    raise ValueError(
-                        f"task.output={path}: line {number} is not a result of a batch: {_quote(start)}; fix it, "
-                        f"{WAY_OUT}."
-                    )
-                has_more = True
-                continue
-            first = numbers.setdefault(str(record["id"]), number)
-            if first != number:
-                raise ValueError(
-                    f"task.output={path}: lines {first} and {number} both have id {_quote(record['id'])}; remove "
-                    f"one, {WAY_OUT}."
-                )
-            has_more = has_more or not is_whole
-            records.append(record)
-    return records, has_more
 
 
 def _parse(raw: bytes) -> Any:

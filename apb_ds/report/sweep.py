@@ -52,7 +52,7 @@ def write_sweep(directory: Path, records: Sequence[Record], comparisons: Sequenc
 
 
 def job_line(number: int, asked: Mapping[str, str], record: Record, where: Path | None) -> str:
-    """Return what a job of a sweep says, on one line.
+    """Return what a job of a sweep says, on one line; if it failed, why.
 
     Parameters
     ----------
@@ -60,7 +60,8 @@ def job_line(number: int, asked: Mapping[str, str], record: Record, where: Path 
     where : the job's record
     """
     settings = ", ".join(f"{name}={value}" for name, value in asked.items())
-    parts = [f"Job {number}{f' ({settings})' if settings else ''}: {record['status']}"]
+    head = f"Job {number}{f' ({settings})' if settings else ''}"
+    parts = []
     metrics = record.get("metrics", {})
     if metrics.get("prefill_s") is not None:
         parts.append(f"prefill {metrics['prefill_s']:.2f} s")
@@ -69,7 +70,10 @@ def job_line(number: int, asked: Mapping[str, str], record: Record, where: Path 
         parts.append(f"results in {record['task']['directory']}")
     if where is not None:
         parts.append(str(where))
-    return ", ".join(parts)
+    details = ", ".join(parts)
+    if record["status"] == "ok":
+        return f"{head}: ok, {details}" if details else f"{head}: ok"
+    return f"{head} failed: {record['error']} ({details})" if details else f"{head} failed: {record['error']}"
 
 
 def _outcome(task: Record, metrics: Record) -> list[str]:

@@ -131,17 +131,6 @@ def format_prefill(seconds: float | None) -> str:
     return ABSENT if seconds is None else f"{seconds:.2f}"
 
 
-def failure_lines(records: Sequence[Record]) -> list[str]:
-    """Return which jobs of a sweep failed, and why."""
-    swept = swept_names(records)
-    lines = []
-    for number, record in enumerate(records):
-        if record["status"] != "ok":
-            given = ", ".join(f"{name}={record['overrides'][name]}" for name in swept if name in record["overrides"])
-            lines.append(f"Job {number}{f' ({given})' if given else ''} failed: {record['error']}")
-    return lines
-
-
 def sweep_table(records: Sequence[Record]) -> FittedTable:
     """Return the table that closes a sweep: what was swept, the main numbers, and how each job ended."""
     swept = swept_names(records)

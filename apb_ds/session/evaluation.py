@@ -19,6 +19,7 @@ from apb_ds.session.job import EvalConfig
 from apb_ds.session.metrics import count_prefill
 from apb_ds.session.series import QuestionSeries
 from apb_ds.tasks import FidelityConfig, Sample, TaskConfig
+from apb_ds.tasks.text import expand_path
 
 OUTPUT_ROOT = Path("outputs/results")
 DIGEST_LENGTH = 10
@@ -34,6 +35,7 @@ class Evaluation(QuestionSeries):
     """
 
     unit = "samples"
+    section = "eval"
 
     def __init__(self, job: ActiveJob, task: TaskConfig, config: EvalConfig) -> None:
         super().__init__(job)
@@ -74,7 +76,7 @@ class Evaluation(QuestionSeries):
         settings = json.dumps(job.answer_settings(), sort_keys=True, default=str)
         digest = hashlib.sha256(settings.encode()).hexdigest()[:DIGEST_LENGTH]
         default = OUTPUT_ROOT / f"{self.task.name}-{self._method_name}-{digest}"
-        self.output = Path(self.config.output).expanduser() if self.config.output else default
+        self.output = expand_path("eval.output", self.config.output) if self.config.output else default
         left = self._open_answers(self.output / SAMPLES_NAME, self._keys(), overwrite=self.config.overwrite)
         self._show_progress(len(left), sum(self._document_tokens(index) for index in left))
         return left

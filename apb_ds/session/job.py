@@ -8,7 +8,7 @@ from typing import Any
 
 from apb_ds.attention import check_available
 from apb_ds.compressors.base import names_with_heads, needs_heads
-from apb_ds.config import APBConfig, check_bool, check_choice, check_integer, from_mapping
+from apb_ds.config import APBConfig, check_bool, check_choice, check_integer, from_mapping, name_keys
 from apb_ds.loading import ModelConfig
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S
 from apb_ds.parallel.launcher import launched_world_size
@@ -105,9 +105,7 @@ def read_settings(values: dict[str, Any]) -> Settings:
         check_choice("config key", key, SECTIONS)
     method_values = dict(values.get("method") or {})
     heads = method_values.pop(HEADS_KEY, None)
-    method = APBConfig.from_dict(method_values)
-    check_ranks(method, launched_world_size())
-    check_available(method)
+    method = _read_method(method_values)
     parallel = dict(values.get("parallel") or {})
     for key in parallel:
         check_choice("parallel key", key, PARALLEL_KEYS)
@@ -134,6 +132,18 @@ def read_settings(values: dict[str, Any]) -> Settings:
         evaluation=evaluation,
         retaining_heads=_heads_of(method, heads, model),
     )
+
+
+def _read_method(values: dict[str, Any]) -> APBConfig:
+    try:
+        method = APBConfig.from_dict(values)
+        check_ranks(method, launched_world_size())
+        check_available(method)
+    except ValueError as error:
+        raise ValueError(name_keys(str(error), of_method=True)) from error
+    except RuntimeError as error:
+        raise RuntimeError(name_keys(str(error))) from error
+    return method
 
 
 def _heads_of(method: APBConfig, given: str | None, model: ModelConfig) -> str | None:

@@ -26,6 +26,7 @@ class QuestionSeries:
     """
 
     unit = "lines"
+    section = "task"  # of the config, with output and overwrite
     answers: AnswerFile
     progress: BatchProgress | None = None
 
@@ -48,7 +49,7 @@ class QuestionSeries:
         ----------
         keys : each question's id, and a hash of what is asked
         """
-        answers = AnswerFile(path, keys, self.job.answer_settings(), overwrite=overwrite)
+        answers = AnswerFile(path, keys, self.job.answer_settings(), overwrite=overwrite, section=self.section)
         self.answers = self._stack.enter_context(answers)
         if answers.kept:
             logger.info("%d of %d %s were answered before in %s.", len(answers.kept), len(keys), self.unit, path)

@@ -24,7 +24,7 @@ from apb_ds.report.memory import peak_memory_kind
 from apb_ds.report.paths import hide_paths
 from apb_ds.report.record import RECORD_NAME, environment, write_json
 from apb_ds.report.results import flatten
-from apb_ds.report.table import failure_lines, job_table, make_console, sweep_table, title
+from apb_ds.report.table import job_table, make_console, sweep_table, title
 from apb_ds.session.active_job import ActiveJob
 from apb_ds.session.batch import Batch
 from apb_ds.session.chat import Conversation
@@ -144,8 +144,6 @@ class Session:
             self.console.print(sweep_table(self.records))
             if compare:
                 self.comparisons = compare_records(self.records, self.console)
-            for line in failure_lines(self.records):
-                print(line, flush=True)
 
     def _agreed_settings(self, job: Job) -> tuple[Settings, SequenceGroup]:
         """Return the job's settings, valid and equal on all ranks, and the group, joined if this is the first job.
@@ -277,7 +275,9 @@ def _report(job: Job, record: dict[str, Any], console: Console) -> None:
             )
             record |= {"status": "failed", "error": why if record["error"] is None else f"{record['error']} And {why}"}
             job = replace(job, run_dir=None)
-    if "metrics" in record and not job.in_sweep:  # launch/infer.py prints one line for a job of a sweep
+    if job.in_sweep:
+        return  # launch/infer.py prints one line for each job
+    if "metrics" in record:
         # print, not the console: the answer must reach a pipe unwrapped and unstyled.
         for line in _answer_lines(record["task"]):
             print(line, flush=True)

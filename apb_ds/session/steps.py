@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from apb_ds.config import name_keys
 from apb_ds.parallel.groups import SequenceGroup
 
 # Errors that fail a job but not the sweep. Anything else is a bug, and ends the process.
@@ -105,7 +106,7 @@ class Steps:
 
     def _failure(self, error: Exception) -> str:
         self.print_trace()
-        return str(error) or type(error).__name__
+        return name_keys(str(error)) or type(error).__name__
 
 
 def _first_failure(failures: list[str | None]) -> str:

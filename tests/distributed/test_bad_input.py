@@ -87,27 +87,33 @@ CASES: dict[str, Case] = {
     ),
     # --- numbers
     "hosts no multiple of the ranks": Case(
-        (*PROMPT, "method.hosts=3"), ("hosts=3", "multiple", "(2)", "hosts=4"), (2,)
+        (*PROMPT, "method.hosts=3"), ("method.hosts=3", "multiple", "(2)", "method.hosts=4"), (2,)
     ),
-    "no hosts": Case((*PROMPT, "method.hosts=0"), ("hosts=0", "at least 1"), early=True),
+    "a negative seed of the method": Case((*PROMPT, "method.seed=-1"), ("method.seed=-1", "at least 0"), early=True),
+    "a negative seed": Case((*PROMPT, "seed=-1"), ("Error: seed=-1", "at least 0")),
+    "no hosts": Case((*PROMPT, "method.hosts=0"), ("method.hosts=0", "at least 1"), early=True),
     "an anchor too short for the query": Case(
         (*PROMPT, "method.anchor_length=4"),
-        ("anchor_length=4", "cannot hold the query", "query_position=2", "13", "15"),
+        ("method.anchor_length=4", "cannot hold the query", "method.query_position=2", "13", "15"),
     ),
-    "a negative anchor": Case((*PROMPT, "method.anchor_length=-1"), ("anchor_length=-1", "at least 0"), early=True),
-    "a fractional anchor": Case((*PROMPT, "method.anchor_length=1.5"), ("anchor_length=1.5", "integer"), early=True),
+    "a negative anchor": Case(
+        (*PROMPT, "method.anchor_length=-1"), ("method.anchor_length=-1", "at least 0"), early=True
+    ),
+    "a fractional anchor": Case(
+        (*PROMPT, "method.anchor_length=1.5"), ("method.anchor_length=1.5", "integer"), early=True
+    ),
     "a negative passing length": Case(
-        (*PROMPT, "method.passing_length=-2"), ("passing_length=-2", "at least 0"), early=True
+        (*PROMPT, "method.passing_length=-2"), ("method.passing_length=-2", "at least 0"), early=True
     ),
     "a fractional passing length": Case(
-        (*PROMPT, "method.passing_length=0.5"), ("passing_length=0.5", "integer"), early=True
+        (*PROMPT, "method.passing_length=0.5"), ("method.passing_length=0.5", "integer"), early=True
     ),
     "a ratio below 1": Case(
-        (*PROMPT, "method.compression_ratio=0.5"), ("compression_ratio=0.5", "at least 1"), early=True
+        (*PROMPT, "method.compression_ratio=0.5"), ("method.compression_ratio=0.5", "at least 1"), early=True
     ),
     "ratio and length": Case(
         (*PROMPT, "method.compression_ratio=4", "method.passing_length=8"),
-        ("passing_length=8", "compression_ratio=4", "one of them"),
+        ("method.passing_length=8", "method.compression_ratio=4", "one of them"),
         early=True,
     ),
     "no new tokens": Case((*PROMPT, "task.max_new_tokens=0"), ("task.max_new_tokens=0", "at least 1")),
@@ -117,13 +123,17 @@ CASES: dict[str, Case] = {
     ),
     "top_p above 1": Case((*PROMPT, "task.top_p=1.5"), ("task.top_p=1.5", "[0, 1]")),
     # --- names
-    "unknown compressor": Case((*PROMPT, "method.compressor=windw"), ("compressor='windw'", "Did you mean 'window'?")),
-    "unknown kernel": Case((*PROMPT, "method.kernel=cpu_flsh"), ("kernel='cpu_flsh'", "Did you mean 'cpu_flash'?")),
+    "unknown compressor": Case(
+        (*PROMPT, "method.compressor=windw"), ("method.compressor='windw'", "Did you mean 'window'?")
+    ),
+    "unknown kernel": Case(
+        (*PROMPT, "method.kernel=cpu_flsh"), ("method.kernel='cpu_flsh'", "Did you mean 'cpu_flash'?")
+    ),
     "unknown schedule": Case(
-        (*PROMPT, "method.schedule=zigzak"), ("schedule='zigzak'", "Did you mean 'zigzag'?"), early=True
+        (*PROMPT, "method.schedule=zigzak"), ("method.schedule='zigzak'", "Did you mean 'zigzag'?"), early=True
     ),
     "unknown method": Case(
-        (*PROMPT, "method.method=abp"), ("method='abp'", "apb, star", "Did you mean 'apb'?"), early=True
+        (*PROMPT, "method.method=abp"), ("method.method='abp'", "apb, star", "Did you mean 'apb'?"), early=True
     ),
     "unknown method file": Case(
         (*PROMPT, "method=starr"), ("method=starr", "apb, dense, ring, star", "Did you mean 'star'?"), composes=False
@@ -151,9 +161,12 @@ CASES: dict[str, Case] = {
         ("model.overrides", "{\u00e9: 1}", "'model.overrides=\"{\u00e9: 1}\"'"),
         composes=False,
     ),
+    "an unknown flag": Case(
+        (*PROMPT, "--hlep"), ("--hlep is not a flag", "Did you mean '--help'?", "--help lists"), composes=False
+    ),
     "a value that the shell has cut": Case((*PROMPT, "signed"), ("'signed'", "key=value"), composes=False),
     "a kernel that is not installed": Case(
-        (*PROMPT, "method.kernel=flash_attn2"), ("flash_attn2", "flash_attn", "pip install", "[flash]")
+        (*PROMPT, "method.kernel=flash_attn2"), ("method.kernel='flash_attn2'", "pip install", "[flash]")
     ),
     # --- the model
     "too many positions": Case(

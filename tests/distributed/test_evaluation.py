@@ -185,6 +185,7 @@ def test_fidelity(pool: Pools, model_path: Path, tmp_path: Path, world_size: int
         (("task=fidelity", "task.texts=/nowhere/at/all"), "eval", ("task.texts", "/nowhere/at/all")),
         (("task=fidelity", "task.num_tokens=500000"), "eval", ("task.num_tokens=500000", "tokens")),
         (("eval.overwrite=1",), "eval", ("eval.overwrite=1", "true or false")),
+        (("eval.output=/proc/nowhere",), "eval", ("eval.output: /proc/nowhere", "another eval.output")),
     ],
 )
 @SIZES

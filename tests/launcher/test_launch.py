@@ -192,7 +192,9 @@ def test_a_sweep_goes_on_after_a_job_that_failed(sweep: tuple[Finished, Path]) -
     assert sum(line.startswith("Job ") and ": ok, " in line and ", right, " in line for line in lines) == 2, (
         finished.output
     )
-    assert finished.stderr.count("Error: compressor='nope' is not known") == 2, finished.output
+    why = "method.compressor=nope) failed: method.compressor='nope' is not known"
+    assert sum(line.startswith("Job ") and why in line for line in lines) == 2, finished.output
+    assert finished.output.count("'nope' is not known") == 2, "each job says why once"
     assert "Traceback" not in finished.output
 
 
@@ -209,9 +211,6 @@ def test_a_sweep_closes_with_one_table(sweep: tuple[Finished, Path]) -> None:
     ]
     assert [row[-1] for row in rows] == ["ok", "failed", "ok", "failed"]
     assert output.rindex(", right, ") < output.index(" job "), "the table comes last"
-    for job, hosts in ((1, 2), (3, 4)):
-        why = f"Job {job} (method.hosts={hosts}, method.compressor=nope) failed: compressor='nope' is not known"
-        assert why in output[output.index(" job ") :], output
 
 
 def test_each_job_of_a_sweep_has_its_directory_and_record(sweep: tuple[Finished, Path]) -> None:
@@ -236,7 +235,7 @@ def test_an_unknown_compressor(tmp_path: Path) -> None:
     finished = run_deepspeed("method.compressor=windw", f"hydra.run.dir={tmp_path / 'run'}")
     assert finished.code != 0, finished.output
     assert "exits with return code = 2" in finished.stdout
-    assert finished.stderr.count("compressor='windw' is not known") == 1, "said by one rank"
+    assert finished.stderr.count("method.compressor='windw' is not known") == 1, "said by one rank"
     assert "Did you mean 'window'?" in finished.stderr and "Traceback" not in finished.output
     assert record_in(tmp_path / "run")["status"] == "failed"
 

@@ -195,16 +195,16 @@ def test_an_error_of_a_foreign_question_is_dropped(path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (line_of(0) + b'{"id": "c", "fing\n' + line_of(1), 'line 2 is not a result of a batch: \'{"id": "c", "fing'),
-        (line_of(0) + b"{\n", "line 2 is not a result of a batch"),  # whole, so no kill left it
-        (line_of(0) + b"My notes", "line 2 is not a result of a batch: 'My notes'"),
-        (b"My notes", "line 1 is not a result of a batch: 'My notes'"),
-        (b'{"lr": 0.1}', "line 1 is not a result of a batch"),  # another file, not a torn one
-        (b'{"id": 1, "document": "d", "query": "q"}\n', "line 1 is not a result of a batch"),
-        (b'{"id": "a", "answer": "x"}\n', "line 1 is not a result of a batch"),
-        (b'{"id": true, "fingerprint": "f1", "answer": "x"}\n', "line 1 is not a result of a batch"),
-        (b'{"id": "a", "fingerprint": "f1", "answer": "x", "error": "y"}\n', "line 1 is not a result of a batch"),
-        (b'\xff\xfe{"id"\n', "line 1 is not a result of a batch"),
+        (line_of(0) + b'{"id": "c", "fing\n' + line_of(1), 'line 2 is not a result: \'{"id": "c", "fing'),
+        (line_of(0) + b"{\n", "line 2 is not a result"),  # whole, so no kill left it
+        (line_of(0) + b"My notes", "line 2 is not a result: 'My notes'"),
+        (b"My notes", "line 1 is not a result: 'My notes'"),
+        (b'{"lr": 0.1}', "line 1 is not a result"),  # another file, not a torn one
+        (b'{"id": 1, "document": "d", "query": "q"}\n', "line 1 is not a result"),
+        (b'{"id": "a", "answer": "x"}\n', "line 1 is not a result"),
+        (b'{"id": true, "fingerprint": "f1", "answer": "x"}\n', "line 1 is not a result"),
+        (b'{"id": "a", "fingerprint": "f1", "answer": "x", "error": "y"}\n', "line 1 is not a result"),
+        (b'\xff\xfe{"id"\n', "line 1 is not a result"),
         (line_of(0) + line_of(1) + line_of(0), "lines 1 and 3 both have id 'a'"),
         (line_of(1) + line_of(1).replace(b'"id": 2', b'"id": "2"'), "lines 1 and 2 both have id '2'"),
     ],
@@ -332,14 +332,17 @@ def test_unwritable_paths_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
     for path, message in [
-        (tmp_path, "is a directory; name a file"),
-        (tmp_path / "pipe", "is not a regular file; name a file"),
-        (tmp_path / "file" / "out.jsonl", f"cannot be written ([Errno 17] File exists: '{tmp_path / 'file'}'); name"),
+        (tmp_path, "is a directory; give another"),
+        (tmp_path / "pipe", "is not a regular file; give another"),
+        (
+            tmp_path / "file" / "out.jsonl",
+            f"cannot be written ([Errno 17] File exists: '{tmp_path / 'file'}'); give another",
+        ),
         (tmp_path / ("n" * 300), "cannot be written ([Errno 36] File name too long"),
     ]:
         with pytest.raises(ValueError) as caught:
-            AnswerFile(path, LINES, SETTINGS).__enter__()
-        assert f"task.output={path} {message}" in str(caught.value)
+            AnswerFile(path, LINES, SETTINGS, section="eval").__enter__()
+        assert f"eval.output: {path} {message}" in str(caught.value) and "another eval.output" in str(caught.value)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

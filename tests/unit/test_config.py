@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from apb_ds.config import APBConfig, check_choice, from_mapping, suggest
+from apb_ds.config import APBConfig, check_choice, from_mapping, name_keys, suggest
 
 DEFAULTS = {
     "method": "apb",
@@ -173,6 +173,20 @@ def test_a_name_far_from_all_others_gets_no_suggestion() -> None:
     assert suggest("qqq", ["window", "random"]) == ""
     with pytest.raises(ValueError, match=r"use one of window, random\.$"):
         check_choice("compressor", "qqq", ["window", "random"])
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ("hosts=0 must be", "method.hosts=0 must be"),
+        ("method.hosts=0, use kernel=auto", "method.hosts=0, use method.kernel=auto"),
+        ("method='abp'; method=dense", "method.method='abp'; method=dense"),
+        ("seed=-1, task.seed=-1", "seed=-1, task.seed=-1"),
+        ("'hosts=3', /x/hosts=3, my_hosts=3, hosts", "'hosts=3', /x/hosts=3, my_hosts=3, hosts"),
+    ],
+)
+def test_settings_are_named_as_in_configs(message: str, named: str) -> None:
+    assert name_keys(message) == named
 
 
 def test_settings_and_plans_need_no_torch() -> None:

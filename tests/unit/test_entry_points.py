@@ -12,10 +12,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
 import apb_ds
 from apb_ds.__main__ import COMMANDS
-from launch.arguments import for_hydra
+from launch.arguments import FLAGS, for_hydra
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,7 +114,7 @@ def test_bad_settings_of_a_method_are_refused_before_heavy_imports(tmp_path: Pat
         "sys.exit('imported' if {'torch', 'deepspeed', 'transformers'} & set(sys.modules) else code)"
     )
     done = run("-c", code, "method.hosts=0", f"hydra.run.dir={tmp_path}/run")
-    assert (done.returncode, done.stderr) == (2, "Error: hosts=0 must be an integer of at least 1.\n")
+    assert (done.returncode, done.stderr) == (2, "Error: method.hosts=0 must be an integer of at least 1.\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,3 +138,7 @@ def test_what_deepspeed_logs_is_shown_for_debugging_only(tmp_path: Path) -> None
 )
 def test_flags_come_first(given: str, expected: str) -> None:
     assert for_hydra(given.split()) == expected.split()
+
+
+def test_the_flags_are_hydras() -> None:
+    assert sorted(FLAGS) == sorted(get_args_parser()._option_string_actions)

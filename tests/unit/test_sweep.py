@@ -90,24 +90,24 @@ def test_questions_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
-        ({"metrics": {"prefill_s": 1.234}, "task": {"correct": False}}, "ok, prefill 1.23 s, wrong"),
+        ({"metrics": {"prefill_s": 1.234}, "task": {"correct": False}}, ": ok, prefill 1.23 s, wrong, PATH"),
         (
             {"metrics": {"prefill_s": 1.0}, "task": {"correct": None, "prediction": "One\ntwo " + "x" * 80}},
-            f"ok, prefill 1.00 s, answer: One two {'x' * 52}...",
+            f": ok, prefill 1.00 s, answer: One two {'x' * 52}..., PATH",
         ),
         (
             {"metrics": {"prefill_s": 1.0, "lines": 6, "answered": 3, "resumed": 2}, "status": "failed"},
-            "failed, prefill 1.00 s, answered 5 of 6",
+            " failed: Why. (prefill 1.00 s, answered 5 of 6, PATH)",
         ),
-        ({"metrics": {"prefill_s": None, "cells": [], "score": 0.5, "measures": {}}}, "ok, score 50.0"),
-        ({"metrics": {"cells": [], "score": None, "measures": {"kl": {"mean": 0.1234}}}}, "ok, kl 0.1234"),
-        ({"status": "failed"}, "failed"),
+        ({"metrics": {"prefill_s": None, "cells": [], "score": 0.5, "measures": {}}}, ": ok, score 50.0, PATH"),
+        ({"metrics": {"cells": [], "score": None, "measures": {"kl": {"mean": 0.1234}}}}, ": ok, kl 0.1234, PATH"),
+        ({"status": "failed"}, " failed: Why. (PATH)"),
     ],
 )
 def test_a_job_says_one_line(parts: dict[str, Any], said: str) -> None:
     where = Path("sweep/3/record.json")
-    line = job_line(3, {"method.hosts": "2"}, record({}) | parts, where)
-    assert line == f"Job 3 (method.hosts=2): {said}, sweep/3/record.json"
+    line = job_line(3, {"method.hosts": "2"}, record({}) | {"error": "Why."} | parts, where)
+    assert line == f"Job 3 (method.hosts=2){said.replace('PATH', 'sweep/3/record.json')}"
 
 
 def test_objectives() -> None:
@@ -140,9 +140,9 @@ def sweep(model_path: Path, directory: Path, *overrides: str) -> Ended:
 def test_a_sweep_keeps_its_table(model_path: Path, tmp_path: Path) -> None:
     ended = sweep(model_path, tmp_path, "method.hosts=1,2,0", "seed=3")
     assert ended.code == 2
-    said = [text for text in ended.stdout.splitlines() if text.startswith("Job ") and " failed: " not in text]
-    jobs = [text.partition(":")[0] for text in said]
-    assert jobs == ["Job 0 (method.hosts=1)", "Job 1 (method.hosts=2)", "Job 2 (method.hosts=0)"]
+    jobs = [text.partition(")")[0] for text in ended.stdout.splitlines() if text.startswith("Job ")]
+    assert jobs == ["Job 0 (method.hosts=1", "Job 1 (method.hosts=2", "Job 2 (method.hosts=0"]
+    assert (ended.stdout + ended.stderr).count("method.hosts=0 must be") == 1
     assert "Ran " not in ended.stdout and "Record: " not in ended.stdout
     kept = rows(tmp_path / "sweep.csv")
     assert [(row["method.hosts"], row["status"]) for row in kept] == [("1", "ok"), ("2", "ok"), ("0", "failed")]
