@@ -14,7 +14,7 @@ from apb_ds.report.record import environment, write_json
 from apb_ds.report.results import FIGURE_NAME, SAMPLES_NAME, SUMMARY_NAME
 from apb_ds.report.summary import summarise
 from apb_ds.session.active_job import ActiveJob
-from apb_ds.session.fidelity import compare_with_exact
+from apb_ds.session.fidelity import distance, predict, predict_exactly
 from apb_ds.session.job import EvalConfig
 from apb_ds.session.metrics import count_prefill
 from apb_ds.session.series import QuestionSeries
@@ -140,8 +140,13 @@ class Evaluation(QuestionSeries):
         """Compare with exact attention, which gives measures instead of an answer."""
         began = time.perf_counter()
         job, num_judged = self.job, sample.num_query
-        context, measures = compare_with_exact(job, sample)
-        self._prefilled(2 * context.plan.num_tokens, context.plan.num_tokens)
+        num_tokens = sample.num_document
+        shares = num_tokens // 2, num_tokens - num_tokens // 2  # of the bar: the document is prefilled twice
+        expected = predict_exactly(job, sample, self._prefill_report(shares[0]))
+        self._prefilled(num_tokens, shares[0])
+        context, found = predict(job, sample, self._prefill_report(shares[1]))
+        self._prefilled(num_tokens, shares[1])
+        measures = distance(found, expected, sample.query_ids)
         per_layer = measures.pop("attention_errors")
         return {
             "answer": "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from apb_ds.attention import Phase
 from apb_ds.config import APBConfig
 from apb_ds.engine.context import Context
+from apb_ds.engine.engine import OnProgress
 from apb_ds.session.active_job import ActiveJob
 from apb_ds.tasks import Sample
 
@@ -17,12 +19,41 @@ from apb_ds.tasks import Sample
 OBSERVERS = 64
 
 
-def compare_with_exact(job: ActiveJob, sample: Sample) -> tuple[Context, dict[str, Any]]:
-    """Return the method's context and its distance from exact attention. All ranks call this together.
+@dataclass
+class Prediction:
+    """What a method makes of the judged tokens.
+
+    Attributes
+    ----------
+    log_probs : (judged, vocab), float32
+    outputs : each layer's attention output at the judged tokens, float32
+    """
+
+    log_probs: Tensor
+    outputs: list[Tensor]
+
+
+def predict_exactly(job: ActiveJob, sample: Sample, progress: OnProgress | None) -> Prediction:
+    """Prefill a text's document and predict its judged tokens with exact attention, all ranks together."""
+    exact = APBConfig(method="dense" if job.group.world_size == 1 else "ring")
+    engine = job.make_engine(exact)
+    return _predict(engine, engine.prefill(sample.document_ids, progress=progress), sample.query_ids)
+
+
+def predict(job: ActiveJob, sample: Sample, progress: OnProgress | None) -> tuple[Context, Prediction]:
+    """Do the same with the job's method; return its context, too."""
+    document = sample.document_ids
+    job.set_up(sample.query_position, document.shape[1], 0)
+    observers = document[:, -OBSERVERS:] if job.engine.attention.needs_query else None
+    context = job.engine.prefill(document, observers, progress=progress)
+    return context, _predict(job.engine, context, sample.query_ids)
+
+
+def distance(found: Prediction, expected: Prediction, judged: Tensor) -> dict[str, Any]:
+    """Return how far a prediction of the judged tokens is from the exact one.
 
     Returns
     -------
-    Context
     dict
         ``kl``: KL(exact || method) of next-token distributions, in nats, mean over the judged tokens.
         ``top1``: share of them with the same likeliest token.
@@ -30,32 +61,22 @@ def compare_with_exact(job: ActiveJob, sample: Sample) -> tuple[Context, dict[st
         ``attention_error``: relative error of the attention output at the judged tokens, mean over the layers.
         ``attention_errors``: that of each layer, ``|method - exact| / |exact|`` (Frobenius norms).
     """
-    document, judged = sample.document_ids, sample.query_ids
-    exact = APBConfig(method="dense" if job.group.world_size == 1 else "ring")
-    engine = job.make_engine(exact)
-    expected, expected_outputs = _predict(engine, engine.prefill(document), judged)
-
-    job.set_up(sample.query_position, document.shape[1], 0)
-    observers = document[:, -OBSERVERS:] if job.engine.attention.needs_query else None
-    context = job.engine.prefill(document, observers)
-    found, found_outputs = _predict(job.engine, context, judged)
-
     errors = [
         float((ours - theirs).norm() / theirs.norm())
-        for ours, theirs in zip(found_outputs, expected_outputs, strict=True)
+        for ours, theirs in zip(found.outputs, expected.outputs, strict=True)
     ]
-    return context, {
-        "kl": float((expected.exp() * (expected - found)).sum(dim=-1).mean()),
-        "top1": float((expected.argmax(dim=-1) == found.argmax(dim=-1)).float().mean()),
-        "perplexity": _perplexity(found, judged),
-        "exact_perplexity": _perplexity(expected, judged),
+    ours, theirs = found.log_probs, expected.log_probs
+    return {
+        "kl": float((theirs.exp() * (theirs - ours)).sum(dim=-1).mean()),
+        "top1": float((theirs.argmax(dim=-1) == ours.argmax(dim=-1)).float().mean()),
+        "perplexity": _perplexity(ours, judged),
+        "exact_perplexity": _perplexity(theirs, judged),
         "attention_error": sum(errors) / len(errors),
         "attention_errors": errors,
     }
 
 
-def _predict(engine: Any, context: Context, judged: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return log-probabilities, (judged, vocab), and each layer's attention output, in float32."""
+def _predict(engine: Any, context: Context, judged: Tensor) -> Prediction:
     outputs: dict[int, Tensor] = {}
 
     def keep(module: Any, arguments: Any, keywords: dict[str, Any], output: Tensor) -> None:
@@ -67,7 +88,7 @@ def _predict(engine: Any, context: Context, judged: Tensor) -> tuple[Tensor, lis
         logits = engine.query_logits(judged, context=context)[0]
     finally:
         handle.remove()
-    return logits.log_softmax(dim=-1), [outputs[layer] for layer in sorted(outputs)]
+    return Prediction(logits.log_softmax(dim=-1), [outputs[layer] for layer in sorted(outputs)])
 
 
 def _perplexity(log_probs: Tensor, judged: Tensor) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import apb_ds
 from apb_ds.report.compare import main
+from apb_ds.report.progress import BatchProgress
 from tests.launch_in_process import Ended, run_infer
 from tests.pool import Pools
 from tests.tiny_checkpoint import save_checkpoint
@@ -172,6 +174,23 @@ def test_fidelity(pool: Pools, model_path: Path, tmp_path: Path, world_size: int
         pool, world_size, model_path, tmp_path / "query", *task, "method.compressor=query", "method.hosts=2"
     )
     assert observed[0].code == 0, observed[0].stderr
+
+
+def test_the_bar_of_a_fidelity_job_moves(model_path: Path, tmp_path: Path) -> None:
+    """Layer by layer, through both prefills."""
+    (tmp_path / "text.txt").write_text("The lamp on the pier is lit at dusk. " * 8)
+    task = ("task=fidelity", f"task.texts={tmp_path}/text.txt", "task.num_tokens=200", "task.judged_tokens=40")
+    places: list[float] = []
+
+    def show(self: BatchProgress) -> None:
+        places.append(self._bytes_before + self._bytes_now)
+
+    arguments = [f"model.path={model_path}", "model.device=cpu", "method.hosts=4", f"eval.output={tmp_path}/out", *task]
+    with mock.patch.object(BatchProgress, "_show", show):
+        ended = run_infer(0, 1, [*arguments, f"hydra.run.dir={tmp_path}/run"], config="eval")
+    assert ended.code == 0, ended.stderr
+    assert places == sorted(places) and places[-1] == 200
+    assert any(0 < place < 100 for place in places) and any(100 < place < 200 for place in places)
 
 
 @pytest.mark.parametrize(
