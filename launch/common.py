@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from apb_ds import __version__
 from apb_ds.parallel.failure import ending
-from apb_ds.parallel.failure.ending import FAILED_EXIT, INTERRUPTED_EXIT
+from apb_ds.parallel.failure.ending import FAILED_EXIT
 from apb_ds.parallel.launcher import launched_rank as rank
 from apb_ds.parallel.launcher import launched_world_size
 from hydra_plugins import apb_ds_sweep
@@ -221,11 +221,7 @@ def _run_hydra(config_name: str, jobs: Jobs) -> int:
     except ending.Stopped as error:
         jobs.watch.give_up(error, jobs.abandon)
     except KeyboardInterrupt:
-        if rank() == 0:
-            print("Interrupted.", file=sys.stderr, flush=True)
-        with contextlib.suppress(Exception):  # a full disk, a closed pipe
-            jobs.abandon("interrupted by Ctrl-C.")
-        jobs.watch.leave(INTERRUPTED_EXIT)
+        jobs.watch.interrupt(jobs.abandon)
     try:
         succeeded = jobs.finish()
     except (Exception, ending.Stopped) as error:

@@ -98,9 +98,7 @@ class Watch:
 
     def give_up(self, error: BaseException, abandon: Abandon | None = None) -> NoReturn:
         """End the process after an error: tell the other ranks and the user why, and call ``abandon(why)``."""
-        self._ended.set()  # the main thread ends the process
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._end_by_main_thread()
         if isinstance(error, Stopped):
             message, code = self._diagnose(Kind.STOPPED, str(error)), STOPPED_EXIT
         elif isinstance(error, LostRankError):
@@ -119,6 +117,15 @@ class Watch:
                 abandon(message)
         self.leave(code)
 
+    def interrupt(self, abandon: Abandon) -> NoReturn:
+        """End the process after Ctrl-C, which every rank gets: call ``abandon(why)``."""
+        self._end_by_main_thread()  # the launcher, which got it too, sends SIGTERM
+        if launched_rank() == 0:
+            print("Interrupted.", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):  # a full disk, a closed pipe
+            abandon("interrupted by Ctrl-C.")
+        self.leave(INTERRUPTED_EXIT)
+
     def leave(self, code: int) -> NoReturn:
         """End the process: at once if it is one of several ranks, else normally.
 
@@ -132,6 +139,11 @@ class Watch:
         for cleanup in self._cleanups:
             cleanup()
         os._exit(code)
+
+    def _end_by_main_thread(self) -> None:
+        self._ended.set()
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _diagnose(self, kind: Kind, why: str, *, grace_s: float | None = None) -> str:
         """Report why this process ends, and return the message it ends with."""
