@@ -13,10 +13,16 @@ from typing import Any, Self, TypeVar
 EXACT_METHODS = ("dense", "ring", "ulysses")
 METHODS = ("apb", "star", *EXACT_METHODS)
 SCHEDULES = ("zigzag", "natural")
+MAX_HOSTS = 1_000_000
 DEFAULT_COMPRESSOR = "window"
 DEFAULT_COMPRESSION_RATIO = 8
 MAX_DEFAULT_ANCHOR_LENGTH = 8192
 ANCHOR_IS_BLOCK = "block"
+# Names are checked here, without importing what they name. `register_compressor` adds others.
+COMPRESSORS = ["heads_and_window", "keydiff", "knorm", "query", "random", "recent", "retaining_heads", "window"]
+KERNELS = (
+    "auto", "flash_attn3", "torch_cudnn", "flash_attn2", "torch_flash", "torch_efficient", "cpu_flash", "reference",
+)  # fmt: skip
 # Settings of every method: how things are computed, not what.
 EXECUTION_DEFAULTS: dict[str, Any] = {"kernel": "auto", "cuda_graph": True, "fused": True, "mlp_tile": None}
 
@@ -59,12 +65,6 @@ def check_integer(field: str, value: object, minimum: int) -> None:
         raise ValueError(f"{field}={value!r} must be an integer of at least {minimum}.")
 
 
-def check_name(field: str, value: object) -> None:
-    """Raise ValueError unless `value` is a string."""
-    if not isinstance(value, str):
-        raise ValueError(f"{field}={value!r} must be a name.")
-
-
 def check_bool(field: str, value: object) -> None:
     """Raise ValueError unless `value` is true or false."""
     if not isinstance(value, bool):
@@ -88,7 +88,7 @@ class MethodSettings:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
-        check_name("kernel", self.kernel)
+        check_choice("kernel", self.kernel, KERNELS)
         check_bool("cuda_graph", self.cuda_graph)
         check_bool("fused", self.fused)
         if self.mlp_tile is not None:
@@ -114,6 +114,8 @@ class BlockSettings(MethodSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("hosts", self.hosts, 1)
+        if self.hosts > MAX_HOSTS:
+            raise ValueError(f"hosts={self.hosts} must be at most {MAX_HOSTS}; a block needs at least one token.")
         check_choice("schedule", self.schedule, SCHEDULES)
         if self.hosts_per_round is not None:
             check_integer("hosts_per_round", self.hosts_per_round, 1)
@@ -121,7 +123,7 @@ class BlockSettings(MethodSettings):
         check_integer("seed", self.seed, 0)
         check_bool("query_in_anchor", self.query_in_anchor)
         check_bool("shard_anchor", self.shard_anchor)
-        check_name("compressor", self.compressor)
+        check_choice("compressor", self.compressor, COMPRESSORS)
         self._check_lengths()
 
     def _check_lengths(self) -> None:
@@ -164,7 +166,7 @@ class APBConfig:
     compression_ratio : float
         Block length over passing length, at least 1. Default 8. Excludes `passing_length`.
     compressor : str
-        Name in the registry of `apb_ds.compressors`. Default ``window``.
+        Name in the registry of `apb_ds.compressors`, where your own is registered first. Default ``window``.
     query_in_anchor : bool
         Whether the anchor embeds the query. Default true (false for ``star``).
     query_position : int, tokens

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from apb_ds.config import APBConfig, check_bool, check_choice, check_integer, is_number
+from apb_ds.config import KERNELS, APBConfig, check_bool, check_choice, check_integer, is_number
 
 # Plain transformers, on one rank.
 PLAIN_METHODS = ("dense", "dense_onednn")
@@ -76,7 +76,7 @@ class BenchConfig:
         _check_list("bench.methods", self.methods, lambda name, method: check_choice(name, method, METHODS))
         _check_list("bench.lengths", self.lengths, lambda name, length: check_integer(name, length, 1))
         _check_list("bench.hosts", self.hosts, lambda name, hosts: check_integer(name, hosts, 1))
-        _check_list("bench.kernels", self.kernels, _check_name)
+        _check_list("bench.kernels", self.kernels, lambda name, kernel: check_choice(name, kernel, KERNELS))
         for name, minimum in (("query_tokens", 1), ("decode_tokens", 0), ("repeats", 1), ("warmup", 0)):
             check_integer(f"bench.{name}", getattr(self, name), minimum)
         check_bool("bench.breakdown", self.breakdown)
@@ -102,11 +102,6 @@ def _check_list(name: str, values: tuple[Any, ...], check: Callable[[str, Any], 
         check(name, value)
     if len(set(values)) < len(values):
         raise ValueError(f"{name}={list(values)} has a duplicate; remove it.")
-
-
-def _check_name(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name}={value!r} must be names of kernels.")
 
 
 def _check_number(name: str, value: Any, *, above_zero: bool = False) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from apb_ds.config import BlockSettings, check_choice
+from apb_ds.config import COMPRESSORS, BlockSettings, check_choice
 from apb_ds.ops import profiling
 from apb_ds.ops.compiled import compiled_if
 from apb_ds.ops.selection import copy_pair, gather_pair, select_top
@@ -226,6 +226,8 @@ def register_compressor(name: str) -> Callable[[CompressorClass], CompressorClas
             raise ValueError(f"compressor={name!r} is already registered ({_REGISTRY[name].__name__}).")
         compressor.name = name
         _REGISTRY[name] = compressor
+        if name not in COMPRESSORS:
+            COMPRESSORS.append(name)
         return compressor
 
     return add

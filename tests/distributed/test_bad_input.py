@@ -91,6 +91,9 @@ CASES: dict[str, Case] = {
     ),
     "a negative seed of the method": Case((*PROMPT, "method.seed=-1"), ("method.seed=-1", "at least 0"), early=True),
     "a negative seed": Case((*PROMPT, "seed=-1"), ("Error: seed=-1", "at least 0")),
+    "more hosts than any document has tokens": Case(
+        (*PROMPT, "method.hosts=1000000000"), ("method.hosts=1000000000", "at most 1000000"), early=True
+    ),
     "no hosts": Case((*PROMPT, "method.hosts=0"), ("method.hosts=0", "at least 1"), early=True),
     "an anchor too short for the query": Case(
         (*PROMPT, "method.anchor_length=4"),
@@ -124,10 +127,10 @@ CASES: dict[str, Case] = {
     "top_p above 1": Case((*PROMPT, "task.top_p=1.5"), ("task.top_p=1.5", "[0, 1]")),
     # --- names
     "unknown compressor": Case(
-        (*PROMPT, "method.compressor=windw"), ("method.compressor='windw'", "Did you mean 'window'?")
+        (*PROMPT, "method.compressor=windw"), ("method.compressor='windw'", "Did you mean 'window'?"), early=True
     ),
     "unknown kernel": Case(
-        (*PROMPT, "method.kernel=cpu_flsh"), ("method.kernel='cpu_flsh'", "Did you mean 'cpu_flash'?")
+        (*PROMPT, "method.kernel=cpu_flsh"), ("method.kernel='cpu_flsh'", "Did you mean 'cpu_flash'?"), early=True
     ),
     "unknown schedule": Case(
         (*PROMPT, "method.schedule=zigzak"), ("method.schedule='zigzak'", "Did you mean 'zigzag'?"), early=True

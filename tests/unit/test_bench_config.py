@@ -72,7 +72,7 @@ def test_a_single_value_is_a_list_of_one() -> None:
         ({"methods": ["apb", "apb"]}, ("bench.methods=", "duplicate")),
         ({"lengths": [0]}, ("bench.lengths=0", "at least 1")),
         ({"hosts": ["many"]}, ("bench.hosts='many'",)),
-        ({"kernels": [3]}, ("bench.kernels=3",)),
+        ({"kernels": ["cpu_flsh"]}, ("bench.kernels='cpu_flsh'", "cpu_flash")),
         ({"repeats": 0}, ("bench.repeats=0",)),
         ({"warmup": -1}, ("bench.warmup=-1",)),
         ({"query_tokens": 0}, ("bench.query_tokens=0",)),

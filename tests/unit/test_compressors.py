@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from apb_ds.compressors import (
     register_compressor,
 )
 from apb_ds.compressors.window import WindowCompressor
-from apb_ds.config import APBConfig
+from apb_ds.config import COMPRESSORS, APBConfig
 from apb_ds.ops.selection import select_top
 from tests.models import build_model, request_ids
 
@@ -322,14 +323,16 @@ def test_statistics_run_over_the_whole_block() -> None:
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A copy of the registry, which drops a test's compressor afterwards."""
-    copy = dict(base._REGISTRY)
+    copy, names = dict(base._REGISTRY), list(COMPRESSORS)
     monkeypatch.setattr(base, "_REGISTRY", copy)
-    return copy
+    yield copy
+    COMPRESSORS[:] = names
 
 
 def test_names() -> None:
+    assert compressor_names() == tuple(COMPRESSORS), "what APBConfig checks, and what is registered"
     assert set(compressor_names()) >= {"knorm", "keydiff", "window", "query", "recent", "random", "retaining_heads"}
     assert list(compressor_names()) == sorted(compressor_names())
     assert APBConfig().resolved()["compressor"] in compressor_names()

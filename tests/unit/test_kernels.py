@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, library
 
+from apb_ds.config import KERNELS as names
 from apb_ds.ops import kernels
 from apb_ds.ops.kernels import KERNELS, KernelChoice, check_kernel_name, choose_kernels, flash_attn, pieces
 from apb_ds.ops.kernels.base import Kernel, Logits
@@ -339,6 +340,7 @@ def test_by_name() -> None:
         "reference", "cpu_flash", "torch_cudnn", "torch_flash", "torch_efficient", "flash_attn2", "flash_attn3",
     }  # fmt: skip
     assert all(KERNELS[name].name == name for name in KERNELS)
+    assert names == ("auto", *KERNELS), "what APBConfig checks"
 
 
 def test_an_unknown_name() -> None:
