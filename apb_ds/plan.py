@@ -36,17 +36,21 @@ def split_evenly(num_tokens: int, parts: int) -> tuple[Span, ...]:
 Round = tuple[tuple[int, ...], ...]  # by rank, its hosts in document order
 
 
-def schedule_rounds(hosts: int, world_size: int, schedule: str, per_round: int = 1) -> tuple[Round, ...]:
+def schedule_rounds(
+    hosts: int, world_size: int, schedule: str, per_round: int = 1, empty: frozenset[int] = frozenset()
+) -> tuple[Round, ...]:
     """Return ``rounds[k][r]``, the hosts that rank r serves in round k.
 
     In turns, ``natural`` gives rank r the hosts r, r+W, ...; ``zigzag`` mirrors every odd turn, so that a rank with an
-    early host (little to attend to) gets a late one next. A round is `per_round` turns; the last round may have fewer.
+    early host (little to attend to) gets a late one next. Turns in which every host is among the `empty` ones, which
+    have no tokens, are left out. A round is `per_round` turns; the last round may have fewer.
     """
     turns = []
     for first in range(0, hosts, world_size):
         served = tuple(range(first, first + world_size))
         mirrored = schedule == "zigzag" and (first // world_size) % 2 == 1
-        turns.append(served[::-1] if mirrored else served)
+        if not empty.issuperset(served):
+            turns.append(served[::-1] if mirrored else served)
     chunks = [turns[first : first + per_round] for first in range(0, len(turns), per_round)]
     return tuple(tuple(zip(*chunk, strict=True)) for chunk in chunks)
 
@@ -103,7 +107,8 @@ class Plan:
     exact : whether this request runs as exact causal attention
     shard_anchor : whether each rank computes only its share of the anchor
     blocks : document span of each host
-    rounds : ``rounds[k][r]`` are the hosts of rank r in round k, in document order, equally many for every rank
+    rounds : ``rounds[k][r]`` are the hosts of rank r in round k, in document order, equally many for every rank; every
+        round has tokens on some rank
     method : as in `APBConfig`, with ``apb`` for ``star``
     """
 
@@ -178,7 +183,7 @@ class Plan:
         return math.ceil(self.num_tokens / self.world_size) - self.block_length(rank)
 
     def hosts_of(self, rank: int) -> tuple[int, ...]:
-        """Hosts that the rank serves, in the order of the rounds."""
+        """Hosts that the rank serves, in the order of the rounds; without those whose turn has no tokens."""
         return tuple(host for index in range(len(self.rounds)) for host in self.served(rank, index))
 
     def shard_length(self, rank: int) -> int:
@@ -246,6 +251,7 @@ def plan_request(
             "query_in_anchor=false."
         )
     per_round = settings.hosts_per_round or default_hosts_per_round(block_length, world_size, forward_tokens)
+    empty = frozenset(host for host, (start, stop) in enumerate(blocks) if start == stop)
     return Plan(
         num_tokens=num_tokens,
         world_size=world_size,
@@ -256,7 +262,7 @@ def plan_request(
         exact=exact,
         shard_anchor=settings.shard_anchor,
         blocks=blocks,
-        rounds=schedule_rounds(hosts, world_size, settings.schedule, per_round),
+        rounds=schedule_rounds(hosts, world_size, settings.schedule, per_round, empty),
     )
 
 

@@ -30,7 +30,7 @@ CASES = [
     Case("nothing passed", 91, 2, {"method": "star"}),
     Case("passing beyond the block", 91, 2, {"passing_length": 40, "anchor_length": 5}),
     Case("fewer tokens than hosts", 5, 4, {"anchor_length": 0, "passing_length": 1}),
-    Case("fewer tokens than hosts, one of anchor", 3, 4, {"anchor_length": 1, "query_in_anchor": False}),
+    Case("few tokens, many hosts, one of anchor", 3, 4, {"hosts": 96, "anchor_length": 1, "query_in_anchor": False}),
     Case("exact", 60, 9),
     Case("exact, fewer tokens than ranks", 2, 3),
 ]

@@ -70,6 +70,16 @@ def test_rounds_serve_each_host_once(hosts: int, world_size: int, schedule: str)
     assert sum(plan.shard_length(rank) for rank in range(world_size)) == 1000
 
 
+def test_rounds_without_tokens_are_left_out() -> None:
+    assert new_plan(5, hosts=8, anchor_length=0).rounds == (((1,),), ((3,),), ((4,),), ((6,),), ((7,),))
+    assert new_plan(2, world_size=2, hosts=8, anchor_length=0).rounds == (((3,), (2,)), ((7,), (6,)))
+    together = new_plan(2, world_size=2, hosts=8, anchor_length=0, hosts_per_round=2)
+    assert together.rounds == (((3, 7), (2, 6)),), "turns are left out, not rounds alone"
+    plan = new_plan(1200, world_size=3, hosts=99_999)
+    assert len(plan.rounds) <= 1200 and sum(map(plan.shard_length, range(3))) == 1200
+    assert all(any(plan.num_forward_tokens(rank, index) for rank in range(3)) for index in range(len(plan.rounds)))
+
+
 def test_several_hosts_a_round() -> None:
     plan = new_plan(1000, world_size=2, hosts=8, hosts_per_round=2)
     assert plan.rounds == (((0, 3), (1, 2)), ((4, 7), (5, 6)))
