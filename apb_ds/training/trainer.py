@@ -108,8 +108,13 @@ def _tensors_only() -> Iterator[None]:
 
 def _engine(module: nn.Module, config: TrainingConfig, dtype: torch.dtype) -> Any:
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
     from transformers import get_scheduler
 
+    if dtype == torch.float16 and not get_accelerator().is_fp16_supported():
+        raise ValueError(
+            "model.dtype='float16': DeepSpeed does not train in it on this device; use bfloat16 or float32."
+        )
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.95)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from apb_ds.config import from_mapping
 from apb_ds.hf.architecture import decoder_layers
@@ -22,6 +23,7 @@ from apb_ds.training.config import InstrumentConfig
 from apb_ds.training.conversations import GeneratedConversations, make_conversation
 from apb_ds.training.mixture import Mixture
 from apb_ds.training.output import TrainingLog, read_lines
+from apb_ds.training.trainer import Trainer
 from tests import models
 from tests.tiny_checkpoint import TEMPLATE, byte_tokenizer
 
@@ -208,6 +210,12 @@ def test_bad_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as raised:
         from_mapping(InstrumentConfig, {"output": "x", **values}, "train")
     assert message in str(raised.value)
+
+
+def test_a_dtype_that_the_device_does_not_train_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(ValueError, match=r"model.dtype='float16'.*use bfloat16"):
+        Trainer(torch.nn.Linear(2, 2), InstrumentConfig(output="x"), torch.float16, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
