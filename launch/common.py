@@ -36,7 +36,7 @@ from apb_ds.parallel.launcher import launched_world_size
 from hydra_plugins import apb_ds_sweep
 
 from . import arguments as command_line
-from .early import check_early
+from .early import check_early, put_geometry_in_force
 from .errors import CONFIGS, describe
 from .quiet import quiet_environment, quiet_imports
 
@@ -192,6 +192,7 @@ def _run_hydra(config_name: str, jobs: Jobs) -> int:
         if OmegaConf.select(config, "model.device") == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed moves models to its accelerator
         try:
+            put_geometry_in_force(config, task_overrides())
             if launched_world_size() == 1:  # ranks tell each other of errors, for which they meet first
                 check_early(config)
         except (OmegaConfBaseException, ValueError) as error:

@@ -6,12 +6,11 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from apb_ds.loading.source import find_files
+from apb_ds.loading.source import ADAPTER_CONFIG, find_files
 from apb_ds.ops.memory import is_out_of_memory
 from apb_ds.utils.text import kind_and_line, list_some
 
 FIELD = "model.adapter"
-CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -53,7 +52,7 @@ def find_adapter(path: str) -> Path:
     ValueError
         Saying what is missing, and where it was looked for.
     """
-    directory = find_files(path, (CONFIG_FILE, *WEIGHT_FILES), _missing, FIELD)
+    directory = find_files(path, (ADAPTER_CONFIG, *WEIGHT_FILES), _missing, FIELD)
     missing = _missing(directory)
     if missing:
         raise ValueError(
@@ -64,7 +63,7 @@ def find_adapter(path: str) -> Path:
 
 
 def _missing(directory: Path) -> list[str]:
-    missing = [] if (directory / CONFIG_FILE).is_file() else [CONFIG_FILE]
+    missing = [] if (directory / ADAPTER_CONFIG).is_file() else [ADAPTER_CONFIG]
     has_weights = any((directory / name).is_file() for name in WEIGHT_FILES)
     return missing if has_weights else [*missing, " or ".join(WEIGHT_FILES)]
 

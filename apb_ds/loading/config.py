@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from apb_ds.config import check_bool, check_choice, check_integer, from_mapping
@@ -10,6 +10,10 @@ from apb_ds.config import check_bool, check_choice, check_integer, from_mapping
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
+# Overrides that change positions, and no weight.
+POSITION_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings")
+PACKAGE_SCHEME = "package://"
+LOCAL_PREFIXES = ("/", ".", "~")  # of a path that cannot be a hub id
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,10 @@ class ModelConfig:
     ----------
     path : str or None
         A local directory, a local ``.gguf`` file, ``package://<package>/<file>.gguf`` (a file in an installed Python
-        package), or a hub id. None only for ``load_format="dummy"`` with a `geometry`.
+        package), or a hub id, with or without a revision (``org/name@revision``). None only for
+        ``load_format="dummy"`` with a `geometry`.
+    revision : str or None
+        A branch, tag or commit of the hub id in `path`, where it is added: another way to write it.
     dtype : str
         ``auto`` (bfloat16 on CUDA, float32 on CPU), ``float32``, ``bfloat16`` or ``float16``.
     device : str
@@ -31,6 +38,9 @@ class ModelConfig:
         Number of decoder layers to keep. ``dummy`` only.
     geometry : dict
         Fields of a transformers config, including `model_type`: what ``dummy`` builds if the path is not available.
+    ignore_keys : list of str
+        Patterns (``v_head.*``) of tensors in the weight files that the model has no place for and that are left out.
+        Without them, such tensors are an error.
     overrides : dict
         Config fields to replace, such as ``rope_parameters`` or ``max_position_embeddings``.
     trust_remote_code : bool
@@ -50,11 +60,13 @@ class ModelConfig:
     """
 
     path: str | None = None
+    revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     load_format: str = "auto"
     num_layers: int | None = None
     geometry: dict[str, Any] = field(default_factory=dict)
+    ignore_keys: list[str] = field(default_factory=list)
     overrides: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
     tokenizer: str | None = None
@@ -78,11 +90,24 @@ class ModelConfig:
         for name in ("geometry", "overrides"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"model.{name}={getattr(self, name)!r} must be a mapping of config fields.")
+        if isinstance(self.ignore_keys, str):
+            object.__setattr__(self, "ignore_keys", [self.ignore_keys])
+        if not isinstance(self.ignore_keys, list) or not all(isinstance(key, str) and key for key in self.ignore_keys):
+            raise ValueError(f"model.ignore_keys={self.ignore_keys!r} must be a list of patterns, such as [v_head.*].")
         self._check_dummy()
+        self._add_revision()
 
     @property
     def is_dummy(self) -> bool:
         return self.load_format == "dummy"
+
+    def shares_weights_with(self, other: ModelConfig) -> bool:
+        """Whether the two differ at most in overrides of positions."""
+        mine, others = (
+            {name: value for name, value in config.overrides.items() if name not in POSITION_FIELDS}
+            for config in (self, other)
+        )
+        return replace(self, overrides=mine) == replace(other, overrides=others)
 
     def _check_dummy(self) -> None:
         if self.num_layers is not None:
@@ -93,12 +118,36 @@ class ModelConfig:
                 )
         if self.adapter is not None and self.is_dummy:
             raise ValueError(f"model.adapter={self.adapter!r} needs real weights; leave out model.load_format=dummy.")
+        for name in ("revision", "ignore_keys"):
+            if getattr(self, name) and self.is_dummy:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)!r} needs real weights; leave out model.load_format=dummy."
+                )
         if self.path is None and not self.is_dummy:
             raise ValueError("model.path is missing: give a directory, a .gguf file or a hub id.")
         if self.path is None and not self.geometry:
             raise ValueError("model.load_format=dummy needs model.path or model.geometry to know the model's shape.")
         if self.geometry and "model_type" not in self.geometry:
             raise ValueError("model.geometry has no model_type; name one that transformers knows, such as llama.")
+
+    def _add_revision(self) -> None:
+        """Write the revision behind the hub id."""
+        if self.revision is None:
+            return
+        if not isinstance(self.revision, str) or not self.revision:
+            raise ValueError(f"model.revision={self.revision!r} must be a branch, tag or commit; quote a number.")
+        path, _, named = str(self.path).partition("@")
+        if path.startswith((*LOCAL_PREFIXES, PACKAGE_SCHEME)) or path.lower().endswith(".gguf"):
+            raise ValueError(
+                f"model.revision={self.revision!r} is for a hub id, and model.path={self.path!r} is not one; leave it "
+                "out."
+            )
+        if named and named != self.revision:
+            raise ValueError(
+                f"model.revision={self.revision!r} and model.path={self.path!r} name different revisions; give one of "
+                "them."
+            )
+        object.__setattr__(self, "path", f"{path}@{self.revision}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:

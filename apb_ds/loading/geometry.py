@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,7 +82,7 @@ def make_config(geometry: dict[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    fields = dict(geometry)
+    fields = copy.deepcopy(geometry)  # some families write into them
     model_type = fields.pop("model_type")
     if not _is_known(model_type):
         raise ValueError(f"model.geometry has {_unknown(model_type)}")
@@ -125,13 +126,20 @@ def override_config(model_config: Any, overrides: dict[str, Any]) -> Any:
     if not overrides:
         return model_config
     values = model_config.to_dict()
+    model_type = overrides.get("model_type", model_config.model_type)
+    if model_type != model_config.model_type:
+        raise ValueError(
+            f"model_type={model_type!r} in model.overrides or model.geometry: the model is a "
+            f"{model_config.model_type}, which cannot become another; for random weights of another type, set "
+            "model.path=null, model.load_format=dummy and model.geometry."
+        )
     for name in overrides:
         if name not in values and not hasattr(model_config, name):
             raise ValueError(
                 f"model.overrides.{name}: {type(model_config).__name__} has no such field.{suggest(name, values)}"
             )
     try:
-        return type(model_config).from_dict({**values, **overrides})
+        return type(model_config).from_dict({**values, **copy.deepcopy(overrides)})  # some families write into them
     except Exception as error:  # of many kinds: each family checks its own fields
         raise ValueError(
             f"model.overrides={overrides!r}: transformers refuses them ({kind_and_line(error)}); correct this field."

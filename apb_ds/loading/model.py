@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import fnmatch
 import importlib
 import importlib.util
+import logging
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,8 @@ from apb_ds.utils.text import first_line, kind_and_line, list_some
 
 DUMMY_SEED = 0
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class LoadedModel:
@@ -36,6 +42,7 @@ class LoadedModel:
     load_s : seconds from the path to the weights on the device, without the import of libraries
     source : where the weights came from, for display
     device, dtype : of the weights
+    base_config : the model's config without `ModelConfig.overrides`
     """
 
     model: Any
@@ -44,6 +51,7 @@ class LoadedModel:
     source: str
     device: torch.device
     dtype: torch.dtype
+    base_config: Any
 
 
 def choose_device(name: str) -> torch.device:
@@ -91,13 +99,56 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Loade
     doing = f"loading {config.path or 'the model'} to {device}"
     with quiet_transformers(), explain_out_of_memory(doing, _levers(dtype)):
         if config.is_dummy or config.path is None:
-            model, tokenizer, source = _make_dummy(config, device, dtype)
+            model, tokenizer, source, base_config = _make_dummy(config, device, dtype)
         else:
-            model, tokenizer, source = _read_model(config, config.path, device, dtype)
+            model, tokenizer, source, base_config = _read_model(config, config.path, device, dtype)
     model.eval().requires_grad_(False)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return LoadedModel(model, tokenizer, time.perf_counter() - start, source, device, dtype)
+    return LoadedModel(model, tokenizer, time.perf_counter() - start, source, device, dtype, base_config)
+
+
+def with_positions_of(loaded: LoadedModel, config: ModelConfig) -> LoadedModel | None:
+    """Return a model with the config's overrides around the weights of a loaded one, which stay where they are.
+
+    It is what `load_model` would return. The loaded model must not be used afterwards.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        One that `shares_weights_with` that of the loaded model.
+
+    Returns
+    -------
+    LoadedModel, or None if this model must be loaded again: it is quantised, runs its own code, has buffers among its
+    weights, or does not fit.
+
+    Raises
+    ------
+    ValueError
+        For overrides that transformers refuses.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    start = time.perf_counter()
+    model_config = _final_config(loaded.base_config, config)
+    old, weights = loaded.model, loaded.model.state_dict(keep_vars=True)
+    # Buffers that are saved with the weights may come from the config.
+    has_weights_alone = set(weights) == {name for name, _ in old.named_parameters(remove_duplicate=False)}
+    if getattr(old, "hf_quantizer", None) or config.trust_remote_code or not has_weights_alone:
+        return None
+    try:
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(model_config, dtype=loaded.dtype, attn_implementation="sdpa")
+        model.load_state_dict(weights, assign=True)
+    except Exception:  # of many kinds: loading again says what is wrong
+        return None
+    model.tie_weights()
+    model.generation_config = old.generation_config
+    # The weights are there already; buffers that are computed from the config are not.
+    model.to(loaded.device).eval().requires_grad_(False)
+    return replace(loaded, model=model, load_s=time.perf_counter() - start)
 
 
 def _levers(dtype: torch.dtype) -> str:
@@ -106,11 +157,20 @@ def _levers(dtype: torch.dtype) -> str:
     return f"What helps: {half}a device with more memory, fewer ranks on one machine, or a smaller model."
 
 
-def _read_model(config: ModelConfig, path: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str]:
+def _final_config(base_config: Any, config: ModelConfig) -> Any:
+    """Return the config that a model is made with; `base_config` stays as it is."""
+    model_config = override_config(copy.deepcopy(base_config), config.overrides)
+    if config.num_layers is not None:
+        keep_layers(model_config, config.num_layers)
+    return model_config
+
+
+def _read_model(config: ModelConfig, path: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str, Any]:
     from transformers import AutoModelForCausalLM
 
     directory = find_model(path)
-    model_config = override_config(read_config(directory, config), config.overrides)
+    base_config = read_config(directory, config)
+    model_config = _final_config(base_config, config)
     # `_check_keys` refuses tensors of another shape, together with the other keys that do not fit.
     options: dict[str, Any] = {"ignore_mismatched_sizes": True}
     if device.type == "cuda" and importlib.util.find_spec("accelerate"):
@@ -129,12 +189,12 @@ def _read_model(config: ModelConfig, path: str, device: torch.device, dtype: tor
             raise
         raise ValueError(f"model.path={path!r}: {_explain(directory, model_config, error)}") from error
     model, info = loaded
-    _check_keys(path, info)
+    _check_keys(path, info, config.ignore_keys)
     tokenizer = read_tokenizer(config, directory, model.get_input_embeddings().num_embeddings)
     model, source = model.to(device), path
     if config.adapter is not None:
         model, source = merge_adapter(model, config.adapter), f"{source} with {config.adapter}"
-    return model, tokenizer, source
+    return model, tokenizer, source, base_config
 
 
 def _explain(directory: Path | None, model_config: Any, error: Exception) -> str:
@@ -152,14 +212,31 @@ def _explain(directory: Path | None, model_config: Any, error: Exception) -> str
     return f"{directory} is damaged ({damage}); copy or download these files again."
 
 
-def _check_keys(path: str, info: dict[str, Any]) -> None:
-    """Raise ValueError if weights are missing, left over or of another shape: the model would answer nonsense."""
+def _check_keys(path: str, info: dict[str, Any], ignored: Sequence[str]) -> None:
+    """Raise ValueError if weights are missing, left over or of another shape: the model would answer nonsense.
+
+    Parameters
+    ----------
+    ignored : as `ModelConfig.ignore_keys`
+    """
+    unexpected = set(info.get("unexpected_keys") or ())
+    for pattern in ignored:
+        if not fnmatch.filter(unexpected, pattern):
+            left = list_some(sorted(unexpected)) or "none"
+            raise ValueError(
+                f"model.ignore_keys: {pattern!r} matches no weight of model.path={path!r} that the model has no place "
+                f"for (those are: {left}); correct the pattern or leave it out."
+            )
+    dropped = {key for pattern in ignored for key in fnmatch.filter(unexpected, pattern)}
+    if dropped:
+        logger.warning("model.ignore_keys leaves out weights of %s: %s.", path, list_some(sorted(dropped)))
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(map(_describe_key, info.get(kind) or ()))
+        keys = sorted(_describe_key(key) for key in info.get(kind) or () if key not in dropped)
         if keys:
+            ignore = ", or leave such weights out with model.ignore_keys" if kind == "unexpected_keys" else ""
             raise ValueError(
                 f"model.path={path!r}: its weights do not fit its config, {kind.replace('_', ' ')}: "
-                f"{list_some(keys)}; check its config.json and model.overrides."
+                f"{list_some(keys)}; check its config.json and model.overrides{ignore}."
             )
 
 
@@ -171,13 +248,11 @@ def _describe_key(key: Any) -> str:
     return f"{name} is {tuple(stored)}, not {tuple(wanted)}"
 
 
-def _make_dummy(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str]:
+def _make_dummy(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str, Any]:
     from transformers import AutoModelForCausalLM
 
-    directory, model_config = _dummy_config(config)
-    model_config = override_config(model_config, config.overrides)
-    if config.num_layers is not None:
-        keep_layers(model_config, config.num_layers)
+    directory, base_config = _dummy_config(config)
+    model_config = _final_config(base_config, config)
     geometry = "model.geometry" if directory is None else f"model.path={config.path!r}"
     # The same seed on every rank gives the same random weights. They are made on the device, in the dtype.
     devices = [device] if device.type == "cuda" else []
@@ -191,7 +266,8 @@ def _make_dummy(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
         raise ValueError(f"{geometry}: {_explain(None, model_config, error)}") from error
     tokenizer = available_tokenizer(config, directory, model.get_input_embeddings().num_embeddings)
     shape = f"{model_config.model_type}, {model_config.num_hidden_layers} layers"
-    return model, tokenizer, f"random weights ({shape}; {geometry if directory is None else config.path})"
+    source = f"random weights ({shape}; {geometry if directory is None else config.path})"
+    return model, tokenizer, source, base_config
 
 
 def _dummy_config(config: ModelConfig) -> tuple[Path | None, Any]:

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from apb_ds.loading.config import LOCAL_PREFIXES, PACKAGE_SCHEME
 from apb_ds.loading.gguf import convert_gguf
 from apb_ds.utils.text import kind_and_line, list_some
 
-PACKAGE_SCHEME = "package://"
+ADAPTER_CONFIG = "adapter_config.json"
 HUB_TIMEOUT_S = 10
 MODEL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -41,7 +42,7 @@ def find_model(path: str, *, weights: bool = True, download: bool = True, field:
     ValueError
         Saying what is missing, and where it was looked for.
     """
-    missing = partial(missing_files, weights=weights, field=field)
+    missing = partial(_lacking, path, weights, field)
     local = package_path(path, field) if path.startswith(PACKAGE_SCHEME) else expand_home(path)
     if local.is_dir():
         return _checked_directory(path, local, missing(local), field)
@@ -54,6 +55,22 @@ def find_model(path: str, *, weights: bool = True, download: bool = True, field:
     hint = ", or use model.load_format=dummy for random weights" if field == "model.path" else ""
     patterns = [*MODEL_FILES, "*.safetensors"] if weights else MODEL_FILES
     return find_on_hub(path, patterns, missing, field, download=download, hint=hint)
+
+
+def _lacking(path: str, weights: bool, field: str, directory: Path) -> list[str]:
+    """Return what a model's directory lacks; ValueError if it holds an adapter instead of a model."""
+    lacking = missing_files(directory, weights, field)
+    adapter = directory / ADAPTER_CONFIG
+    if lacking and field == "model.path" and adapter.is_file():
+        try:
+            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError):
+            base = None
+        raise ValueError(
+            f"{field}={path!r} is an adapter, not a model: set model.adapter={path}, and model.path to the model that "
+            f"it was trained on{f': {base}' if base else ''}."
+        )
+    return lacking
 
 
 def find_tokenizer(path: str) -> Path:
@@ -98,8 +115,8 @@ def expand_home(path: str) -> Path:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path cannot be a hub id."""
-    return path.startswith(("/", ".", "~")) or path.count("/") > 1
+    """Whether a path cannot be a hub id, which a revision may follow: ``org/name@revision``."""
+    return path.startswith(LOCAL_PREFIXES) or path.partition("@")[0].count("/") > 1
 
 
 def existing(path: str, local: Path, field: str) -> Path:
@@ -184,14 +201,15 @@ def _shards(index: Path, field: str) -> list[str]:
 
 
 def find_on_hub(
-    repo: str, patterns: Sequence[str], missing: Missing, field: str, *, download: bool = True, hint: str = ""
+    path: str, patterns: Sequence[str], missing: Missing, field: str, *, download: bool = True, hint: str = ""
 ) -> Path:
     """Return the local copy of a hub repository, downloading it if it is not in the cache.
 
     Parameters
     ----------
+    path : ``org/name``, or ``org/name@revision`` for a branch, tag or commit
     patterns : names to download, with ``*``
-    missing : what the cached copy lacks
+    missing : what a copy lacks
     hint : what else the user can do
 
     Raises
@@ -201,9 +219,15 @@ def find_on_hub(
     """
     from huggingface_hub import constants
 
-    looked = [f"the directory {expand_home(repo).absolute()} (not there)"]
-    cached = _cached_snapshot(repo, field)
-    lacking = ["the repository"] if cached is None else missing(cached)
+    repo, at, revision = path.partition("@")
+    if at and expand_home(repo).exists():
+        raise ValueError(
+            f"{field}={path!r}: {expand_home(repo).absolute()} is on this machine, and only hub ids have revisions; "
+            f"leave out {revision!r}."
+        )
+    looked = [f"the directory {expand_home(path).absolute()} (not there)"]
+    cached = _cached_snapshot(repo, revision or None, field)
+    lacking = [f"revision {revision!r}" if at else "the repository"] if cached is None else missing(cached)
     if cached is not None and not lacking:
         return cached
     looked.append(f"the hub cache {constants.HF_HUB_CACHE} (without {list_some(lacking)})")
@@ -211,21 +235,27 @@ def find_on_hub(
         looked.append("not the hub, because HF_HUB_OFFLINE is set")
     elif download:
         try:
-            return _download(repo, list(patterns))
+            downloaded = _download(repo, revision or None, list(patterns))
         except Exception as error:  # the hub client raises a dozen unrelated kinds; all mean that it is not available
             looked.append(f"the hub {constants.ENDPOINT} ({kind_and_line(error)})")
+        else:
+            lacking = missing(downloaded)
+            if not lacking:
+                return downloaded
+            looked.append(f"the hub {constants.ENDPOINT} (without {list_some(lacking)})")
+    command = f"hf download {repo} --revision {revision}" if at else f"hf download {repo}"
     raise ValueError(
-        f"{field}={repo!r} was not found. Looked in: {'; '.join(looked)}. Download it once (hf download {repo}), or "
-        f"set {field} to a local directory{hint}."
+        f"{field}={path!r} was not found. Looked in: {'; '.join(looked)}. Download it once ({command}), or set {field} "
+        f"to a local directory{hint}."
     )
 
 
-def _cached_snapshot(repo: str, field: str) -> Path | None:
+def _cached_snapshot(repo: str, revision: str | None, field: str) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, local_files_only=True))
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
@@ -234,10 +264,10 @@ def _cached_snapshot(repo: str, field: str) -> Path | None:
         ) from error
 
 
-def _download(repo: str, patterns: list[str]) -> Path:
+def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     # Ask one quick question first: without a network, the download would go through its many retries.
-    HfApi().model_info(repo, timeout=HUB_TIMEOUT_S)
+    HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
     options: dict[str, Any] = {"allow_patterns": patterns, "etag_timeout": HUB_TIMEOUT_S}
-    return Path(snapshot_download(repo, **options))
+    return Path(snapshot_download(repo, revision=revision, **options))

@@ -12,6 +12,7 @@ from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.loading.heads import heads_for
+from apb_ds.loading.model import with_positions_of
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.session.job import Settings
 
@@ -24,11 +25,18 @@ class ModelInUse:
     loaded : the model and its tokenizer
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, loaded: LoadedModel | None = None) -> None:
         self.config = config
-        self.loaded: LoadedModel = load_model(config)
+        self.loaded: LoadedModel = loaded or load_model(config)
         self._heads: tuple[str, RetainingHeads | None] | None = None
         self._engine: Any = None
+
+    def with_config(self, config: ModelConfig) -> ModelInUse | None:
+        """Return the same weights with another config, in place of this object; None if they must be loaded again."""
+        if not config.shares_weights_with(self.config):
+            return None
+        loaded = with_positions_of(self.loaded, config)
+        return None if loaded is None else ModelInUse(config, loaded)
 
     def load_heads(self, settings: Settings) -> None:
         """Load the retaining heads that a job needs, unless they are loaded."""

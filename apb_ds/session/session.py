@@ -215,8 +215,9 @@ class Session:
 
     def _model_for(self, config: ModelConfig) -> ModelInUse:
         if self._loaded is None or self._loaded.config != config:
+            changed = None if self._loaded is None else self._loaded.with_config(config)
             self._drop_model()
-            self._loaded = ModelInUse(config)
+            self._loaded = changed or ModelInUse(config)
         return self._loaded
 
     def _drop_model(self) -> None:

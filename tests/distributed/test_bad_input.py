@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from apb_ds.report.paths import hide_paths
 from tests.heads import random_checkpoint, save_heads
@@ -188,6 +190,31 @@ CASES: dict[str, Case] = {
     "a tokenizer that does not match": Case(
         (*PROMPT, "model.tokenizer={files}/wide"), ("model.tokenizer", "859", "260")
     ),
+    "an adapter for a model": Case(
+        (*PROMPT, "model.path={files}/lora"), ("is an adapter", "model.adapter={files}/lora", "org/base")
+    ),
+    "weights without a place": Case(
+        (*PROMPT, "model.path={files}/headed"), ("unexpected keys: v_head.weight", "model.ignore_keys")
+    ),
+    "a pattern that matches no weight": Case(
+        (*PROMPT, "model.ignore_keys=[v_head.*]"), ("model.ignore_keys: 'v_head.*'", "leave it out")
+    ),
+    "two revisions": Case(
+        (*PROMPT, "model.path=org/name@v1", "model.revision=v2"), ("model.revision='v2'", "'org/name@v1'")
+    ),
+    "a revision of a folder": Case((*PROMPT, "model.revision=v2"), ("model.revision='v2'", "{files}/good")),
+    "a revision that is not there": Case(
+        (*PROMPT, "model.path=org/name@v1"), ("model.path='org/name@v1'", "revision 'v1'", "--revision v1")
+    ),
+    "a geometry of real weights": Case(
+        (*PROMPT, "model.geometry.num_hidden_layers=2"),
+        ("model.geometry.num_hidden_layers", "load_format=dummy", "model.overrides.num_hidden_layers"),
+        composes=False,
+    ),
+    "another type of model": Case(
+        (*PROMPT, "model.load_format=dummy", "model.geometry.model_type=qwen2"),
+        ("model_type='qwen2'", "model.path=null"),
+    ),
     # --- heads
     "a compressor without its heads": Case(
         (*PROMPT, "method.compressor=retaining_heads", "model.retaining_heads=null"),
@@ -246,6 +273,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cut = save_checkpoint(directory / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1000])
     (save_checkpoint(directory / "weightless") / "model.safetensors").unlink()
+    weights = save_checkpoint(directory / "headed") / "model.safetensors"
+    save_file({**load_file(weights), "v_head.weight": torch.ones(1)}, weights, metadata={"format": "pt"})
+    (directory / "lora").mkdir()
+    (directory / "lora" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     (directory / "bad.gguf").write_bytes(b"GGUF" + bytes(range(200)))
     return directory
 

@@ -14,9 +14,12 @@ import pytest
 import torch
 
 from apb_ds.loading import ModelConfig, gguf, kept, load_model
+from apb_ds.loading.config import POSITION_FIELDS
 from apb_ds.loading.gguf import _name_special_tokens
+from apb_ds.loading.model import with_positions_of
 from apb_ds.loading.source import find_model, missing_files
-from tests.tiny_checkpoint import byte_tokenizer
+from tests.models import build_model, distinct_ids
+from tests.tiny_checkpoint import byte_tokenizer, save_checkpoint
 from tests.unit.smollm2 import PATH, smollm2_directory
 
 GEOMETRY: dict[str, Any] = {
@@ -131,6 +134,167 @@ def test_a_directory_without_weights(saved: Path) -> None:
     with pytest.raises(ValueError, match=r"a directory without model-2.safetensors"):
         find_model(str(saved))
     assert find_model(str(saved), weights=False) == saved
+
+
+# --- weights that stay for other overrides
+
+ROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0}}
+DEFAULT_ROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}
+LONGER: dict[str, Any] = {"max_position_embeddings": 8192, **ROPE}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "dynamic_rope", "qwen2", "qwen3", "mistral", "phi3_switching"])
+def test_overrides_of_positions_keep_the_weights(tmp_path: Path, family: str, dtype: str) -> None:
+    """Bit for bit what loading gives, with and without a way back."""
+    build_model(family).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    plain = ModelConfig(path=str(tmp_path), device="cpu", dtype=dtype)
+    rope = DEFAULT_ROPE if family == "phi3_switching" else LONGER
+    longer = ModelConfig(path=str(tmp_path), device="cpu", dtype=dtype, overrides=rope)
+    assert longer.shares_weights_with(plain)
+    kept_weights = load_model(plain)
+    ids = distinct_ids(200)
+    for config in (longer, plain):
+        places = [parameter.data_ptr() for parameter in kept_weights.model.parameters()]
+        changed = with_positions_of(kept_weights, config)
+        assert changed is not None
+        kept_weights, fresh = changed, load_model(config)
+        assert [parameter.data_ptr() for parameter in kept_weights.model.parameters()] == places
+        assert torch.equal(kept_weights.model(ids).logits, fresh.model(ids).logits)
+        assert kept_weights.model.config.to_dict() == fresh.model.config.to_dict()
+        assert kept_weights.model.generation_config.to_dict() == fresh.model.generation_config.to_dict()
+        buffers = dict(fresh.model.named_buffers())
+        assert buffers.keys() == dict(kept_weights.model.named_buffers()).keys()
+        for name, buffer in kept_weights.model.named_buffers():
+            assert buffer.dtype == buffers[name].dtype and torch.equal(buffer, buffers[name])
+        assert not kept_weights.model.training and not any(p.requires_grad for p in kept_weights.model.parameters())
+    assert not torch.equal(fresh.model(ids).logits, load_model(longer).model(ids).logits), "they differ at all"
+
+
+def test_a_dummy_keeps_its_weights() -> None:
+    first, second = dummy(num_layers=2), dummy(num_layers=2, overrides=LONGER)
+    changed = with_positions_of(load_model(first), second)
+    assert changed is not None
+    ids = torch.arange(90)[None]
+    assert torch.equal(changed.model(ids).logits, load_model(second).model(ids).logits)
+
+
+def test_overrides_stay_as_they_were_given() -> None:
+    """Phi-3's config renames a rope_type in the mapping that it is given."""
+    phi3, rope = {**GEOMETRY, "model_type": "phi3", "pad_token_id": 0}, {"rope_type": "su", "rope_theta": 5000.0}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 256}
+    config = dummy(geometry=phi3, overrides={"rope_parameters": {**rope, **factors}})
+    load_model(config)
+    assert config.overrides == {"rope_parameters": {**rope, **factors}} and config.geometry == phi3
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({"overrides": dict.fromkeys(POSITION_FIELDS, 1)}, True),
+        ({"overrides": {"tie_word_embeddings": True}}, False),
+        ({"overrides": {**ROPE, "rms_norm_eps": 1e-3}}, False),
+        ({"overrides": ROPE, "dtype": "bfloat16"}, False),
+        ({"overrides": ROPE, "path": "other"}, False),
+        ({"overrides": ROPE, "adapter": "other"}, False),
+    ],
+    ids=str,
+)
+def test_what_shares_weights(changes: dict[str, Any], shared: bool) -> None:
+    plain = ModelConfig(path="some", overrides={"attention_dropout": 0.0})
+    other = ModelConfig(**{"path": "some", **changes, "overrides": {"attention_dropout": 0.0, **changes["overrides"]}})
+    assert plain.shares_weights_with(other) is other.shares_weights_with(plain) is shared
+
+
+def test_buffers_among_the_weights_are_not_kept() -> None:
+    loaded = load_model(dummy())
+    loaded.model.model.rotary_emb.register_buffer("inv_freq", loaded.model.model.rotary_emb.inv_freq)
+    assert with_positions_of(loaded, dummy(overrides=LONGER)) is None
+
+
+# --- revisions
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache with two revisions of a repository, offline."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / "models--org--name"
+    (repository / "refs" / "refs" / "pr").mkdir(parents=True)
+    for digit, refs in (("a", ["main"]), ("b", ["v1.0", "refs/pr/1"])):
+        for ref in refs:
+            (repository / "refs" / ref).write_text(digit * 40)
+        layers = 1 if digit == "a" else 2
+        save_checkpoint(repository / "snapshots" / (digit * 40), num_hidden_layers=layers)
+    return repository / "snapshots"
+
+
+@pytest.mark.parametrize(
+    ("given", "snapshot"),
+    [
+        ({"path": "org/name"}, "a"),
+        ({"path": "org/name@v1.0"}, "b"),
+        ({"path": "org/name@refs/pr/1"}, "b"),
+        ({"path": f"org/name@{'a' * 40}"}, "a"),
+        ({"path": "org/name", "revision": "v1.0"}, "b"),
+        ({"path": "org/name@v1.0", "revision": "v1.0"}, "b"),
+    ],
+    ids=str,
+)
+def test_revisions(hub: Path, given: dict[str, Any], snapshot: str) -> None:
+    config = ModelConfig(**given, device="cpu")
+    assert find_model(str(config.path)) == hub / (snapshot * 40)
+    assert len(load_model(config).model.model.layers) == "_ab".index(snapshot)
+    assert find_model(str(config.path), weights=False, field="model.tokenizer") == hub / (snapshot * 40)
+
+
+def test_a_revision_that_is_not_there(hub: Path) -> None:
+    with pytest.raises(ValueError) as raised:
+        find_model("org/name@v2")
+    for part in ("model.path='org/name@v2'", "revision 'v2'", "hf download org/name --revision v2"):
+        assert part in str(raised.value)
+
+
+def test_a_folder_has_no_revisions(hub: Path) -> None:
+    Path("org/name").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"model.path='org/name@v1.0'.*is on this machine.*leave out 'v1.0'"):
+        find_model("org/name@v1.0")
+    Path("org/name@v1.0").mkdir()
+    (Path("org/name@v1.0") / "config.json").write_text("{}")
+    assert find_model("org/name@v1.0", weights=False) == Path("org/name@v1.0"), "a folder's own name"
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"path": "org/name@v1", "revision": "v2"}, ("model.revision='v2'", "model.path='org/name@v1'", "one of them")),
+        ({"path": "/folder", "revision": "v2"}, ("model.revision='v2'", "'/folder'", "leave it out")),
+        ({"path": "./folder", "revision": "v2"}, ("model.revision='v2'", "leave it out")),
+        ({"path": "package://a/b.gguf", "revision": "v2"}, ("model.revision='v2'", "leave it out")),
+        ({"path": "model.gguf", "revision": "v2"}, ("model.revision='v2'", "leave it out")),
+        ({"path": "org/name", "revision": 2}, ("model.revision=2", "quote")),
+        (
+            {"path": "org/name", "revision": "v2", "load_format": "dummy"},
+            ("model.revision='v2'", "real weights", "load_format=dummy"),
+        ),
+        ({"path": "org/name", "ignore_keys": [3]}, ("model.ignore_keys=[3]", "[v_head.*]")),
+        (
+            {"path": "org/name", "ignore_keys": ["v_head.*"], "load_format": "dummy"},
+            ("model.ignore_keys=['v_head.*']", "real weights"),
+        ),
+    ],
+    ids=str,
+)
+def test_bad_revisions_and_patterns(given: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as raised:
+        ModelConfig(**given)
+    for part in parts:
+        assert part in str(raised.value)
 
 
 def test_weights_that_do_not_fit_are_an_error(saved: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.loading.source import package_path
@@ -215,6 +216,51 @@ def test_a_missing_package_is_not_damage(copy: Path) -> None:
     change_config(quantization_config={"quant_method": "gptq", "bits": 4})(copy)
     message = refusal(copy)
     assert "needs a package" in message and "damaged" not in message
+
+
+def with_value_head(directory: Path) -> None:
+    """Add what reward training leaves behind."""
+    tensors = {**load_file(directory / WEIGHTS), "v_head.summary.weight": torch.ones(1, 64), "v_head.summary.bias": ONE}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+ONE = torch.ones(1)
+
+
+def test_weights_without_a_place(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = load(copy).model(torch.arange(40)[None]).logits
+    with_value_head(copy)
+    message = refusal(copy)
+    for part in ("unexpected keys: v_head.summary.bias, v_head.summary.weight", "model.ignore_keys"):
+        assert part in message, message
+    assert "unexpected keys: v_head.summary.weight;" in refusal(copy, ignore_keys=["*.bias"])
+    message = refusal(copy, ignore_keys=["v_head.*", "value_head.*"])
+    for part in ("'value_head.*' matches no weight", "v_head.summary.bias", "correct the pattern or leave it out"):
+        assert part in message, message
+    caplog.clear()
+    loaded = load(copy, ignore_keys=["v_head.*"])
+    assert torch.equal(loaded.model(torch.arange(40)[None]).logits, plain)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "model.ignore_keys" in line and "v_head.summary.bias, v_head.summary.weight" in line
+
+
+def test_a_pattern_of_needed_weights(copy: Path) -> None:
+    message = refusal(copy, ignore_keys=["lm_head.*"])
+    assert "'lm_head.*' matches no weight" in message and "those are: none" in message
+
+
+@pytest.mark.parametrize("has_config", [False, True])
+def test_an_adapter_for_a_model(copy: Path, has_config: bool) -> None:
+    (copy / WEIGHTS).rename(copy / "adapter_model.safetensors")
+    if not has_config:
+        (copy / CONFIG).unlink()
+    (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    message = refusal(copy)
+    for part in ("is an adapter", f"model.adapter={copy}", "model.path", "org/base"):
+        assert part in message, message
+    for content in ("{", "[]", "{}"):
+        (copy / "adapter_config.json").write_text(content)
+        assert f"model.adapter={copy}" in refusal(copy)
 
 
 # --- config.json

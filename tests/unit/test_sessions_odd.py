@@ -6,10 +6,12 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 
+from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.session import Session
 from apb_ds.session.job import MAX_SEED, read_settings
 from apb_ds.tasks.text import read_text
@@ -17,6 +19,16 @@ from tests.launch_in_process import INTERRUPTED, Ended, run_infer
 from tests.tiny_checkpoint import save_checkpoint
 
 DOCUMENT = "A lamp stands on the pier."
+ROPE = {"rope_type": "default", "rope_theta": 30.0}
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 300,
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +57,51 @@ def test_what_hydra_refuses_is_reported_without_a_traceback(
     assert ended.code == 2
     assert "Traceback" not in ended.stderr
     assert all(part in ended.stderr for part in expected), ended.stderr
+
+
+def test_a_sweep_over_positions_loads_its_model_once(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And answers as jobs do that load it themselves."""
+    loads: list[ModelConfig] = []
+
+    def load(config: ModelConfig) -> LoadedModel:
+        loads.append(config)
+        return load_model(config)
+
+    monkeypatch.setattr("apb_ds.session.model_in_use.load_model", load)
+    asked = ("task=prompt", f"task.document='{DOCUMENT}'", "task.query=hi", "task.max_new_tokens=8")
+    thetas = (10000.0, 30.0, 2.0)
+    rope = "+model.overrides.rope_parameters={rope_type: default, rope_theta: %s}"
+    alone = [infer(model_path, tmp_path / str(theta), *asked, rope % theta) for theta in thetas]
+    assert [ended.code for ended in alone] == [0, 0, 0] and len(loads) == 3, alone[0].stderr
+    answers = [ended.records[0]["task"]["prediction"] for ended in alone]
+    assert len(set(answers)) > 1
+    values = ",".join((rope % theta).partition("=")[2] for theta in thetas)
+    swept = infer(model_path, tmp_path / "sweep", *asked, "-m", f"{rope.partition('=')[0]}={values}")
+    assert [record["task"]["prediction"] for record in swept.records] == answers and len(loads) == 4
+
+
+@pytest.mark.parametrize("path", [None, "/no/such/place"])
+@pytest.mark.parametrize(
+    ("override", "field", "expected"),
+    [
+        ("model.geometry.num_hidden_layers=1", "num_hidden_layers", 1),
+        ("model.geometry.rope_parameters.rope_theta=30.0", "rope_parameters", ROPE),
+    ],
+)
+def test_a_geometry_holds_whether_or_not_the_files_are_there(
+    model_path: Path, tmp_path: Path, path: str | None, override: str, field: str, expected: Any
+) -> None:
+    small = [f"model.geometry.{name}={value}" for name, value in SMALL.items() if name not in override]
+    given = ["model.load_format=dummy", "task.num_tokens=300", *small, override]
+    with mock.patch("apb_ds.session.model_in_use.load_model", side_effect=load_model) as loads:
+        ended = infer(model_path, tmp_path, *given, *([f"model.path={path}"] if path else []))
+    assert ended.code == 0, ended.stderr
+    (call,) = loads.call_args_list
+    model_config = load_model(call.args[0]).model.config
+    assert getattr(model_config, field) == expected
+    assert model_config.hidden_size == SMALL["hidden_size"]
 
 
 def test_a_dollar_brace_that_is_escaped_is_text(model_path: Path, tmp_path: Path) -> None:
