@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,6 +28,7 @@ from apb_ds.compressors.base import RETAINING_HEADS
 from apb_ds.config import DEFAULT_COMPRESSION_RATIO, check_choice
 from apb_ds.engine.engine import APBEngine
 from apb_ds.loading import ModelConfig, load_model
+from apb_ds.report.flops import SIZE_NAMES
 from apb_ds.report.record import environment, write_json
 from benchmarks import common
 
@@ -51,6 +53,26 @@ def settings_to_compare(hosts: int, ratio: float | None = None, with_heads: bool
         **{name: [passing | {"compressor": name}] for name in names},
         "random": [passing | {"compressor": "random", "seed": seed} for seed in range(common.SEEDS)],
     }
+
+
+@torch.no_grad()
+def with_windows(model: Any, window: int) -> Any:
+    """Return a Llama model's weights in one whose every other layer attends within a window, the first one included."""
+    kept = [*SIZE_NAMES, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters"]
+    kept.append("tie_word_embeddings")
+    kinds = ["sliding_attention", "full_attention"] * model.config.num_hidden_layers
+    config = Qwen2Config(
+        **{name: getattr(model.config, name) for name in kept},
+        use_sliding_window=True,
+        sliding_window=window,
+        layer_types=kinds[: model.config.num_hidden_layers],
+    )
+    hybrid = Qwen2ForCausalLM(config).to(model.device, model.dtype).eval().requires_grad_(False)
+    missing, unexpected = hybrid.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and all(name.endswith("bias") for name in missing)
+    for name in missing:
+        hybrid.get_parameter(name).zero_()
+    return hybrid
 
 
 @torch.no_grad()
@@ -97,16 +119,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure all rows on all texts; return the record."""
     loaded = load_model(ModelConfig(path=arguments.model, dtype=arguments.dtype))
     samples, sources = common.read_texts(arguments, loaded)
-    heads = arguments.heads
+    model, heads = loaded.model, arguments.heads
+    if arguments.sliding_window is not None:
+        model = with_windows(model, arguments.sliding_window)
     # An engine keeps the heads it was once given, whatever it is configured with later.
     config = APBConfig() if heads is None else APBConfig(compressor=RETAINING_HEADS)
-    engine = init_inference(loaded.model, config, retaining_heads=None if heads is None else str(heads))
+    engine = init_inference(model, config, retaining_heads=None if heads is None else str(heads))
     rows = settings_to_compare(arguments.hosts, arguments.ratio, heads is not None)
     rows = {name: rows[name] for name in rows if not arguments.rows or name in arguments.rows}
     found: dict[str, dict[str, list[float]]] = {name: {} for name in rows}
     for sample in samples:
         document, judged = sample.document_ids.to(loaded.device), sample.query_ids.to(loaded.device)
-        dense = dense_log_probs(loaded.model, torch.cat((document, judged), dim=1), judged.shape[1])
+        dense = dense_log_probs(model, torch.cat((document, judged), dim=1), judged.shape[1])
         text = sample.labels["text"]
         for name, variants in rows.items():
             found[name][text] = [divergence(engine, values, document, judged, dense) for values in variants]
@@ -122,6 +146,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "hosts": arguments.hosts,
         "ratio": DEFAULT_COMPRESSION_RATIO if arguments.ratio is None else arguments.ratio,
         "heads": common.describe_heads(heads),
+        "sliding_window": arguments.sliding_window,
         "kl": found,
         "mean_kl": {name: fmean(values) for name, values in means.items()},
         "minus_random": differences(means, "random"),
@@ -140,6 +165,9 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.make_parser(__doc__)
     common.add_text_arguments(parser)
     parser.add_argument("--ratio", type=float, help="compression ratio; by default the package's")
+    parser.add_argument(
+        "--sliding-window", type=int, metavar="TOKENS", help="have every other layer attend within so many tokens"
+    )
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows; give them after the texts")
     arguments = parser.parse_args(given)
     common.check_arguments(parser, arguments)
