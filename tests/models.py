@@ -16,7 +16,9 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     Gemma3TextConfig,
@@ -31,6 +33,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -62,8 +66,8 @@ def _draw_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     def draw(tensor: torch.Tensor, scale: float) -> torch.Tensor:
         return scale * torch.randn(tensor.shape, generator=generator)
 
-    heads = model.config.num_attention_heads
-    key_heads = model.config.num_key_value_heads
+    config = model.config.get_text_config()
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             owner = name.rsplit(".", 2)[-2]
@@ -244,7 +248,26 @@ def deepseek_v3(seed: int = 0) -> PreTrainedModel:
     return _build(DeepseekV3ForCausalLM, DeepseekV3Config(**shape, **latents, **experts), seed)
 
 
-# Families whose layers are not all attention to all tokens over what they cache.
+def qwen2_vl(seed: int = 0) -> PreTrainedModel:
+    """Qwen2-VL, which sees images as well: its text part has rotary positions in three axes."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14}
+    special = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
+    config = Qwen2VLConfig(text_config={**_SHAPE, "rope_parameters": rope}, vision_config=vision, **special)
+    return _build(Qwen2VLForConditionalGeneration, config, seed)
+
+
+def gemma3_with_images(seed: int = 0) -> PreTrainedModel:
+    """Gemma 3 from 4B on, which sees images as well."""
+    text = {**gemma3(seed).config.to_dict(), "attn_implementation": "sdpa"}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    special = {"image_token_index": 500, "boi_token_index": 501, "eoi_token_index": 502, "mm_tokens_per_image": 4}
+    config = Gemma3Config(text_config=text, vision_config=vision, tie_word_embeddings=False, **special)
+    return _build(Gemma3ForConditionalGeneration, config, seed)
+
+
+# Families whose layers are not all attention to all tokens over what they cache, or that have other parts than text.
 HYBRIDS: dict[str, Callable[..., PreTrainedModel]] = {
     "mistral_window": mistral_window,
     "qwen2_mixed": qwen2_mixed,
@@ -253,6 +276,8 @@ HYBRIDS: dict[str, Callable[..., PreTrainedModel]] = {
     "gemma3n": gemma3n,
     "gpt_oss": gpt_oss,
     "deepseek_v3": deepseek_v3,
+    "qwen2_vl": qwen2_vl,
+    "gemma3_with_images": gemma3_with_images,
 }
 
 

@@ -266,10 +266,15 @@ def _project(module: Any, hidden: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
+def _decoder(model: PreTrainedModel) -> Any:
+    """Return the part that makes hidden states of text."""
+    return getattr(model.base_model, "language_model", model.base_model)
+
+
 @contextlib.contextmanager
 def fixed_rotary(model: PreTrainedModel, length: int) -> Iterator[None]:
     """Rotate every forward inside as one that reaches position ``length - 1``, whatever was forwarded before."""
-    rotary: Any = model.base_model.rotary_emb
+    rotary: Any = _decoder(model).rotary_emb
     if getattr(rotary, "rope_type", None) == "dynamic":
         rotary.register_buffer("inv_freq", rotary.original_inv_freq.clone(), persistent=False)
         rotary.max_seq_len_cached = rotary.original_max_seq_len
@@ -277,12 +282,12 @@ def fixed_rotary(model: PreTrainedModel, length: int) -> Iterator[None]:
     def append(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         given = (*args, *kwargs.values()) if args else (kwargs["x"], kwargs["position_ids"])
         hidden, positions, *rest = given  # the rest is a kind of layers
-        last = positions.new_full((positions.shape[0], 1), length - 1)
-        return (hidden, torch.cat([positions, last], dim=1), *rest), {}
+        last = positions.new_full((*positions.shape[:-1], 1), length - 1)
+        return (hidden, torch.cat([positions, last], dim=-1), *rest), {}
 
     def drop(module: Any, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         cos, sin = output
-        return cos[:, :-1], sin[:, :-1]
+        return cos[..., :-1, :], sin[..., :-1, :]
 
     hooks = [rotary.register_forward_pre_hook(append, with_kwargs=True), rotary.register_forward_hook(drop)]
     try:
@@ -294,22 +299,23 @@ def fixed_rotary(model: PreTrainedModel, length: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attention(model: PreTrainedModel, function: _MaskedAttention) -> Iterator[None]:
-    before = model.config._attn_implementation
+    config = model.config.get_text_config()
+    before = config._attn_implementation
     AttentionInterface.register(_NAME, function)
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
-    model.config._attn_implementation = _NAME
+    config._attn_implementation = _NAME
 
     def project(module: Any, args: Any, kwargs: Any) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         function.projections = _project(module, hidden[0])
 
-    hooks = [layer.self_attn.register_forward_pre_hook(project, with_kwargs=True) for layer in model.base_model.layers]
+    hooks = [layer.self_attn.register_forward_pre_hook(project, with_kwargs=True) for layer in _decoder(model).layers]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        model.config._attn_implementation = before
+        config._attn_implementation = before
         AttentionInterface._global_mapping.pop(_NAME, None)
         AttentionMaskInterface._global_mapping.pop(_NAME, None)
 
