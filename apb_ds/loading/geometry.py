@@ -108,6 +108,8 @@ def check_causal(named: str, model_config: Any) -> None:
         kind = "it is an encoder"
     elif type(model_config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(model_config, "auto_map"):
         return
+    elif type(model_config) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return  # it answers text alone as well
     else:
         kind = "transformers has no decoder of that type"
     raise ValueError(
@@ -115,8 +117,19 @@ def check_causal(named: str, model_config: Any) -> None:
     )
 
 
+def auto_class(model_config: Any) -> Any:
+    """Return the class of transformers that makes the model of a config: with images or without."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
+
+    with_images = type(model_config) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if with_images else AutoModelForCausalLM
+
+
 def override_config(model_config: Any, overrides: dict[str, Any]) -> Any:
     """Return the config with the fields replaced; rebuilding it makes transformers validate them.
+
+    Fields of a multimodal model's text part may be given without ``text_config``.
 
     Raises
     ------
@@ -133,6 +146,11 @@ def override_config(model_config: Any, overrides: dict[str, Any]) -> Any:
             f"{model_config.model_type}, which cannot become another; for random weights of another type, set "
             "model.path=null, model.load_format=dummy and model.geometry."
         )
+    if "text_config" in values and "text_config" not in overrides:
+        known = model_config.get_text_config().to_dict()
+        of_text = {name: value for name, value in overrides.items() if name in known and name not in values}
+        overrides = {name: value for name, value in overrides.items() if name not in of_text}
+        values["text_config"] |= of_text
     for name in overrides:
         if name not in values and not hasattr(model_config, name):
             raise ValueError(
@@ -147,7 +165,8 @@ def override_config(model_config: Any, overrides: dict[str, Any]) -> Any:
 
 
 def keep_layers(model_config: Any, num_layers: int) -> None:
-    """Cut the config to its first layers; ValueError if it has fewer."""
+    """Cut the config's text part to its first layers; ValueError if it has fewer."""
+    model_config = model_config.get_text_config()
     if num_layers > model_config.num_hidden_layers:
         raise ValueError(
             f"model.num_layers={num_layers} is more than the model has; use at most {model_config.num_hidden_layers}."

@@ -19,7 +19,7 @@ import torch
 from apb_ds.loading.adapter import merge_adapter
 from apb_ds.loading.config import ModelConfig
 from apb_ds.loading.damage import find_damage
-from apb_ds.loading.geometry import keep_layers, make_config, override_config, read_config
+from apb_ds.loading.geometry import auto_class, keep_layers, make_config, override_config, read_config
 from apb_ds.loading.quiet import quiet_transformers
 from apb_ds.loading.source import find_model, weight_files
 from apb_ds.loading.tokenizer import available_tokenizer, read_tokenizer
@@ -129,7 +129,6 @@ def with_positions_of(loaded: LoadedModel, config: ModelConfig) -> LoadedModel |
         For overrides that transformers refuses.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     start = time.perf_counter()
     model_config = _final_config(loaded.base_config, config)
@@ -140,7 +139,7 @@ def with_positions_of(loaded: LoadedModel, config: ModelConfig) -> LoadedModel |
         return None
     try:
         with quiet_transformers(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(model_config, dtype=loaded.dtype, attn_implementation="sdpa")
+            model = auto_class(model_config).from_config(model_config, dtype=loaded.dtype)
         model.load_state_dict(weights, assign=True)
     except Exception:  # of many kinds: loading again says what is wrong
         return None
@@ -166,8 +165,6 @@ def _final_config(base_config: Any, config: ModelConfig) -> Any:
 
 
 def _read_model(config: ModelConfig, path: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str, Any]:
-    from transformers import AutoModelForCausalLM
-
     directory = find_model(path)
     base_config = read_config(directory, config)
     model_config = _final_config(base_config, config)
@@ -176,7 +173,7 @@ def _read_model(config: ModelConfig, path: str, device: torch.device, dtype: tor
     if device.type == "cuda" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # tensor by tensor, without a copy of the model on the host
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(model_config).from_pretrained(
             directory,
             config=model_config,
             dtype=dtype,
@@ -249,8 +246,6 @@ def _describe_key(key: Any) -> str:
 
 
 def _make_dummy(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str, Any]:
-    from transformers import AutoModelForCausalLM
-
     directory, base_config = _dummy_config(config)
     model_config = _final_config(base_config, config)
     geometry = "model.geometry" if directory is None else f"model.path={config.path!r}"
@@ -259,13 +254,13 @@ def _make_dummy(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     try:
         with torch.random.fork_rng(devices), torch.device(device):
             torch.manual_seed(DUMMY_SEED)
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+            model = auto_class(model_config).from_config(model_config, dtype=dtype)
     except Exception as error:  # of many kinds: whatever layers raise for sizes that do not fit together
         if is_out_of_memory(error):
             raise
         raise ValueError(f"{geometry}: {_explain(None, model_config, error)}") from error
     tokenizer = available_tokenizer(config, directory, model.get_input_embeddings().num_embeddings)
-    shape = f"{model_config.model_type}, {model_config.num_hidden_layers} layers"
+    shape = f"{model_config.model_type}, {model_config.get_text_config().num_hidden_layers} layers"
     source = f"random weights ({shape}; {geometry if directory is None else config.path})"
     return model, tokenizer, source, base_config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,10 @@ def _read(config: ModelConfig, place: Path, num_embeddings: int) -> Any:
             raise
         raise ValueError(f"{named}: {_explain(place, error)}") from error
     _check_ids(config, tokenizer, num_embeddings)
+    # Where older checkpoints of models with images have it.
+    template = place / "chat_template.json"
+    if tokenizer.chat_template is None and template.is_file():
+        tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
     return tokenizer
 
 

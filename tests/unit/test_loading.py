@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import apb_ds
 from apb_ds.loading import ModelConfig, gguf, kept, load_model
 from apb_ds.loading.config import POSITION_FIELDS
 from apb_ds.loading.gguf import _name_special_tokens
 from apb_ds.loading.model import with_positions_of
 from apb_ds.loading.source import find_model, missing_files
-from tests.models import build_model, distinct_ids
+from tests.models import build_model, distinct_ids, request_ids
 from tests.tiny_checkpoint import byte_tokenizer, save_checkpoint
 from tests.unit.smollm2 import PATH, smollm2_directory
 
@@ -372,3 +374,59 @@ def test_a_converted_tokenizer_has_the_models_special_tokens() -> None:
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id) == ("<s>", "<|user|>", end)
     _name_special_tokens(tokenizer, SimpleNamespace(bos_token_id=None, eos_token_id=[end]))
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "<|user|>")
+
+
+def save_with_tokenizer(model: Any, directory: Path) -> Path:
+    model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3_with_images"])
+def test_a_model_with_images_as_a_model_of_text(tmp_path: Path, family: str) -> None:
+    model = build_model(family)
+    directory = save_with_tokenizer(model, tmp_path / "model")
+    loaded = load_model(ModelConfig(path=str(directory), device="cpu", overrides={"max_position_embeddings": 777}))
+    assert type(loaded.model) is type(model)
+    assert loaded.model.config.get_text_config().max_position_embeddings == 777
+    document, query = request_ids(90, 5)
+    config = apb_ds.APBConfig(hosts=4, anchor_length=8, passing_length=4)
+    logits = []
+    for each in (model, loaded.model):
+        engine = apb_ds.init_inference(each, config)
+        logits.append(engine.query_logits(query, context=engine.prefill(document)))
+    assert torch.equal(*logits)
+    dummy = load_model(ModelConfig(path=str(directory), device="cpu", load_format="dummy", num_layers=1))
+    assert len(apb_ds.init_inference(dummy.model, config).layers) == 1
+
+
+def test_a_template_in_a_file_of_its_own(tmp_path: Path) -> None:
+    directory = save_checkpoint(tmp_path / "model", template=None)
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    loaded = load_model(ModelConfig(path=str(directory), device="cpu"))
+    message = [{"role": "user", "content": "hello"}]
+    assert loaded.tokenizer.apply_chat_template(message, tokenize=False) == "hello"
+
+
+def test_experts_in_mxfp4(tmp_path: Path) -> None:
+    """GPT-OSS as it is published: transformers unpacks the experts where it has no kernel for them."""
+    model = build_model("gpt_oss")
+    directory = save_with_tokenizer(model, tmp_path / "model")
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = weights.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        weights[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        weights[f"{name}_scales"] = torch.full(shape, 123, dtype=torch.uint8)  # 2 ** -4
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    loaded = load_model(ModelConfig(path=str(directory), device="cpu", dtype="bfloat16"))
+    values = loaded.model.model.layers[0].mlp.experts.gate_up_proj.float() * 16
+    assert set(values.abs().unique().tolist()) == {0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0}
+    document, query = request_ids(90, 5)
+    engine = apb_ds.init_inference(loaded.model, apb_ds.APBConfig(method="dense"))
+    tokens = engine.generate(document, query, max_new_tokens=4, do_sample=False)
+    assert tokens.shape == (1, 4)
