@@ -15,15 +15,17 @@ TOKENS = 101
 APB: dict[str, Any] = {"method": "apb", "hosts": 4, "anchor_length": 12, "passing_length": 5}
 
 
-def emulated(world_size: int, given: dict[str, Any], n: int = TOKENS) -> list[tuple[int, int]]:
+def emulated(world_size: int, given: dict[str, Any], n: int = TOKENS, family: str = "llama") -> list[tuple[int, int]]:
     return [
-        run_prefill_counted(group.rank, world_size, "llama", n, given, KV_HEADS, group)
+        run_prefill_counted(group.rank, world_size, family, n, given, KV_HEADS, group)
         for group in emulated_groups(world_size)
     ]
 
 
-def real(pool: Pools, world_size: int, given: dict[str, Any], n: int = TOKENS) -> list[tuple[int, int]]:
-    return pool(world_size).run(run_prefill_counted, "llama", n, given, KV_HEADS, timeout=60)
+def real(
+    pool: Pools, world_size: int, given: dict[str, Any], n: int = TOKENS, family: str = "llama"
+) -> list[tuple[int, int]]:
+    return pool(world_size).run(run_prefill_counted, family, n, given, KV_HEADS, timeout=60)
 
 
 @pytest.mark.parametrize("shard_anchor", [True, False])
@@ -50,6 +52,13 @@ def test_apb(pool: Pools, schedule: str, shard_anchor: bool) -> None:
 )
 def test_other_settings(pool: Pools, world_size: int, n: int, given: dict[str, Any]) -> None:
     assert emulated(world_size, given, n) == real(pool, world_size, given, n)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "given"), [(2, APB), (4, APB | {"hosts": 8}), (2, {"method": "ring"}), (2, {"method": "ulysses"})]
+)
+def test_layers_with_windows(pool: Pools, world_size: int, given: dict[str, Any]) -> None:
+    assert emulated(world_size, given, family="gemma3") == real(pool, world_size, given, family="gemma3")
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,15 @@ APB: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5}
         ("apb", 101, APB | {"shard_anchor": False, "schedule": "natural"}),
         ("star", 101, {"hosts": 4, "shard_anchor": False}),
         ("apb", 40, {"hosts": 4, "anchor_length": 11}),
+        ("apb with windows", 101, APB),
+        ("ulysses with windows", 101, {}),
     ],
 )
 def test_as_every_rank_computes(pool: Pools, method: str, n: int, given: dict[str, Any], world_size: int) -> None:
     kv_heads = 4  # ulysses shares them over 4 ranks
-    ended = pool(world_size).run(run_counted, "llama", n, {"method": method, **given}, kv_heads, timeout=60)
+    method, _, windows = method.partition(" ")
+    family = "gemma3" if windows else "llama"
+    ended = pool(world_size).run(run_counted, family, n, {"method": method, **given}, kv_heads, timeout=60)
     counted = ended[0][2]
     assert counted is not None and counted["total"] == sum(counted["parts"].values())
     assert counted["total"] == sum(prefilled for prefilled, _, _ in ended)
