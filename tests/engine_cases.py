@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from tests.heads import random_checkpoint
 from tests.models import build_model, request_ids
@@ -63,7 +63,9 @@ HEADS_SCORERS = {"retaining_heads": retaining_heads, "heads_and_window": heads_a
 
 def heads_scorer(family: str, compressor: str = "retaining_heads") -> Scorer:
     """The slow scores of the heads that `tests.heads` draws for a model of the family."""
-    return HEADS_SCORERS[compressor](random_checkpoint(build_model(family)), torch.nn.functional.silu)
+    model = build_model(family)
+    activation = ACT2FN[getattr(model.config, "hidden_act", None) or model.config.hidden_activation]
+    return HEADS_SCORERS[compressor](random_checkpoint(model), activation)
 
 
 def engine_random_scores(block: ScoreInput) -> Tensor:

@@ -14,6 +14,7 @@ from apb_ds.cache import WindowCacheLayer
 from apb_ds.hf.probe import probe_model
 from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel
 from tests.engine_cases import TOLERANCE, Case
+from tests.heads import engine_with_heads
 from tests.models import HYBRIDS, WINDOW, build_model, request_ids
 from tests.reference import STAR, reference_greedy, run_reference
 
@@ -159,3 +160,24 @@ def test_a_kernel_without_windows_is_not_used_for_them(monkeypatch: pytest.Monke
         new_engine("gemma3", kernel="cpu_flash")
     with pytest.raises(ValueError, match=named):
         engine.configure(apb_ds.APBConfig(kernel="cpu_flash"))
+
+
+def test_retaining_heads_score_the_layers_that_see_all_tokens() -> None:
+    given = {"hosts": 4, "anchor_length": 12, "passing_length": 5, "compressor": "retaining_heads"}
+    case = Case("heads", 150, 5, given)
+    document, query = case.ids()
+    engine = engine_with_heads(build_model("gemma3"))
+    engine.configure(apb_ds.APBConfig(**given))
+    scored: list[int] = []
+    score = type(engine.attention.compressor).score
+
+    def noted(self: Any, states: Any) -> Tensor:
+        scored.append(states.layer_idx)
+        return score(self, states)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(engine.attention.compressor), "score", noted)
+        logits = engine.query_logits(query, context=engine.prefill(document, query))
+    expected = run_reference(build_model("gemma3"), document, query, **case.reference_settings("gemma3")).logits
+    assert float((logits - expected).abs().max()) < TOLERANCE
+    assert set(scored) == {2}
