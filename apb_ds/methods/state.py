@@ -153,9 +153,13 @@ class PrefillState:
             self.cache.layer(layer_idx).store_block(*(states[:, :, span] for states in given or (keys, values)))
 
     def store_tail(self, layer_idx: int, tail: Tensor) -> None:
-        """Cache what a window still reaches after the document: keys and values, (2, kv_heads, tokens, head_dim)."""
-        if self.cache.attention[layer_idx].stores:
-            self.cache.layer(layer_idx).store_block(tail[0:1], tail[1:2])
+        """Cache what a window still reaches after the document: keys and values, (2, kv_heads, tokens, head_dim).
+
+        Values narrower than keys come padded.
+        """
+        attention = self.cache.attention[layer_idx]
+        if attention.stores:
+            self.cache.layer(layer_idx).store_block(tail[0:1], tail[1:2, ..., : attention.value_dim])
 
     def take_projections(self) -> list[tuple[Tensor, ...] | None]:
         """Return the `projections` of each block, views of (1, block_tokens, channels) each, and release them."""
@@ -172,7 +176,9 @@ class PrefillState:
         fused : whether states are gathered in one kernel
         """
         if layer_idx not in self._passed:
-            reads_cache = self.plan.world_size == 1 and self.cache.attention[layer_idx].stores_attended
+            attention = self.cache.attention[layer_idx]
+            is_equally_wide = attention.value_dim in (None, attention.head_dim)
+            reads_cache = self.plan.world_size == 1 and attention.stores_attended and is_equally_wide
             self._passed[layer_idx] = (
                 OwnStates(self.plan, self.cache.layer(layer_idx), like, fused)
                 if reads_cache
