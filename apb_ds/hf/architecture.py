@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
+from collections import Counter
 from typing import Any, cast
 
 from torch import nn
@@ -31,9 +33,15 @@ def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Return the text decoder's attention modules by layer index."""
-    parts = text_decoder(model).modules()
-    modules = (module for module in parts if hasattr(module, "is_causal") and hasattr(module, "layer_idx"))
-    return {int(module.layer_idx): module for module in modules}  # type: ignore[arg-type]
+    return {module.layer_idx: module for module in _attention_modules(model)}  # type: ignore[misc]
+
+
+def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    return [
+        module
+        for module in text_decoder(model).modules()
+        if hasattr(module, "is_causal") and isinstance(getattr(module, "layer_idx", None), int)
+    ]
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -48,13 +56,35 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 # What the layer types of transformers' configs are, where they are not attention over all tokens or within a window.
+RECURRENT = "is a recurrent or convolution layer"
+PICKED = "attends to what an indexer picks"
+CHUNKED = "attends within chunks"
 OTHER_LAYERS = {
-    "chunked_attention": "attends within chunks",
-    "compressed_sparse_attention": "attends to what an indexer picks",
-    "heavily_compressed_attention": "attends to what an indexer picks",
+    "linear_attention": RECURRENT,
+    "mamba": RECURRENT,
+    "recurrent": RECURRENT,
+    "conv": RECURRENT,
+    "hybrid": RECURRENT,
+    "hybrid_sliding": RECURRENT,
+    "indexed_attention": PICKED,
+    "deepseek_sparse_attention": PICKED,
+    "qwen_sparse_attention": PICKED,
+    "compressed_sparse_attention": PICKED,
+    "heavily_compressed_attention": PICKED,
+    "minimax_m3_sparse": PICKED,
+    "chunked_attention": CHUNKED,
+    "local": CHUNKED,
+    "lsh": CHUNKED,
 }
-LAYER_TYPE_KEYS = ("layer_types", "layers_block_type", "block_types")
+LAYER_TYPE_KEYS = ("layer_types", "layers_block_type", "block_types", "attn_layers")
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
+
+# Names of modules that attend to another model's states.
+CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
+# Attributes of modules that add to the scores what depends on the distance between tokens.
+POSITION_BIASES = ("build_alibi_tensor", "build_mpt_alibi_tensor", "relative_attention_bias", "r_w_bias")
+DYNAMIC_MASK = "prepare_dynamic_mask"
+NOT_ROUTED = "computes attention itself, without transformers' AttentionInterface, through which APB runs."
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -71,17 +101,21 @@ def check_supported(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, text_config(model)
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; APB serves decoders.")
-    if model.get_output_embeddings() is None or not model.can_generate():
+    _check_inputs(name, model)
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.ModuleList):
+        raise ValueError(f"{name} has {len(head)} heads, for as many ids a step; APB serves decoders with one.")
+    if head is None or not model.can_generate():
         raise ValueError(f"{name} has no language-model head; load the model with AutoModelForCausalLM.")
-    modules = attention_modules(model)
+    if getattr(config, "num_hidden_layers", None) is None:
+        raise ValueError(f"{name} is not one stack of decoder layers: its config has no num_hidden_layers.")
     layer_types = next((types for key in LAYER_TYPE_KEYS if (types := getattr(config, key, None))), None)
-    layer_types = layer_types or ["full_attention"] * config.num_hidden_layers
-    for layer_idx, layer_type in enumerate(layer_types):
+    for layer_idx, layer_type in enumerate(layer_types or ()):
         _check_layer_type(f"{name}, layer {layer_idx}, ", layer_type)
-    if not modules:
-        raise ValueError(f"{name} does not route its attention through transformers' AttentionInterface.")
+    _check_modules(name, model)
+    modules = attention_modules(model)
     for layer_idx in range(config.num_hidden_layers):
-        _check_attention(f"{name}, layer {layer_idx}", config, modules.get(layer_idx))
+        _check_attention(f"{name}, layer {layer_idx}", modules.get(layer_idx))
     if getattr(config, "attn_temperature_tuning", None):
         raise ValueError(f"{name} scales its queries by their position (attn_temperature_tuning), which APB does not.")
 
@@ -127,14 +161,49 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
+def _check_inputs(name: str, model: PreTrainedModel) -> None:
+    """Raise ValueError if a forward needs more than ids."""
+    _, *parameters = inspect.signature(type(model).forward).parameters.values()
+    needed = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if needed := [parameter for parameter in needed if parameter != "input_ids"]:
+        raise ValueError(f"{name} needs {', '.join(needed)} in every forward; APB serves text alone.")
+
+
 def _check_layer_type(where: str, layer_type: str) -> None:
     if layer_type in OTHER_LAYERS:
         raise ValueError(f"{where}{OTHER_LAYERS[layer_type]} ({layer_type}); APB serves no such layer.")
     if layer_type not in ATTENTION_LAYERS:
-        raise ValueError(f"{where}is a recurrent or convolution layer ({layer_type}); APB serves attention layers.")
+        raise ValueError(f"{where}is of a type that APB does not know ({layer_type}).")
 
 
-def _check_attention(where: str, config: Any, module: nn.Module | None) -> None:
+def _check_modules(name: str, model: PreTrainedModel) -> None:
+    """Raise ValueError for modules that make a decoder something else than one stack of causal self-attention."""
+    for path, module in text_decoder(model).named_modules():
+        if path.rpartition(".")[2] in CROSS_ATTENTION:
+            raise ValueError(f"{name} attends to an encoder ({path}), as an encoder-decoder does; APB serves decoders.")
+        bias = next((attribute for attribute in POSITION_BIASES if hasattr(module, attribute)), None)
+        if bias is not None or getattr(text_config(model), "alibi", False):
+            raise ValueError(
+                f"{name} adds ALiBi or relative position biases to its scores ({bias or 'alibi'}); APB serves plain "
+                "softmax attention."
+            )
+        if hasattr(module, DYNAMIC_MASK):
+            raise ValueError(f"{name} attends to what a mask made of its values picks ({path}.{DYNAMIC_MASK}).")
+    modules = _attention_modules(model)
+    if not modules and model._is_stateful:
+        raise ValueError(f"{name} keeps a recurrent state in place of keys and values; APB serves attention.")
+    if not modules:
+        raise ValueError(f"{name} {NOT_ROUTED}")
+    layer_idx, count = Counter(module.layer_idx for module in modules).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{name} is not one stack of decoder layers: {count} attention modules are layer {layer_idx}.")
+
+
+def _check_attention(where: str, module: nn.Module | None) -> None:
     if module is None:
         raise ValueError(f"{where}, has no attention module with a layer_idx; APB cannot tell its layers apart.")
     where = f"{where} ({type(module).__name__})"

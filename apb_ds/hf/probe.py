@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from apb_ds.hf.architecture import attention_modules, position_limit, text_config, text_decoder
+from apb_ds.hf.architecture import NOT_ROUTED, attention_modules, position_limit, text_config, text_decoder
 from apb_ds.hf.interface import CHANGES_ATTENTION, own_attention
 from apb_ds.utils.sizes import LayerAttention
 from apb_ds.utils.text import kind_and_line
@@ -26,8 +25,9 @@ Pair = tuple[Tensor, Tensor]  # keys and values
 def probe_model(model: PreTrainedModel) -> tuple[LayerAttention, ...]:
     """Return how each layer attends; refuse a model that attends otherwise than APB serves.
 
-    The model runs twice on two tokens: as it is, and with positions and a cache, as the engine runs it. Its attention
-    is replaced by one that returns zeros and notes the arguments.
+    The model runs twice on two equal tokens: as it is, and with a cache and positions, the second one first. The first
+    layer's queries and keys must then change places, or the model does not count positions as the engine does. Its
+    attention is replaced by one that returns zeros and notes the arguments.
 
     Raises
     ------
@@ -37,21 +37,21 @@ def probe_model(model: PreTrainedModel) -> tuple[LayerAttention, ...]:
     """
     name = type(model).__name__
     ids = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
-    positions = torch.arange(2, device=ids.device).unsqueeze(0)
+    positions = torch.tensor([[1, 0]], device=ids.device)
     first, calls = _Calls(), _Calls()
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with own_attention(model, IMPLEMENTATION, first.attend), _positions_noted(model) as plain:
+        with own_attention(model, IMPLEMENTATION, first.attend):
             _run(model, input_ids=ids, use_cache=False)
         first.check(name, sorted(attention_modules(model)))
-        with own_attention(model, IMPLEMENTATION, calls.attend), _positions_noted(model) as given:
+        with own_attention(model, IMPLEMENTATION, calls.attend):
             cache = NotingCache(calls.stored)
             _run(model, input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
     finally:
         for module in was_training:
             module.training = True
-    if len(plain) != len(given) or not all(map(torch.equal, plain, given)):
+    if not all(torch.equal(plain, given.flip(2)) for plain, given in zip(first.inputs, calls.inputs, strict=True)):
         raise ValueError(f"{name} does not number positions from 0, as the engine does; it cannot be served.")
     return calls.layers(name, text_config(model), position_limit(model))
 
@@ -60,10 +60,17 @@ def _run(model: PreTrainedModel, **inputs: Any) -> None:
     try:
         text_decoder(model)(**inputs)
     except (TypeError, AttributeError, LookupError, RuntimeError) as error:
+        if not any(map(_knows_interface, attention_modules(model).values())):
+            raise ValueError(f"{type(model).__name__} {NOT_ROUTED}") from error
         raise ValueError(
             f"{type(model).__name__} cannot run as APB runs it, on {' and '.join(inputs)} without an attention mask: "
             f"{kind_and_line(error)}."
         ) from error
+
+
+def _knows_interface(module: nn.Module) -> bool:
+    """Whether the code that a module comes from mentions the interface, by the name that all of transformers uses."""
+    return "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
 
 
 class NotingCache(Cache):
@@ -112,8 +119,16 @@ class _Calls:
         batch, heads, tokens, _ = query.shape
         return query.new_zeros(batch, tokens, heads, value.shape[-1]), None
 
+    @property
+    def inputs(self) -> Pair:
+        """The first layer's queries and keys, before any attention."""
+        call = self._calls[min(self._calls)][0]
+        return call.query, call.attended[0]
+
     def check(self, name: str, layers: list[int]) -> None:
         """Raise ValueError unless every layer attends once, and to what its arguments say alone."""
+        if not self._calls:
+            raise ValueError(f"{name} {NOT_ROUTED}")
         for layer_idx in sorted({*layers, *self._calls}):
             count = len(self._calls.get(layer_idx, []))
             if count != 1:
@@ -169,19 +184,3 @@ class _Calls:
 
 def _are_equal(pair: Pair, other: Pair) -> bool:
     return all(map(torch.equal, pair, other))
-
-
-@contextmanager
-def _positions_noted(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the integer tensors that embeddings and rotary modules are given."""
-    noted: list[Tensor] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = (*args, *kwargs.values())
-        noted.extend(part.clone() for part in given if isinstance(part, Tensor) and not part.is_floating_point())
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, nn.Embedding) or hasattr(module, "inv_freq"):
-                stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        yield noted

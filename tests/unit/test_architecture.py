@@ -152,13 +152,22 @@ def test_what_moves_to_the_ranks_device(mark: str, moves: bool, monkeypatch: pyt
     assert {parameter.is_meta for parameter in model.parameters()} == {moves}
 
 
+def counting_positions_itself() -> Any:
+    model = build_model("llama")
+    rotary = model.model.rotary_emb
+    forward = rotary.forward
+    rotary.forward = lambda hidden, position_ids: forward(hidden, torch.arange(hidden.shape[1]).unsqueeze(0))
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
+        (counting_positions_itself, "LlamaForCausalLM does not number positions from 0"),
         (lambda: build("roberta"), "RobertaForCausalLM does not number positions from 0"),
         (lambda: build("diffllama"), "DiffLlamaForCausalLM, layer 0, calls .* 2 times"),
-        (lambda: build("bloom"), "BloomForCausalLM does not route its attention"),
-        (lambda: build("falcon"), "FalconForCausalLM cannot run as APB runs it"),
+        (lambda: build("bloom"), "BloomForCausalLM adds ALiBi .*build_alibi_tensor"),
+        (lambda: build("falcon"), "FalconForCausalLM computes attention itself, without .*AttentionInterface"),
         (lambda: build("mamba"), "MambaForCausalLM, layer 0, is a recurrent or convolution layer"),
         (lambda: build("llama4_text"), "layer 0, attends within chunks"),
         (lambda: build("bert", is_decoder=False), r"BertLMHeadModel, layer 0 .*does not attend causally"),
