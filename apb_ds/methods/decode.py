@@ -34,7 +34,8 @@ def attend_window(tools: Tools, query: Tensor, keys: Tensor, values: Tensor, win
 
     Parameters
     ----------
-    query : (1, heads, new_tokens, head_dim), the same on every rank
+    query : (1, heads, new_tokens, head_dim), the same on every rank; of the last token alone
+        where the model needs no more
     keys, values : (1, kv_heads, up to window - 1 + new_tokens, head_dim), the same on every rank; the new tokens last
     window : how many tokens a token sees, itself included
 
@@ -42,7 +43,8 @@ def attend_window(tools: Tools, query: Tensor, keys: Tensor, values: Tensor, win
     -------
     (1, heads, new_tokens, head_dim) in ``query.dtype``, the same on every rank
     """
-    if query.shape[2] == 1:  # sees all of it: no mask
+    if query.shape[2] == 1:  # sees all that its window reaches: no mask
+        keys, values = keys[:, :, -window:], values[:, :, -window:]
         return tools.with_sinks(tools.attend(query, keys, values, kernel=tools.kernels.decode))[0]
     return tools.attend_causally(query, keys, values, window)[0]
 
