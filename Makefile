@@ -6,6 +6,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 FAULT_ARGS ?=
+MODEL_ARGS ?=
 WHEEL_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-faults test-wheel lint bench clean
+.PHONY: help venv demo test test-faults test-models test-wheel lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -33,6 +34,9 @@ test: $(VENV)/.installed-test ## run the test suite (TEST_ARGS="-k cache" for a 
 
 test-faults: $(VENV)/.installed-test ## kill ranks, launchers and links (FAULT_ARGS="--fault-times FILE" keeps the times)
 	$(IN_VENV) python -m pytest -m faults tests/faults $(FAULT_ARGS)
+
+test-models: $(VENV)/.installed-test ## compare the engine with every model type of transformers (MODEL_ARGS="-k gemma")
+	$(IN_VENV) python -m pytest -m models tests/conformance $(MODEL_ARGS)
 
 test-wheel: $(VENV)/.installed-test ## build the wheel, install it in a fresh environment and run its commands
 	$(IN_VENV) python -m pytest -m wheel tests/wheel $(WHEEL_ARGS)

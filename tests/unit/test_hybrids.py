@@ -13,6 +13,8 @@ import apb_ds
 from apb_ds.cache import WindowCacheLayer
 from apb_ds.hf.probe import probe_model
 from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel
+from tests.conformance.builder import build as build_tiny
+from tests.conformance.checks import request_ids as ordinary_ids
 from tests.engine_cases import TOLERANCE, Case
 from tests.heads import engine_with_heads
 from tests.models import HYBRIDS, WINDOW, build_model, request_ids
@@ -72,6 +74,17 @@ def test_a_window_of_another_length_would_be_noticed(family: str) -> None:
 
     other = run_reference(build_model(family), document, query, edit_mask=one_more, **case.given).logits
     assert float((logits - other).abs().max()) > 10 * TOLERANCE
+
+
+def test_layers_that_are_given_the_last_token_of_a_query_alone() -> None:
+    """Gemma 4 runs the layers with another's keys for the tokens whose logits are asked for."""
+    model, (document, query) = build_tiny("gemma4_text"), ordinary_ids()
+    ids = torch.cat([document, query], dim=1)
+    given: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **given)
+    engine = apb_ds.init_inference(model, apb_ds.APBConfig(method="dense"))
+    assert engine.generate(document, query, **given).tolist() == expected[:, ids.shape[1] :].tolist()
 
 
 def test_what_the_probe_finds() -> None:
