@@ -74,12 +74,6 @@ CATEGORIES = {
         _names("camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod"),
     ),
 }
-# What is to be served: these shrink to nothing.
-PENDING = {
-    "width": Category(
-        "windows, with values of another width than keys", r"other states than it caches", _names("mimo_v2_flash")
-    ),
-}
 # Types of which transformers cannot build a tiny model, and the pattern of the error.
 UNBUILT = {
     "gemma3n": r"requires the timm library",
@@ -96,12 +90,11 @@ WRAPPER_CATEGORIES = {
     "qwen3_5": "recurrent",
 }
 
-ALL_CATEGORIES = {**CATEGORIES, **PENDING}
 # By type of the causal-LM mapping, or variant, what it is refused for.
-EXPECTED = {family: key for key, category in ALL_CATEGORIES.items() for family in category.families}
+EXPECTED = {family: key for key, category in CATEGORIES.items() for family in category.families}
 EXPECTED |= VARIANT_CATEGORIES
 
 
 def category_of(reason: str) -> str | None:
     """Return the category that a refusal's message belongs to; None if it belongs to no category."""
-    return next((key for key, category in ALL_CATEGORIES.items() if re.search(category.pattern, reason)), None)
+    return next((key for key, category in CATEGORIES.items() if re.search(category.pattern, reason)), None)

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from tests.conformance.checks import Verdict, verdict_on
-from tests.conformance.expected import ALL_CATEGORIES, category_of
+from tests.conformance.expected import CATEGORIES, category_of
 from tests.conformance.settings import VARIANTS, WRAPPERS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -69,7 +69,7 @@ def _reason(verdict: Verdict) -> str:
         line = " ".join(verdict.reason.split())
         return line if len(line) <= 120 else line[:117] + "..."
     category = category_of(verdict.reason) if verdict.kind == "refused" else None
-    return ALL_CATEGORIES[category].reason if category else verdict.reason
+    return CATEGORIES[category].reason if category else verdict.reason
 
 
 def page_with(tables: str) -> str:
