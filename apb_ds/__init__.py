@@ -11,10 +11,11 @@ from apb_ds.plan import Plan, plan_request
 if TYPE_CHECKING:
     from apb_ds.attention import APBAttention, Phase
     from apb_ds.cache import ShardedCache
-    from apb_ds.engine.api import attach, detach, init_inference
+    from apb_ds.engine.api import attach, detach, init_inference, load_model
     from apb_ds.engine.context import Context
     from apb_ds.engine.engine import APBEngine
     from apb_ds.tasks.lm_eval.model import HarnessModel
+    from apb_ds.tasks.prompts import EncodedChat, encode_chat, encode_turn
 
 __version__ = "0.1.0"
 
@@ -23,13 +24,17 @@ __all__ = [
     "APBConfig",
     "APBEngine",
     "Context",
+    "EncodedChat",
     "HarnessModel",
     "Phase",
     "Plan",
     "ShardedCache",
     "attach",
     "detach",
+    "encode_chat",
+    "encode_turn",
     "init_inference",
+    "load_model",
     "plan_request",
 ]
 
@@ -41,9 +46,13 @@ _LAZY = {
     "attach": "apb_ds.engine.api",
     "detach": "apb_ds.engine.api",
     "init_inference": "apb_ds.engine.api",
+    "load_model": "apb_ds.engine.api",
     "Context": "apb_ds.engine.context",
     "APBEngine": "apb_ds.engine.engine",
     "HarnessModel": "apb_ds.tasks.lm_eval.model",
+    "EncodedChat": "apb_ds.tasks.prompts",
+    "encode_chat": "apb_ds.tasks.prompts",
+    "encode_turn": "apb_ds.tasks.prompts",
 }
 
 

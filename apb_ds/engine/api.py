@@ -1,7 +1,8 @@
-"""Make an engine for a model, attach APB to an existing engine, and detach it again."""
+"""Load a model, make an engine for it, attach APB to an existing engine, and detach it again."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +17,43 @@ from apb_ds.config import APBConfig
 from apb_ds.engine.engine import APBEngine
 from apb_ds.engine.validation import settings_facts
 from apb_ds.hf.architecture import check_supported
+from apb_ds.loading import ModelConfig
+from apb_ds.loading import load_model as load_described
 from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, world_group
 from apb_ds.parallel.launcher import launched_world_size
 from apb_ds.plan import check_ranks
+
+
+def load_model(
+    path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto", **settings: Any
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model and its tokenizer, as the command line does.
+
+    Parameters
+    ----------
+    path : str or path
+        A directory, a ``.gguf`` file, ``package://<package>/<file>`` or a hub id.
+    dtype : str
+        ``auto`` (bfloat16 on CUDA, float32 on CPU), ``float32``, ``bfloat16`` or ``float16``.
+    device : str
+        ``auto`` (this rank's GPU if there is one), ``cpu`` or ``cuda``.
+    **settings
+        Further fields of `apb_ds.loading.ModelConfig`, such as ``tokenizer``, ``adapter`` and ``overrides``.
+
+    Returns
+    -------
+    The model, in eval mode on its device, and its transformers tokenizer (None for random weights without one)
+
+    Raises
+    ------
+    ValueError
+        If something is missing or does not fit, or a setting is unknown. Settings are named ``model.dtype`` and so on.
+    """
+    values = {"path": os.fspath(path), "dtype": dtype, "device": device, **settings}
+    loaded = load_described(ModelConfig.from_dict(values))
+    return loaded.model, loaded.tokenizer
 
 
 def init_inference(

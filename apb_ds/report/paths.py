@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # Written by a person or a model: what looks like a path there is text.
-TEXTS = ("document", "query", "question", "answer", "prediction", "ground_truth")
+TEXTS = ("document", "query", "system", "question", "answer", "prediction", "ground_truth")
 FILE_MARK = "@"
 # Not after a letter, dot, slash or ~: "and/or", "./x", "https://x" and "~/x" are not absolute paths.
 ABSOLUTE = re.compile(r"(?<![\w./~])/(?:[\w.+@%=-]+/)*[\w.+@%=-]+")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -82,6 +83,11 @@ class ActiveJob:
     @property
     def tokenizer(self) -> Any:
         return self.loaded.tokenizer
+
+    @functools.cached_property
+    def chat_tokenizer(self) -> Any:
+        """The tokenizer with the task's system prompt and template arguments, for the first rank: it reads texts."""
+        return self.settings.task.chat_tokenizer(self.tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -166,7 +172,10 @@ class ActiveJob:
         return self.answer(context, sample.query_ids, sample.max_new_tokens, sample.generate, **options)
 
     def answer_settings(self) -> dict[str, Any]:
-        """Return the settings that answers depend on: a resumed job must share them with the one before it."""
+        """Return the settings that answers depend on: a resumed job must share them with the one before it.
+
+        For the first rank: a system prompt may be a file.
+        """
         method = self.settings.method.resolved()
         for name in IRRELEVANT_METHOD_KEYS:
             method.pop(name)
@@ -175,12 +184,18 @@ class ActiveJob:
         model = asdict(self.settings.model)
         dtype = str(self.loaded.dtype).removeprefix("torch.")
         task: Any = self.settings.task  # every subclass is a dataclass
+        values = {name: value for name, value in asdict(task).items() if name not in IRRELEVANT_TASK_KEYS}
+        for name in ("system", "template"):
+            if not values.get(name):
+                values.pop(name, None)
+        if "system" in values:
+            values["system"] = task.read_system()  # not the name of a file, which may change
         if self.settings.retaining_heads is not None:
             method["retaining_heads"] = self.settings.retaining_heads
         return {
             "model": {name: model[name] for name in RELEVANT_MODEL_KEYS} | {"dtype": dtype},
             "method": method,
-            "task": {name: value for name, value in asdict(task).items() if name not in IRRELEVANT_TASK_KEYS},
+            "task": values,
             "seed": self.settings.seed,
         }
 

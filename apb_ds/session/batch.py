@@ -109,7 +109,7 @@ class Batch(QuestionSeries):
 
     def _open(self) -> dict[str, Any]:
         job, task = self.job, self.task
-        needs_tokenizer(job.tokenizer, task.name)
+        needs_tokenizer(job.chat_tokenizer, task.name)
         self.lines = read_lines(task.input_path)
         groups = group_lines(self.lines) if task.reuse_prefill else [[line] for line in self.lines]
         self._check_shared(groups)
@@ -158,7 +158,7 @@ class Batch(QuestionSeries):
             return None
         try:
             text = read_document(self.task.input_path, valid[0][1])
-            document = encode_document(self.job.tokenizer, text, allow_special=self.task.allow_special_tokens)
+            document = encode_document(self.job.chat_tokenizer, text, allow_special=self.task.allow_special_tokens)
         except ValueError as error:
             self.job.steps.print_trace()
             self._append_failures(left, str(error))
@@ -167,8 +167,8 @@ class Batch(QuestionSeries):
         for index, line in valid:
             new_tokens = line.max_new_tokens or self.task.max_new_tokens
             try:
-                ids = encode_query(self.job.tokenizer, document, line.query)
-                embedded = encode_embedded(self.job.tokenizer, document, line.query)
+                ids = encode_query(self.job.chat_tokenizer, document, line.query)
+                embedded = encode_embedded(self.job.chat_tokenizer, document, line.query)
                 positions = len(document.ids) + len(ids) + new_tokens
                 check_positions(self.job.loaded.model, positions)
             except ValueError as error:

@@ -80,7 +80,7 @@ class Conversation:
     def _encode(self) -> tuple[tuple[str, list[int]] | None, list[int], int, int]:
         """Encode the document. Return the first question with its ids, if given, the ids that the anchor embeds, and
         the document's length and query position."""
-        tokenizer = needs_tokenizer(self.job.tokenizer, self.task.name)
+        tokenizer = needs_tokenizer(self.job.chat_tokenizer, self.task.name)
         if self.task.query is None:
             self.lines.check()
         text = read_text("task.document", self.task.document)
@@ -116,9 +116,9 @@ class Conversation:
         if problem:
             raise ValueError(f"the question {problem}.")
         if self.last_id is None:
-            return encode_query(self.job.tokenizer, self.document, question)
+            return encode_query(self.job.chat_tokenizer, self.document, question)
         allow_special = self.task.allow_special_tokens
-        return encode_next_turn(self.job.tokenizer, question, self.last_id, allow_special=allow_special)
+        return encode_next_turn(self.job.chat_tokenizer, question, self.last_id, allow_special=allow_special)
 
     def _turn(self, context: Context, question: str, ids: list[int] | None) -> None:
         job = self.job

@@ -88,7 +88,7 @@ class Evaluation(QuestionSeries):
     def _make_samples(self) -> list[Any]:
         job = self.job
         task = self.task.fitted(job.max_positions)
-        return list(task.samples(job.tokenizer, job.vocab_size, job.settings.seed))
+        return list(task.samples(job.chat_tokenizer, job.vocab_size, job.settings.seed))
 
     def _keys(self) -> list[tuple[str, str]]:
         """Return each sample's id, and a hash of what is asked."""

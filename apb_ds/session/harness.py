@@ -29,7 +29,7 @@ class HarnessEvaluation(Evaluation):
     def _make_samples(self) -> list[Any]:
         from apb_ds.tasks.lm_eval.documents import build
 
-        tokenizer = needs_tokenizer(self.job.tokenizer, self.task.name)
+        tokenizer = needs_tokenizer(self.job.chat_tokenizer, self.task.name)
         self.tasks = build(self.task, tokenizer, self.job.settings.seed)
         return self.tasks.samples
 

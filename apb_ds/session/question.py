@@ -47,7 +47,7 @@ def serve_question(job: ActiveJob) -> dict[str, Any]:
 
 def _only_sample(job: ActiveJob) -> Sample:
     task = job.settings.task
-    samples = iter(task.samples(job.tokenizer, job.vocab_size, job.settings.seed))
+    samples = iter(task.samples(job.chat_tokenizer, job.vocab_size, job.settings.seed))
     sample = next(samples)
     if next(samples, None) is not None:
         raise ValueError(f"task={task.name} has several samples; launch/eval.py answers and scores them.")

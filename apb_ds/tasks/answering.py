@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apb_ds.config import check_bool, check_integer
-from apb_ds.tasks.base import TaskConfig
+from apb_ds.tasks.base import ConversationConfig
 from apb_ds.tasks.checks import as_tuple, is_number
 from apb_ds.tasks.text import check_quoted, clean
 
@@ -14,7 +14,7 @@ SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
 
 
 @dataclass(frozen=True)
-class AnsweringConfig(TaskConfig):
+class AnsweringConfig(ConversationConfig):
     """How answers are generated.
 
     Parameters
@@ -32,6 +32,7 @@ class AnsweringConfig(TaskConfig):
     allow_special_tokens : bool
         Whether control tokens written in documents and queries, such as ``<|im_end|>``, take effect. Default: they are
         text, and only the chat template's own take effect.
+    system, template : see `ConversationConfig`
     """
 
     max_new_tokens: int = 128
@@ -45,6 +46,7 @@ class AnsweringConfig(TaskConfig):
     allow_special_tokens: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_integer("task.max_new_tokens", self.max_new_tokens, 1)
         self._check_sampling()
         _check_above_zero("task.repetition_penalty", self.repetition_penalty, "1 has no effect")

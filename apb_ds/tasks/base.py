@@ -11,7 +11,9 @@ from torch import Tensor
 
 from apb_ds.config import check_choice, from_mapping
 from apb_ds.tasks.control import mask
-from apb_ds.tasks.prompts import EncodedDocument, encode_after, encode_embedded, encode_query, has_template
+from apb_ds.tasks.prompts import EncodedDocument, encode_after, encode_embedded, encode_query
+from apb_ds.tasks.template import check_arguments, has_template, with_template
+from apb_ds.tasks.text import STANDARD_INPUT, check_text, check_text_source, read_text
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ class TaskConfig:
         """Return the settings for a model with `max_positions` (None: unlimited), for tasks that fit samples to it."""
         return self
 
+    def chat_tokenizer(self, tokenizer: Any | None) -> Any:
+        """Return the tokenizer as the task's prompts need it. For the first rank: it may read files."""
+        return tokenizer
+
     def samples(self, tokenizer: Any | None, vocab_size: int, seed: int) -> Iterator[Sample]:
         """Yield the samples; without a tokenizer, of random ids below `vocab_size`."""
         raise NotImplementedError
@@ -90,6 +96,42 @@ class TaskConfig:
         if sample.ground_truth is None:
             return None
         return float(sample.ground_truth in prediction)
+
+
+@dataclass(frozen=True)
+class ConversationConfig(TaskConfig):
+    """A task whose prompts go through the model's chat template.
+
+    Parameters
+    ----------
+    system : str, optional
+        A system prompt, which precedes the document: a text, or ``@FILE``.
+    template : dict
+        Arguments of the chat template, such as ``{enable_thinking: false}``.
+    """
+
+    system: str | None = None
+    template: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.system is not None:
+            object.__setattr__(self, "system", check_text("task.system", self.system))
+            if self.system == STANDARD_INPUT:
+                raise ValueError("task.system=-: a system prompt does not come from standard input; give it or @FILE.")
+        check_arguments(self.template)
+
+    def check_sources(self) -> None:
+        if self.system is not None:
+            check_text_source("task.system", self.system)
+
+    def read_system(self) -> str | None:
+        """Return the system prompt's text; ValueError if its file cannot be read."""
+        return None if self.system is None else read_text("task.system", self.system)
+
+    def chat_tokenizer(self, tokenizer: Any | None) -> Any:
+        """Return the tokenizer with the system prompt and the template's arguments, see `with_template`."""
+        allow_special = getattr(self, "allow_special_tokens", False)
+        return with_template(tokenizer, self.read_system(), self.template, allow_special=allow_special)
 
 
 _TASKS: dict[str, type[TaskConfig]] = {}

@@ -69,6 +69,7 @@ class BatchConfig(AnsweringConfig):
         return self.input_path.with_name(self.input_path.name.removesuffix(".jsonl") + ANSWERS_SUFFIX)
 
     def check_sources(self) -> None:
+        super().check_sources()
         problem = file_problem(self.input_path)
         if problem:
             raise ValueError(f"task.input={self.input!r}: {self.input_path.absolute()} {problem}; name a JSONL file.")

@@ -46,6 +46,7 @@ class ChatConfig(AnsweringConfig):
         check_integer("task.turn_tokens", self.turn_tokens, 1)
 
     def check_sources(self) -> None:
+        super().check_sources()
         check_text_source("task.document", self.document)
         if self.query is not None:
             check_text_source("task.query", self.query)

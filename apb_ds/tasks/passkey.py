@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from apb_ds.config import check_integer
-from apb_ds.tasks.base import Sample, TaskConfig, random_sample, register_task, text_sample
+from apb_ds.tasks.base import ConversationConfig, Sample, random_sample, register_task, text_sample
 from apb_ds.tasks.checks import as_tuple, check_integers, is_number
 from apb_ds.tasks.synthetic.documents import Question, longest
 from apb_ds.tasks.synthetic.task import DocumentEncoder
@@ -26,7 +26,7 @@ NUM_DIGITS = 12
 
 @register_task
 @dataclass(frozen=True)
-class PasskeyConfig(TaskConfig):
+class PasskeyConfig(ConversationConfig):
     """Documents of fillers that contain a pass key: a grid of lengths and depths.
 
     Parameters
@@ -41,6 +41,7 @@ class PasskeyConfig(TaskConfig):
         Samples for each length and depth; more than one needs random digits.
     max_new_tokens : int, tokens
         Length of the answer at most.
+    system, template : see `ConversationConfig`
     """
 
     name: ClassVar[str] = "passkey"
@@ -51,6 +52,7 @@ class PasskeyConfig(TaskConfig):
     max_new_tokens: int = 32
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         lengths, depths = as_tuple(self.num_tokens), as_tuple(self.depth)
         if not lengths or not depths:
             raise ValueError("task.num_tokens and task.depth must be numbers, or lists of at least one.")

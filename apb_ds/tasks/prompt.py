@@ -41,6 +41,7 @@ class PromptConfig(AnsweringConfig):
             raise ValueError("task.document and task.query are both -; only one can come from standard input.")
 
     def check_sources(self) -> None:
+        super().check_sources()
         check_text_source("task.document", self.document)
         check_text_source("task.query", self.query)
 

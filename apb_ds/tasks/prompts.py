@@ -9,6 +9,7 @@ begin-of-sequence token and plain text.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,14 +18,31 @@ import torch
 from torch import Tensor
 
 from apb_ds.tasks.control import encode_masked, mask
+from apb_ds.tasks.template import MARK, TemplateRefusal, has_template, render, user, with_template
 
-# A text that no template contains: it marks where the template puts a message.
-MARK = "\u2402user-text\u2403"
 ONE_TURN_SEPARATOR = "\n\n"
 # Characters at the end of a document that can change how the following text is tokenised.
 BOUNDARY_CONTEXT = 256
 # A text whose end no tokenizer joins with what follows.
 NEUTRAL = "a"
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A document and a question about it as ids, cut where the chat template cuts them; on the CPU.
+
+    Attributes
+    ----------
+    document_ids : (1, n), int64, the same for every question, so that one prefill serves many
+    query_ids : (1, q), int64, the question after the document, with the answer opened
+    embedded_ids : (1, e), int64, what the anchor embeds of the question: the query of `APBEngine.prefill`
+    query_position : tokens of the document that precede the user's text, the `APBConfig` field of this name
+    """
+
+    document_ids: Tensor
+    query_ids: Tensor
+    embedded_ids: Tensor
+    query_position: int
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,61 @@ class EncodedDocument:
     def tensor(self) -> Tensor:
         """The ids, (1, n), int64."""
         return torch.tensor([self.ids])
+
+
+def encode_chat(
+    tokenizer: Any,
+    document: str,
+    question: str,
+    *,
+    system: str | None = None,
+    template: Mapping[str, Any] | None = None,
+    allow_special_tokens: bool = False,
+) -> EncodedChat:
+    """Return a document and a question about it as ids, as the command line encodes them.
+
+    Parameters
+    ----------
+    tokenizer : the model's own; without a chat template, document and question become plain text
+    document, question : texts
+    system : a system prompt, which precedes the document
+    template : arguments of the chat template, such as ``{"enable_thinking": False}``
+    allow_special_tokens : whether control tokens written in the texts take effect; otherwise they are text
+
+    Raises
+    ------
+    ValueError
+        For an empty text, or a chat template that does not take the system prompt or the arguments.
+    """
+    tokenizer = with_template(tokenizer, system, template, allow_special=allow_special_tokens)
+    encoded = encode_document(tokenizer, document, allow_special=allow_special_tokens)
+    return EncodedChat(
+        document_ids=encoded.tensor,
+        query_ids=torch.tensor([encode_query(tokenizer, encoded, question)]),
+        embedded_ids=torch.tensor([encode_embedded(tokenizer, encoded, question)]),
+        query_position=encoded.query_position,
+    )
+
+
+def encode_turn(
+    tokenizer: Any,
+    question: str,
+    answer_ids: Tensor,
+    *,
+    system: str | None = None,
+    template: Mapping[str, Any] | None = None,
+    allow_special_tokens: bool = False,
+) -> Tensor:
+    """Return a further question's ids, (1, q), int64, for a context that keeps question and answer (``append=True``).
+
+    Parameters
+    ----------
+    answer_ids : (1, new), int64, the previous answer: what ended it decides how the template goes on
+    tokenizer, system, template, allow_special_tokens : as in `encode_chat`
+    """
+    tokenizer = with_template(tokenizer, system, template, allow_special=allow_special_tokens)
+    last_id = int(answer_ids[0, -1])
+    return torch.tensor([encode_next_turn(tokenizer, question, last_id, allow_special=allow_special_tokens)])
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -144,14 +217,10 @@ def encode_next_turn(
     return ids
 
 
-def has_template(tokenizer: Any) -> bool:
-    """Return whether the tokenizer has a chat template."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
-def header(tokenizer: Any) -> str:
-    """Return what the template puts before the user's text."""
-    rendered = _render(tokenizer, [_user(MARK)], generation=False)
+def header(tokenizer: Any, system: str | None = None) -> str:
+    """Return what the template puts before the user's text, after a system prompt if there is one."""
+    before = [] if system is None else [{"role": "system", "content": system}]
+    rendered = render(tokenizer, [*before, user(MARK)], generation=False)
     return rendered[: _mark_index(rendered)]
 
 
@@ -159,7 +228,7 @@ def render_document(tokenizer: Any, document: str) -> str:
     """Return the document's part of the conversation as text."""
     if _second_turn(tokenizer, MARK) is None:
         return header(tokenizer) + document.strip()
-    return _render(tokenizer, [_user(document)], generation=False)
+    return render(tokenizer, [user(document)], generation=False)
 
 
 def render_query(tokenizer: Any, query: str) -> str:
@@ -169,7 +238,7 @@ def render_query(tokenizer: Any, query: str) -> str:
     second = _second_turn(tokenizer, query)
     if second is not None:
         return second
-    rendered = _render(tokenizer, [_user(MARK + ONE_TURN_SEPARATOR + query)], generation=True)
+    rendered = render(tokenizer, [user(MARK + ONE_TURN_SEPARATOR + query)], generation=True)
     return rendered[_mark_index(rendered) + len(MARK) :]
 
 
@@ -195,10 +264,10 @@ def num_equal(first: list[int], second: list[int]) -> int:
 
 def _second_turn(tokenizer: Any, query: str) -> str | None:
     """Return what a second user turn adds to the first, with the answer opened; None if the template refuses it."""
-    first = _render(tokenizer, [_user(MARK)], generation=False)
+    first = render(tokenizer, [user(MARK)], generation=False)
     try:
-        whole = _render(tokenizer, [_user(MARK), _user(query)], generation=True)
-    except _TemplateRefusal:
+        whole = render(tokenizer, [user(MARK), user(query)], generation=True)
+    except TemplateRefusal:
         return None
     return whole[len(first) :] if whole.startswith(first) else None
 
@@ -206,15 +275,11 @@ def _second_turn(tokenizer: Any, query: str) -> str | None:
 def _render_next_turn(tokenizer: Any, query: str) -> str:
     if not has_template(tokenizer):
         return f"{ONE_TURN_SEPARATOR}{query}\n"
-    before = [_user("document"), _user("query")]
+    before = [user("document"), user("query")]
     if _second_turn(tokenizer, "query") is None:
-        before = [_user("document and query")]
-    rendered = _render(tokenizer, [*before, {"role": "assistant", "content": MARK}, _user(query)], generation=True)
+        before = [user("document and query")]
+    rendered = render(tokenizer, [*before, {"role": "assistant", "content": MARK}, user(query)], generation=True)
     return rendered[_mark_index(rendered, "assistant") + len(MARK) :]
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
 
 
 def _as_text(tokenizer: Any, query: str, answer_prefix: str, allow_special: bool) -> tuple[str, str]:
@@ -223,23 +288,6 @@ def _as_text(tokenizer: Any, query: str, answer_prefix: str, allow_special: bool
     if not query:
         raise ValueError("the query is empty; ask something.")
     return (query, answer_prefix) if allow_special else (mask(tokenizer, query), mask(tokenizer, answer_prefix))
-
-
-class _TemplateRefusal(ValueError):
-    """The chat template refuses a conversation."""
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], *, generation: bool) -> str:
-    from jinja2.exceptions import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise _TemplateRefusal(
-            f"the tokenizer's chat template refuses a conversation of {roles} ({error}); set model.tokenizer to one "
-            "whose template accepts it."
-        ) from error
 
 
 def _mark_index(rendered: str, role: str = "user") -> int:

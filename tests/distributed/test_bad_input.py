@@ -17,7 +17,7 @@ from tests.heads import random_checkpoint, save_heads
 from tests.launch_in_process import Ended, run_infer
 from tests.models import build_model
 from tests.pool import Pools
-from tests.tiny_checkpoint import save_checkpoint
+from tests.tiny_checkpoint import TEMPLATE, byte_tokenizer, save_checkpoint
 
 MAX_SECONDS = 10.0  # a rank that waits for another takes five minutes, the collective's timeout
 FAILED = 2
@@ -46,6 +46,12 @@ class Case:
 
 
 PROMPT = ("task=prompt", "task.document=@{files}/document.txt", "task.query=What is it?")
+
+TEMPLATES = {
+    "omits": TEMPLATE.replace("in messages", "in messages if m.role != 'system'"),
+    "needs": "{% if messages[0].role != 'system' %}{{ raise_exception('a system turn must come first') }}{% endif %}",
+    "fails": "{{ 1 + 'a' }}",
+}
 
 CASES: dict[str, Case] = {
     # --- text
@@ -87,6 +93,26 @@ CASES: dict[str, Case] = {
         ("no question", "standard input is empty", "task.query"),
         stdin="\n \n",
     ),
+    # --- the chat template
+    "a system prompt from standard input": Case((*PROMPT, "task.system=-"), ("task.system=-", "@FILE")),
+    "a system prompt that is not there": Case(
+        (*PROMPT, "task.system=@{files}/nope.txt"), ("task.system", "{files}/nope.txt")
+    ),
+    "a system prompt without its @": Case((*PROMPT, "task.system=sys.txt"), ("task.system='sys.txt'", "=@sys.txt")),
+    "a system prompt that the template omits": Case(
+        (*PROMPT, "model.tokenizer={files}/omits", "task.system=Be brief."), ("task.system has no effect", "leave out")
+    ),
+    "a template that needs a system prompt": Case(
+        (*PROMPT, "model.tokenizer={files}/needs"), ("a system turn must come first", "task.system")
+    ),
+    "a template that fails": Case((*PROMPT, "model.tokenizer={files}/fails"), ("TypeError", "model.tokenizer")),
+    "an argument that the template does not read": Case(
+        (*PROMPT, "task.template={enable_thinking: false}"), ("task.template.enable_thinking", "no effect")
+    ),
+    "an argument that is not the template's": Case(
+        (*PROMPT, "task.template={tokenize: true}"), ("task.template.tokenize", "leave it out")
+    ),
+    "arguments that are not a mapping": Case((*PROMPT, "task.template=thinking"), ("task.template='thinking'",)),
     # --- numbers
     "hosts no multiple of the ranks": Case(
         (*PROMPT, "method.hosts=3"), ("method.hosts=3", "multiple", "(2)", "method.hosts=4"), (2,)
@@ -270,6 +296,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(directory / "good")
     save_heads(directory / "heads.pt", random_checkpoint(build_model("qwen3")))
     save_checkpoint(directory / "wide", extra=600)
+    for name, template in TEMPLATES.items():
+        byte_tokenizer(template=template).save_pretrained(directory / name)
     cut = save_checkpoint(directory / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1000])
     (save_checkpoint(directory / "weightless") / "model.safetensors").unlink()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import apb_ds
 from tests.launch_in_process import INTERRUPTED, Ended, run_infer
 from tests.pool import Pools
-from tests.tiny_checkpoint import save_checkpoint
+from tests.tiny_checkpoint import TEMPLATE, byte_tokenizer, save_checkpoint
 
 DOCUMENT = "A lamp stands on the pier. It is lit at dusk and put out at dawn. " * 8
 OTHER = "Trams leave the square every ten minutes, and every five on market days. " * 6
@@ -123,6 +123,51 @@ def test_a_prompt(
     assert record["task"]["query_position"] == 2
     assert ended[0].stdout.count("Answer: ") == 1
     assert ended[0].stdout.startswith(f"Answer: {expected}"), ended[0].stdout
+
+
+# Needs a system prompt, and has an argument.
+CHAT_TEMPLATE = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    + TEMPLATE.replace("'<|assistant|>' }}", "'<|assistant|>' + ('' if enable_thinking else 'At once: ') }}")
+)
+
+
+@SIZES
+@pytest.mark.parametrize("task", ["prompt", "chat", "batch"])
+def test_a_system_prompt_and_arguments_of_the_template(
+    pool: Pools, model_path: Path, tmp_path: Path, world_size: int, task: str
+) -> None:
+    tokenizer = byte_tokenizer(template=CHAT_TEMPLATE)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "system.txt").write_text("Answer in one word.")
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": 1, "document": DOCUMENT, "query": QUESTIONS[0]}))
+    given = [f"task.document={DOCUMENT}", f"task.query={QUESTIONS[0]}"]
+    ended = infer(
+        pool,
+        world_size,
+        model_path,
+        f"model.tokenizer={tmp_path}/tokenizer",
+        f"task={task}",
+        *([f"task.input={tmp_path}/in.jsonl"] if task == "batch" else given),
+        f"task.system=@{tmp_path}/system.txt",
+        "task.template={enable_thinking: false}",
+        f"hydra.run.dir={tmp_path}/run",
+        patches=FIRST_ONLY,
+    )
+    assert [rank.code for rank in ended] == [0] * world_size, ended[0].stderr
+    system, template = "Answer in one word.", {"enable_thinking": False}
+    chat = apb_ds.encode_chat(tokenizer, DOCUMENT, QUESTIONS[0], system=system, template=template)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    engine = apb_ds.init_inference(model, apb_ds.APBConfig(hosts=HOSTS, query_position=chat.query_position))
+    context = engine.prefill(chat.document_ids, chat.embedded_ids)
+    tokens = engine.generate(query_ids=chat.query_ids, context=context, max_new_tokens=NEW_TOKENS, do_sample=False)
+    expected = tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+    if task == "batch":
+        found = json.loads((tmp_path / "in.answers.jsonl").read_text())["answer"]
+    else:
+        done = json.loads((tmp_path / "run" / "record.json").read_text())["task"]
+        found = done["prediction"] if task == "prompt" else done["turns"][0]["answer"]
+    assert found == expected and expected
 
 
 @SIZES

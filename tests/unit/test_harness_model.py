@@ -22,7 +22,7 @@ if importlib.util.find_spec("lm_eval") is None:
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 
-from apb_ds.tasks.lm_eval.split import RenderedPrompt, make_split, render
+from apb_ds.tasks.lm_eval.split import RenderedPrompt, make_split, mark_turn
 
 GENERATED = ("lamp_text", "lamp_prefix")
 TEMPLATES = pytest.mark.parametrize("chat", [True, False], ids=["chat", "base"])
@@ -90,7 +90,7 @@ def test_only_the_last_turn_is_searched() -> None:
         {"role": "user", "content": " A text, and more of it.\n\nWho? "},
     ]
     text = "<u>One.\n\nTwo?<a>Two.<u>A text, and more of it.\n\nWho?<end>\n\n<a>\n"
-    prompt = render(text, messages)
+    prompt = mark_turn(text, messages, "")
     assert prompt == text and isinstance(prompt, RenderedPrompt)
     again = pickle.loads(pickle.dumps(prompt))  # as the harness keeps prompts
     for one in (prompt, again):

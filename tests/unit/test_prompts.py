@@ -6,8 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
-from apb_ds.tasks.prompts import encode, encode_document, encode_embedded, encode_next_turn, encode_query
+from apb_ds.tasks.prompts import (
+    encode,
+    encode_chat,
+    encode_document,
+    encode_embedded,
+    encode_next_turn,
+    encode_query,
+    encode_turn,
+)
 from tests.split_prompt import split_prompt
 from tests.tiny_checkpoint import byte_tokenizer
 from tests.unit.smollm2 import smollm2_tokenizer
@@ -423,8 +432,82 @@ def test_half_a_surrogate_pair(template: str | None) -> None:
 
 def test_template_that_refuses_every_conversation() -> None:
     tokenizer = byte_tokenizer(template="{{ raise_exception('a system turn must come first') }}")
-    with pytest.raises(ValueError, match=r"refuses a conversation of user \(a system turn.*set model.tokenizer"):
+    with pytest.raises(ValueError, match=r"conversation of user \(TemplateError: a system turn.*set model.tokenizer"):
         encode_document(tokenizer, DOCUMENT)
+
+
+NEEDS_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system turn must come first') }}{% endif %}" + WORDS
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + WORDS
+OMITS_SYSTEM = WORDS.replace("in messages", "in messages if m['role'] != 'system'")
+THINKING = WORDS.replace("'assistant: '", "'assistant: ' + ('' if enable_thinking else 'at once, ')") + (
+    "{% if style %}{{ style + '' }}{% endif %}"
+)
+SYSTEM = "Answer in one word."
+FULL = {"full": Shape(NEEDS_SYSTEM, (), "", "", "", None), "thinking": Shape(THINKING, (), "", "", "", None)}
+
+
+@pytest.mark.parametrize("shape", [*(SHAPES[name] for name in ("chatml", "qwen3", "llama3", "phi3")), FULL["full"]])
+def test_a_system_prompt_precedes_the_document(shape: Shape) -> None:
+    tokenizer = shape.tokenizer()
+    chat = encode_chat(tokenizer, DOCUMENT, QUERY, system=SYSTEM)
+    messages = [{"role": "system", "content": SYSTEM}, *shape.asked()]
+    ids = chat.document_ids[0].tolist() + chat.query_ids[0].tolist()
+    assert ids == rendered_ids(tokenizer, messages)
+    assert SYSTEM in tokenizer.decode(chat.document_ids[0, : chat.query_position])
+    assert tokenizer.decode(chat.document_ids[0, chat.query_position :]).startswith(DOCUMENT)
+    assert tokenizer.decode(chat.embedded_ids[0]) == f"{QUERY}\n\n"
+    answer = torch.tensor([encode(tokenizer, ANSWER)])
+    ids += answer[0].tolist() + encode_turn(tokenizer, NEXT, answer, system=SYSTEM)[0].tolist()
+    messages += [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": NEXT}]
+    assert ids == rendered_ids(tokenizer, messages)
+
+
+def test_control_tokens_in_a_system_prompt_are_text() -> None:
+    tokenizer = SHAPES["llama3"].tokenizer()
+    end = tokenizer.eos_token_id
+    for allowed in (False, True):
+        chat = encode_chat(tokenizer, DOCUMENT, QUERY, system="Say </s>.", allow_special_tokens=allowed)
+        assert (end in chat.document_ids) is allowed
+        assert "Say </s>." in tokenizer.decode(chat.document_ids[0])
+
+
+def test_arguments_of_the_template() -> None:
+    tokenizer = FULL["thinking"].tokenizer()
+    for thinking, opened in ((True, "assistant: "), (False, "assistant: at once, ")):
+        chat = encode_chat(tokenizer, DOCUMENT, QUERY, template={"enable_thinking": thinking})
+        assert tokenizer.decode(chat.query_ids[0]) == f"user: {QUERY}\n{opened}"
+        turn = encode_turn(tokenizer, NEXT, torch.tensor([[0]]), template={"enable_thinking": thinking})
+        assert tokenizer.decode(turn[0]) == f"\nuser: {NEXT}\n{opened}"
+    without = encode_chat(tokenizer, DOCUMENT, QUERY)
+    assert without.document_ids.equal(chat.document_ids) and without.query_ids.equal(chat.query_ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "given", "parts"),
+    [
+        (NEEDS_SYSTEM, {}, ("needs a system prompt", "task.system", "system=", "must come first")),
+        (NO_SYSTEM, {"system": SYSTEM}, ("takes no system prompt", "leave out task.system", "no system role")),
+        (OMITS_SYSTEM, {"system": SYSTEM}, ("task.system has no effect", "leave out task.system")),
+        (None, {"system": SYSTEM}, ("task.system", "no", "model.tokenizer")),
+        (None, {"template": {"enable_thinking": True}}, ("{'enable_thinking': True}", "no", "model.tokenizer")),
+        (THINKING, {"template": {"enable_thinkin": 1}}, ("task.template.enable_thinkin", "'enable_thinking'?")),
+        (THINKING, {"template": {"style": 1}}, ("TypeError", "task.template={'style': 1}")),
+        (THINKING, {"template": {"tokenize": True}}, ("task.template.tokenize", "leave it out")),
+        (THINKING, {"template": "enable_thinking"}, ("task.template='enable_thinking'", "mapping")),
+        (THINKING, {"template": {1: 2}}, ("task.template={1: 2}", "mapping")),
+        ("{{ 1 + 'a' }}", {}, ("TypeError", "model.tokenizer")),
+        ("{% for %}", {}, ("TemplateSyntaxError", "model.tokenizer")),
+        ("{{ messages[0].content.nothing() }}", {}, ("UndefinedError", "model.tokenizer")),
+        ("{{ 1 / 0 }}", {}, ("ZeroDivisionError", "model.tokenizer")),
+    ],
+)
+def test_what_a_template_cannot_take(template: str | None, given: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as caught:
+        encode_chat(byte_tokenizer(template=template), DOCUMENT, QUERY, **given)
+    for part in parts:
+        assert part in str(caught.value)
 
 
 def test_template_for_one_answer_only() -> None:
@@ -433,7 +516,7 @@ def test_template_for_one_answer_only() -> None:
         "{% endif %}{{ m['content'] }}\n{% endfor %}"
     )
     assert split_prompt(tokenizer, DOCUMENT, QUERY).query_ids == encode(tokenizer, f"{QUERY}\n")
-    with pytest.raises(ValueError, match=r"user, user, assistant, user \(one question only\)"):
+    with pytest.raises(ValueError, match=r"user, user, assistant, user \(TemplateError: one question only\)"):
         encode_next_turn(tokenizer, NEXT, 0)
 
 

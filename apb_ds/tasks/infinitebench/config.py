@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from apb_ds.config import check_choice
-from apb_ds.tasks.base import Sample, TaskConfig, needs_tokenizer, register_task
+from apb_ds.tasks.base import ConversationConfig, Sample, needs_tokenizer, register_task
 from apb_ds.tasks.checks import check_integers, check_optional_text, distinct
 from apb_ds.tasks.infinitebench.names import ANSWER_TOKENS, TASKS
 from apb_ds.tasks.infinitebench.prompts import make_sample
@@ -18,7 +18,7 @@ from apb_ds.tasks.infinitebench.scoring import check_rouge, score
 
 @register_task
 @dataclass(frozen=True)
-class InfiniteBenchConfig(TaskConfig):
+class InfiniteBenchConfig(ConversationConfig):
     """InfiniteBench's tasks, from the benchmark's own files.
 
     Parameters
@@ -34,6 +34,7 @@ class InfiniteBenchConfig(TaskConfig):
         in the benchmark, and the label ``truncated`` says so. Default: the model's positions.
     max_new_tokens : int, tokens, optional
         Length of an answer at most. Default: the benchmark's, from 3 (math_find) to 30000 (math_calc).
+    system, template : see `ConversationConfig`
     """
 
     name: ClassVar[str] = "infinitebench"
@@ -44,6 +45,7 @@ class InfiniteBenchConfig(TaskConfig):
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "tasks", distinct("task.tasks", self.tasks))
         for task in self.tasks:
             check_choice("task.tasks", task, TASKS)
@@ -51,6 +53,7 @@ class InfiniteBenchConfig(TaskConfig):
         check_optional_text("task.data_dir", self.data_dir, "the name of a folder")
 
     def check_sources(self) -> None:
+        super().check_sources()
         for task in self.tasks:
             find_file(task, self.data_dir)
         if "longbook_sum_eng" in self.tasks:

@@ -24,8 +24,8 @@ from lm_eval.evaluator_utils import _process_results
 from apb_ds.tasks.lm_eval.config import LmEvalConfig
 from apb_ds.tasks.lm_eval.load import check_servable, load_tasks, task_manager
 from apb_ds.tasks.lm_eval.prompts import NO_ROLLING, HarnessPrompts, HarnessRequest, Pair
-from apb_ds.tasks.prompts import has_template
 from apb_ds.tasks.ruler.harness import quiet
+from apb_ds.tasks.template import TemplateRefusal, has_template
 from apb_ds.utils.text import kind_and_line
 
 BOOTSTRAP_RESAMPLES = 1000
@@ -153,7 +153,7 @@ def build(config: LmEvalConfig, tokenizer: Any, seed: int) -> HarnessTasks:
 
     Parameters
     ----------
-    tokenizer : the model's own, which also replaces any that the harness would load
+    tokenizer : the model's own, with the template's arguments; also replaces any that the harness would load
     seed : 0 draws the harness's own few-shot examples
 
     Raises
@@ -176,6 +176,7 @@ def build(config: LmEvalConfig, tokenizer: Any, seed: int) -> HarnessTasks:
                 task_manager=manager,  # a new one would read all YAML files again
                 limit=config.num_samples,
                 num_fewshot=config.num_fewshot,
+                system_instruction=config.read_system(),
                 apply_chat_template=apply_template,
                 fewshot_as_multiturn=config.fewshot_as_multiturn,
                 random_seed=DEFAULT_RANDOM_SEED + seed,
@@ -184,6 +185,8 @@ def build(config: LmEvalConfig, tokenizer: Any, seed: int) -> HarnessTasks:
                 fewshot_random_seed=DEFAULT_OTHER_SEED + seed,
                 **arguments,
             )
+    except TemplateRefusal:
+        raise
     except Exception as error:  # any kind, from the task's own code
         why = kind_and_line(error)
         raise ValueError(f"task.tasks={list(config.tasks)}: the prompts cannot be made ({why}).") from error

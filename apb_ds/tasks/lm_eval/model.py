@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from apb_ds.engine.context import Context
 from apb_ds.engine.engine import APBEngine, OnProgress
 from apb_ds.tasks.lm_eval.prompts import NO_ROLLING, HarnessPrompts, HarnessRequest, Pair
 from apb_ds.tasks.lm_eval.split import Split
+from apb_ds.tasks.template import with_template
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class HarnessModel(HarnessPrompts):
         together are the prompt.
     query_start : str, optional
         A text that the query begins with, if the prompt contains it; else `split` decides.
+    template : mapping, optional
+        Arguments of the chat template, such as ``{"enable_thinking": False}``. A system prompt is the harness's
+        ``system_instruction``.
     query_position : int, tokens, optional
         As in the engine's settings. Default: the tokens that the chat template puts before the first turn.
 
@@ -78,9 +82,10 @@ class HarnessModel(HarnessPrompts):
         *,
         split: str | Split = "paragraph",
         query_start: str | None = None,
+        template: Mapping[str, Any] | None = None,
         query_position: int | None = None,
     ) -> None:
-        super().__init__(tokenizer, split, query_start)
+        super().__init__(with_template(tokenizer, None, template), split, query_start)
         self.engine = engine
         self._query_position = query_position
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from apb_ds.tasks.base import Sample
-from apb_ds.tasks.lm_eval.split import RenderedPrompt, Split, make_split, render
+from apb_ds.tasks.lm_eval.split import RenderedPrompt, Split, make_split, mark_turn
 from apb_ds.tasks.prompts import ONE_TURN_SEPARATOR, encode_after, header, num_equal
+from apb_ds.tasks.template import TemplateRefusal, render
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -72,7 +73,6 @@ class HarnessPrompts(TemplateLM):
         super().__init__()
         self.tokenizer = tokenizer
         self._split = make_split(split, query_start)
-        self._header_ids: list[int] | None = None
 
     # --- what the harness needs of a model's tokenizer ---------------------------------------------------------------
 
@@ -105,15 +105,14 @@ class HarnessPrompts(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a chat; without a generation prompt, the last turn is the answer's beginning and stays open."""
-        from jinja2.exceptions import TemplateError
-
-        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        options = {"generation": add_generation_prompt, "continue_last": not add_generation_prompt}
         try:
-            text = self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
-        except TemplateError:  # as the harness does: some templates have no system role
+            text = render(self.tokenizer, chat_history, **options)
+        except TemplateRefusal:  # as the harness does: some templates have no system role
             chat_history = [message for message in chat_history if message["role"] != "system"]
-            text = self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
-        return render(text, chat_history)
+            text = render(self.tokenizer, chat_history, **options)
+        system = next((message["content"] for message in chat_history if message["role"] == "system"), None)
+        return mark_turn(text, chat_history, header(self.tokenizer, system))
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -160,15 +159,15 @@ class HarnessPrompts(TemplateLM):
 
     def _embedded(self, prompt: str, start: int) -> torch.Tensor | None:
         """Return the ids that the anchor embeds: the user's question without the turn's end; None for the query."""
-        question = prompt[start : prompt.turn[1]].strip() if isinstance(prompt, RenderedPrompt) else ""
+        if not isinstance(prompt, RenderedPrompt):
+            return None
+        question = prompt[start : prompt.turn[1]].strip()
         if not question:
             return None
-        return torch.tensor([encode_after(self.tokenizer, header(self.tokenizer), question + ONE_TURN_SEPARATOR)])
+        return torch.tensor([encode_after(self.tokenizer, prompt.header, question + ONE_TURN_SEPARATOR)])
 
     def _position(self, prompt: str, ids: list[int]) -> int:
         """Return how many tokens precede the first turn's text; in a plain text, the begin-of-sequence token."""
         if not isinstance(prompt, RenderedPrompt):
             return int(ids[0] == self.tokenizer.bos_token_id)
-        if self._header_ids is None:
-            self._header_ids = self.tok_encode(header(self.tokenizer))
-        return num_equal(self._header_ids, ids)
+        return num_equal(self.tok_encode(prompt.header), ids)

@@ -33,21 +33,24 @@ class RenderedPrompt(str):
     Attributes
     ----------
     turn : index of the turn's first character, and of the one after its last
+    header : what the template puts before the first user's text, the system prompt included
     """
 
     turn: tuple[int, int]
+    header: str
 
-    def __new__(cls, text: str, turn: tuple[int, int] = (0, 0)) -> RenderedPrompt:
+    def __new__(cls, text: str, turn: tuple[int, int] = (0, 0), header: str = "") -> RenderedPrompt:
         rendered = super().__new__(cls, text)
         rendered.turn = turn
+        rendered.header = header
         return rendered
 
 
-def render(text: str, messages: list[dict[str, str]]) -> str:
+def mark_turn(text: str, messages: list[dict[str, str]], header: str) -> str:
     """Return a rendered chat with the position of the user's last turn, if it contains that unchanged."""
     said = [message["content"].strip() for message in messages if message["role"] == "user"]
     start = text.rfind(said[-1]) if said and said[-1] else -1
-    return text if start < 0 else RenderedPrompt(text, (start, start + len(said[-1])))
+    return text if start < 0 else RenderedPrompt(text, (start, start + len(said[-1])), header)
 
 
 def make_split(rule: str | Split, query_start: str | None = None) -> Split:

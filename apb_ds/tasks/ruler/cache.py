@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from apb_ds.loading.kept import cache_root, read_sealed, write_sealed
+from apb_ds.tasks.template import ChatTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ def cached(key: dict[str, Any], make: Callable[[], list[dict[str, Any]]]) -> lis
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """Return a hash of what decides how many tokens a prompt has: vocabulary and chat template."""
+    """Return a hash of what decides how many tokens a prompt has: vocabulary, and chat template with its arguments."""
     parts = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, getattr(tokenizer, "chat_template", None)]
+    if isinstance(tokenizer, ChatTokenizer):
+        parts += [tokenizer.system, tokenizer.arguments]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from apb_ds.config import check_choice, check_integer
-from apb_ds.tasks.base import Sample, TaskConfig, needs_tokenizer, register_task
+from apb_ds.tasks.base import ConversationConfig, Sample, needs_tokenizer, register_task
 from apb_ds.tasks.checks import check_integers, check_optional_text, distinct
 from apb_ds.tasks.ruler import harness
 from apb_ds.tasks.ruler.cache import cached, hash_tokenizer
@@ -26,7 +26,7 @@ SHORTEST = 256
 
 @register_task
 @dataclass(frozen=True)
-class RulerConfig(TaskConfig):
+class RulerConfig(ConversationConfig):
     """RULER's tasks, as lm-evaluation-harness makes and scores them.
 
     Parameters
@@ -42,6 +42,7 @@ class RulerConfig(TaskConfig):
         RULER's essays; ``dev-v2.0.json`` (SQuAD) and ``hotpot_dev_distractor_v1.json`` (HotpotQA).
     max_new_tokens : int, tokens, optional
         Length of an answer at most. Default: the task's own.
+    system, template : see `ConversationConfig`
     """
 
     name: ClassVar[str] = "ruler"
@@ -52,6 +53,7 @@ class RulerConfig(TaskConfig):
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("tasks", "length"):
             object.__setattr__(self, field, distinct(f"task.{field}", getattr(self, field)))
         for name in self.tasks:
@@ -71,6 +73,7 @@ class RulerConfig(TaskConfig):
         return self.length if isinstance(self.length, tuple) else (self.length,)  # type: ignore[return-value]
 
     def check_sources(self) -> None:
+        super().check_sources()
         for name in self.tasks:
             source_files(name, self.data_dir)
         harness.check_installed()

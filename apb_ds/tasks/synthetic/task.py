@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from apb_ds.tasks.base import Sample, TaskConfig, random_sample, register_task, text_sample
+from apb_ds.tasks.base import ConversationConfig, Sample, random_sample, register_task, text_sample
 from apb_ds.tasks.checks import check_integers
 from apb_ds.tasks.prompts import EncodedDocument, encode_document
 from apb_ds.tasks.synthetic.generate import generate
@@ -18,7 +18,7 @@ RANDOM_QUERY_TOKENS = 32
 
 @register_task
 @dataclass(frozen=True)
-class SyntheticConfig(Recipe, TaskConfig):
+class SyntheticConfig(Recipe, ConversationConfig):
     """Documents whose questions have answers that can be checked, but not guessed.
 
     Parameters
@@ -30,6 +30,7 @@ class SyntheticConfig(Recipe, TaskConfig):
     max_new_tokens : int, tokens
         Length of an answer at most. Default: what the answers need, and 16.
     kind, split, num_questions and so on : see `Recipe`
+    system, template : see `ConversationConfig`
     """
 
     name: ClassVar[str] = "synthetic"
@@ -38,7 +39,8 @@ class SyntheticConfig(Recipe, TaskConfig):
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Recipe.__post_init__(self)
+        ConversationConfig.__post_init__(self)
         check_integers(self, num_tokens=1, num_samples=1, max_new_tokens=1)
 
     def samples(self, tokenizer: Any | None, vocab_size: int, seed: int) -> Iterator[Sample]:

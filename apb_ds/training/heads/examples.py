@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apb_ds.tasks.prompts import encode, encode_document, has_template
+from apb_ds.tasks.prompts import encode, encode_document
 from apb_ds.tasks.synthetic.documents import longest
 from apb_ds.tasks.synthetic.draws import Draws
 from apb_ds.tasks.synthetic.generate import generate
 from apb_ds.tasks.synthetic.recipe import KINDS, NEEDLES
+from apb_ds.tasks.template import has_template, render, user
 from apb_ds.training.batches import Example
 from apb_ds.training.conversations import MAX_DRAWS, TURN_TOKENS, make_conversation
 from apb_ds.training.heads.config import ANSWER, HeadsConfig
@@ -130,5 +131,4 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     if not has_template(tokenizer):
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return bos + encode(tokenizer, f"{prompt}\n")
-    turn = [{"role": "user", "content": prompt}]
-    return encode(tokenizer, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    return encode(tokenizer, render(tokenizer, [user(prompt)], generation=True))
