@@ -203,6 +203,7 @@ def test_the_bar_of_a_fidelity_job_moves(model_path: Path, tmp_path: Path) -> No
         (("task.num_tokens=[]",), "eval", ("task.num_tokens", "at least")),
         (("task=fidelity", "task.texts=/nowhere/at/all"), "eval", ("task.texts", "/nowhere/at/all")),
         (("task=fidelity", "task.num_tokens=500000"), "eval", ("task.num_tokens=500000", "tokens")),
+        (("task.template={style: 1}",), "eval", ("task.template.style", "no effect")),
         (("eval.overwrite=1",), "eval", ("eval.overwrite=1", "true or false")),
         (("eval.output=/proc/nowhere",), "eval", ("eval.output: /proc/nowhere", "another eval.output")),
     ],

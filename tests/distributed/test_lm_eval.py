@@ -15,7 +15,7 @@ import apb_ds
 from tests.harness_tasks import DOCUMENTS, responses, task_manager, write_tasks
 from tests.launch_in_process import Ended, run_infer
 from tests.pool import Pools, RankError
-from tests.tiny_checkpoint import save_checkpoint
+from tests.tiny_checkpoint import TEMPLATE, byte_tokenizer, save_checkpoint
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("missing: lm_eval (pip install -e '.[eval]')", allow_module_level=True)
@@ -30,6 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lm_eval")
     save_checkpoint(folder / "model")
     write_tasks(folder / "tasks")
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    byte_tokenizer(template=refusal + TEMPLATE).save_pretrained(folder / "no_system")
+    thinking = TEMPLATE.replace("'<|assistant|>' }}", "'<|assistant|>' + ('' if enable_thinking else 'Now: ') }}")
+    byte_tokenizer(template=thinking).save_pretrained(folder / "thinking")
     return folder
 
 
@@ -116,6 +120,34 @@ def test_a_task_is_what_the_harness_makes_of_it(
             {key: value for key, value in theirs.items() if key != "alias"}, nan_ok=True
         )
     assert "lamp_prefix" in ended[0].stdout and f"Results: {output}" in ended[0].stdout
+
+
+def test_a_system_prompt_and_arguments_of_the_template(pool: Pools, folder: Path, tmp_path: Path) -> None:
+    import lm_eval
+
+    names, system, output = "lamp_text", "Answer in one word.", tmp_path / "out"
+    given = (f"task.system={system}", "task.template={enable_thinking: true}", f"model.tokenizer={folder}/thinking")
+    ended = launch(pool, 1, folder, output, f"task.tasks={names}", *given)
+    assert ended[0].code == 0, ended[0].stderr
+    tokenizer = AutoTokenizer.from_pretrained(folder / "thinking")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    engine = apb_ds.init_inference(model, apb_ds.APBConfig(hosts=HOSTS))
+    results = lm_eval.simple_evaluate(
+        model=apb_ds.HarnessModel(engine, tokenizer, template={"enable_thinking": True}),
+        tasks=[names],
+        task_manager=task_manager(folder / "tasks"),
+        system_instruction=system,
+        apply_chat_template=True,
+        bootstrap_iters=0,
+    )
+    assert results is not None
+    assert [[[sample["answer"]]] for sample in samples(output)] == responses(results, names)
+    lm = apb_ds.HarnessModel(engine, tokenizer, template={"enable_thinking": True})
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": "A lamp.\n\nWhere?"}]
+    request = lm.generation(lm.apply_chat_template(chat), {"until": []})
+    before = tokenizer.decode(request.document_ids[0, : request.query_position])
+    assert before == f"<s><|system|>{system}</s><|user|>"
+    assert tokenizer.decode(request.query_ids[0]) == "Where?</s><|assistant|>"
 
 
 def test_ranks_that_call_the_harness_in_the_same_way(pool: Pools, folder: Path, by_harness: dict[str, Any]) -> None:
@@ -210,11 +242,17 @@ def test_failing_documents_are_counted(pool: Pools, folder: Path, tmp_path: Path
         (("task.tasks=[lamp_text]", "task.split=sentence"), ("task.split='sentence'", "paragraph, line, turn")),
         (("task.tasks=[lamp_text]", "task.num_samples=0"), ("task.num_samples=0", "at least 1")),
         (("task.tasks=[lamp_text,lamp_text]",), ("task.tasks", "none of them twice")),
+        (("task.tasks=[lamp_text]", "task.template={style: 1}"), ("task.template.style", "no effect")),
+        (
+            ("task.tasks=[lamp_text]", "task.system=Be brief.", "model.tokenizer={folder}/no_system"),
+            ("takes no system prompt", "task.system"),
+        ),
     ],
 )
 def test_what_cannot_be_evaluated(
     pool: Pools, folder: Path, tmp_path: Path, overrides: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
+    overrides = tuple(override.replace("{folder}", str(folder)) for override in overrides)
     ended = launch(pool, 2, folder, tmp_path / "out", *overrides)
     assert [rank.code for rank in ended] == [2, 2]
     for part in parts:

@@ -433,9 +433,16 @@ def test_answers_of_other_settings_are_left_alone(
     pool: Pools, model_path: Path, batch_input: Path, world_size: int
 ) -> None:
     output = batch_input.with_name("questions.answers.jsonl")
+    system = batch_input.with_name("system.txt")
+    system.write_text("Be brief.")
     overrides = ("task=batch", f"task.input={batch_input}", f"hydra.run.dir={batch_input.parent}/run")
+    overrides += (f"task.system=@{system}",)
     infer(pool, world_size, model_path, *overrides)
     before = output.read_text()
+    system.write_text("Be polite.")
+    ended = infer(pool, world_size, model_path, *overrides)
+    assert [rank.code for rank in ended] == [2] * world_size and "task.system" in ended[0].stderr, ended[0].stderr
+    system.write_text("Be brief.")
     ended = infer(pool, world_size, model_path, *overrides, "method.compressor=knorm")
     assert [rank.code for rank in ended] == [2] * world_size
     for part in ("method.compressor", "knorm", "window", "task.overwrite=true"):

@@ -21,6 +21,7 @@ from apb_ds.tasks.ruler import generate as generation
 from apb_ds.tasks.ruler import harness
 from apb_ds.tasks.ruler.names import ESSAY_TASKS, QUESTION_FILES, SYNTHETIC_TASKS, TASKS
 from apb_ds.tasks.ruler.prompts import split_text
+from apb_ds.tasks.template import with_template
 from tests.unit.smollm2 import smollm2_directory, smollm2_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -265,6 +266,17 @@ def test_made_once(chat_tokenizer: Any, empty_cache: Path, monkeypatch: pytest.M
     assert texts(list(config.samples(chat_tokenizer, 100, 0))) == first
     with pytest.raises(AssertionError, match="the generator was called"):
         list(config.samples(chat_tokenizer, 100, 2))
+
+
+@needs_harness
+def test_a_system_prompt_takes_room(chat_tokenizer: Any, empty_cache: Path) -> None:
+    """Prompts that were made without one, and are kept, would be too long."""
+    config = config_of("ruler_fwe")
+    list(config.samples(chat_tokenizer, 100, 0))
+    with_system = with_template(chat_tokenizer, "Answer in as few words as you can, and do not explain." * 4, None)
+    (*samples,) = config.samples(with_system, 100, 0)
+    assert len(made_files(empty_cache)) == 2
+    assert all(sample.num_positions <= config.lengths[0] for sample in samples)
 
 
 @needs_harness

@@ -111,6 +111,14 @@ def test_every_task_answers_with_the_same_keys() -> None:
             {"name": "lm_eval", "tasks": "a", "apply_chat_template": "yes"},
             "task.apply_chat_template='yes' must be true",
         ),
+        (
+            {"name": "lm_eval", "tasks": "a", "apply_chat_template": False, "template": {"thinking": True}},
+            "task.template=.*task.apply_chat_template=false",
+        ),
+        ({"name": "passkey", "system": "-"}, "task.system=-.*@FILE"),
+        ({"name": "synthetic", "system": " "}, "task.system=' ' is empty"),
+        ({"name": "ruler", "template": [1]}, r"task.template=\[1\] must be a mapping"),
+        ({"name": "infinitebench", "template": {"tokenize": True}}, "task.template.tokenize"),
         ({"name": "batch"}, "task.input='' is missing: give a JSONL file"),
         ({"name": "batch", "input": 5}, "task.input=5 is missing"),
         ({"name": "batch", "input": "i", "output": ""}, "task.output='' must be the name of a file"),
@@ -123,6 +131,16 @@ def test_every_task_answers_with_the_same_keys() -> None:
 def test_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_task_config(values)
+
+
+@pytest.mark.parametrize("name", ["passkey", "synthetic"])
+def test_made_up_documents_follow_the_system_prompt(name: str, tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text("Be brief.")
+    config = build_task_config({"name": name, "num_tokens": 900, "system": f"@{tmp_path}/system.txt"})
+    tokenizer = byte_tokenizer()
+    (sample,) = config.samples(config.chat_tokenizer(tokenizer), 0, 0)
+    assert tokenizer.decode(sample.document_ids[0]).startswith("<s><|system|>Be brief.</s><|user|>")
+    assert sample.num_document <= 900
 
 
 def test_defaults() -> None:
