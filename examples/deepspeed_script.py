@@ -20,7 +20,7 @@ import apb_ds  # APB, line 1 of 3
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FACTS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "The pass key is 68213. Remember it. The pass key is 68213. "
-QUESTION = "What is the pass key? The pass key is"
+QUESTION = "What is the pass key?"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=MODEL, help="a model's directory or its name on the Hugging Face hub")
     parser.add_argument("--tiny", action="store_true", help="a small random model instead: seconds, no download")
     parser.add_argument("--num_facts", type=int, default=60, help="length of the text, in repetitions of some facts")
-    parser.add_argument("--max_new_tokens", type=int, default=8)
+    parser.add_argument("--max_new_tokens", type=int, default=16)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     return parser.parse_args()
 
@@ -51,13 +51,18 @@ def load_tiny() -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
 
 
 def load_model(path: str, num_facts: int) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
-    """Return model, tokenizer, and the ids of a document that holds a pass key and of a question about it."""
+    """Return model, tokenizer, and the ids of a chat: a document that holds a pass key, and a question about it."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     text = FACTS * (num_facts // 2) + NEEDLE + FACTS * (num_facts - num_facts // 2)
-    document = tokenizer(text, return_tensors="pt").input_ids
-    return model, tokenizer, document, tokenizer(QUESTION, return_tensors="pt", add_special_tokens=False).input_ids
+    messages = [{"role": "user", "content": f"{text}\n\n{QUESTION}"}]
+    whole: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    cut = whole.rindex(QUESTION)
+    document, query = (
+        tokenizer(part, return_tensors="pt", add_special_tokens=False).input_ids for part in (whole[:cut], whole[cut:])
+    )
+    return model, tokenizer, document, query
 
 
 def main() -> None:

@@ -79,8 +79,8 @@ def with_template(
     if not has_template(tokenizer):
         given = f"task.template={dict(arguments)}" if arguments else "task.system"
         raise ValueError(
-            f"{given} needs a chat template, and the tokenizer has none; leave it out, put instructions into the "
-            "document, or set model.tokenizer to one that has a template."
+            f"{given} needs a chat template, and this model comes without one; leave it out, put instructions into the "
+            "document, or set model.tokenizer to a tokenizer that has one."
         )
     names = sorted({*re.findall(r"[A-Za-z_]\w*", _source(tokenizer))})
     for name in arguments or {}:

@@ -40,7 +40,7 @@ def expected() -> list[int]:
     model, _, document, query = script.load_tiny()
     engine = apb_ds.init_inference(model, apb_ds.APBConfig(hosts=8))
     assert not engine.prefill(document, query).plan.exact
-    return engine.generate(document, query, max_new_tokens=8, do_sample=False)[0].tolist()
+    return engine.generate(document, query, max_new_tokens=16, do_sample=False)[0].tolist()
 
 
 def test_apb_is_three_lines() -> None:

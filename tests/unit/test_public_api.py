@@ -15,6 +15,7 @@ import torch
 
 import apb_ds
 from tests.models import build_model, request_ids
+from tests.tiny_checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,11 +29,19 @@ def test_every_public_name_is_found_and_completed() -> None:
 def test_user_code_passes_strict_type_checking(tmp_path: Path) -> None:
     script = tmp_path / "user.py"
     script.write_text(
-        "from apb_ds import APBConfig, APBEngine, Context, attach, detach, init_inference, plan_request\n"
+        "from apb_ds import APBConfig, APBEngine, Context, EncodedChat, attach, detach, encode_chat, encode_turn\n"
+        "from apb_ds import init_inference, load_model, plan_request\n"
         "config = APBConfig(hosts=4, anchor_length='block')\n"
         "plan = plan_request(config, 1000, 5)\n"
         "hosts: int = plan.hosts\n"
         "reveal_type(plan.hosts)\n"
+        "def ask(path: str) -> None:\n"
+        "    model, tokenizer = load_model(path, dtype='float32')\n"
+        "    chat: EncodedChat = encode_chat(tokenizer, 'document', 'question', template={'thinking': False})\n"
+        "    engine: APBEngine = init_inference(model, {'query_position': chat.query_position})\n"
+        "    context: Context = engine.prefill(chat.document_ids, chat.embedded_ids)\n"
+        "    answer = engine.generate(query_ids=chat.query_ids, context=context)\n"
+        "    encode_turn(tokenizer, 'more', answer, system='Be brief.')\n"
     )
     # Other packages are left out: they take most of the time, and their types are not ours.
     settings = "[mypy]\nstrict = true\nignore_missing_imports = true\nfollow_imports = silent\n"
@@ -50,6 +59,15 @@ def test_user_code_passes_strict_type_checking(tmp_path: Path) -> None:
         pytest.skip("mypy is not installed: pip install 'apb_ds[dev]'")
     assert found.returncode == 0, found.stdout
     assert 'Revealed type is "int"' in found.stdout, "the package was not found, and everything passes as Any"
+
+
+def test_a_model_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
+    model, tokenizer = apb_ds.load_model(save_checkpoint(tmp_path), dtype="bfloat16", device="cpu")
+    assert (model.dtype, model.training, tokenizer.eos_token) == (torch.bfloat16, False, "</s>")
+    with pytest.raises(ValueError, match=r"model key='adaptor'.*Did you mean 'adapter'\?"):
+        apb_ds.load_model(tmp_path, adaptor="x")
+    with pytest.raises(ValueError, match=r"model.path=.*nope"):
+        apb_ds.load_model(tmp_path / "nope")
 
 
 def test_an_option_that_does_not_exist_names_the_nearest() -> None:
