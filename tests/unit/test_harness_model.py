@@ -160,8 +160,9 @@ def test_ids_are_the_harness_own(chat: bool, begins: bool, folder: Path, model: 
             question = instance.doc["question"]
             opened = f"{question}</s><|assistant|>{prefix}" if chat else f"{question} {prefix}".rstrip()
             assert query == opened
-            header = {"lamp_text": 2, "lamp_prefix": 1}[task.task_name] if chat else int(begins)
-            assert request.query_position == header
+            before = tokenizer.decode(ids[0, : request.query_position])
+            system = "<|system|>Answer in a few words.</s>" if task.task_name == "lamp_prefix" else ""
+            assert before == (f"<s>{system}<|user|>" if chat else "<s>" * begins)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

@@ -445,10 +445,10 @@ THINKING = WORDS.replace("'assistant: '", "'assistant: ' + ('' if enable_thinkin
     "{% if style %}{{ style + '' }}{% endif %}"
 )
 SYSTEM = "Answer in one word."
-FULL = {"full": Shape(NEEDS_SYSTEM, (), "", "", "", None), "thinking": Shape(THINKING, (), "", "", "", None)}
+SYSTEM_FIRST = Shape(NEEDS_SYSTEM, (), "", "", "", None)
 
 
-@pytest.mark.parametrize("shape", [*(SHAPES[name] for name in ("chatml", "qwen3", "llama3", "phi3")), FULL["full"]])
+@pytest.mark.parametrize("shape", [*(SHAPES[name] for name in ("chatml", "qwen3", "llama3", "phi3")), SYSTEM_FIRST])
 def test_a_system_prompt_precedes_the_document(shape: Shape) -> None:
     tokenizer = shape.tokenizer()
     chat = encode_chat(tokenizer, DOCUMENT, QUERY, system=SYSTEM)
@@ -474,7 +474,7 @@ def test_control_tokens_in_a_system_prompt_are_text() -> None:
 
 
 def test_arguments_of_the_template() -> None:
-    tokenizer = FULL["thinking"].tokenizer()
+    tokenizer = byte_tokenizer(template=THINKING)
     for thinking, opened in ((True, "assistant: "), (False, "assistant: at once, ")):
         chat = encode_chat(tokenizer, DOCUMENT, QUERY, template={"enable_thinking": thinking})
         assert tokenizer.decode(chat.query_ids[0]) == f"user: {QUERY}\n{opened}"
@@ -490,8 +490,12 @@ def test_arguments_of_the_template() -> None:
         (NEEDS_SYSTEM, {}, ("needs a system prompt", "task.system", "system=", "must come first")),
         (NO_SYSTEM, {"system": SYSTEM}, ("takes no system prompt", "leave out task.system", "no system role")),
         (OMITS_SYSTEM, {"system": SYSTEM}, ("task.system has no effect", "leave out task.system")),
-        (None, {"system": SYSTEM}, ("task.system", "no", "model.tokenizer")),
-        (None, {"template": {"enable_thinking": True}}, ("{'enable_thinking': True}", "no", "model.tokenizer")),
+        (None, {"system": SYSTEM}, ("task.system", "without one", "model.tokenizer")),
+        (
+            None,
+            {"template": {"enable_thinking": True}},
+            ("{'enable_thinking': True}", "without one", "model.tokenizer"),
+        ),
         (THINKING, {"template": {"enable_thinkin": 1}}, ("task.template.enable_thinkin", "'enable_thinking'?")),
         (THINKING, {"template": {"style": 1}}, ("TypeError", "task.template={'style': 1}")),
         (THINKING, {"template": {"tokenize": True}}, ("task.template.tokenize", "leave it out")),
