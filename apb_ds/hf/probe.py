@@ -51,7 +51,7 @@ def probe_model(model: PreTrainedModel) -> tuple[LayerAttention, ...]:
     finally:
         for module in was_training:
             module.training = True
-    if not all(torch.equal(plain, given.flip(2)) for plain, given in zip(first.inputs, calls.inputs, strict=True)):
+    if not all(_are_close(plain, given.flip(2)) for plain, given in zip(first.inputs, calls.inputs, strict=True)):
         raise ValueError(f"{name} does not number positions from 0, as the engine does; it cannot be served.")
     return calls.layers(name, text_config(model), position_limit(model))
 
@@ -180,6 +180,11 @@ class _Calls:
             stores=bool(stored),
             stores_attended=bool(stored) and _are_equal(call.attended, stored[0]),
         )
+
+
+def _are_close(states: Tensor, others: Tensor) -> bool:
+    """Whether states differ by no more than rounding; a position that is off by one changes them tenfold as much."""
+    return float((states - others).float().norm()) <= 0.01 * float(states.float().norm())
 
 
 def _are_equal(pair: Pair, other: Pair) -> bool:
