@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 import pytest
@@ -41,18 +42,25 @@ def answer_all(rank: int, world_size: int, family: str) -> dict[tuple[Any, ...],
     return answers
 
 
+@cache
+def expected(family: str) -> list[tuple[torch.Tensor, Any]]:
+    """Return the reference's logits and tokens of each case."""
+    model, found = build_model(family), []
+    for case in CASES:
+        document, query = case.ids()
+        logits = run_reference(model, document, query, **case.given).logits
+        found.append((logits, reference_greedy(model, document, query, NUM_NEW, **case.given).tolist()))
+    return found
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_answers_are_the_references_on_every_rank(pool: Pools, family: str, world_size: int) -> None:
     by_rank = pool(world_size).run(answer_all, family, timeout=180)
-    model = build_model(family)
-    for case in CASES:
-        document, query = case.ids()
-        expected = run_reference(model, document, query, **case.given).logits
-        tokens = reference_greedy(model, document, query, NUM_NEW, **case.given).tolist()
+    for case, (logits, tokens) in zip(CASES, expected(family), strict=True):
         for answers, (schedule, _, _) in itertools.product(by_rank, WAYS):
-            logits, found = answers[case.name, schedule]
-            assert float((logits - expected).abs().max()) < TOLERANCE, (case.name, schedule)
+            own, found = answers[case.name, schedule]
+            assert float((own - logits).abs().max()) < TOLERANCE, (case.name, schedule)
             assert found == tokens, (case.name, schedule)
 
 
@@ -80,8 +88,8 @@ def test_exact_methods_are_the_plain_model(pool: Pools, world_size: int, method:
     by_rank = pool(world_size).run(prefill_exactly, list(HYBRIDS), method, timeout=180)
     document, query = request_ids(131, 6)
     for family in HYBRIDS:
-        expected = exact_logits(build_model(family), torch.cat([document, query], dim=1))[:, -6:]
+        plain = exact_logits(build_model(family), torch.cat([document, query], dim=1))[:, -6:]
         for found in by_rank:
             logits, stored = found[family]
-            assert float((logits - expected).abs().max()) < TOLERANCE, family
+            assert float((logits - plain).abs().max()) < TOLERANCE, family
             assert stored <= {WINDOW - 1}, "every rank holds what the window still reaches, and no more"
