@@ -34,8 +34,8 @@ class ShardedCacheLayer(CacheLayerMixin):
     stores_new : bool
         Whether this rank stores the tokens that come after the document.
     is_expanded : bool
-        Whether the model makes something else of what `update` returns. It cannot of no tokens, so that a rank without
-        any gets one token of zeros, to be left out of the attention.
+        Whether the model expands what `update` returns. Models cannot expand an empty tensor, so an empty rank returns
+        one token of zeros, which the attention skips.
     """
 
     is_sliding = False
@@ -353,11 +353,6 @@ class ShardedCache(Cache):
     def num_bytes(self) -> int:
         """Bytes of all buffers on this rank."""
         return sum(layer.num_bytes for layer in self._sharded_layers)
-
-    @property
-    def local_length(self) -> int:
-        """Tokens stored on this rank, by layers that attend to all of them."""
-        return self.local_lengths().get(None, 0)
 
     def local_lengths(self, *, with_next: bool = False) -> dict[int | None, int]:
         """Return the tokens stored on this rank by `LayerAttention.window`.

@@ -308,4 +308,4 @@ def name_keys(message: str, *, of_method: bool = False) -> str:
     others = ("method",) if of_method else ("method", "seed")
     names = [field.name for field in fields(APBConfig) if field.name not in others]
     # method=dense is a group's choice, and stands as it is; method='dens' is the field's value.
-    return re.sub(rf"(?<![\w.'/])(?=(?:{'|'.join(names)})=|method=')", "method.", message)
+    return re.sub(rf"(?<![\w.'/-])(?=(?:{'|'.join(names)})=|method=')", "method.", message)

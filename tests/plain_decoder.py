@@ -15,7 +15,7 @@ from apb_ds.utils.sizes import LayerAttention
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2, 4, 2, 8, 300
 WIDTH = HEADS * HEAD_DIM
-LAYER = LayerAttention(HEADS, KV_HEADS, HEAD_DIM)
+LAYER = LayerAttention(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM)
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 

@@ -178,7 +178,7 @@ class APBEngine(InferenceEngine):
         """Return the kernels by the kind of layer that they serve, empty for one without window and soft cap."""
         found = {}
         for layer_idx, layer in enumerate(self.layers):
-            width = max(layer.head_dim, layer.value_dim or 0)
+            width = max(layer.head_dim, layer.value_dim)
             needs = {"window": layer.window is not None, "softcap": layer.softcap is not None}
             kind = " and ".join(name for name, needed in needs.items() if needed)
             try:

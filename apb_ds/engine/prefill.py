@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from apb_ds.attention import APBAttention, Phase
 from apb_ds.hf.architecture import text_decoder
-from apb_ds.hf.interface import PrefillCache, PrefillComplete
+from apb_ds.hf.interface import PassingCache, PrefillComplete
 from apb_ds.methods.state import PrefillState
 
 
@@ -48,7 +48,7 @@ def run_round(
         _join_round(model, attention, state)
         return
     try:
-        cache = PrefillCache(state)
+        cache = PassingCache(state.take_from_cache)
         text_decoder(model)(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
     except PrefillComplete:
         return
@@ -61,7 +61,7 @@ def _join_round(model: PreTrainedModel, attention: APBAttention, state: PrefillS
     for layer_idx, layer in enumerate(state.cache.attention[: state.num_layers]):
         queries = nothing.expand(1, layer.heads, 0, layer.head_dim)
         keys = nothing.expand(1, layer.kv_heads, 0, layer.head_dim)
-        values = nothing.expand(1, layer.kv_heads, 0, layer.value_dim or layer.head_dim)
+        values = nothing.expand(1, layer.kv_heads, 0, layer.value_dim)
         attention(queries, keys, values, phase=Phase.PREFILL, layer_idx=layer_idx, state=state, window=layer.window)
 
 

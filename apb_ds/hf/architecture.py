@@ -104,7 +104,9 @@ def check_supported(model: PreTrainedModel) -> None:
     _check_inputs(name, model)
     head = model.get_output_embeddings()
     if isinstance(head, nn.ModuleList):
-        raise ValueError(f"{name} has {len(head)} heads, for as many ids a step; APB serves decoders with one.")
+        raise ValueError(
+            f"{name} has {len(head)} output heads, one for each token of a step; APB serves decoders with one."
+        )
     if head is None or not model.can_generate():
         raise ValueError(f"{name} has no language-model head; load the model with AutoModelForCausalLM.")
     if getattr(config, "num_hidden_layers", None) is None:
@@ -175,9 +177,9 @@ def _check_inputs(name: str, model: PreTrainedModel) -> None:
 
 def _check_layer_type(where: str, layer_type: str) -> None:
     if layer_type in OTHER_LAYERS:
-        raise ValueError(f"{where}{OTHER_LAYERS[layer_type]} ({layer_type}); APB serves no such layer.")
+        raise ValueError(f"{where}{OTHER_LAYERS[layer_type]} ({layer_type}); which APB does not support.")
     if layer_type not in ATTENTION_LAYERS:
-        raise ValueError(f"{where}is of a type that APB does not know ({layer_type}).")
+        raise ValueError(f"{where}has an unknown layer type ({layer_type}).")
 
 
 def _check_modules(name: str, model: PreTrainedModel) -> None:
@@ -192,7 +194,7 @@ def _check_modules(name: str, model: PreTrainedModel) -> None:
                 "softmax attention."
             )
         if hasattr(module, DYNAMIC_MASK):
-            raise ValueError(f"{name} attends to what a mask made of its values picks ({path}.{DYNAMIC_MASK}).")
+            raise ValueError(f"{name} selects keys by a mask computed from the values ({path}.{DYNAMIC_MASK}).")
     modules = _attention_modules(model)
     if not modules and model._is_stateful:
         raise ValueError(f"{name} keeps a recurrent state in place of keys and values; APB serves attention.")

@@ -7,6 +7,7 @@ look at positions either, for which it would wait for the device.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -135,20 +136,24 @@ class ActiveCall:
         return output
 
 
-class PrefillCache(Cache):
-    """What the model's forwards take for their cache in a prefill: it hands what is to be cached to the state.
+class PassingCache(Cache):
+    """A cache that stores nothing: it hands on what a layer gives it, and returns it as it is.
 
-    A layer attends to what it gave its cache, or to what it makes of that.
+    A layer attends to what its cache returns, or to what it makes of that.
+
+    Parameters
+    ----------
+    receive : called as ``receive(layer_idx, keys, values)``, (1, kv_heads, tokens, channels) each
     """
 
-    def __init__(self, state: PrefillState) -> None:
+    def __init__(self, receive: Callable[[int, Tensor, Tensor], object]) -> None:
         super().__init__(layers=[])
-        self._state = state
+        self._receive = receive
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self._state.given_to_cache = key_states, value_states
+        self._receive(layer_idx, key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -157,6 +162,7 @@ class PrefillCache(Cache):
 
 _ACTIVE: ContextVar[ActiveCall | None] = ContextVar("apb_ds_active_call", default=None)
 _registrations = 0
+_numbers = itertools.count()  # of the functions of `own_attention`
 _registration_lock = threading.Lock()
 
 
@@ -244,9 +250,10 @@ def own_attention(model: PreTrainedModel, name: str, function: Callable[..., Any
 
     Parameters
     ----------
-    name : to register it by; must not be taken
+    name : what the name that it is registered by begins with; several threads may use the same
     function : with the signature of transformers' attention functions
     """
+    name = f"{name}_{next(_numbers)}"
     AttentionInterface.register(name, function)
     try:
         with _implementation(model, name):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from apb_ds.hf.architecture import NOT_ROUTED, attention_modules, position_limit, text_config, text_decoder
-from apb_ds.hf.interface import CHANGES_ATTENTION, own_attention
+from apb_ds.hf.interface import CHANGES_ATTENTION, PassingCache, own_attention
 from apb_ds.utils.sizes import LayerAttention
 from apb_ds.utils.text import kind_and_line
 
@@ -46,14 +46,29 @@ def probe_model(model: PreTrainedModel) -> tuple[LayerAttention, ...]:
             _run(model, input_ids=ids, use_cache=False)
         first.check(name, sorted(attention_modules(model)))
         with own_attention(model, IMPLEMENTATION, calls.attend):
-            cache = NotingCache(calls.stored)
+            cache = PassingCache(calls.note_stored)
             _run(model, input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
     finally:
         for module in was_training:
             module.training = True
     if not all(_are_close(plain, given.flip(2)) for plain, given in zip(first.inputs, calls.inputs, strict=True)):
         raise ValueError(f"{name} does not number positions from 0, as the engine does; it cannot be served.")
-    return calls.layers(name, text_config(model), position_limit(model))
+    layers = calls.layers(name, text_config(model), position_limit(model))
+    _check_masked_windows(model, layers)
+    return layers
+
+
+def _check_masked_windows(model: PreTrainedModel, layers: Sequence[LayerAttention]) -> None:
+    """Raise ValueError if the model has a window in its masks alone, which it does not make for APB."""
+    config, limit = text_config(model), position_limit(model)
+    window = getattr(config, "sliding_window", None)
+    masks = "create_sliding_window_causal_mask" in vars(sys.modules[type(text_decoder(model)).__module__])
+    is_known = getattr(config, "layer_types", None) or any(layer.window is not None for layer in layers)
+    if masks and not is_known and isinstance(window, int) and (limit is None or window < limit):
+        raise ValueError(
+            f"{type(model).__name__} masks its attention to sliding_window={window} tokens without passing the window "
+            "to its attention, where APB would see it; it can be served with sliding_window=None."
+        )
 
 
 def _run(model: PreTrainedModel, **inputs: Any) -> None:
@@ -63,29 +78,13 @@ def _run(model: PreTrainedModel, **inputs: Any) -> None:
         if not any(map(_knows_interface, attention_modules(model).values())):
             raise ValueError(f"{type(model).__name__} {NOT_ROUTED}") from error
         raise ValueError(
-            f"{type(model).__name__} cannot run as APB runs it, on {' and '.join(inputs)} without an attention mask: "
-            f"{kind_and_line(error)}."
+            f"{type(model).__name__} cannot run as APB runs it, without an attention mask: {kind_and_line(error)}."
         ) from error
 
 
 def _knows_interface(module: nn.Module) -> bool:
     """Whether the code that a module comes from mentions the interface, by the name that all of transformers uses."""
     return "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
-
-
-class NotingCache(Cache):
-    """A cache that keeps what it is given in a list, by layer, and gives it back as it is."""
-
-    def __init__(self, stored: dict[int, list[Pair]]) -> None:
-        super().__init__(layers=[])
-        self._stored = stored
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
-        self._stored.setdefault(layer_idx, []).append((key_states, value_states))
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,10 @@ class _Calls:
         self._calls: dict[int, list[_Call]] = {}
         self._unsupported: dict[int, str] = {}
         self.stored: dict[int, list[Pair]] = {}
+
+    def note_stored(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
+        """Note what a layer gives its cache."""
+        self.stored.setdefault(layer_idx, []).append((keys, values))
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -155,10 +158,13 @@ class _Calls:
             where = f"{name}, layer {layer_idx},"
             window = call.window if call.window is None or limit is None or call.window < limit else None
             if call.window is None and layer_types[layer_idx : layer_idx + 1] == ["sliding_attention"]:
-                raise ValueError(f"{where} is to attend within a window, but passes none to its attention.")
+                raise ValueError(f"{where} is a sliding-window layer but passes no window to its attention.")
             layer = self._layer(where, layer_idx, call, window)
             if window is not None and layer.stores and not layer.stores_attended:
-                raise ValueError(f"{where} attends within a window to other states than it caches; APB does not.")
+                raise ValueError(
+                    f"{where} caches other states than it attends to, which APB does not support in sliding-window "
+                    "layers."
+                )
             found.append(layer)
         return tuple(found)
 
@@ -168,7 +174,7 @@ class _Calls:
             _are_equal(call.attended, pair) for pairs in self.stored.values() for pair in pairs
         )
         if len(stored) != 1 and not is_anothers:
-            raise ValueError(f"{where} caches keys and values {len(stored)} times in a forward; APB needs it once.")
+            raise ValueError(f"{where} updates its cache {len(stored)} times in a forward; APB supports one update.")
         keys, values = call.attended
         return LayerAttention(
             heads=call.query.shape[1],

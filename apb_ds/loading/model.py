@@ -221,8 +221,8 @@ def _check_keys(path: str, info: dict[str, Any], ignored: Sequence[str]) -> None
         if not fnmatch.filter(unexpected, pattern):
             left = list_some(sorted(unexpected)) or "none"
             raise ValueError(
-                f"model.ignore_keys: {pattern!r} matches no weight of model.path={path!r} that the model has no place "
-                f"for (those are: {left}); correct the pattern or leave it out."
+                f"model.ignore_keys: {pattern!r} matches no unexpected weight in model.path={path!r} (unexpected: "
+                f"{left}); correct the pattern or leave it out."
             )
     dropped = {key for pattern in ignored for key in fnmatch.filter(unexpected, pattern)}
     if dropped:

@@ -68,9 +68,15 @@ def _read(config: ModelConfig, place: Path, num_embeddings: int) -> Any:
         raise ValueError(f"{named}: {_explain(place, error)}") from error
     _check_ids(config, tokenizer, num_embeddings)
     # Where older checkpoints of models with images have it.
-    template = place / "chat_template.json"
-    if tokenizer.chat_template is None and template.is_file():
-        tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+    file = place / "chat_template.json"
+    if tokenizer.chat_template is None and file.is_file():
+        try:
+            template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{named}: {file} cannot be read ({kind_and_line(error)}); copy it again.") from error
+        if not isinstance(template, str):
+            raise ValueError(f"{named}: {file} has a chat_template that is not a text; copy it again.")
+        tokenizer.chat_template = template
     return tokenizer
 
 

@@ -155,11 +155,17 @@ class PrefillState:
     def store_tail(self, layer_idx: int, tail: Tensor) -> None:
         """Cache what a window still reaches after the document: keys and values, (2, kv_heads, tokens, head_dim).
 
-        Values narrower than keys come padded.
+        The narrower of them comes padded.
         """
         attention = self.cache.attention[layer_idx]
         if attention.stores:
-            self.cache.layer(layer_idx).store_block(tail[0:1], tail[1:2, ..., : attention.value_dim])
+            self.cache.layer(layer_idx).store_block(
+                tail[0:1, ..., : attention.head_dim], tail[1:2, ..., : attention.value_dim]
+            )
+
+    def take_from_cache(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
+        """Take what the model gives its cache, before the layer's attention is called."""
+        self.given_to_cache = keys, values
 
     def take_projections(self) -> list[tuple[Tensor, ...] | None]:
         """Return the `projections` of each block, views of (1, block_tokens, channels) each, and release them."""
@@ -177,7 +183,7 @@ class PrefillState:
         """
         if layer_idx not in self._passed:
             attention = self.cache.attention[layer_idx]
-            is_equally_wide = attention.value_dim in (None, attention.head_dim)
+            is_equally_wide = attention.value_dim == attention.head_dim
             reads_cache = self.plan.world_size == 1 and attention.stores_attended and is_equally_wide
             self._passed[layer_idx] = (
                 OwnStates(self.plan, self.cache.layer(layer_idx), like, fused)

@@ -81,9 +81,9 @@ class Conversation:
         """Encode the document. Return the first question with its ids, if given, the ids that the anchor embeds, and
         the document's length and query position."""
         tokenizer = needs_tokenizer(self.job.chat_tokenizer, self.task.name)
+        text = read_text("task.document", self.task.document)
         if self.task.query is None:
             self.lines.check()
-        text = read_text("task.document", self.task.document)
         self.document = encode_document(tokenizer, text, allow_special=self.task.allow_special_tokens)
         first, embedded = None, []
         if self.task.query is not None:
@@ -179,10 +179,7 @@ class QuestionLines:
         self.wait_s = min(timeout_s / WAITS_PER_TIMEOUT, MAX_WAIT_S)
         self._lines: queue.Queue[tuple[str, str]] = queue.Queue()
         self._ahead: tuple[str, str] | None = None  # read by `check`
-        if steps.group.is_first:
-            if isinstance(stream, io.TextIOWrapper) and stream.errors != "surrogateescape":
-                stream.reconfigure(errors="surrogateescape")
-            threading.Thread(target=self._read, daemon=True).start()
+        self._thread: threading.Thread | None = None  # started by the first look at the stream
 
     def check(self) -> None:
         """Raise ValueError if it is certain that there is no question. For the first rank, before its long work."""
@@ -207,12 +204,11 @@ class QuestionLines:
         JobError
             On every rank, if the stream cannot be read.
         """
-        if self.steps.group.is_first and self.stream.isatty():
-            print(PROMPT, end="", flush=True)
-        while True:
+        kind, text = "line", ""
+        while kind == "waiting" or (kind == "line" and not text):
+            if kind == "line" and self.steps.group.is_first and self.stream.isatty():
+                print(PROMPT, end="", flush=True)
             kind, text = self.steps.from_first(self._next)
-            if kind != "waiting":
-                break
         if kind == "failed":
             raise JobError(text)
         return text if kind == "line" else None
@@ -222,6 +218,11 @@ class QuestionLines:
         return ahead or self._wait(self.wait_s)
 
     def _wait(self, seconds: float) -> tuple[str, str]:
+        if self._thread is None:
+            if isinstance(self.stream, io.TextIOWrapper) and self.stream.errors != "surrogateescape":
+                self.stream.reconfigure(errors="surrogateescape")
+            self._thread = threading.Thread(target=self._read, daemon=True)
+            self._thread.start()
         try:
             return self._lines.get(timeout=seconds)
         except queue.Empty:
@@ -231,7 +232,7 @@ class QuestionLines:
         try:
             for line in self.stream:
                 question = clean(line)[0].strip()
-                if question:
+                if question or self.stream.isatty():  # who presses Enter sees the prompt again
                     self._lines.put(("line", question))
         except (OSError, ValueError) as error:
             self._lines.put(("failed", f"standard input cannot be read: {error}"))

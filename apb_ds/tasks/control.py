@@ -154,6 +154,7 @@ def _renamed_tokenizer(tokenizer: Any, control: ControlTokens) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         return None
+    tokenizer = getattr(tokenizer, "wrapped", tokenizer)  # one copy for all that a tokenizer is wrapped in
     known = _RENAMED.get(tokenizer)
     if known is not None and known[0] == control:
         return known[1]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from apb_ds.tasks.control import encode_masked, mask
 from apb_ds.tasks.template import MARK, TemplateRefusal, has_template, render, user, with_template
+from apb_ds.tasks.text import clean
 
 ONE_TURN_SEPARATOR = "\n\n"
 # Characters at the end of a document that can change how the following text is tokenised.
@@ -92,6 +93,8 @@ def encode_chat(
     ValueError
         For an empty text, or a chat template that does not take the system prompt or the arguments.
     """
+    document, question = _cleaned("document", document), _cleaned("question", question)
+    system = None if system is None else _cleaned("system", system)
     tokenizer = with_template(tokenizer, system, template, allow_special=allow_special_tokens)
     encoded = encode_document(tokenizer, document, allow_special=allow_special_tokens)
     return EncodedChat(
@@ -118,9 +121,18 @@ def encode_turn(
     answer_ids : (1, new), int64, the previous answer: what ended it decides how the template goes on
     tokenizer, system, template, allow_special_tokens : as in `encode_chat`
     """
+    question = _cleaned("question", question)
+    system = None if system is None else _cleaned("system", system)
     tokenizer = with_template(tokenizer, system, template, allow_special=allow_special_tokens)
     last_id = int(answer_ids[0, -1])
     return torch.tensor([encode_next_turn(tokenizer, question, last_id, allow_special=allow_special_tokens)])
+
+
+def _cleaned(name: str, text: str) -> str:
+    text, problem = clean(text)
+    if problem:
+        raise ValueError(f"{name} {problem}.")
+    return text
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

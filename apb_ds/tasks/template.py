@@ -77,7 +77,7 @@ def with_template(
     if system is None and not arguments:
         return tokenizer
     if not has_template(tokenizer):
-        given = f"task.template={dict(arguments)}" if arguments else "task.system"
+        given = f"task.template={dict(arguments)}" if arguments else "task.system (in Python: system=)"
         raise ValueError(
             f"{given} needs a chat template, and this model comes without one; leave it out, put instructions into the "
             "document, or set model.tokenizer to a tokenizer that has one."

@@ -20,6 +20,7 @@ BYTE_ORDER_MARK = "\ufeff"
 UNDECODED = range(0xDC80, 0xDD00)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ADDRESS = re.compile(r"https?://\S+", re.I)
 _PATH = re.compile(r"(~|\.{0,2})/\S*|\S+\.(csv|docx?|html?|jsonl?|log|md|pdf|py|rst|tex|tsv|txt|xml|ya?ml)", re.I)
 
 
@@ -75,6 +76,11 @@ def check_text_source(field: str, value: str) -> None:
     """Raise ValueError if `value` names a file that does not exist, or is a path whose ``@`` was forgotten."""
     if is_file(value):
         _existing_file(field, value)
+    elif _ADDRESS.fullmatch(value):
+        raise ValueError(
+            f"{field}={value!r} is an address, and nothing is downloaded; save it and give {field}=@FILE. To ask about "
+            f"these letters themselves, put a space before them: '{field}=\" {value}\"'."
+        )
     elif value != STANDARD_INPUT and is_path(value):
         raise ValueError(
             f"{field}={value!r} is a path; to read the file write {field}=@{value}. To ask about these letters "
@@ -87,7 +93,7 @@ def is_path(value: str, folder: Path | None = None) -> bool:
 
     A text with white space at either end is never one.
     """
-    if not 0 < len(value) <= MAX_PATH or value != value.strip() or "\n" in value:
+    if not 0 < len(value) <= MAX_PATH or value != value.strip() or "\n" in value or "://" in value:
         return False
     if _PATH.fullmatch(value):
         return True

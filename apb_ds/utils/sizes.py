@@ -30,7 +30,7 @@ class LayerAttention:
     ----------
     heads, kv_heads : of what its attention function gets
     head_dim : channels of a head's queries and keys
-    value_dim : channels of a head's values; None for as many
+    value_dim : channels of a head's values
     window : how many tokens a token sees, itself included; None for all before it
     softcap : bound of the attention logits; None without
     stores : whether it has keys and values in the cache; if not, it attends to another layer's
@@ -40,7 +40,7 @@ class LayerAttention:
     heads: int
     kv_heads: int
     head_dim: int
-    value_dim: int | None = None
+    value_dim: int
     window: int | None = None
     softcap: float | None = None
     stores: bool = True

@@ -39,7 +39,7 @@ CATEGORIES = {
     "chunked": Category("chunked attention", r"within chunks", _names("llama4 llama4_text reformer")),
     "indexer": Category(
         "an indexer or a dynamic mask picks what a token attends to",
-        r"attends to what .* picks",
+        r"attends to what .* picks|selects keys by a mask",
         _names("axk2 deepseek_v32 deepseek_v4 doge dots3_note dots3_note_text glm_moe_dsa hy_v4 minimax_m3_vl_text"),
     ),
     "bias": Category(
@@ -55,7 +55,7 @@ CATEGORIES = {
     ),
     "stack": Category(
         "not one decoder with one head",
-        r"not one stack of decoder layers|heads, for as many ids a step",
+        r"not one stack of decoder layers|output heads, one for each token",
         _names("blt hrm_text musicgen musicgen_melody"),
     ),
     "own": Category(

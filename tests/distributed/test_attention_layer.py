@@ -26,7 +26,7 @@ def answer(rank: int, world_size: int, given: dict[str, Any]) -> tuple[torch.Ten
     cache = prefill_by_hand(decoder, attention, apb_ds.plan_request(config, N, 0, world_size), document)
     logits = ask_by_hand(decoder, attention, cache, query[:, :-1], apb_ds.Phase.QUERY)
     last = ask_by_hand(decoder, attention, cache, query[:, -1:], apb_ds.Phase.DECODE)
-    return torch.cat([logits, last], dim=1), cache.local_length
+    return torch.cat([logits, last], dim=1), cache.local_lengths()[None]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -313,7 +313,7 @@ def infer_with_own(rank: int, world_size: int, arguments: list[str], own: list[l
     ("own", "parts"),
     [
         (["method.hosts=4", "method.hosts=8"], ("method.hosts is 4 on rank 0, 8 on rank 1",)),
-        (["method.hosts=4", "method.hosts=3"], ("rank 1: hosts=3", "multiple")),
+        (["method.hosts=4", "method.hosts=3"], ("rank 1: method.hosts=3", "multiple")),
         (["method.hosts=3", "method.hosts=4"], ("hosts=3", "multiple")),
         (["task.query=When?", "task.query=Who?"], ("task.query is When? on rank 0, Who? on rank 1",)),
         (["seed=1", "seed=2"], ("seed is 1 on rank 0, 2 on rank 1",)),

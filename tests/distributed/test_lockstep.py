@@ -301,7 +301,7 @@ def ask_for_logits(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tens
     engine.generate(query_ids=query, context=context, max_new_tokens=4, append=True, do_sample=False)
     logits.append(engine.query_logits(query.flip(1), context=context))
     own.append(own_query_logits(engine, query.flip(1), context))
-    return torch.stack(logits), torch.stack(own), context.cache.local_length
+    return torch.stack(logits), torch.stack(own), context.cache.local_lengths()[None]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -26,7 +26,6 @@ SCRIPT = "launch/infer.py"
 KEY = "688435772345"
 TIMEOUT_S = 280
 # Reading 270 MB of weights takes 0.7 s on two idle cores; the issue is that nothing is converted again (14 s).
-MAX_CACHED_LOAD_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -283,9 +282,3 @@ def test_one_rank_serves_eight_hosts(one_rank: Job) -> None:
     metrics = one_rank.record["metrics"]
     assert (metrics["hosts"], metrics["ranks"], metrics["rounds"], metrics["bytes_sent"]) == (8, 1, 8, [0])
     assert not one_rank.record["exact"] and "Traceback" not in one_rank.finished.stderr
-
-
-def test_a_second_start_loads_from_the_cache(one_rank: Job, sweep: tuple[Finished, Path]) -> None:
-    """Both started after the first run; the quicker of them counts, since a busy machine delays either."""
-    load_s = [one_rank.record["model"]["load_s"], record_in(sweep[1] / "0")["model"]["load_s"]]
-    assert min(load_s) < MAX_CACHED_LOAD_S, load_s

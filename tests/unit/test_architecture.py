@@ -168,6 +168,7 @@ def counting_positions_itself() -> Any:
         (lambda: build("diffllama"), "DiffLlamaForCausalLM, layer 0, calls .* 2 times"),
         (lambda: build("bloom"), "BloomForCausalLM adds ALiBi .*build_alibi_tensor"),
         (lambda: build("falcon"), "FalconForCausalLM computes attention itself, without .*AttentionInterface"),
+        (lambda: build("phimoe", sliding_window=16), r"masks its attention to sliding_window=16 tokens"),
         (lambda: build("mamba"), "MambaForCausalLM, layer 0, is a recurrent or convolution layer"),
         (lambda: build("llama4_text"), "layer 0, attends within chunks"),
         (lambda: build("bert", is_decoder=False), r"BertLMHeadModel, layer 0 .*does not attend causally"),

@@ -303,7 +303,7 @@ def test_out_of_memory_ends_the_case_alone() -> None:
     [
         ({"methods": ["ulysses"], "emulate_ranks": 3}, "method=ulysses shares heads over ranks"),
         ({"methods": ["apb"], "emulate_ranks": 3}, "hosts=4 must be a multiple"),
-        ({"methods": ["apb"], "kernels": ["flash"]}, "kernel='flash' is not known"),
+        ({"methods": ["apb"], "kernels": ["flash"]}, "bench.kernels='flash' is not known"),
         ({"methods": ["apb"], "kernels": ["torch_flash"]}, "it runs on cuda"),
         ({"methods": ["dense", "apb"], "lengths": [96, 9000]}, "need 9007 positions"),
     ],

@@ -14,7 +14,7 @@ from apb_ds.utils.sizes import LayerAttention
 
 KV_HEADS, HEAD_DIM = 2, 4
 
-LAYER = LayerAttention(heads=4, kv_heads=2, head_dim=8)
+LAYER = LayerAttention(heads=4, kv_heads=2, head_dim=4, value_dim=4)
 
 
 def states(start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def test_it_is_a_transformers_cache() -> None:
 @pytest.mark.parametrize("stores_new", [True, False])
 def test_length_is_global_and_storage_local(stores_new: bool) -> None:
     cache = filled(stores_new, [(10, 20), (30, 33)], 40)
-    assert cache.get_seq_length() == 40 and cache.local_length == 13
+    assert cache.get_seq_length() == 40 and cache.local_lengths()[None] == 13
     assert tokens_in(cache.layer(1)) == [*range(10, 20), *range(30, 33)]
 
 
@@ -65,7 +65,7 @@ def test_new_tokens_are_stored_by_their_owner_alone() -> None:
             for layer_idx in range(2):
                 keys, values = cache.update(*states(start, stop), layer_idx)
                 assert keys.shape == values.shape == (1, KV_HEADS, length, HEAD_DIM)
-            assert cache.get_seq_length() == stop and cache.local_length == length
+            assert cache.get_seq_length() == stop and cache.local_lengths()[None] == length
     assert tokens_in(owner.layer(0)) == list(range(20, 47))
     assert tokens_in(other.layer(1)) == list(range(20))
 
@@ -105,9 +105,9 @@ def test_a_token_written_to_a_slot_is_counted_by_advance() -> None:
         for layer_idx in range(2):
             keys, values = fixed.update(*states(20, 21), layer_idx)
             assert keys is fixed.layer(layer_idx).keys and values is fixed.layer(layer_idx).values
-        assert fixed.get_seq_length() == fixed.local_length == 20
+        assert fixed.get_seq_length() == fixed.local_lengths()[None] == 20
     fixed.advance()
-    assert fixed.get_seq_length() == fixed.local_length == 21
+    assert fixed.get_seq_length() == fixed.local_lengths()[None] == 21
     for layer_idx in range(2):
         for ours, others in zip(fixed.layer(layer_idx).shard(), usual.layer(layer_idx).shard(), strict=True):
             assert torch.equal(ours, others)

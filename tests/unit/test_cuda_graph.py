@@ -108,11 +108,11 @@ def test_nan_that_was_left_behind_the_tokens_reaches_no_later_answer(
 
     def look(self: Any, model: Any, cache: Any, *arguments: Any) -> Any:
         for buffer in cache.buffers():
-            seen.append(bool(buffer[:, :, cache.local_length :].isfinite().all()))
+            seen.append(bool(buffer[:, :, cache.local_lengths()[None] :].isfinite().all()))
         return run(self, model, cache, *arguments)
 
     for buffer in context.cache.buffers():
-        buffer[:, :, context.cache.local_length :] = torch.nan
+        buffer[:, :, context.cache.local_lengths()[None] :] = torch.nan
     monkeypatch.setattr(DecodeStep, "run", look)
     assert answer(recording, context) == expected
     assert seen and all(seen)

@@ -256,7 +256,7 @@ def test_a_context_stays_as_it_was(approximate: Any, turns: int) -> None:
     for _ in range(turns):
         approximate.generate(query_ids=query, append=True, max_new_tokens=3, **options)
     before = approximate.query_logits(query, context=context)
-    num_tokens, cached, shard = context.num_tokens, context.num_cached, context.cache.local_length
+    num_tokens, cached, shard = context.num_tokens, context.num_cached, context.cache.local_lengths()[None]
 
     answer = approximate.generate(query_ids=query, max_new_tokens=6, **options)
     approximate.query_logits(query.flip(1), context=context)
@@ -267,7 +267,7 @@ def test_a_context_stays_as_it_was(approximate: Any, turns: int) -> None:
                 approximate.generate(
                     query_ids=query, append=append, max_new_tokens=6, logits_processor=failing, **options
                 )
-    assert (context.num_tokens, context.num_cached, context.cache.local_length) == (num_tokens, cached, shard)
+    assert (context.num_tokens, context.num_cached, context.cache.local_lengths()[None]) == (num_tokens, cached, shard)
     assert torch.equal(approximate.query_logits(query, context=context), before)
     assert torch.equal(approximate.generate(query_ids=query, max_new_tokens=6, **options), answer)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
 import apb_ds
 from apb_ds.cache import WindowCacheLayer
@@ -106,7 +110,7 @@ def test_what_the_probe_finds() -> None:
 def test_a_layer_whose_window_is_not_passed_on_is_refused() -> None:
     model = build_model("gemma3")
     model.model.layers[1].self_attn.sliding_window = None
-    with pytest.raises(ValueError, match="layer 1, is to attend within a window, but passes none"):
+    with pytest.raises(ValueError, match="layer 1, is a sliding-window layer but passes no window"):
         apb_ds.init_inference(model, apb_ds.APBConfig())
 
 
@@ -116,7 +120,7 @@ def test_a_layer_that_caches_nothing_is_refused() -> None:
     model.model.layers[1].self_attn.forward = lambda *args, **given: forward(
         *args, **{**given, "past_key_values": None}
     )
-    with pytest.raises(ValueError, match="layer 1, caches keys and values 0 times"):
+    with pytest.raises(ValueError, match="layer 1, updates its cache 0 times"):
         apb_ds.init_inference(model, apb_ds.APBConfig())
 
 
@@ -193,3 +197,52 @@ def test_retaining_heads_score_the_layers_that_see_all_tokens() -> None:
     expected = run_reference(build_model("gemma3"), document, query, **case.reference_settings("gemma3")).logits
     assert float((logits - expected).abs().max()) < TOLERANCE
     assert set(scored) == {2}
+
+
+def test_engines_that_are_made_at_once() -> None:
+    """Each probe sees its own model."""
+    families = ["gemma3", "gpt_oss", "llama", "mistral_window"] * 5
+    found = {family: probe_model(build_model(family)) for family in families[:4]}
+    given = [build_model(family) for family in families]
+    with ThreadPoolExecutor(len(given)) as pool:
+        assert list(pool.map(probe_model, given)) == [found[family] for family in families]
+
+
+@pytest.mark.parametrize("value_dim", [8, 24])
+def test_windows_over_values_of_another_width(value_dim: int) -> None:
+    model = build_model("mistral_window")
+    widths = {"in_features": 64, "out_features": 2 * value_dim, "bias": False}
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.v_proj = torch.nn.Linear(**widths)
+        attention.o_proj = torch.nn.Linear(4 * value_dim, 64, bias=False)
+        for linear in (attention.v_proj, attention.o_proj):
+            linear.weight.data = torch.randn(linear.weight.shape, generator=generator) * linear.in_features**-0.5
+        attention.forward = functools.partial(forward_with_wide_values, attention, value_dim)
+    model.requires_grad_(False)
+    document, query = request_ids(90, 6)
+    expected = run_reference(model, document, query, hosts=1).logits
+    engine = apb_ds.init_inference(model, apb_ds.APBConfig(hosts=4))
+    assert {layer.value_dim for layer in engine.layers} == {value_dim}
+    logits = engine.query_logits(query, context=engine.prefill(document, query))
+    assert float((logits - expected).abs().max()) < TOLERANCE
+
+
+def forward_with_wide_values(
+    attention: Any,
+    value_dim: int,
+    hidden_states: Tensor,
+    position_embeddings: Any,
+    past_key_values: Any = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    tokens = hidden_states.shape[:-1]
+    query, key = (project(hidden_states).view(*tokens, -1, 16) for project in (attention.q_proj, attention.k_proj))
+    value = attention.v_proj(hidden_states).view(*tokens, -1, value_dim).transpose(1, 2)
+    query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, attention.layer_idx)
+    attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+    output, _ = attend(attention, query, key, value, None, scaling=attention.scaling, sliding_window=WINDOW)
+    return attention.o_proj(output.reshape(*tokens, -1)), None

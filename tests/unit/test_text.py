@@ -128,7 +128,7 @@ def test_a_mark_is_part_of_no_text(tmp_path: Path) -> None:
             AnsweringConfig(stop=stop)
 
 
-@pytest.mark.parametrize("value", ["s.txt", "notes.MD", "./log", "~/log", "/var/log/x", "https://a.org/b.html", "here"])
+@pytest.mark.parametrize("value", ["s.txt", "notes.MD", "./log", "~/log", "/var/log/x", "here"])
 def test_a_forgotten_mark(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").write_text("text")
     monkeypatch.chdir(tmp_path)
@@ -136,6 +136,12 @@ def test_a_forgotten_mark(value: str, tmp_path: Path, monkeypatch: pytest.Monkey
         check_text_source(FIELD, value)
     for part in (f"task.document='{value}'", f"task.document=@{value}", f'task.document=" {value}"'):
         assert part in str(caught.value)
+
+
+def test_an_address_is_not_fetched() -> None:
+    with pytest.raises(ValueError, match=r"task.document='https://a.org/b.html' is an address.*@FILE.*put a space"):
+        check_text_source(FIELD, "https://a.org/b.html")
+    check_text_source(FIELD, "what is https://a.org/b.html?")
 
 
 @pytest.mark.parametrize(
