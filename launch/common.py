@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from apb_ds import __version__
 from apb_ds.parallel.failure import ending
-from apb_ds.parallel.failure.ending import FAILED_EXIT
+from apb_ds.parallel.failure.ending import FAILED_EXIT, PIPE_EXIT
 from apb_ds.parallel.launcher import launched_rank as rank
 from apb_ds.parallel.launcher import launched_world_size
 from hydra_plugins import apb_ds_sweep
@@ -144,7 +144,11 @@ def print_help(config_name: str) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         return say_once(describe(error))
     if rank() == 0:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # `--help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return PIPE_EXIT
     return 0
 
 

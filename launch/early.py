@@ -49,7 +49,7 @@ def put_geometry_in_force(config: DictConfig, overrides: Sequence[str]) -> None:
             field = key.removeprefix(GEOMETRY).removeprefix(".") or "<field>"
             raise ValueError(
                 f"{key} is for random weights, and would be ignored: real ones have their model's geometry. Set "
-                f"model.load_format=dummy, or replace a field of the model's config with model.overrides.{field}."
+                f"model.load_format=dummy, or replace a field of the model's config with +model.overrides.{field}=..."
             )
         names = [key.split(".")[2]] if key != GEOMETRY else list(geometry)
         for name in names:

@@ -27,7 +27,7 @@ from apb_ds.plan import check_ranks
 
 
 def load_model(
-    path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto", **settings: Any
+    path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str = "auto", **settings: Any
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and its tokenizer, as the command line does.
 
@@ -35,7 +35,7 @@ def load_model(
     ----------
     path : str or path
         A directory, a ``.gguf`` file, ``package://<package>/<file>`` or a hub id.
-    dtype : str
+    dtype : str or torch.dtype
         ``auto`` (bfloat16 on CUDA, float32 on CPU), ``float32``, ``bfloat16`` or ``float16``.
     device : str
         ``auto`` (this rank's GPU if there is one), ``cpu`` or ``cuda``.
@@ -51,7 +51,10 @@ def load_model(
     ValueError
         If something is missing or does not fit, or a setting is unknown. Settings are named ``model.dtype`` and so on.
     """
-    values = {"path": os.fspath(path), "dtype": dtype, "device": device, **settings}
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path must be a path or an id, got {type(path).__name__}.")
+    named = str(dtype).removeprefix("torch.")
+    values = {"path": os.fspath(path), "dtype": named, "device": str(device), **settings}
     loaded = load_described(ModelConfig.from_dict(values))
     return loaded.model, loaded.tokenizer
 

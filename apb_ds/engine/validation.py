@@ -80,6 +80,11 @@ class GenerateCall:
     arguments: dict[str, Any]
 
 
+def _check_is_context(context: object) -> None:
+    if not isinstance(context, Context):
+        raise ValueError(f"context must be what engine.prefill(...) returned, got {type(context).__name__}.")
+
+
 class Validator:
     """Validates requests against a model, settings and a group; bad input is a ValueError. It sends nothing.
 
@@ -140,12 +145,17 @@ class Validator:
 
     def logits(self, query_ids: Tensor, context: Context) -> QueryRequest:
         """Validate `APBEngine.query_logits`'s arguments."""
+        _check_is_context(context)
         ids = check_ids(self._module, "query_ids", query_ids)
         self._check_context(context, context.num_tokens + ids.shape[1])
         return QueryRequest(ids, context, facts=self._query_facts(ids, context, 0))
 
     def _document_and_query(self, call: GenerateCall) -> tuple[Tensor | None, Tensor]:
         """Return document and query of whichever of `generate`'s forms was used."""
+        if not isinstance(call.append, bool):
+            raise ValueError(f"append={call.append!r} must be True or False.")
+        if call.context is not None:
+            _check_is_context(call.context)
         document_ids, query_ids = call.document_ids, call.query_ids
         if call.input_ids is not None:
             if document_ids is not None or query_ids is not None or call.context is not None:

@@ -122,7 +122,7 @@ class Conversation:
 
     def _turn(self, context: Context, question: str, ids: list[int] | None) -> None:
         job = self.job
-        shown = question.encode("utf-8", "backslashreplace").decode("utf-8")
+        shown = question.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         if job.is_first and not job.stdin.isatty():
             print(f"{PROMPT}{shown}", flush=True)  # on a terminal the user sees what they type
         stop = StopRequest()

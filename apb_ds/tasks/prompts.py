@@ -124,11 +124,16 @@ def encode_turn(
     question = _cleaned("question", question)
     system = None if system is None else _cleaned("system", system)
     tokenizer = with_template(tokenizer, system, template, allow_special=allow_special_tokens)
+    if not isinstance(answer_ids, Tensor) or answer_ids.dim() != 2 or answer_ids.shape[1] == 0:
+        shown = tuple(answer_ids.shape) if isinstance(answer_ids, Tensor) else type(answer_ids).__name__
+        raise ValueError(f"answer_ids must be what engine.generate returned, (1, new), got {shown}.")
     last_id = int(answer_ids[0, -1])
     return torch.tensor([encode_next_turn(tokenizer, question, last_id, allow_special=allow_special_tokens)])
 
 
-def _cleaned(name: str, text: str) -> str:
+def _cleaned(name: str, text: object) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a text, got {type(text).__name__}.")
     text, problem = clean(text)
     if problem:
         raise ValueError(f"{name} {problem}.")

@@ -234,7 +234,7 @@ CASES: dict[str, Case] = {
     ),
     "a geometry of real weights": Case(
         (*PROMPT, "model.geometry.num_hidden_layers=2"),
-        ("model.geometry.num_hidden_layers", "load_format=dummy", "model.overrides.num_hidden_layers"),
+        ("model.geometry.num_hidden_layers", "load_format=dummy", "+model.overrides.num_hidden_layers"),
         composes=False,
     ),
     "another type of model": Case(

@@ -318,6 +318,7 @@ def test_a_line_that_is_no_text_fails_its_turn_only(
     for rank in ended:
         turns = rank.records[0]["task"]["turns"]
         assert [turn["answer"] for turn in turns if turn["answer"] is not None] == conversation(library, QUESTIONS[:2])
+        assert turns[1]["question"] == r"caf\xa9"
         assert "not UTF-8: byte 0xa9 at character 3" in turns[1]["error"] and "NUL character" in turns[2]["error"]
     assert "2 of 4 turns failed: " in ended[0].records[0]["error"]
     assert [rank.code for rank in ended] == [2] * world_size

@@ -303,6 +303,8 @@ REFUSED_IDS = [
     ({"input_ids": DOCUMENT, "query_length": 83}, ["query_length=83", "82"]),
     ({"input_ids": DOCUMENT.expand(2, -1), "query_length": 3}, ["input_ids", "batch of 2"]),
     ({**IDS, "append": True}, ["append", "context"]),
+    ({**IDS, "append": "no"}, ["append='no'"]),
+    ({"query_ids": QUERY, "context": DOCUMENT}, ["context", "engine.prefill", "Tensor"]),
     ({**IDS, "attention_mask": torch.tensor([[0] + [1] * 88])}, ["attention_mask"]),
     ({**IDS, "max_new_tokens": 0}, ["max_new_tokens=0"]),
     ({**IDS, "max_new_tokens": -2}, ["max_new_tokens=-2"]),

@@ -26,6 +26,13 @@ def test_it_fits_two_screens(script: str, arguments: tuple[str, ...]) -> None:
     assert max(map(len, lines)) <= WIDTH
 
 
+def test_a_reader_that_has_seen_enough() -> None:
+    command = f"{sys.executable} launch/infer.py --help | head -1; echo ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in found.stderr and "BrokenPipe" not in found.stderr
+    assert found.stdout.splitlines()[-1] in ("0", "141")
+
+
 def test_values_and_meanings() -> None:
     rows = [" ".join(line.split()) for line in help_text("infer", ["task=batch", "method.hosts=16"]).splitlines()]
     assert "method.hosts 16 blocks of the document, a multiple of the number of" in rows

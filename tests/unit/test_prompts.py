@@ -464,6 +464,32 @@ def test_a_system_prompt_precedes_the_document(shape: Shape) -> None:
     assert ids == rendered_ids(tokenizer, messages)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"document": b"x"}, "document must be a text, got bytes"),
+        ({"question": None}, "question must be a text, got NoneType"),
+        ({"system": ["a"]}, "system must be a text, got list"),
+        ({"question": "a\0b"}, "question has a NUL character"),
+        ({"document": "\ufeff "}, "document is only white space"),
+    ],
+)
+def test_what_is_not_a_text(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode_chat(byte_tokenizer(), **{"document": DOCUMENT, "question": QUERY, **given})
+
+
+@pytest.mark.parametrize("answer", [torch.tensor([1, 2]), torch.zeros((1, 0), dtype=torch.int64), [[1]], None])
+def test_what_is_not_an_answer(answer: Any) -> None:
+    with pytest.raises(ValueError, match=r"answer_ids must be what engine.generate returned, \(1, new\)"):
+        encode_turn(byte_tokenizer(), NEXT, answer)
+
+
+def test_a_byte_order_mark_is_not_encoded() -> None:
+    plain, marked = (encode_chat(byte_tokenizer(), f"{mark}{DOCUMENT}", QUERY) for mark in ("", "\ufeff"))
+    assert marked.document_ids.equal(plain.document_ids)
+
+
 def test_control_tokens_in_a_system_prompt_are_text() -> None:
     tokenizer = SHAPES["llama3"].tokenizer()
     end = tokenizer.eos_token_id

@@ -64,6 +64,9 @@ def test_user_code_passes_strict_type_checking(tmp_path: Path) -> None:
 def test_a_model_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
     model, tokenizer = apb_ds.load_model(save_checkpoint(tmp_path), dtype="bfloat16", device="cpu")
     assert (model.dtype, model.training, tokenizer.eos_token) == (torch.bfloat16, False, "</s>")
+    assert apb_ds.load_model(tmp_path, dtype=torch.bfloat16, device="cpu")[0].dtype is torch.bfloat16
+    with pytest.raises(ValueError, match="path must be a path or an id, got NoneType"):
+        apb_ds.load_model(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"model key='adaptor'.*Did you mean 'adapter'\?"):
         apb_ds.load_model(tmp_path, adaptor="x")
     with pytest.raises(ValueError, match=r"model.path=.*nope"):
