@@ -17,7 +17,7 @@ from tests import models
 from tests.engine_cases import Case, own_query_logits
 from tests.gpu.test_engine import BFLOAT16_TOLERANCE, Scores, relative_error
 from tests.heads import engine_with_heads
-from tests.models import build_model, request_ids
+from tests.models import HYBRIDS, build_model, request_ids
 from tests.pool import NCCL, Pool
 from tests.reference import reference_greedy, run_reference
 
@@ -89,6 +89,35 @@ def test_answers_are_the_reference_on_every_rank(nccl: Pool) -> None:
             logits, generated = answers[case.name]
             assert float((logits - expected).abs().max()) < FLOAT32_TOLERANCE, case.name
             assert generated == tokens, case.name
+
+
+HYBRID = Case("hybrid", 190, 6, {"hosts": 4, "anchor_length": 47, "passing_length": 4})
+
+
+def answer_with_hybrids(rank: int, world_size: int) -> dict[str, tuple[Tensor, Any]]:
+    """Return each family's logits as this rank computed them, and the tokens, on the CPU."""
+    answers = {}
+    for family in HYBRIDS:
+        engine = apb_ds.init_inference(build_model(family), apb_ds.APBConfig(**HYBRID.given, fused=False))
+        document, query = HYBRID.ids()
+        logits = own_query_logits(engine, query, engine.prefill(document, query))
+        tokens = engine.generate(document, query, max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
+        answers[family] = logits.cpu(), tokens.tolist()
+        engine.destroy()
+    return answers
+
+
+def test_hybrids(nccl: Pool) -> None:
+    by_rank = nccl.run(answer_with_hybrids, timeout=240)
+    document, query = HYBRID.ids()
+    for family in HYBRIDS:
+        model = build_model(family)
+        expected = run_reference(model, document, query, **HYBRID.given).logits
+        tokens = reference_greedy(model, document, query, NUM_NEW_TOKENS, **HYBRID.given).tolist()
+        for answers in by_rank:
+            logits, generated = answers[family]
+            assert float((logits - expected).abs().max()) < FLOAT32_TOLERANCE, family
+            assert generated == tokens, family
 
 
 def answer_exactly(rank: int, world_size: int, method: str) -> list[tuple[Tensor, Any]]:
