@@ -27,10 +27,12 @@ class Inference(common.Jobs):
     def __init__(self, session: Session | None = None) -> None:
         super().__init__()
         self.session = session
+        self._running: Job | None = None
 
     def run(self, config: DictConfig) -> float | tuple[float, ...] | None:
-        job = common.job_of(config)
+        job = self._running = common.job_of(config)
         record = self._started().run(job)
+        self._running = None
         if not job.in_sweep:
             return None
         self._say(job, record)
@@ -43,6 +45,8 @@ class Inference(common.Jobs):
     def abandon(self, why: str) -> None:
         if self.session is not None:
             self.session.abandon(why)
+            if self._running is not None and self._running.in_sweep and self.session.records:
+                self._say(self._running, self.session.records[-1])
             self._keep_sweep(self.session)
 
     def finish(self) -> bool:
