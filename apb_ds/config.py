@@ -303,7 +303,7 @@ def name_keys(message: str, *, of_method: bool = False) -> str:
 
     Parameters
     ----------
-    of_method : whether ``seed``, a key of its own in configs, is the method's here
+    of_method : whether ``seed`` is the method's here; configs also have a top-level ``seed``
     """
     others = ("method",) if of_method else ("method", "seed")
     names = [field.name for field in fields(APBConfig) if field.name not in others]

@@ -30,7 +30,7 @@ CACHE_CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 def bound_primitive_caches() -> None:
     """Limit what oneDNN and torch keep for shapes they have met, unless the environment already says how much.
 
-    Both read the environment at the first product that this process computes with oneDNN; later this has no effect.
+    Both read the environment at this process's first product with oneDNN, so call it before that.
     """
     for name in CACHE_CAPACITIES:
         os.environ.setdefault(name, str(CACHED_PRIMITIVES))

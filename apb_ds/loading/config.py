@@ -39,7 +39,7 @@ class ModelConfig:
     geometry : dict
         Fields of a transformers config, including `model_type`: what ``dummy`` builds if the path is not available.
     ignore_keys : list of str
-        Patterns (``v_head.*``) of tensors in the weight files that the model has no place for and that are left out.
+        Patterns (``v_head.*``) of tensors in the weight files that the model does not use, to be skipped.
         Without them, such tensors are an error.
     overrides : dict
         Config fields to replace, such as ``rope_parameters`` or ``max_position_embeddings``.
