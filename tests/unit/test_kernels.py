@@ -16,20 +16,26 @@ from torch import Tensor, library
 from apb_ds.config import KERNELS as names
 from apb_ds.ops import kernels
 from apb_ds.ops.kernels import KERNELS, KernelChoice, check_kernel_name, choose_kernels, flash_attn, pieces
-from apb_ds.ops.kernels.base import Kernel, Logits
+from apb_ds.ops.kernels.base import Kernel, fold_heads, unfold_heads
 from apb_ds.ops.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel
+from apb_ds.ops.kernels.pieces import Logits
 from apb_ds.ops.kernels.reference import ReferenceKernel
 from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel, TorchCudnnKernel, TorchFlashKernel
 from tests.kernel_cases import (
     CAPS,
+    LAST,
     LSE_TOLERANCE,
     OUTPUT_TOLERANCE,
     SHAPES,
+    SLOTS,
     WINDOWS,
     Shape,
+    Slots,
     call_reference,
     check_kernel,
+    check_last,
     check_shape,
+    check_slots,
 )
 
 CPU = torch.device("cpu")
@@ -103,6 +109,67 @@ def test_the_first_keys_of_buffers(
     seen = slice(first, num_keys)
     expected = kernel()(query, key[:, :, seen], value[:, :, seen], False, 0.3, softcap=softcap)
     assert all(torch.equal(ours, others) for ours, others in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", SLOTS, ids=lambda case: case.name)
+@pytest.mark.parametrize("kernel", [*ON_CPU, PiecesKernel])
+def test_slots(kernel: type[Kernel], case: Slots) -> None:
+    for dtype in DTYPES:
+        check_slots(kernel(), case, dtype)
+
+
+@pytest.mark.parametrize("num_last", LAST.values(), ids=LAST)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("kernel", [CPUFlashKernel, PiecesKernel])
+def test_the_last_keys(
+    monkeypatch: pytest.MonkeyPatch, kernel: type[Kernel], softcap: float | None, num_last: tuple[int, ...]
+) -> None:
+    for dtype in DTYPES:
+        check_last(kernel(), num_last, dtype, softcap)
+    monkeypatch.setattr(pieces, "MAX_QUERIES", 2)
+    monkeypatch.setattr(pieces, "MAX_LOGITS", 700)
+    check_last(kernel(), num_last, torch.float32, softcap)
+
+
+@pytest.mark.parametrize(
+    "slots, num_keys, window, calls",
+    [
+        ((4, 5, 6, 7), (199, 150, 3, 200), None, 1),
+        ((4, 1, 2, 0), (99, 50, 70, 100), None, 1),
+        ((0, 11), (60, 60), None, 2),
+        ((0, 1, 2, 3), (9, 1, 1000, 2), None, 4),
+        ((0, 1, 2, 3), (980, 1000, 999, 990), 16, 1),
+    ],
+)
+def test_slots_are_read_where_they_are_in_few_calls(
+    monkeypatch: pytest.MonkeyPatch,
+    slots: tuple[int, ...],
+    num_keys: tuple[int, ...],
+    window: int | None,
+    calls: int,
+) -> None:
+    """On CPU, where copying keys takes longer than attention does."""
+    query, key, value, *where = Slots("", slots, num_keys, capacity=1000).draw(torch.float32)
+    kernel, calls_made = CPUFlashKernel(), []
+    attend = kernel._call
+
+    def record(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        calls_made.append((key.untyped_storage().data_ptr(), value.untyped_storage().data_ptr()))
+        return attend(query, key, value, *arguments, **options)
+
+    monkeypatch.setattr(kernel, "_call", record)
+    kernel.attend_slots(query, key, value, *where, 0.1, window=window)
+    assert calls_made == [(key.untyped_storage().data_ptr(), value.untyped_storage().data_ptr())] * calls
+
+
+@pytest.mark.parametrize("kernel", ON_CPU)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_folded_heads(kernel: type[Kernel], queries: int) -> None:
+    query, key, value = Shape("", 6, 2, queries, 40, False).draw(torch.float32)
+    folded = fold_heads(query, 2)
+    assert folded.shape == (1, 2, 3 * queries, 64)
+    got = unfold_heads(*kernel()(folded, key, value, False, 0.3), 6)
+    torch.testing.assert_close(got, kernel()(query, key, value, False, 0.3))
 
 
 @pytest.mark.parametrize("queries, window, softcap", [(5, None, None), (5, 2, None), (3, 2, None), (5, None, 0.7)])
@@ -201,6 +268,7 @@ def test_a_kernel_refuses_what_it_lacks(kernel: type[Kernel], options: dict[str,
     for call in (
         lambda: kernel()(query, key, value, True, 1.0, **({"window": 30} | options)),
         lambda: kernel().attend_first(query, key, value, count, 1.0, **options),
+        lambda: kernel().attend_slots(query, key, value, count.long() - 30, count, 1.0, **options),
     ):
         with pytest.raises(ValueError) as caught:
             call()
@@ -218,6 +286,8 @@ def test_kernels_in_ranges_pass_everything_on() -> None:
         each.attend_first(query, key, value, count, 0.3, window=4, softcap=2.0)[0] for each in (ranged, kernel)
     )
     assert torch.equal(got, expected)
+    check_slots(ranged, SLOTS[-1], torch.float32)
+    check_last(ranged, LAST["any"], torch.float32, 5.0)
 
 
 # --- choosing -------------------------------------------------------------------------------------------------------

@@ -74,6 +74,14 @@ class _RangedKernel(Kernel):
         with profiling.part(profiling.ATTENTION):
             return self.kernel.attend_first(*arguments, **options)
 
+    def attend_slots(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        with profiling.part(profiling.ATTENTION):
+            return self.kernel.attend_slots(*arguments, **options)
+
+    def attend_last(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        with profiling.part(profiling.ATTENTION):
+            return self.kernel.attend_last(*arguments, **options)
+
 
 def check_kernel_name(name: str) -> None:
     """Raise ValueError for an unknown kernel, RuntimeError if its package is not installed."""

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Logits:
-    """How a call makes logits of queries and keys; `Kernel.__call__` explains the fields."""
-
-    causal: bool
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
+from apb_ds.ops.kernels.pieces import Logits, attend_in_pieces
 
 
 class Kernel:
@@ -34,7 +25,7 @@ class Kernel:
     min_capability: ClassVar[int] = 0  # CUDA compute capability, major
     package: ClassVar[str | None] = None  # module that must be installed
     extra: ClassVar[str | None] = None  # what to install to get it
-    can_be_recorded: ClassVar[bool] = False  # whether `attend_first` may be part of a CUDA graph
+    can_be_recorded: ClassVar[bool] = False  # whether all calls but `__call__` may be part of a CUDA graph
     has_window: ClassVar[bool] = False
     has_softcap: ClassVar[bool] = False
 
@@ -123,6 +114,73 @@ class Kernel:
         causal = window is not None
         return self(query, key[:, :, :stop], value[:, :, :stop], causal, scale, window=window, softcap=softcap)
 
+    def attend_slots(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        num_keys: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to the first keys of a slot for each row: to all of them, or to the last `window` of them.
+
+        Parameters
+        ----------
+        query : (rows, heads, 1, head_dim)
+        key, value : (slots, kv_heads, capacity, head_dim), views of contiguous (slots, capacity, kv_heads, head_dim);
+            values past a slot's first `num_keys` must be finite
+        slots : (rows,), int64, on the device: each row's slot; no two are the same
+        num_keys : (rows,), int32, on the device: how many keys of its slot each row attends to, at least 0
+        window, softcap : as in `__call__`
+
+        Returns
+        -------
+        output : (rows, heads, 1, head_dim) in ``query.dtype``; 0 for a row without keys
+        lse : (rows, heads, 1), float32, natural log; minus infinity for a row without keys
+        """
+        self._check(window, softcap)
+        output = torch.zeros_like(query)
+        lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+        # Waits for the device; kernels that can be recorded override this.
+        for row, (slot, stop) in enumerate(zip(slots.tolist(), num_keys.tolist(), strict=True)):
+            if stop:
+                k, v = (states[slot : slot + 1, :, :stop] for states in (key, value))
+                causal = window is not None
+                part = self(query[row : row + 1], k, v, causal, scale, window=window, softcap=softcap)
+                output[row], lse[row] = part[0][0], part[1][0]
+        return output, lse
+
+    def attend_last(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_last: Tensor,
+        scale: float,
+        *,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to the last keys: to as many of them as is asked for each query.
+
+        Parameters
+        ----------
+        query : (1, heads, queries, head_dim), queries >= 1
+        key, value : (1, kv_heads, keys, head_dim), keys >= 1
+        num_last : (queries,), int32, on the device: how many keys each query attends to, at least 0; more than there
+            are means all
+        softcap : as in `__call__`
+
+        Returns
+        -------
+        As `__call__`; 0 and minus infinity for a query without keys.
+        """
+        self._check(None, softcap)
+        return attend_in_pieces(query, key, value, Logits(False, scale, None, softcap), num_last)
+
     def _check(self, window: int | None, softcap: float | None) -> None:
         """Raise ValueError for a window or cap that is out of range, or that this kernel lacks."""
         if window is not None and window < 1:
@@ -167,3 +225,54 @@ class Kernel:
 def expand_kv_heads(states: Tensor, heads: int) -> Tensor:
     """Repeat (1, kv_heads, tokens, head_dim) to (1, heads, tokens, head_dim), each KV head for its group of heads."""
     return states.repeat_interleave(heads // states.shape[1], dim=1)
+
+
+def fold_heads(query: Tensor, kv_heads: int) -> Tensor:
+    """Make each group of heads that share a KV head one head with more queries.
+
+    Unmasked attention of the result is the same, and it reads keys once per KV head.
+
+    Parameters
+    ----------
+    query : (batch, heads, queries, head_dim)
+
+    Returns
+    -------
+    (batch, kv_heads, heads / kv_heads * queries, head_dim), a view if heads are contiguous
+    """
+    batch, heads, queries, head_dim = query.shape
+    return query.reshape(batch, kv_heads, heads // kv_heads * queries, head_dim)
+
+
+def unfold_heads(output: Tensor, lse: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Undo `fold_heads` for a kernel's results.
+
+    Parameters
+    ----------
+    output : (batch, kv_heads, heads / kv_heads * queries, head_dim)
+    lse : (batch, kv_heads, heads / kv_heads * queries)
+
+    Returns
+    -------
+    output : (batch, heads, queries, head_dim)
+    lse : (batch, heads, queries)
+    """
+    batch, kv_heads, folded, head_dim = output.shape
+    queries = folded * kv_heads // heads
+    return output.reshape(batch, heads, queries, head_dim), lse.reshape(batch, heads, queries)
+
+
+def without_keys(output: Tensor, lse: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """Set what backends leave differently: the results of queries that saw no key.
+
+    Parameters
+    ----------
+    output : (batch, heads, queries, head_dim)
+    lse : (batch, heads, queries)
+    empty : bool, broadcasts to the log-sum-exp
+
+    Returns
+    -------
+    output and lse, 0 and minus infinity where `empty`
+    """
+    return output.masked_fill(empty.unsqueeze(-1), 0.0), lse.masked_fill(empty, -torch.inf)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apb_ds.ops.kernels.base import Kernel, Logits
+from apb_ds.ops.kernels.base import Kernel
+from apb_ds.ops.kernels.pieces import Logits
 
 FLASH_ATTN_3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 # The namespace in which each registers the operator behind its functions, and the arguments passed to it by name.

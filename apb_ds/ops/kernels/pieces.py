@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from apb_ds.ops.kernels.base import Logits
 
 MAX_QUERIES = 512  # of one piece
 # The same with a mask: 128 queries cost a window of 64 twice its keys, one of 1024 an eighth more.
@@ -18,11 +17,23 @@ MASKED_QUERIES = 128
 MAX_LOGITS = 2**22
 
 
-def attend_in_pieces(query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Logits:
+    """How a call makes logits of queries and keys; `Kernel.__call__` explains the fields."""
+
+    causal: bool
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def attend_in_pieces(
+    query: Tensor, key: Tensor, value: Tensor, logits: Logits, num_last: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute what `Kernel.__call__` does, in float32 (float64 if the inputs are), with scratch of a fixed size.
 
-    Queries are cut into pieces and the keys that a piece sees into tiles, over which a running maximum rescales the
-    sums (Milakov and Gimelshein, arXiv 1805.02867).
+    With `num_last`, compute what `Kernel.attend_last` does. Queries are cut into pieces and the keys that a piece sees
+    into tiles, over which a running maximum rescales the sums (Milakov and Gimelshein, arXiv 1805.02867).
     """
     heads, queries, head_dim = query.shape[1:]
     kv_heads, keys = key.shape[1:3]
@@ -48,13 +59,17 @@ def attend_in_pieces(query: Tensor, key: Tensor, value: Tensor, logits: Logits) 
             if logits.causal:
                 hidden = hidden_keys(range(start, stop), range(left, right), keys - queries, logits.window, tile.device)
                 tile.unflatten(1, (-1, stop - start)).masked_fill_(hidden, -torch.inf)
+            if num_last is not None:
+                hidden = earlier_keys(num_last[start:stop], range(left, right), keys)
+                tile.unflatten(1, (-1, stop - start)).masked_fill_(hidden, -torch.inf)
             highest = torch.maximum(largest, tile.amax(dim=2, keepdim=True))
             shrink = (largest - highest).exp_()
             weights = tile.sub_(highest).exp_()
             total.mul_(shrink).add_(weights.sum(dim=2, keepdim=True))
             summed.mul_(shrink).add_(weights @ value[0, :, left:right].to(dtype))
             largest = highest
-        output[0, :, start:stop] = summed.div_(total).reshape(heads, stop - start, -1)
+        # The largest logit counts 1, so a smaller total is that of a query that sees nothing.
+        output[0, :, start:stop] = summed.div_(total.clamp_min(1)).reshape(heads, stop - start, -1)
         lse[0, :, start:stop] = total.log_().add_(largest).reshape(heads, stop - start)
     return output, lse
 
@@ -76,12 +91,23 @@ def hidden_keys(queries: range, keys: range, offset: int, window: int | None, de
     return hidden if window is None else hidden.logical_or_(key <= place - window)
 
 
+def earlier_keys(num_last: Tensor, keys: range, total: int) -> Tensor:
+    """Return which of the keys precede the last `num_last` of `total`, (queries, keys), bool."""
+    key = torch.arange(keys.start, keys.stop, device=num_last.device)
+    return key < total - num_last.unsqueeze(1)
+
+
 class MaskedAttention(Protocol):
-    """A backend that takes a mask to add to the logits, (queries, keys) in the queries' dtype."""
+    """A backend that takes a mask to add to the logits, as `additive_mask` returns it."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, mask: Tensor
     ) -> tuple[Tensor, Tensor]: ...
+
+
+def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return minus infinity where `hidden`, else 0, in the queries' dtype."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
 def attend_in_windows(
@@ -95,7 +121,7 @@ def attend_in_windows(
         stop = min(start + MASKED_QUERIES, queries)
         first, end = seen_keys(start, stop, queries, keys, logits)
         hidden = hidden_keys(range(start, stop), range(first, end), keys - queries, window, query.device)
-        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
+        mask = additive_mask(hidden, query.dtype)
         output, lse = attend(query[:, :, start:stop], key[:, :, first:end], value[:, :, first:end], scale, mask=mask)
         outputs.append(output)
         lses.append(lse)

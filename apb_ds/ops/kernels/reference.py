@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apb_ds.ops.kernels.base import Kernel, Logits, expand_kv_heads
+from apb_ds.ops.kernels.base import Kernel, expand_kv_heads
+from apb_ds.ops.kernels.pieces import Logits
 
 
 class ReferenceKernel(Kernel):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apb_ds.ops.kernels.base import Kernel, Logits, expand_kv_heads
-from apb_ds.ops.kernels.pieces import attend_in_pieces, attend_in_windows
+from apb_ds.ops.kernels.base import Kernel, expand_kv_heads, fold_heads, unfold_heads, without_keys
+from apb_ds.ops.kernels.pieces import Logits, additive_mask, attend_in_pieces, attend_in_windows, earlier_keys
 
 HALF = (torch.bfloat16, torch.float16)
+# On CPU, the keys that a row can attend to in the time that one more call takes (9 heads of dimension 64).
+CALL_KEYS = 100
 
 
 class CPUFlashKernel(Kernel):
@@ -26,6 +28,67 @@ class CPUFlashKernel(Kernel):
         if logits.window is not None:
             return attend_in_windows(self._call, query, key, value, logits.scale, logits.window)
         return self._call(query, key, value, logits.scale, is_causal=logits.causal)
+
+    def attend_slots(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        num_keys: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        self._check(window, softcap)
+        places, counts = slots.tolist(), num_keys.tolist()
+        low, high = min(places), max(places) + 1
+        first, stop = 0 if window is None else max(0, min(counts) - window), max(counts)
+        # One call attends to a rectangle: all the slots from the first to the last, and as many keys of each.
+        lone_calls = sum(min(count, window or count) + CALL_KEYS for count in counts)
+        if softcap is not None or stop == 0 or (high - low) * (stop - first) > lone_calls:
+            return super().attend_slots(query, key, value, slots, num_keys, scale, window=window, softcap=softcap)
+        heads, kv_heads = query.shape[1], key.shape[1]
+        in_order = places == list(range(low, high))
+        if not in_order:
+            # Queries are spread over the slots, as copying keys would take longer.
+            index = slots - low
+            query = query.new_zeros(high - low, *query.shape[1:]).index_copy_(0, index, query)
+            num_keys = num_keys.new_zeros(high - low).index_copy_(0, index, num_keys)
+        k, v = (states[low:high, :, first:stop] for states in (key, value))
+        mask = None
+        if not in_order or min(counts) < stop:
+            bound, place = num_keys.unsqueeze(1), torch.arange(first, stop)
+            hidden = place >= bound
+            if window is not None:
+                hidden |= place < bound - window
+            mask = additive_mask(hidden, query.dtype)[:, None, None]
+        output, lse = unfold_heads(*self._call(fold_heads(query, kv_heads), k, v, scale, mask=mask), heads)
+        if not in_order:
+            output, lse, num_keys = (each.index_select(0, index) for each in (output, lse, num_keys))
+        return without_keys(output, lse, (num_keys == 0).view(-1, 1, 1)) if min(counts) == 0 else (output, lse)
+
+    def attend_last(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_last: Tensor,
+        scale: float,
+        *,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        most = min(int(num_last.max()), key.shape[2])
+        if softcap is not None or most == 0:
+            return super().attend_last(query, key, value, num_last, scale, softcap=softcap)
+        key, value = key[:, :, -most:], value[:, :, -most:]
+        fewest = int(num_last.min())
+        mask = None
+        if fewest < most:
+            mask = additive_mask(earlier_keys(num_last, range(most), most), query.dtype)
+        output, lse = self._call(query, key, value, scale, mask=mask)
+        return without_keys(output, lse, num_last == 0) if fewest == 0 else (output, lse)
 
     @staticmethod
     def _call(
