@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from apb_ds.config import suggest
+from apb_ds.engine.stop_text import StopText
 
 DEFAULT_NEW_TOKENS = 20  # transformers' own default
 MODELS_FILE = "the model's generation_config.json"
@@ -83,10 +84,20 @@ def check_generate_arguments(model: PreTrainedModel, arguments: dict[str, Any]) 
     for name in arguments:
         if name not in known:
             raise ValueError(f"{name} is not an argument of generate that the engine knows.{suggest(name, known)}")
-    if _setting(model, arguments, "stop_strings") is not None and arguments.get("tokenizer") is None:
-        origin = "" if _asked(arguments, "stop_strings") is not None else f" (from {MODELS_FILE})"
-        raise ValueError(f"stop_strings{origin} needs tokenizer=..., so that text can be compared.")
+    _check_stop_strings(model, arguments)
     return {name: value for name, value in arguments.items() if name != "attention_mask"} | _overrides(model)
+
+
+def _check_stop_strings(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    value = _setting(model, arguments, "stop_strings")
+    if value is None:
+        return
+    origin = "" if _asked(arguments, "stop_strings") is not None else f" (from {MODELS_FILE})"
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"stop_strings={value!r}{origin} must be a text or a list of texts, none of them empty.")
+    if arguments.get("tokenizer") is None:
+        raise ValueError(f"stop_strings{origin} needs tokenizer=..., so that text can be compared.")
 
 
 def _overrides(model: PreTrainedModel) -> dict[str, Any]:
@@ -118,13 +129,14 @@ def _setting(model: PreTrainedModel, arguments: dict[str, Any], name: str) -> An
 def arguments_for_loop(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments as transformers' `generate` takes them together with a decoding loop and max_new_tokens.
 
-    Stop strings become a stopping criterion: `generate` drops the tokenizer when it is given a decoding loop.
+    Stop strings become a stopping criterion: transformers' own takes 0.3 s to make, and `generate` drops the tokenizer
+    when it is given a decoding loop.
     """
     arguments = {name: value for name, value in arguments.items() if name != "max_length"}
     stop_strings = _setting(model, arguments, "stop_strings")
     if stop_strings is None:
         return arguments
-    criterion = StopStringCriteria(arguments["tokenizer"], stop_strings)
+    criterion = StopText(arguments["tokenizer"], stop_strings)
     criteria = StoppingCriteriaList([*(arguments.get("stopping_criteria") or ()), criterion])
     return {**arguments, "stop_strings": None, "stopping_criteria": criteria}
 

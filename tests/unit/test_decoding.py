@@ -403,6 +403,11 @@ def test_refuses_stop_strings_without_a_tokenizer(approximate: Any) -> None:
     assert_refused(approximate, {**IDS, "generation_config": config}, ["tokenizer"])
 
 
+@pytest.mark.parametrize("stops", ["", [], ["x", ""], [3], 3], ids=str)
+def test_refuses_stop_strings_that_are_no_texts(approximate: Any, tokenizer: Any, stops: Any) -> None:
+    assert_refused(approximate, {**IDS, "stop_strings": stops, "tokenizer": tokenizer}, [f"stop_strings={stops!r}"])
+
+
 def test_refuses_context_and_document_together(approximate: Any) -> None:
     context = approximate.prefill(DOCUMENT)
     assert_refused(approximate, {**IDS, "context": context}, ["document_ids", "context"])
