@@ -1,7 +1,7 @@
-"""Decode in lockstep: transformers' own `generate` prepares everything, one rank chooses each token for all.
+"""Decode in lockstep: one rank chooses each token for all.
 
-Logits processors, stopping criteria and the streamer run on the group's first rank. It broadcasts the token together
-with whether to stop, so that neither random states nor clocks can make ranks diverge.
+The chooser, with logits processors, stopping criteria and the streamer, runs on the group's first rank. That broadcasts
+the token together with whether to stop, so that neither random states nor clocks can make ranks diverge.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from apb_ds.attention import Phase
+from apb_ds.engine.choosing import Chooser
 from apb_ds.engine.cuda_graph import RecordedSteps
 from apb_ds.hf.interface import ActiveCall
 from apb_ds.parallel.groups import SequenceGroup
@@ -47,15 +48,15 @@ class _Verdict(IntEnum):
 
 
 class LockstepDecoder:
-    """The decoding loop that `generate(custom_generate=...)` calls on every rank of a group.
+    """The decoding loop of one sequence, on every rank of a group.
 
     Parameters
     ----------
     group : SequenceGroup
     call : ActiveCall
         Switched from QUERY to DECODE after the first forward.
-    streamer : object with `put` and `end`, or None
-        Fed on the group's first rank only, as transformers feeds it: the prompt first, then token by token.
+    chooser : Chooser
+        Used on the group's first rank only.
     synchronize : callable
         Waits for the device, so that times are meaningful.
     recorded : RecordedSteps or None
@@ -66,35 +67,33 @@ class LockstepDecoder:
         self,
         group: SequenceGroup,
         call: ActiveCall,
-        streamer: Any,
+        chooser: Chooser,
         synchronize: Callable[[], None],
         recorded: RecordedSteps | None = None,
     ) -> None:
         self.group = group
         self.call = call
         self.recorded = recorded
-        self.streamer = streamer if group.is_first else None
+        self.chooser = chooser
         self.synchronize = synchronize
         self.stats = RequestStats()
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: GenerationConfig,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        """Generate until a criterion stops it. Returns all ids, (1, tokens + new_tokens)."""
-        cache = model_kwargs["past_key_values"]
+    def run(self, model: PreTrainedModel, input_ids: Tensor, cache: Any) -> Tensor:
+        """Generate until a criterion stops it. Returns all ids, (1, tokens + new_tokens).
+
+        Parameters
+        ----------
+        input_ids : (1, tokens), int64
+            The prompt; those that the cache does not hold yet are run first.
+        cache : ShardedCache
+        """
         fed = cache.get_seq_length()
         verdict = _Verdict.GO_ON
         began = time.perf_counter()
         while verdict is _Verdict.GO_ON:
             logits = self._forward(model, input_ids, fed, cache)
             fed = input_ids.shape[1]
-            token, verdict = self._choose(input_ids, logits, logits_processor, stopping_criteria, generation_config)
+            token, verdict = self._choose(input_ids, logits)
             input_ids = torch.cat([input_ids, token], dim=-1)
             began = self._clock(began)
             self.call.start_decoding()
@@ -117,17 +116,15 @@ class LockstepDecoder:
         )
         return output.logits[:, -1].float()
 
-    def _choose(
-        self, input_ids: Tensor, logits: Tensor, processors: Any, criteria: Any, config: GenerationConfig
-    ) -> tuple[Tensor, _Verdict]:
+    def _choose(self, input_ids: Tensor, logits: Tensor) -> tuple[Tensor, _Verdict]:
         """Return the next token, (1, 1), and whether to go on: the first rank's choice, on every rank."""
         if self.group.world_size == 1:
-            return self._decide(input_ids, logits, processors, criteria, config)
+            return self._decide(input_ids, logits)
         message = torch.zeros(2, dtype=torch.int64, device=input_ids.device)
         failure: BaseException | None = None
         if self.group.is_first:
             try:
-                chosen, verdict = self._decide(input_ids, logits, processors, criteria, config)
+                chosen, verdict = self._decide(input_ids, logits)
                 message[0], message[1] = chosen[0, 0], int(verdict)
             except Exception as error:  # raised after the broadcast, for which the others wait
                 failure = error
@@ -140,23 +137,16 @@ class LockstepDecoder:
             raise RuntimeError("the first rank failed while choosing a token; see its message.")
         return token, code
 
-    def _decide(
-        self, input_ids: Tensor, logits: Tensor, processors: Any, criteria: Any, config: GenerationConfig
-    ) -> tuple[Tensor, _Verdict]:
+    def _decide(self, input_ids: Tensor, logits: Tensor) -> tuple[Tensor, _Verdict]:
         """Choose a token, (1, 1), and whether to go on; runs on the first rank alone."""
-        if self.streamer is not None and self.call.phase is Phase.QUERY:
-            self.streamer.put(input_ids.cpu())
-        scores = processors(input_ids, logits)
-        if config.do_sample:
-            token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
-        else:
-            token = scores.argmax(dim=-1, keepdim=True)  # (1, 1)
-        if self.streamer is not None:
-            self.streamer.put(token.view(-1).cpu())
-        stop = bool(criteria(torch.cat([input_ids, token], dim=-1), scores).all())
-        if stop and self.streamer is not None:
-            self.streamer.end()
-        return token, _Verdict.STOP if stop else _Verdict.GO_ON
+        if self.call.phase is Phase.QUERY:
+            self.chooser.begin(input_ids)
+        token = self.chooser.choose(input_ids, logits)
+        self.chooser.tell(token)
+        if not self.chooser.ends(torch.cat([input_ids, token], dim=-1)):
+            return token, _Verdict.GO_ON
+        self.chooser.end()
+        return token, _Verdict.STOP
 
     def _clock(self, began: float) -> float:
         self.synchronize()

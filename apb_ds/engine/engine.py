@@ -22,10 +22,11 @@ from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.engine.acceleration import Acceleration
 from apb_ds.engine.calls import ended_after_errors, exclusive_call
+from apb_ds.engine.choosing import prepare
 from apb_ds.engine.context import Context
 from apb_ds.engine.cuda_graph import RecordedSteps
 from apb_ds.engine.decoding import LockstepDecoder, RequestStats
-from apb_ds.engine.generation_settings import arguments_for_loop, warn_of_overrides
+from apb_ds.engine.generation_settings import warn_of_overrides
 from apb_ds.engine.prefill import run_rounds
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator
 from apb_ds.hf.architecture import check_supported
@@ -399,8 +400,7 @@ class APBEngine(InferenceEngine):
         before = context.num_cached
         context.cache.forget_unreachable()
         prompt = torch.cat([context.token_ids, request.ids], dim=-1)
-        arguments = arguments_for_loop(self.module, request.arguments)
-        streamer = arguments.pop("streamer", None)
+        chooser = prepare(self.module, prompt, request.num_new, request.arguments)
         kept = False
         try:
             with (
@@ -408,15 +408,8 @@ class APBEngine(InferenceEngine):
                 self._acceleration.in_decoding(),
                 apb_attention(self.module, self.attention, context.cache, Phase.QUERY, context.max_positions) as call,
             ):
-                decoder = LockstepDecoder(self.group, call, streamer, self._synchronize, self._recorded)
-                everything = self.module.generate(
-                    input_ids=prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    past_key_values=context.cache,
-                    max_new_tokens=request.num_new,
-                    custom_generate=decoder,
-                    **arguments,
-                )
+                decoder = LockstepDecoder(self.group, call, chooser, self._synchronize, self._recorded)
+                everything = decoder.run(self.module, prompt, context.cache)
             kept = request.append
         finally:
             if not kept:
