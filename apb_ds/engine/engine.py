@@ -275,6 +275,7 @@ class APBEngine(InferenceEngine):
         append: bool = False,
         input_ids: Tensor | None = None,
         query_length: int | None = None,
+        seed: int | None = None,
         progress: OnProgress | None = None,
         **generate_arguments: Any,
     ) -> Tensor:
@@ -291,6 +292,9 @@ class APBEngine(InferenceEngine):
         append : bool
             Keep query and answer in `context`, so that the next query follows them.
         query_length : int, tokens
+        seed : int, 0 or more
+            Sample with a random generator of this seed, so that the answer does not depend on torch's global one,
+            which is used by default. Greedy answers need none.
         progress : see `prefill`
         **generate_arguments
             Sampling, processors, ``stop_strings`` with ``tokenizer``, ``streamer`` and so on. Logits processors,
@@ -308,7 +312,7 @@ class APBEngine(InferenceEngine):
             every rank before anything is sent.
         """
         call = GenerateCall(
-            document_ids, query_ids, max_new_tokens, context, append, input_ids, query_length, generate_arguments
+            document_ids, query_ids, max_new_tokens, context, append, input_ids, query_length, seed, generate_arguments
         )
         streamer = generate_arguments.get("streamer") if self.group.is_first else None
         with exclusive_call(self.module), ended_after_errors(streamer):
@@ -400,7 +404,7 @@ class APBEngine(InferenceEngine):
         before = context.num_cached
         context.cache.forget_unreachable()
         prompt = torch.cat([context.token_ids, request.ids], dim=-1)
-        chooser = prepare(self.module, prompt, request.num_new, request.arguments)
+        chooser = prepare(self.module, prompt, request.num_new, request.arguments, seed=request.seed)
         kept = False
         try:
             with (

@@ -55,6 +55,7 @@ class QueryRequest:
     num_new : tokens to generate at most
     arguments : of transformers' `generate`
     append : whether the context keeps query and answer
+    seed : of the answer's random generator, or None for torch's global one
     facts : what all ranks must share
     """
 
@@ -63,6 +64,7 @@ class QueryRequest:
     num_new: int = 0
     arguments: dict[str, Any] = field(default_factory=dict)
     append: bool = False
+    seed: int | None = None
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
@@ -77,6 +79,7 @@ class GenerateCall:
     append: bool
     input_ids: Tensor | None
     query_length: int | None
+    seed: int | None
     arguments: dict[str, Any]
 
 
@@ -130,18 +133,20 @@ class Validator:
         document_ids, query_ids = self._document_and_query(call)
         arguments = check_generate_arguments(self._module, call.arguments)
         query_ids = check_ids(self._module, "query_ids", query_ids)
+        check_seed(call.seed)
+        given = {"append": call.append, "seed": call.seed}
         if call.context is None:
             document_ids = check_ids(self._module, "document_ids", document_ids)
             known = document_ids.shape[1] + query_ids.shape[1]
             num_new = count_new_tokens(self._module, call.max_new_tokens, arguments, known)
             prefill = self.prefill(document_ids, query_ids, known + num_new)
-            facts = {**prefill.facts, "max_new_tokens": num_new, "append": call.append}
-            return QueryRequest(query_ids, prefill, num_new, arguments, call.append, facts)
+            facts = {**prefill.facts, "max_new_tokens": num_new} | given
+            return QueryRequest(query_ids, prefill, num_new, arguments, call.append, call.seed, facts)
         known = call.context.num_tokens + query_ids.shape[1]
         num_new = count_new_tokens(self._module, call.max_new_tokens, arguments, known)
         self._check_context(call.context, known + num_new)
-        facts = self._query_facts(query_ids, call.context, num_new) | {"append": call.append}
-        return QueryRequest(query_ids, call.context, num_new, arguments, call.append, facts)
+        facts = self._query_facts(query_ids, call.context, num_new) | given
+        return QueryRequest(query_ids, call.context, num_new, arguments, call.append, call.seed, facts)
 
     def logits(self, query_ids: Tensor, context: Context) -> QueryRequest:
         """Validate `APBEngine.query_logits`'s arguments."""
@@ -179,6 +184,12 @@ class Validator:
     def _query_facts(self, query_ids: Tensor, context: Context, num_new: int) -> dict[str, Any]:
         of_context = {"prefill": context.key[:SHOWN_KEY], "tokens": context.num_tokens}
         return {"query_ids": query_ids, "max_new_tokens": num_new, "context": of_context}
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise ValueError unless a random generator takes the seed, or there is none."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64):
+        raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**64 - 1, or None.")
 
 
 def settings_facts(config: APBConfig) -> dict[str, Any]:

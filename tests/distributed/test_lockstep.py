@@ -63,6 +63,28 @@ def test_different_seeds_give_the_first_ranks_tokens(pool: Pools) -> None:
     assert sample(0, 1) == by_rank[0]  # the first rank's random numbers, as in a single process
 
 
+def sample_with_seeds(rank: int, world_size: int) -> tuple[list[Any], str]:
+    document, query = request_ids(N, Q)
+    engine = new_engine()
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True, "temperature": 3.0}
+    torch.manual_seed(rank)
+    answers = [engine.generate(document, query, seed=seed, **options).tolist() for seed in (4, 4, 5)]
+    try:
+        engine.generate(document, query, seed=rank, **options)
+    except ValueError as error:
+        return answers, str(error)
+    return answers, ""
+
+
+def test_a_seed_gives_all_ranks_the_answer_of_one(pool: Pools) -> None:
+    alone, refused = sample_with_seeds(0, 1)
+    assert alone[0] == alone[1] != alone[2]
+    assert refused == ""
+    for answers, refused in pool(2).run(sample_with_seeds):
+        assert answers == alone
+        assert "seed" in refused
+
+
 def stop_differently(rank: int, world_size: int) -> tuple[Any, int, Any, Any]:
     document, query = request_ids(N, Q)
     engine = new_engine()

@@ -161,6 +161,23 @@ def test_sampling_is_transformers_own(exact: Any, plain: Any, arguments: dict[st
     assert answers[0] != answers[1]
 
 
+def test_a_seeded_answer_does_not_depend_on_the_global_random_state(exact: Any, plain: Any) -> None:
+    document, query = request_ids(83, 6)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "temperature": 3.0}
+    torch.manual_seed(5)
+    expected = own_tokens(plain, torch.cat([document, query], dim=1), **options)
+    context = exact.prefill(document)
+    for state in (0, 1):
+        torch.manual_seed(state)
+        before = torch.random.get_rng_state()
+        assert apb_tokens(exact, document, query, seed=5, **options) == expected
+        assert exact.generate(query_ids=query, context=context, seed=5, **options)[0].tolist() == expected
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert apb_tokens(exact, document, query, seed=6, **options) != expected
+    greedy: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    assert apb_tokens(exact, document, query, seed=5, **greedy) == apb_tokens(exact, document, query, **greedy)
+
+
 def test_processors_see_the_whole_prompt(approximate: Any) -> None:
     document, query = request_ids(83, 6)
     watcher = Watcher()
@@ -310,6 +327,8 @@ REFUSED_IDS = [
     ({**IDS, "max_new_tokens": -2}, ["max_new_tokens=-2"]),
     ({**IDS, "max_new_tokens": 2.5}, ["max_new_tokens=2.5"]),
     ({**IDS, "max_new_tokens": True}, ["max_new_tokens=True"]),
+    *(({**IDS, "seed": seed}, [f"seed={seed}", "integer"]) for seed in (-1, 2**64, 1.0, True)),
+    ({**IDS, "seed": "5"}, ["seed='5'"]),
     ({**IDS, "max_new_tokens": 4009}, ["4098", "max_position_embeddings=4096"]),
 ]
 
@@ -404,7 +423,7 @@ def test_refuses_stop_strings_without_a_tokenizer(approximate: Any) -> None:
 
 
 @pytest.mark.parametrize("stops", ["", [], ["x", ""], [3], 3], ids=str)
-def test_refuses_stop_strings_that_are_no_texts(approximate: Any, tokenizer: Any, stops: Any) -> None:
+def test_refuses_stop_strings_that_are_not_texts(approximate: Any, tokenizer: Any, stops: Any) -> None:
     assert_refused(approximate, {**IDS, "stop_strings": stops, "tokenizer": tokenizer}, [f"stop_strings={stops!r}"])
 
 
