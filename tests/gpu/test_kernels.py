@@ -12,16 +12,24 @@ from apb_ds.ops.kernels.base import Kernel
 from apb_ds.ops.kernels.reference import ReferenceKernel
 from tests.kernel_cases import (
     CAPS,
+    LAST,
     LONG_CAPS,
     LONG_SHAPES,
     LONG_WINDOWS,
     LSE_TOLERANCE,
     OUTPUT_TOLERANCE,
     SHAPES,
+    SLOTS,
     WINDOWS,
     Shape,
+    Slots,
     check_kernel,
+    check_last,
+    check_results,
     check_shape,
+    check_slots,
+    expected_of_last,
+    expected_of_slots,
 )
 
 pytestmark = pytest.mark.gpu
@@ -97,6 +105,61 @@ def test_the_first_keys_of_buffers_in_a_graph(
     tanh = (softcap or 0.0) * 2**-11  # approximate on the GPU
     torch.testing.assert_close(output, expected, rtol=0, atol=OUTPUT_TOLERANCE[dtype] + 2 * tanh)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=LSE_TOLERANCE[dtype] + tanh)
+
+
+LONG_SLOTS = [
+    Slots("long slots", (7, 0, 3, 5, 2), (2048, 1, 0, 700, 1100), 32, 8, 128, num_slots=9, capacity=2048),
+    Slots("long slots, window", (7, 0, 3, 5), (2048, 1, 0, 700), 8, 4, 256, 9, 2048, window=512),
+]
+
+
+@pytest.mark.parametrize("case", [*SLOTS, *LONG_SLOTS], ids=lambda case: case.name)
+@pytest.mark.parametrize("kernel, dtype", CASES)
+def test_slots(kernel: type[Kernel], dtype: torch.dtype, case: Slots) -> None:
+    attend = require(kernel, dtype, case.head_dim, case.window is not None, case.softcap is not None)
+    check_slots(attend, case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("num_last", LAST.values(), ids=LAST)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("kernel, dtype", CASES)
+def test_the_last_keys(
+    kernel: type[Kernel], dtype: torch.dtype, softcap: float | None, num_last: tuple[int, ...]
+) -> None:
+    check_last(require(kernel, dtype, 64, softcap=softcap is not None), num_last, dtype, softcap, "cuda")
+
+
+@pytest.mark.parametrize("case", LONG_SLOTS, ids=lambda case: case.name)
+@pytest.mark.parametrize("kernel, dtype", [case for case in CASES if case.values[0].can_be_recorded])
+def test_slots_in_a_graph(kernel: type[Kernel], dtype: torch.dtype, case: Slots) -> None:
+    """Recorded with some slots and numbers of keys, replayed with others."""
+    attend = require(kernel, dtype, case.head_dim, case.window is not None)
+    states = case.draw(dtype, "cuda")
+    slots, num_keys = states[3:]
+    slots.copy_(torch.arange(len(slots)))
+    num_keys.fill_(7)
+    attend.attend_slots(*states, case.scale, window=case.window)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = attend.attend_slots(*states, case.scale, window=case.window)
+    slots.copy_(torch.tensor(case.slots))
+    num_keys.copy_(torch.tensor(case.num_keys))
+    graph.replay()
+    check_results(got, expected_of_slots(case, states), states[0])
+
+
+@pytest.mark.parametrize("kernel, dtype", [case for case in CASES if case.values[0].can_be_recorded])
+def test_the_last_keys_in_a_graph(kernel: type[Kernel], dtype: torch.dtype) -> None:
+    attend = require(kernel, dtype, 128)
+    query, key, value = Shape("", 32, 8, 5, 3000, False, 128).draw(dtype, "cuda")
+    num_last = torch.full((5,), 7, dtype=torch.int32, device="cuda")
+    attend.attend_last(query, key, value, num_last, 0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = attend.attend_last(query, key, value, num_last, 0.1)
+    num_last.copy_(torch.tensor([0, 1, 2999, 5000, 128]))
+    graph.replay()
+    check_results(got, expected_of_last(query, key, value, num_last, 0.1), query)
 
 
 @pytest.mark.parametrize("options", [{"window": 64}, {"window": 64, "softcap": 5.0}, {"softcap": 5.0}], ids=str)

@@ -518,6 +518,33 @@ def flash_attn_3_when_asked(
     return (output, lse) if return_attn_probs else output
 
 
+def attend_with_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, cache_batch_idx: Tensor | None, empty: float,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute what a function with a cache does; `empty` is its log-sum-exp of no keys."""
+    batch = cache_batch_idx if cache_batch_idx is not None else torch.arange(len(q), dtype=torch.int32)
+    for indices in (cache_seqlens, batch):
+        assert indices.dtype == torch.int32 and indices.shape == q.shape[:1]
+    output, lse = torch.zeros_like(q), torch.full((len(q), q.shape[2], q.shape[1]), empty)
+    for row, (slot, stop) in enumerate(zip(batch.tolist(), cache_seqlens.tolist(), strict=True)):
+        if stop:
+            k, v = (states[slot : slot + 1, :stop] for states in (k_cache, v_cache))
+            output[row : row + 1], lse[row : row + 1] = attend_tokens_first(q[row : row + 1], k, v, *options)
+    return output, lse
+
+
+def flash_attn_2_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
+    cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False,
+):  # fmt: skip
+    output, lse = attend_with_cache(
+        q, k_cache, v_cache, cache_seqlens, cache_batch_idx, torch.inf, causal, softmax_scale, window_size, softcap
+    )
+    return (output, lse) if return_softmax_lse else output
+
+
 def flash_attn_3_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
     cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None,
@@ -525,10 +552,8 @@ def flash_attn_3_with_kvcache(
     causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True,
     scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False,
 ):  # fmt: skip
-    assert cache_seqlens.dtype == torch.int32 and cache_seqlens.shape == q.shape[:1]
-    stop = int(cache_seqlens)
-    output, lse = attend_tokens_first(
-        q, k_cache[:, :stop], v_cache[:, :stop], causal, softmax_scale, window_size, softcap
+    output, lse = attend_with_cache(
+        q, k_cache, v_cache, cache_seqlens, cache_batch_idx, -torch.inf, causal, softmax_scale, window_size, softcap
     )
     return (output, lse, None, None) if return_softmax_lse else output
 
@@ -538,7 +563,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Install a stub module, and one that says how it was built."""
 
     def put(name: str, function: Any, flags: dict[str, bool] | None = None) -> None:
-        put_module(name, flash_attn_func=function, flash_attn_with_kvcache=flash_attn_3_with_kvcache)
+        with_kvcache = flash_attn_2_with_kvcache if name == "flash_attn" else flash_attn_3_with_kvcache
+        put_module(name, flash_attn_func=function, flash_attn_with_kvcache=with_kvcache)
         if flags is not None:
             put_module(flash_attn.FLASH_ATTN_3_BUILDS[name], CONFIG={"build_flags": flags})
         forget()
@@ -574,6 +600,15 @@ def test_adapters(install: Callable[..., None], kernel: type[Kernel], module: st
     assert kernel.is_installed()
     for dtype in kernel.dtypes or ():
         check_shape(kernel(), shape, dtype)
+
+
+@pytest.mark.parametrize("case", SLOTS, ids=lambda case: case.name)
+@pytest.mark.parametrize("kernel, module, function", ADAPTERS[:2])
+def test_adapters_with_slots(
+    install: Callable[..., None], kernel: type[Kernel], module: str, function: Any, case: Slots
+) -> None:
+    install(module, function)
+    check_slots(kernel(), case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("kernel, module, function", ADAPTERS)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apb_ds.ops.kernels.base import Kernel
+from apb_ds.ops.kernels.base import Kernel, without_keys
 from apb_ds.ops.kernels.pieces import Logits
 
 FLASH_ATTN_3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
@@ -57,6 +57,24 @@ class FlashAttn2Kernel(Kernel):
         )
         return output.transpose(1, 2), lse[..., : query.shape[2]].float()
 
+    def attend_slots(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        num_keys: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        self._check(window, softcap)
+        function = importlib.import_module("flash_attn").flash_attn_with_kvcache
+        options = _options(window, softcap) | {"cache_batch_idx": slots.int()}
+        output, lse = _with_cache(function, query, key, value, num_keys, scale, options)
+        return without_keys(output, lse, (num_keys == 0).view(-1, 1, 1))
+
 
 class FlashAttn3Kernel(Kernel):
     """FlashAttention 3 for Hopper: ``flash_attn_interface``, or ``fa3_fwd_interface`` of the wheel ``fa3-fwd``."""
@@ -98,15 +116,25 @@ class FlashAttn3Kernel(Kernel):
         softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         self._check(window, softcap)
-        name = _flash_attn_3_module()
-        assert name is not None
-        function = importlib.import_module(name).flash_attn_with_kvcache  # unlike flash_attn_func, it splits the keys
-        q, k, v = (states.transpose(1, 2) for states in (query, key, value))
-        options = _options(window, softcap)
-        output, lse, *_ = function(
-            q, k, v, cache_seqlens=num_keys, softmax_scale=scale, return_softmax_lse=True, **options
-        )
-        return output.transpose(1, 2), lse.float()
+        function = _flash_attn_3_with_cache()
+        return _with_cache(function, query, key, value, num_keys, scale, _options(window, softcap))
+
+    def attend_slots(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        num_keys: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        self._check(window, softcap)
+        options = _options(window, softcap) | {"cache_batch_idx": slots.int()}
+        output, lse = _with_cache(_flash_attn_3_with_cache(), query, key, value, num_keys, scale, options)
+        return without_keys(output, lse, (num_keys == 0).view(-1, 1, 1))
 
     @classmethod
     def lacks(cls, window: bool, softcap: bool) -> str | None:
@@ -137,8 +165,23 @@ def _options(window: int | None, softcap: float | None) -> dict[str, Any]:
     return options
 
 
+def _with_cache(
+    function: Any, query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor, scale: float, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Call a package's ``flash_attn_with_kvcache``, which splits the keys, for the first keys of buffers."""
+    q, k, v = (states.transpose(1, 2) for states in (query, key, value))
+    output, lse, *_ = function(q, k, v, cache_seqlens=num_keys, softmax_scale=scale, return_softmax_lse=True, **options)
+    return output.transpose(1, 2), lse.float()
+
+
 def _flash_attn_3_module() -> str | None:
     return next((name for name in FLASH_ATTN_3_MODULES if importlib.util.find_spec(name)), None)
+
+
+def _flash_attn_3_with_cache() -> Any:
+    name = _flash_attn_3_module()
+    assert name is not None
+    return importlib.import_module(name).flash_attn_with_kvcache
 
 
 @cache

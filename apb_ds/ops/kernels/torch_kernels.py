@@ -160,6 +160,33 @@ class TorchFlashKernel(Kernel):
         )
         return output.transpose(0, 1).unsqueeze(0), lse.reshape(query.shape[:3]).float()
 
+    def attend_slots(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        num_keys: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        self._check(window, softcap)
+        rows, capacity = len(query), key.shape[2]
+        # The variable-length form, of one token each. With `seqused_k`, it reads only where each sequence's keys start.
+        q, k, v = query.squeeze(2), key.transpose(1, 2).flatten(0, 1), value.transpose(1, 2).flatten(0, 1)
+        tokens = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
+        starts = torch.zeros_like(tokens)
+        starts[:rows] = slots * capacity
+        sides = {} if window is None else _sides(window)
+        output, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, tokens, starts, 1, capacity, 0.0, False, False, scale=scale, seqused_k=num_keys, **sides
+        )
+        # The log-sum-exp is (heads, rows), and plus infinity where there are no keys.
+        lse = lse.transpose(0, 1).unsqueeze(2).float()
+        return without_keys(output.unsqueeze(2), lse, (num_keys == 0).view(-1, 1, 1))
+
 
 class TorchEfficientKernel(Kernel):
     """Memory-efficient attention through torch: the CUDA kernel for float32. It needs repeated KV heads."""
