@@ -113,6 +113,7 @@ class APBAttention(nn.Module):
         softcap: float | None = None,
         sinks: Tensor | None = None,
         num_keys: Tensor | None = None,
+        holds_new: bool | None = None,
     ) -> Tensor:
         """Attend for this rank's tokens.
 
@@ -136,6 +137,9 @@ class APBAttention(nn.Module):
             Logits of one more key per head, whose value is zero.
         num_keys : (1,), int32, on the device
             In DECODE: how many of the first keys count, at least one. For a step that is recorded as a CUDA graph.
+        holds_new : bool
+            In QUERY and DECODE, needed with several ranks unless `window` or `num_keys` is given: whether this rank
+            stores the new tokens, as `ShardedCache.holds_new` says after the update.
 
         Returns
         -------
@@ -163,7 +167,7 @@ class APBAttention(nn.Module):
                 output = attend_window(tools, query, key, value, window)
             else:
                 kernel = kernels.decode if phase is Phase.DECODE else kernels.prefill
-                output = attend_shards(tools, kernel, query, key, value)
+                output = attend_shards(tools, kernel, query, key, value, self._holds_new(phase, holds_new))
         return output[..., :value_dim]
 
     def _prefill(
@@ -185,6 +189,11 @@ class APBAttention(nn.Module):
         if self.compressor is not None:
             return apb.prefill(self.compressor, tools, state, layer_idx, query, key, value)
         return EXACT_PREFILLS[self.config.settings.method](tools, state, layer_idx, query, key, value)
+
+    def _holds_new(self, phase: Phase, holds_new: bool | None) -> bool:
+        if holds_new is None and self.group.world_size > 1:
+            raise ValueError(f"phase={phase.name} on several ranks needs holds_new=cache.holds_new, after the update.")
+        return holds_new is None or holds_new
 
     def _is_fused(self, device: torch.device) -> bool:
         return self.config.settings.fused and device.type == "cuda" and can_compile(device)

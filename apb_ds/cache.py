@@ -1,7 +1,8 @@
 """The sharded KV cache, a transformers ``Cache``: its length is global, what it stores is this rank's shard.
 
-A rank stores the keys and values of the blocks it serves; new tokens (queries and generated ones) are stored on the
-last rank only. A shard's tokens need no order: keys carry their rotation, and every query sees all of them.
+A rank stores the keys and values of the blocks it serves. New tokens (queries and generated ones) fill the ranks in
+turn: all tokens of a forward are stored on one rank, and after a page of them it is another rank's turn. A shard's
+tokens need no order: keys carry their rotation, and every query sees all of them.
 
 Layers that attend within a window are stored otherwise: every rank has what the window still reaches, and the new
 tokens, in order. That is little, and attending to it needs no other rank.
@@ -9,8 +10,10 @@ tokens, in order. That is little, and attending to it needs no other rank.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +25,74 @@ from apb_ds.utils.sizes import LayerAttention
 GROWTH_TOKENS = 256
 # Buffers that can grow are a multiple of this long, so that documents of similar length get buffers of the same size.
 STEP_TOKENS = 512
+# After so many new tokens another rank takes over, at the next forward.
+PAGE_TOKENS = 256
+
+
+class Owners:
+    """Which rank stores which of the tokens after the document.
+
+    A rank's turn ends with the forward that fills its page. Then the rank that stores the fewest takes over; of equal
+    ones, the next in order. This depends only on the positions of the forwards, so the ranks agree without a message.
+
+    All layers of a cache share one record. A forward that failed in some of them is taken back by `crop` alone: what is
+    noted for later positions counts no more once a forward begins before them.
+
+    Parameters
+    ----------
+    rank : int
+        This rank.
+    world_size : int
+        Ranks that take turns. The last one begins.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        # Turns in order: the position at which each began, and whose it is.
+        self._starts: list[int] = []
+        self._ranks: list[int] = []
+
+    def begin(self, position: int) -> bool:
+        """Note that a forward stores tokens from `position` on; return whether this rank stores them.
+
+        Every layer calls it, and all of them get the same answer.
+        """
+        start, rank = self._turn_at(position)
+        kept = bisect_right(self._starts, position)
+        del self._starts[kept:], self._ranks[kept:]
+        if not kept or self._starts[-1] != start:
+            self._starts.append(start)
+            self._ranks.append(rank)
+        return rank == self._rank
+
+    def stores_next(self, position: int) -> bool:
+        """Whether this rank would store a forward that begins at `position`."""
+        return self._turn_at(position)[1] == self._rank
+
+    @property
+    def stored_last(self) -> bool:
+        """Whether this rank stores the forward that was noted last."""
+        return self._ranks[-1:] == [self._rank]
+
+    def num_stored(self, start: int, stop: int) -> int:
+        """Return how many of the tokens at the positions [start, stop), after the document, this rank stores."""
+        return self._num_of(self._rank, start, stop)
+
+    def _num_of(self, rank: int, start: int, stop: int) -> int:
+        turns = zip(pairwise([*self._starts, stop]), self._ranks, strict=True)
+        return sum(max(0, min(stop, end) - max(start, begin)) for (begin, end), of in turns if of == rank)
+
+    def _turn_at(self, position: int) -> tuple[int, int]:
+        """Return when the turn began, and whose it is, that a forward at `position` belongs to."""
+        index = bisect_right(self._starts, position) - 1
+        if index < 0:
+            return position, self._world_size - 1
+        start, rank = self._starts[index], self._ranks[index]
+        if position - start < PAGE_TOKENS:
+            return start, rank
+        in_order = [(rank + step) % self._world_size for step in range(1, self._world_size + 1)]
+        return position, min(in_order, key=lambda other: self._num_of(other, self._starts[0], position))
 
 
 class ShardedCacheLayer(CacheLayerMixin):
@@ -31,8 +102,8 @@ class ShardedCacheLayer(CacheLayerMixin):
 
     Parameters
     ----------
-    stores_new : bool
-        Whether this rank stores the tokens that come after the document.
+    owners : Owners
+        Which rank stores the tokens that come after the document; of all layers alike.
     is_expanded : bool
         Whether the model expands what `update` returns. Models cannot expand an empty tensor, so an empty rank returns
         one token of zeros, which the attention skips.
@@ -42,9 +113,9 @@ class ShardedCacheLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, stores_new: bool, is_expanded: bool = False) -> None:
+    def __init__(self, owners: Owners, is_expanded: bool = False) -> None:
         super().__init__()
-        self.stores_new = stores_new
+        self.owners = owners
         self.is_expanded = is_expanded
         self.global_length = 0
         self.local_length = 0
@@ -71,22 +142,21 @@ class ShardedCacheLayer(CacheLayerMixin):
         self._append(keys, values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Count new tokens, (1, kv_heads, tokens, head_dim), store them if this is their rank, and return the shard.
+        """Count a forward's new tokens, (1, kv_heads, tokens, head_dim), store them if it is this rank's turn.
 
         Returns
         -------
         keys, values : (1, kv_heads, local_tokens, head_dim), local; views of the buffers, possibly of no tokens. With a
-            `slot`, the whole buffers: the token is written to that slot if this is its rank, and counted by `advance`.
+            `slot`, the whole buffers: every rank writes the token to its slot, and `advance` counts it on one of them.
         """
         if self.slot is not None:
             buffers = self.buffers()
-            if self.stores_new:
-                for buffer, states in zip(buffers, (key_states, value_states), strict=True):
-                    buffer.index_copy_(2, self.slot, states)
+            for buffer, states in zip(buffers, (key_states, value_states), strict=True):
+                buffer.index_copy_(2, self.slot, states)
             return buffers
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.stores_new:
+        if self.owners.begin(self.global_length):
             self._append(key_states, value_states)
         self.global_length += key_states.shape[-2]
         if self.is_expanded and self.local_length == 0:
@@ -94,8 +164,8 @@ class ShardedCacheLayer(CacheLayerMixin):
         return self.shard()
 
     def advance(self) -> None:
-        """Count one new token that was written to the `slot` behind the last one, on the rank that stores it."""
-        if self.stores_new:
+        """Count one new token that was written to the `slot` behind the last one, on the rank whose turn it is."""
+        if self.owners.begin(self.global_length):
             self.local_length += 1
         self.global_length += 1
 
@@ -125,9 +195,9 @@ class ShardedCacheLayer(CacheLayerMixin):
         """Forget the last ``-tokens_to_remove`` tokens, which must have come after the document."""
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove} must be negative: how many tokens to forget.")
-        self.global_length += tokens_to_remove
-        if self.stores_new:
-            self.local_length += tokens_to_remove
+        kept = self.global_length + tokens_to_remove
+        self.local_length -= self.owners.num_stored(kept, self.global_length)
+        self.global_length = kept
 
     def reset(self) -> None:
         """Forget everything and free the buffers."""
@@ -204,7 +274,7 @@ class WindowCacheLayer(ShardedCacheLayer):
     """
 
     def __init__(self, window: int) -> None:
-        super().__init__(stores_new=True)
+        super().__init__(Owners(rank=0, world_size=1))  # every rank stores as if it were alone
         self.window = window
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -242,12 +312,12 @@ class ShardedCache(Cache):
     ----------
     layers : sequence of LayerAttention
         How each layer attends; those with a window are stored on every rank.
-    stores_new : bool
-        Whether this rank stores the tokens that come after the document (the last rank does).
+    rank, world_size : int
+        This rank, and how many share the context.
     shard_tokens : int
         Document tokens that this rank will store, for sizing the buffers.
     new_tokens : int
-        Tokens that are expected after the document, likewise.
+        Tokens that are expected after the document, on all ranks together, likewise.
 
     Attributes
     ----------
@@ -255,21 +325,24 @@ class ShardedCache(Cache):
     """
 
     def __init__(
-        self, layers: Sequence[LayerAttention], stores_new: bool, shard_tokens: int, new_tokens: int = 0
+        self, layers: Sequence[LayerAttention], rank: int, world_size: int, shard_tokens: int, new_tokens: int = 0
     ) -> None:
         self.attention = tuple(layers)
+        self._owners = Owners(rank, world_size)
+        share = min(new_tokens, -(-new_tokens // world_size) + PAGE_TOKENS)
         self._sharded_layers: list[ShardedCacheLayer] = []
         for attention in layers:
             if attention.window is None:
-                layer = ShardedCacheLayer(stores_new, is_expanded=attention.stores and not attention.stores_attended)
-                num_document = shard_tokens
+                is_expanded = attention.stores and not attention.stores_attended
+                layer, num_document, num_new = ShardedCacheLayer(self._owners, is_expanded), shard_tokens, share
             else:
-                layer = WindowCacheLayer(attention.window)
-                num_document = attention.window - 1
-            grows = _stepped(num_document + max(GROWTH_TOKENS, new_tokens))
-            layer.reserve(grows if layer.stores_new else num_document)
+                layer, num_document, num_new = WindowCacheLayer(attention.window), attention.window - 1, new_tokens
+            layer.reserve(_stepped(num_document + max(GROWTH_TOKENS, num_new)))
             self._sharded_layers.append(layer)
         self._storing = [layer for layer, of in zip(self._sharded_layers, layers, strict=True) if of.stores]
+        self._of_window = {
+            of.window: layer for layer, of in zip(self._sharded_layers, layers, strict=True) if of.stores
+        }
         super().__init__(layers=self._sharded_layers)  # type: ignore[arg-type]
 
     def layer(self, layer_idx: int) -> ShardedCacheLayer:
@@ -299,7 +372,7 @@ class ShardedCache(Cache):
 
     def advance(self) -> None:
         """Count one new token that was written to the slots, in all layers."""
-        for layer in self._sharded_layers:
+        for layer in self._storing:
             layer.advance()
 
     def clear_unused(self) -> None:
@@ -330,11 +403,11 @@ class ShardedCache(Cache):
 
         Parameters
         ----------
-        num_new : for how many new tokens they must have room
+        num_new : for how many new tokens they must have room, whosever turn it is
         """
         found: list[Tensor] = []
         for layer in self._storing:
-            layer.make_room(layer.local_length + num_new * int(layer.stores_new))
+            layer.make_room(layer.local_length + num_new)
             found += layer.buffers()
         return found
 
@@ -350,6 +423,11 @@ class ShardedCache(Cache):
             layer.crop(min(0, num_tokens - layer.global_length))
 
     @property
+    def holds_new(self) -> bool:
+        """Whether this rank stores the new tokens of the forward under way, once one of its layers has updated."""
+        return self._owners.stored_last
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all buffers on this rank."""
         return sum(layer.num_bytes for layer in self._sharded_layers)
@@ -361,8 +439,7 @@ class ShardedCache(Cache):
         ----------
         with_next : once one more new token has come
         """
-        storing = (of for of in self.attention if of.stores)
         return {
-            of.window: layer.local_length + int(with_next and layer.stores_new)
-            for of, layer in zip(storing, self._storing, strict=True)
+            window: layer.local_length + int(with_next and layer.owners.stores_next(layer.global_length))
+            for window, layer in self._of_window.items()
         }

@@ -54,7 +54,7 @@ class Shadow:
         if state is None:
             return None
         if id(state) not in self._states:
-            cache = ShardedCache(state.cache.attention, True, state.plan.shard_length(state.rank))
+            cache = ShardedCache(state.cache.attention, 0, 1, state.plan.shard_length(state.rank))
             self._states[id(state)] = state, PrefillState(state.plan, cache, state.rank)
         own = self._states[id(state)][1]
         own.round_index = state.round_index

@@ -97,7 +97,7 @@ def dense_logits(decoder: Decoder, ids: Tensor) -> Tensor:
 def prefill_by_hand(decoder: Decoder, attention: APBAttention, plan: Plan, document: Tensor) -> ShardedCache:
     """Run the rounds of a plan without a query in its anchor, and return this rank's shard."""
     group = attention.group
-    cache = ShardedCache([LAYER] * LAYERS, group.is_last, plan.shard_length(group.rank))
+    cache = ShardedCache([LAYER] * LAYERS, group.rank, group.world_size, plan.shard_length(group.rank))
     state = PrefillState(plan, cache, group.rank)
 
     def attend(layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -117,6 +117,6 @@ def ask_by_hand(decoder: Decoder, attention: APBAttention, cache: ShardedCache, 
 
     def attend(layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = cache.update(key, value, layer_idx)
-        return attention(query, keys, values, phase=phase, layer_idx=layer_idx)
+        return attention(query, keys, values, phase=phase, layer_idx=layer_idx, holds_new=cache.holds_new)
 
     return decoder(ids, torch.arange(start, start + ids.shape[1]), attend)

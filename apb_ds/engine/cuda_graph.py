@@ -60,8 +60,8 @@ class DecodeStep:
         return len(buffers) == len(self.buffers) and all(map(operator.is_, buffers, self.buffers))
 
     def serves(self, model: nn.Module, cache: ShardedCache) -> bool:
-        """Whether it `fits` the cache, and the model's weights are where they were."""
-        return self.fits(cache) and self._weights == _weights(model)
+        """Whether it `fits` the cache, there is a key to attend to, and the model's weights are where they were."""
+        return self.fits(cache) and _has_keys(cache) and self._weights == _weights(model)
 
     def prepare(self, model: nn.Module, cache: ShardedCache) -> None:
         """Bind the step to the buffers of a cache and the model's weights."""
@@ -185,7 +185,7 @@ class RecordedSteps:
 
     def _record(self, cache: ShardedCache, call: ActiveCall, device: torch.device) -> None:
         """Record a step on all ranks together; if that fails on one of them, none has it or tries again."""
-        if not self._all(min(cache.local_lengths(with_next=True).values()) > 0, device):  # a kernel needs a key
+        if not self._all(_has_keys(cache), device):
             return
         step, model = DecodeStep(device, self._group), self._model[0]
         failure: RuntimeError | None = None
@@ -218,6 +218,11 @@ def can_record(model: nn.Module, kernels: Iterable[KernelChoice]) -> bool:
     """Whether decode steps can be recorded with these kernels and the model's rotary embedding."""
     waits = any(is_position_dependent_rope(module) for module in model.modules())
     return all(choice.recorded is not None for choice in kernels) and not waits
+
+
+def _has_keys(cache: ShardedCache) -> bool:
+    """Whether all layers have a key on this rank once the next token has come; a recorded kernel needs one."""
+    return min(cache.local_lengths(with_next=True).values()) > 0
 
 
 def _weights(model: nn.Module) -> list[int]:

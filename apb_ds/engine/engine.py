@@ -231,7 +231,8 @@ class APBEngine(InferenceEngine):
         self._warn_if_exact(plan)
         cache = ShardedCache(
             self.layers,
-            self.group.is_last,
+            self.group.rank,
+            self.group.world_size,
             plan.shard_length(self.group.rank),
             new_tokens=request.max_positions - num_tokens,
         )

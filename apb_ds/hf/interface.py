@@ -130,6 +130,7 @@ class ActiveCall:
             softcap=layer.softcap,
             sinks=sinks,
             num_keys=num_keys,
+            holds_new=self._cache.holds_new,
         )
         if self._phase is Phase.PREFILL and self.state is not None and self.state.is_last_layer(layer_idx):
             raise PrefillComplete

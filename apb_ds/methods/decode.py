@@ -13,19 +13,20 @@ FLOAT_BYTES = 4
 MAX_GATHERED_BYTES = 2**28  # of all ranks' partial outputs at a time
 
 
-def attend_shards(tools: Tools, kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attend_shards(tools: Tools, kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor, holds_new: bool) -> Tensor:
     """Attend for new tokens, the same on every rank, over everything cached and causally among themselves.
 
     Parameters
     ----------
     query : (1, heads, new_tokens, head_dim), the same on every rank
-    keys, values : (1, kv_heads, shard_tokens, head_dim), local; on the last rank the new tokens are the last ones
+    keys, values : (1, kv_heads, shard_tokens, head_dim), local
+    holds_new : whether this is the rank that stores the new tokens; they are its last ones
 
     Returns
     -------
     (1, heads, new_tokens, head_dim) in ``query.dtype``, the same on every rank
     """
-    output, lse = _attend_shard(tools, kernel, query, keys, values, tools.group.is_last)
+    output, lse = _attend_shard(tools, kernel, query, keys, values, holds_new)
     return merge_ranks(tools, output, lse)
 
 
@@ -77,9 +78,11 @@ def _attend_shard(
     tools: Tools, kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor, holds_new: bool
 ) -> tuple[Tensor, Tensor]:
     num_new = query.shape[2]
+    if num_new == 1:  # sees all that is stored: no mask
+        one = tools.attend(query, keys, values, kernel=kernel) if keys.shape[2] else _saw_nothing(query)
+        # Always on the same rank, as in recorded steps, which others may run at the same token.
+        return tools.with_sinks(one) if tools.group.is_last else one
     num_past = keys.shape[2] - num_new if holds_new else keys.shape[2]
-    if holds_new and num_new == 1:
-        return tools.with_sinks(tools.attend(query, keys, values, kernel=kernel))  # one query sees all of it: no mask
     past = None
     if num_past > 0:
         past = tools.attend(query, keys[:, :, :num_past], values[:, :, :num_past], kernel=kernel)

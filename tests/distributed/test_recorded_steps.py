@@ -69,11 +69,12 @@ def answer(engine: Any, context: Any, num_new: int = NEW, **given: Any) -> list[
 
 
 def answer_twice(
-    rank: int, world_size: int, method: str, family: str
+    rank: int, world_size: int, method: str, family: str, page: int = cache.PAGE_TOKENS
 ) -> tuple[list[list[int]], list[list[int]], int, int]:
     """Return what two documents are answered with and without recording, and how often a step was recorded and run."""
     answers = []
-    with recording() as counts:
+    with pytest.MonkeyPatch.context() as patch, recording() as counts:
+        patch.setattr(cache, "PAGE_TOKENS", page)
         for cuda_graph in (False, True):
             engine = new_engine(cuda_graph, method, family)
             found = []
@@ -88,20 +89,21 @@ def answer_twice(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "method", "family"),
+    ("world_size", "method", "family", "page"),
     [
-        (2, "apb", "llama"),
-        (4, "apb", "llama"),
-        (2, "ring", "llama"),
-        (4, "ring", "llama"),
-        (2, "apb", "gpt_oss"),
-        (4, "apb", "gemma3"),
-        (2, "apb", "gemma3n"),
-        (2, "apb", "deepseek_v3"),
+        (2, "apb", "llama", cache.PAGE_TOKENS),
+        (4, "apb", "llama", 2),
+        (2, "ring", "llama", 2),
+        (4, "ring", "llama", cache.PAGE_TOKENS),
+        (2, "apb", "gpt_oss", 2),
+        (4, "apb", "gemma3", 2),
+        (2, "apb", "gemma3n", 2),
+        (2, "apb", "deepseek_v3", 2),
     ],
 )
-def test_the_tokens_are_the_same(pool: Pools, world_size: int, method: str, family: str) -> None:
-    by_rank = pool(world_size).run(answer_twice, method, family, timeout=120)
+def test_the_tokens_are_the_same(pool: Pools, world_size: int, method: str, family: str, page: int) -> None:
+    """Also where new tokens go to another rank every few steps: a recording does not know which."""
+    by_rank = pool(world_size).run(answer_twice, method, family, page, timeout=120)
     for usual, recorded, num_recorded, num_run in by_rank:
         assert recorded == usual == by_rank[0][0]
         # One recording serves both answers of a document, and the next document where its buffers were handed on.
@@ -127,7 +129,7 @@ def test_where_one_rank_cannot_record_none_does(pool: Pools) -> None:
         assert found == expected and (num_recorded, num_run) == (1, 0)
 
 
-def grow_on_the_last_rank(rank: int, world_size: int) -> tuple[list[list[int]], list[list[int]], int]:
+def grow_on_the_last_rank(rank: int, world_size: int, family: str) -> tuple[list[list[int]], list[list[int]], int]:
     """Long answers into buffers that hold hardly more than they must."""
     document, query = request_ids(101, 5)
     turns = []
@@ -135,16 +137,42 @@ def grow_on_the_last_rank(rank: int, world_size: int) -> tuple[list[list[int]], 
         patch.setattr(cache, "GROWTH_TOKENS", 1)
         patch.setattr(cache, "STEP_TOKENS", 4)
         for cuda_graph in (False, True):
-            engine = new_engine(cuda_graph)
+            engine = new_engine(cuda_graph, family=family)
             context = engine.prefill(document, query)
             turns.append([answer(engine, context, 40, append=True) for _ in range(2)])
     return turns[0], turns[1], counts.run
 
 
-def test_a_rank_whose_buffers_grow_goes_on_by_itself(pool: Pools) -> None:
-    first, last = pool(2).run(grow_on_the_last_rank)
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_a_rank_whose_buffers_grow_goes_on_by_itself(pool: Pools, family: str) -> None:
+    """With sinks, too, which one rank counts in both ways of running a step."""
+    first, last = pool(2).run(grow_on_the_last_rank, family)
     assert first[0] == first[1] == last[0] == last[1]
     assert 0 < last[2] < first[2], "the others go on with what they recorded"
+
+
+def grow_on_one_rank_after_the_other(rank: int, world_size: int) -> tuple[list[list[int]], list[list[int]], int]:
+    """One rank's buffers are full once it is its turn; the other goes on with recorded steps."""
+    document, query = request_ids(101, 5)
+    turns = []
+    with pytest.MonkeyPatch.context() as patch, recording() as counts:
+        patch.setattr(cache, "PAGE_TOKENS", 6)
+        patch.setattr(cache, "GROWTH_TOKENS", 1)
+        patch.setattr(cache, "STEP_TOKENS", 4)
+        for cuda_graph in (False, True):
+            engine = new_engine(cuda_graph, family="gpt_oss")
+            for layer in engine.module.model.layers:
+                layer.self_attn.sinks.mul_(5.0)  # large enough to change tokens if they are counted twice
+            context = engine.prefill(document, query)
+            context.cache.buffers(num_new=40 * rank)  # only this rank has room
+            turns.append([answer(engine, context, 30, append=True) for _ in range(2)])
+    return turns[0], turns[1], counts.run
+
+
+def test_sinks_count_once_where_the_owner_alone_is_not_recorded(pool: Pools) -> None:
+    by_rank = pool(2).run(grow_on_one_rank_after_the_other)
+    assert len({str(turns) for usual, recorded, _ in by_rank for turns in (usual, recorded)}) == 1
+    assert 0 < by_rank[0][2] < by_rank[1][2]
 
 
 def move_weights_on_one_rank(rank: int, world_size: int) -> tuple[list[list[int]], int]:
@@ -179,6 +207,27 @@ def ask_few_tokens(rank: int, world_size: int) -> tuple[list[int], list[int], in
 def test_a_rank_without_keys_has_nothing_recorded(pool: Pools) -> None:
     for usual, found, num_recorded in pool(4).run(ask_few_tokens):
         assert found == usual and num_recorded == 0
+
+
+def ask_less_the_second_time(rank: int, world_size: int) -> tuple[list[list[int]], list[list[int]], int]:
+    """A rank without a document is given a key before a step is recorded, and none before the next answer's steps."""
+    document, query = request_ids(1, 5)
+    answers = []
+    with pytest.MonkeyPatch.context() as patch, recording() as counts:
+        patch.setattr(cache, "PAGE_TOKENS", 4)
+        for cuda_graph in (False, True):
+            config = apb_ds.APBConfig(hosts=2, anchor_length=0, passing_length=1, cuda_graph=cuda_graph)
+            engine = apb_ds.init_inference(build_model("llama"), config)
+            context = engine.prefill(document, query)
+            options: dict[str, Any] = {"context": context, "max_new_tokens": NEW, "do_sample": False}
+            answers.append([engine.generate(query_ids=ids, **options)[0].tolist() for ids in (query, query[:, :1])])
+    return answers[0], answers[1], counts.recorded
+
+
+def test_a_rank_whose_keys_are_gone_does_not_replay(pool: Pools) -> None:
+    by_rank = pool(2).run(ask_less_the_second_time)
+    for usual, found, num_recorded in by_rank:
+        assert found == usual == by_rank[0][0] and num_recorded == 1
 
 
 def count_bytes(rank: int, world_size: int) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ import apb_ds
 from apb_ds.attention import APBAttention, Phase
 from apb_ds.cache import ShardedCache
 from apb_ds.methods.state import PrefillState
+from apb_ds.parallel.groups import SequenceGroup
 from tests.plain_decoder import (
     HEAD_DIM,
     HEADS,
@@ -120,7 +121,7 @@ def test_prefill_checks_its_tokens_against_the_plan() -> None:
     config = apb_ds.APBConfig(hosts=4, anchor_length=2, query_in_anchor=False)
     attention = APBAttention(config)
     plan = apb_ds.plan_request(config, 20, 0)
-    state = PrefillState(plan, ShardedCache([LAYER] * LAYERS, True, 20))
+    state = PrefillState(plan, ShardedCache([LAYER] * LAYERS, 0, 1, 20))
     with pytest.raises(ValueError) as caught:
         attention(states(HEADS, 6), states(tokens=6), states(tokens=6), phase=Phase.PREFILL, layer_idx=0, state=state)
     assert "6" in str(caught.value)
@@ -131,6 +132,13 @@ def test_prefill_needs_its_state() -> None:
     attention = APBAttention(apb_ds.APBConfig(hosts=4))
     with pytest.raises(ValueError, match="state"):
         attention(states(HEADS), states(), states(), phase=Phase.PREFILL, layer_idx=0)
+
+
+@pytest.mark.parametrize("phase", [Phase.QUERY, Phase.DECODE])
+def test_several_ranks_must_say_which_one_holds_the_new_tokens(phase: Phase) -> None:
+    attention = APBAttention(apb_ds.APBConfig(hosts=4), SequenceGroup(rank=0, world_size=2))
+    with pytest.raises(ValueError, match=f"phase={phase.name} on several ranks needs holds_new=cache.holds_new"):
+        attention(states(HEADS), states(), states(), phase=phase, layer_idx=0)
 
 
 @pytest.mark.parametrize("given, named", [({"compressor": "windw"}, "window"), ({"kernel": "referense"}, "reference")])

@@ -67,7 +67,7 @@ def served(states: tuple[Tensor, ...], n: int, q: int, given: dict[str, Any]) ->
     plan = apb_ds.plan_request(config, n, 0)
     _, heads, _, head_dim = states[0].shape
     layer = LayerAttention(heads, states[1].shape[1], head_dim, head_dim)
-    cache = ShardedCache([layer] * 2, True, n)  # the last layer's output is used by nobody, so there are two
+    cache = ShardedCache([layer] * 2, 0, 1, n)  # the last layer's output is used by nobody, so there are two
     state = PrefillState(plan, cache)
     length = plan.anchor_length
     output = torch.full_like(states[0], torch.nan)

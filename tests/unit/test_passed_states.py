@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import apb_ds
-from apb_ds.cache import ShardedCacheLayer
+from apb_ds.cache import Owners, ShardedCacheLayer
 from apb_ds.methods.passed import OwnStates, SentStates, _runs
 from apb_ds.plan import Plan, plan_request
 
@@ -61,7 +61,7 @@ def test_full_messages_are_put_there_at_once() -> None:
 
 def filled_layer(n: int) -> tuple[ShardedCacheLayer, Tensor, Tensor]:
     keys, values = torch.randn(2, 1, KV_HEADS, n, HEAD_DIM)
-    layer = ShardedCacheLayer(stores_new=True)
+    layer = ShardedCacheLayer(Owners(0, 1))
     layer.reserve(n + 10)
     layer.store_block(keys, values)
     return layer, keys, values
