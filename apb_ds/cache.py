@@ -59,11 +59,9 @@ class Owners:
         Every layer calls it, and all of them get the same answer.
         """
         start, rank = self._turn_at(position)
-        kept = bisect_right(self._starts, position)
-        del self._starts[kept:], self._ranks[kept:]
-        if not kept or self._starts[-1] != start:
-            self._starts.append(start)
-            self._ranks.append(rank)
+        if self._starts[-1:] != [start]:
+            kept = bisect_right(self._starts, start - 1)
+            self._starts[kept:], self._ranks[kept:] = [start], [rank]
         return rank == self._rank
 
     def stores_next(self, position: int) -> bool:
@@ -318,6 +316,8 @@ class ShardedCache(Cache):
         Document tokens that this rank will store, for sizing the buffers.
     new_tokens : int
         Tokens that are expected after the document, on all ranks together, likewise.
+    query_tokens : int
+        How many of them come first and in one forward, so that one rank stores them, likewise.
 
     Attributes
     ----------
@@ -325,11 +325,19 @@ class ShardedCache(Cache):
     """
 
     def __init__(
-        self, layers: Sequence[LayerAttention], rank: int, world_size: int, shard_tokens: int, new_tokens: int = 0
+        self,
+        layers: Sequence[LayerAttention],
+        rank: int,
+        world_size: int,
+        shard_tokens: int,
+        new_tokens: int = 0,
+        query_tokens: int = 0,
     ) -> None:
         self.attention = tuple(layers)
         self._owners = Owners(rank, world_size)
         share = min(new_tokens, -(-new_tokens // world_size) + PAGE_TOKENS)
+        if self._owners.stores_next(0):
+            share = max(share, query_tokens)
         self._sharded_layers: list[ShardedCacheLayer] = []
         for attention in layers:
             if attention.window is None:

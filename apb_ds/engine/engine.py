@@ -235,6 +235,7 @@ class APBEngine(InferenceEngine):
             self.group.world_size,
             plan.shard_length(self.group.rank),
             new_tokens=request.max_positions - num_tokens,
+            query_tokens=0 if request.query_ids is None else request.query_ids.shape[1],
         )
         if self._recorded is not None:
             self._recorded.lend_buffers(cache)

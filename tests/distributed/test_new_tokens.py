@@ -56,6 +56,23 @@ def test_a_long_conversation_fills_all_ranks_alike(pool: Pools) -> None:
     assert max(stored) - min(stored) <= CHUNK
 
 
+def ask_at_length(rank: int, world_size: int) -> tuple[bool, int]:
+    """Return whether a rank has kept its buffers, and how many tokens of a question and its answer it stores."""
+    import apb_ds
+
+    document, query = distinct_ids(N), distinct_ids(1500)
+    engine = apb_ds.init_inference(one_layer(), apb_ds.APBConfig(hosts=2, anchor_length=0))
+    context = engine.prefill(document, query)
+    before, length = context.cache.buffers(), context.cache.local_lengths()[None]
+    engine.generate(query_ids=query, context=context, append=True, max_new_tokens=20, do_sample=False)
+    kept = all(one is other for one, other in zip(before, context.cache.buffers(), strict=True))
+    return kept, context.cache.local_lengths()[None] - length
+
+
+def test_there_is_room_for_a_question_in_one_piece_and_its_answer(pool: Pools) -> None:
+    assert pool(2).run(ask_at_length) == [(True, 19), (True, 1500)]
+
+
 def converse(rank: int, world_size: int, family: str) -> tuple[list[Any], list[torch.Tensor], int | None]:
     """Ask and keep turns, with other questions between them; return all tokens, this rank's logits, and its shard."""
     import apb_ds

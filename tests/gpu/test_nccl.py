@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import apb_ds
+from apb_ds import cache
 from apb_ds.engine.cuda_graph import DecodeStep
 from apb_ds.parallel.groups import SequenceGroup
 from tests import models
@@ -174,7 +175,9 @@ def answer_with_recorded_steps(rank: int, world_size: int) -> tuple[list[Tensor]
     """Return the first rank's logits of forced tokens without and twice with recorded steps, and the recordings."""
     logits = []
     document, query = request_ids(203, 7)
-    with mock.patch.object(DecodeStep, "record", autospec=True, side_effect=DecodeStep.record) as record:
+    small_pages = mock.patch.object(cache, "PAGE_TOKENS", 4)  # the owner of new tokens changes between replays
+    recorded = mock.patch.object(DecodeStep, "record", autospec=True, side_effect=DecodeStep.record)
+    with small_pages, recorded as record:
         for cuda_graph in (False, True):
             config = apb_ds.APBConfig(hosts=4, fused=False, cuda_graph=cuda_graph)
             engine = apb_ds.init_inference(build_model("llama").bfloat16(), config)

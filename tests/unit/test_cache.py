@@ -112,6 +112,15 @@ def test_each_rank_has_room_for_its_share_of_the_new_tokens(world_size: int, new
         assert cache.buffers()[0].shape[2] == steps * STEP_TOKENS
 
 
+def test_the_last_rank_has_room_for_a_query_in_one_piece() -> None:
+    found = []
+    for rank in range(4):
+        cache = ShardedCache([LAYER], rank, 4, 30, 4 * STEP_TOKENS, query_tokens=3 * STEP_TOKENS)
+        cache.layer(0).store_block(*states(0, 30))
+        found.append(cache.buffers()[0].shape[2] // STEP_TOKENS)
+    assert found == [2, 2, 2, 4]
+
+
 def test_a_token_written_to_a_slot_is_counted_by_advance() -> None:
     usual, fixed = (filled([(0, 20)], 20) for _ in range(2))
     for layer_idx in range(2):
