@@ -13,9 +13,10 @@ from apb_ds.compressors import build_compressor
 from apb_ds.compressors.base import Compressor
 from apb_ds.compressors.retaining_heads import RetainingHeads, RetainingHeadsCompressor
 from apb_ds.config import APBConfig, BlockSettings
-from apb_ds.methods import apb, dense, ring, ulysses
+from apb_ds.methods import apb, dense, packed, ring, ulysses
 from apb_ds.methods import window as sliding
 from apb_ds.methods.decode import attend_shards, attend_window, merge_ranks
+from apb_ds.methods.packed import Pack
 from apb_ds.methods.state import PrefillState, Tools
 from apb_ds.ops import profiling
 from apb_ds.ops.compiled import can_compile
@@ -32,6 +33,7 @@ class Phase(enum.Enum):
     PREFILL = "prefill"  # blocks of the document, and in the first round a share of the anchor
     QUERY = "query"  # any number of new tokens over the sharded cache
     DECODE = "decode"  # one new token over the sharded cache
+    PACKED = "pack"  # new tokens of several sequences, each over its own document
 
 
 class APBAttention(nn.Module):
@@ -114,6 +116,7 @@ class APBAttention(nn.Module):
         sinks: Tensor | None = None,
         num_keys: Tensor | None = None,
         holds_new: bool | None = None,
+        pack: Pack | None = None,
     ) -> Tensor:
         """Attend for this rank's tokens.
 
@@ -140,6 +143,8 @@ class APBAttention(nn.Module):
         holds_new : bool
             In QUERY and DECODE, needed with several ranks unless `window` or `num_keys` is given: whether this rank
             stores the new tokens, as `ShardedCache.holds_new` says after the update.
+        pack : Pack
+            The sequences; needed in PACKED, where `key` and `value` are what `Pack.store` returned, or made of it.
 
         Returns
         -------
@@ -161,7 +166,9 @@ class APBAttention(nn.Module):
             output = self._prefill(tools, state, layer_idx, query, key, value, window)
         else:
             self.group.progress.enter_layer(phase.value, layer_idx)
-            if num_keys is not None:
+            if pack is not None:
+                output = packed.attend(tools, pack, layer_idx, query, key, value, window)
+            elif num_keys is not None:
                 output = _attend_first(tools, query, key, value, num_keys, window)
             elif window is not None:
                 output = attend_window(tools, query, key, value, window)

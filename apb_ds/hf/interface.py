@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -22,7 +22,8 @@ from apb_ds.attention import APBAttention, Phase
 from apb_ds.cache import ShardedCache
 from apb_ds.hf.architecture import attention_modules, attention_sizes, text_decoder
 from apb_ds.hf.overrides import attention_implementation
-from apb_ds.hf.rotary import fixed_rotary_frequencies
+from apb_ds.hf.rotary import fixed_rotary_frequencies, rotary_frequencies_by_reach
+from apb_ds.methods.packed import Pack
 from apb_ds.methods.state import PrefillState
 
 IMPLEMENTATION = "apb"
@@ -137,6 +138,47 @@ class ActiveCall:
         return output
 
 
+class PackedCall:
+    """What the attention function works with in the forward of a pack.
+
+    Parameters
+    ----------
+    attention : APBAttention
+    pack : Pack
+        The forward's tokens.
+    """
+
+    def __init__(self, attention: APBAttention, pack: Pack) -> None:
+        self._attention = attention
+        self._pack = pack
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Run one layer's attention, as `APBAttention.forward`."""
+        layer = self._pack.layers[layer_idx]
+        output: Tensor = self._attention(
+            query,
+            key,
+            value,
+            phase=Phase.PACKED,
+            layer_idx=layer_idx,
+            scale=scale,
+            window=layer.window,
+            softcap=layer.softcap,
+            sinks=sinks,
+            pack=self._pack,
+        )
+        return output
+
+
 class PassingCache(Cache):
     """A cache that stores nothing: it hands on what a layer gives it, and returns it as it is.
 
@@ -144,24 +186,24 @@ class PassingCache(Cache):
 
     Parameters
     ----------
-    receive : called as ``receive(layer_idx, keys, values)``, (1, kv_heads, tokens, channels) each
+    receive : called as ``receive(layer_idx, keys, values)``, (1, kv_heads, tokens, channels) each; what it returns is
+        returned instead, if that is not None
     """
 
-    def __init__(self, receive: Callable[[int, Tensor, Tensor], object]) -> None:
+    def __init__(self, receive: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor] | None]) -> None:
         super().__init__(layers=[])
         self._receive = receive
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self._receive(layer_idx, key_states, value_states)
-        return key_states, value_states
+        return self._receive(layer_idx, key_states, value_states) or (key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
 
-_ACTIVE: ContextVar[ActiveCall | None] = ContextVar("apb_ds_active_call", default=None)
+_ACTIVE: ContextVar[ActiveCall | PackedCall | None] = ContextVar("apb_ds_active_call", default=None)
 _registrations = 0
 _numbers = itertools.count()  # of the functions of `own_attention`
 _registration_lock = threading.Lock()
@@ -243,6 +285,26 @@ def apb_attention(
         token = _ACTIVE.set(call)
         stack.callback(_ACTIVE.reset, token)
         yield call
+
+
+@contextmanager
+def packed_attention(
+    model: PreTrainedModel, attention: APBAttention, pack: Pack, reaches: Sequence[tuple[int, int]]
+) -> Iterator[None]:
+    """Run the model's attention for a pack; restore the model on leaving. May be entered within `apb_attention`.
+
+    Parameters
+    ----------
+    reaches : numbers of tokens that follow each other in the pack, and the positions that their rotary frequencies are
+        chosen for
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_registered())
+        stack.enter_context(_implementation(model, IMPLEMENTATION))
+        stack.enter_context(rotary_frequencies_by_reach(model, reaches))
+        token = _ACTIVE.set(PackedCall(attention, pack))
+        stack.callback(_ACTIVE.reset, token)
+        yield
 
 
 @contextmanager

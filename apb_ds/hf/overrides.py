@@ -85,6 +85,16 @@ def overridden(overrides: Iterable[Override]) -> Iterator[None]:
                     namespace[name] = dispatcher.before
 
 
+@contextmanager
+def without_overrides() -> Iterator[None]:
+    """Have this context call the originals, for a forward inside another one whose overrides are not for it."""
+    token = _OVERRIDES.set(MappingProxyType({}))
+    try:
+        yield
+    finally:
+        _OVERRIDES.reset(token)
+
+
 def forward_override(module: Any, make: Callable[[Function], Function]) -> Override:
     """Return the override of a module's forward by what `make` makes of it."""
     return module.__dict__, "forward", module.forward, make

@@ -176,6 +176,11 @@ class _Calls:
         if len(stored) != 1 and not is_anothers:
             raise ValueError(f"{where} updates its cache {len(stored)} times in a forward; APB supports one update.")
         keys, values = call.attended
+        attends_to_stored = bool(stored) and _are_equal(call.attended, stored[0])
+        latents = None
+        if stored and not attends_to_stored:
+            of_keys, of_values = ((states.shape[1], states.shape[3]) for states in stored[0])
+            latents = of_keys, of_values
         return LayerAttention(
             heads=call.query.shape[1],
             kv_heads=keys.shape[1],
@@ -184,7 +189,9 @@ class _Calls:
             window=window,
             softcap=call.softcap,
             stores=bool(stored),
-            stores_attended=bool(stored) and _are_equal(call.attended, stored[0]),
+            stores_attended=attends_to_stored,
+            latents=latents,
+            dtype=keys.dtype,
         )
 
 

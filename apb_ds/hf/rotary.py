@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -52,6 +52,21 @@ def fixed_rotary_frequencies(model: PreTrainedModel, max_positions: int) -> Iter
         yield
 
 
+@contextmanager
+def rotary_frequencies_by_reach(model: PreTrainedModel, reaches: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Have rotary modules choose frequencies for each group of a forward's tokens, as `fixed_rotary_frequencies` does.
+
+    For a forward inside another one, first leave that one's overrides aside.
+
+    Parameters
+    ----------
+    reaches : numbers of tokens that follow each other, and the positions that each group can use
+    """
+    rotary = [module for module in model.modules() if is_position_dependent_rope(module)]
+    with overridden(forward_override(module, _by_reach(module, reaches)) for module in rotary):
+        yield
+
+
 def is_position_dependent_rope(module: nn.Module) -> bool:
     """Whether the module is a rotary embedding whose frequencies depend on the positions of a forward."""
     return hasattr(module, "inv_freq") and getattr(module, "rope_type", None) in POSITION_DEPENDENT_ROPE
@@ -86,6 +101,29 @@ def _with_last_position(position: int) -> Callable[[Function], Function]:
             last = position_ids.new_full((*position_ids.shape[:-1], 1), position)
             cos, sin = forward(hidden, torch.cat([position_ids, last], dim=-1), *rest, **kwargs)
             return cos[..., :-1, :], sin[..., :-1, :]
+
+        return run
+
+    return make
+
+
+def _by_reach(module: Any, reaches: Sequence[tuple[int, int]]) -> Callable[[Function], Function]:
+    """Return what makes a rotary module's forward go through groups of tokens, each with its own last position."""
+
+    def make(plain: Function) -> Function:
+        def run(hidden: Tensor, position_ids: Tensor, *rest: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            before = _rotary_state(module)
+            parts = []
+            try:
+                groups = position_ids.split([num_tokens for num_tokens, _ in reaches], dim=-1)
+                for positions, (_, max_positions) in zip(groups, reaches, strict=True):
+                    _reset_rotary(module)
+                    forward = _with_last_position(max_positions - 1)(plain)
+                    parts.append(forward(hidden, positions, *rest, **kwargs))
+            finally:
+                _restore_rotary(module, before)
+            cos, sin = (torch.cat(of, dim=-2) for of in zip(*parts, strict=True))
+            return cos, sin
 
         return run
 

@@ -79,7 +79,7 @@ def _attend_shard(
 ) -> tuple[Tensor, Tensor]:
     num_new = query.shape[2]
     if num_new == 1:  # sees all that is stored: no mask
-        one = tools.attend(query, keys, values, kernel=kernel) if keys.shape[2] else _saw_nothing(query)
+        one = tools.attend(query, keys, values, kernel=kernel) if keys.shape[2] else saw_nothing(query)
         # Always on the same rank, as in recorded steps, which others may run at the same token.
         return tools.with_sinks(one) if tools.group.is_last else one
     num_past = keys.shape[2] - num_new if holds_new else keys.shape[2]
@@ -87,13 +87,14 @@ def _attend_shard(
     if num_past > 0:
         past = tools.attend(query, keys[:, :, :num_past], values[:, :, :num_past], kernel=kernel)
     if not holds_new:
-        return past if past is not None else _saw_nothing(query)
+        return past if past is not None else saw_nothing(query)
     new = tools.attend_causally(query, keys[:, :, num_past:], values[:, :, num_past:])
     if past is None:
         return new
     return merge_two(*past, *new), torch.logaddexp(past[1], new[1])
 
 
-def _saw_nothing(query: Tensor) -> tuple[Tensor, Tensor]:
+def saw_nothing(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the partial output of queries, (1, heads, tokens, head_dim), where there is no key to see."""
     lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device=query.device)
     return torch.zeros_like(query), lse

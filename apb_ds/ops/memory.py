@@ -6,9 +6,13 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
+import psutil
 import torch
 
 from apb_ds.plan import Plan
+
+DEVICE_SHARE = 0.9
+HOST_SHARE = 0.5
 
 # torch's host allocator raises a plain RuntimeError.
 HOST_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
@@ -21,6 +25,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(message in str(error) for message in HOST_MESSAGES)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return how many bytes can be allocated on a device, with some left for everything else."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available * HOST_SHARE)
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int((free + cached) * DEVICE_SHARE)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,8 @@ class LayerAttention:
     softcap : bound of the attention logits; None without
     stores : whether it has keys and values in the cache; if not, it attends to another layer's
     stores_attended : whether what it stores is what it attends to; latent attention stores latents
+    latents : heads and channels of the keys and of the values that it stores, where it does not attend to these
+    dtype : of what it stores, a torch.dtype; None for torch's default
     """
 
     heads: int
@@ -45,6 +47,13 @@ class LayerAttention:
     softcap: float | None = None
     stores: bool = True
     stores_attended: bool = True
+    latents: tuple[tuple[int, int], tuple[int, int]] | None = None
+    dtype: Any = None
+
+    @property
+    def stored_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and channels of the keys and of the values that it stores."""
+        return self.latents or ((self.kv_heads, self.head_dim), (self.kv_heads, self.value_dim))
 
 
 def num_prefilled(layers: Sequence[LayerAttention]) -> int:

@@ -20,6 +20,7 @@ LAYERS = (
     "compressors",
     "parallel",
     "cache",
+    "suffixes",
     "methods",
     "attention",
     "hf",

@@ -9,6 +9,8 @@ from apb_ds.ops.kernels.base import Kernel, expand_kv_heads, fold_heads, unfold_
 from apb_ds.ops.kernels.pieces import Logits, additive_mask, attend_in_pieces, attend_in_windows, earlier_keys
 
 HALF = (torch.bfloat16, torch.float16)
+# On CPU, few queries read keys once per KV head: 8192 keys take half the time for one query, 3% less for 32.
+FOLDED_QUERIES = 8
 # On CPU, the keys that a row can attend to in the time that one more call takes (9 heads of dimension 64).
 CALL_KEYS = 100
 
@@ -27,7 +29,10 @@ class CPUFlashKernel(Kernel):
             return attend_in_pieces(query, key, value, logits)
         if logits.window is not None:
             return attend_in_windows(self._call, query, key, value, logits.scale, logits.window)
-        return self._call(query, key, value, logits.scale, is_causal=logits.causal)
+        heads, kv_heads = query.shape[1], key.shape[1]
+        if logits.causal or heads == kv_heads or query.shape[2] > FOLDED_QUERIES or query.dtype in HALF:
+            return self._call(query, key, value, logits.scale, is_causal=logits.causal)
+        return unfold_heads(*self._call(fold_heads(query, kv_heads), key, value, logits.scale), heads)
 
     def attend_slots(
         self,
