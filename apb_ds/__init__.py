@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from apb_ds.attention import APBAttention, Phase
     from apb_ds.cache import ShardedCache
     from apb_ds.engine.api import attach, detach, init_inference, load_model
-    from apb_ds.engine.context import Context
+    from apb_ds.engine.batch import Batch
+    from apb_ds.engine.context import Branch, Context
     from apb_ds.engine.engine import APBEngine
+    from apb_ds.engine.sequences import Cancelled, Handle
     from apb_ds.tasks.lm_eval.model import HarnessModel
     from apb_ds.tasks.prompts import EncodedChat, encode_chat, encode_turn
 
@@ -23,8 +25,12 @@ __all__ = [
     "APBAttention",
     "APBConfig",
     "APBEngine",
+    "Batch",
+    "Branch",
+    "Cancelled",
     "Context",
     "EncodedChat",
+    "Handle",
     "HarnessModel",
     "Phase",
     "Plan",
@@ -47,8 +53,12 @@ _LAZY = {
     "detach": "apb_ds.engine.api",
     "init_inference": "apb_ds.engine.api",
     "load_model": "apb_ds.engine.api",
+    "Batch": "apb_ds.engine.batch",
+    "Branch": "apb_ds.engine.context",
     "Context": "apb_ds.engine.context",
     "APBEngine": "apb_ds.engine.engine",
+    "Cancelled": "apb_ds.engine.sequences",
+    "Handle": "apb_ds.engine.sequences",
     "HarnessModel": "apb_ds.tasks.lm_eval.model",
     "EncodedChat": "apb_ds.tasks.prompts",
     "encode_chat": "apb_ds.tasks.prompts",

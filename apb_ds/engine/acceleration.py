@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 
 from apb_ds.config import MethodSettings
 from apb_ds.engine.cuda_graph import RecordedSteps, can_record
+from apb_ds.engine.packed_graphs import PackedGraphs, can_record_packs
 from apb_ds.hf.architecture import text_decoder
 from apb_ds.hf.fused_layers import fused_layers
 from apb_ds.hf.onednn_linears import bound_primitive_caches, onednn_linears
 from apb_ds.hf.tiled_mlps import default_tile, tiled_mlps
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.utils.sizes import LayerAttention
 
 
 class Acceleration:
@@ -27,10 +29,11 @@ class Acceleration:
     settings : MethodSettings
     group : the ranks that share a request
     kernels : that attention uses, by kind of layer
+    layers : how each layer attends
 
     Attributes
     ----------
-    recorded : where decode steps are recorded, or None
+    recorded, packed : where decode steps of one sequence and of packs are recorded, or None
     fused : the layers that are fused, or None
     """
 
@@ -40,12 +43,14 @@ class Acceleration:
         settings: MethodSettings,
         group: SequenceGroup,
         kernels: Mapping[str, KernelChoice],
+        layers: Sequence[LayerAttention],
     ) -> None:
         device = next(model.parameters()).device
         if device.type == "cpu":
             bound_primitive_caches()
         records = settings.cuda_graph and can_record(model, kernels.values())
         self.recorded = RecordedSteps(model, group) if records else None
+        self.packed = PackedGraphs(model, group) if records and can_record_packs(kernels.values(), layers) else None
         self.fused = fused_layers(model, settings.fused, device)
         self._model = (model,)  # not a submodule of anything
         self._tile = default_tile(device) if settings.mlp_tile is None else settings.mlp_tile

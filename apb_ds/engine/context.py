@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NoReturn, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from apb_ds.cache import ShardedCache
+from apb_ds.engine.calls import exclusive_call
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan
+from apb_ds.suffixes import Prefix, Suffix, SuffixPool
+
+NOT_PICKLED = (
+    "a {} cannot be pickled or saved with torch.save: it holds the engine's model and process group. Prefill the "
+    "document again instead."
+)
 
 
 @dataclass
@@ -27,6 +34,7 @@ class Context:
     prefill_s : seconds of the prefill on this rank
     bytes_sent : bytes that this rank sent to others during the prefill
     model, group : the engine's that made it
+    pool : that engine's, where branches are stored
     key : digest of settings and tokens, the same on every rank; empty for a group of one rank
     """
 
@@ -38,13 +46,13 @@ class Context:
     bytes_sent: int
     model: PreTrainedModel = field(repr=False)
     group: SequenceGroup = field(repr=False)
+    pool: SuffixPool = field(repr=False)
     key: str = ""
+    _num_branches: int = field(default=0, init=False, repr=False)
+    _prefix: Prefix | None = field(default=None, init=False, repr=False)
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a Context cannot be pickled or saved with torch.save: it holds the engine's model and process group. "
-            "Prefill the document again instead."
-        )
+        raise TypeError(NOT_PICKLED.format("Context"))
 
     @property
     def num_tokens(self) -> int:
@@ -55,3 +63,109 @@ class Context:
     def num_cached(self) -> int:
         """Tokens in the cache, over all ranks."""
         return self.cache.get_seq_length()
+
+    def branch(self) -> Branch:
+        """Return a conversation of its own that begins with what the context holds now, without copying it.
+
+        Any number of branches share the document; each keeps its own turns, and the context keeps its. All ranks make
+        them in the same order.
+        """
+        self._num_branches += 1
+        return Branch(self, self._num_branches)
+
+    def prefix(self) -> Prefix:
+        """Return what sequences share that begin now."""
+        if self._prefix is None or self._prefix.num_tokens != self.num_cached:
+            self._prefix = Prefix(self.cache.attention, self.cache)
+        return self._prefix
+
+    def release_prefix(self) -> None:
+        """Leave the prefix to the sequences that have it: the cache's buffers may be replaced by longer ones."""
+        self._prefix = None
+
+
+class Branch:
+    """A conversation about a context; see `Context.branch`. It takes a context's place in calls of the engine.
+
+    A turn with ``append=True`` is kept in the branch. `free`, leaving it as a context manager, or dropping the last
+    reference frees its turns, and not the document.
+
+    Attributes
+    ----------
+    context : that it began with; later turns of the context are no part of it
+    token_ids : as `Context.token_ids`
+    number : among the context's, from 1
+    """
+
+    def __init__(self, context: Context, number: int) -> None:
+        self.context = context
+        self.number = number
+        self.token_ids = self._first_ids = context.token_ids
+        self.suffix: Suffix | None = None
+        self.is_busy = False  # a sequence that appends to it is under way
+        self._prefix = context.prefix()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NOT_PICKLED.format("Branch"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.free()
+
+    def __del__(self) -> None:
+        suffix = getattr(self, "suffix", None)
+        if suffix is not None:
+            self.context.pool.abandon(suffix)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.context.model
+
+    @property
+    def group(self) -> SequenceGroup:
+        return self.context.group
+
+    @property
+    def plan(self) -> Plan:
+        """How the document was split."""
+        return self.context.plan
+
+    @property
+    def key(self) -> str:
+        return self.context.key
+
+    @property
+    def max_positions(self) -> int:
+        return self.context.max_positions
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the document and the turns kept since."""
+        return int(self.token_ids.shape[1])
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of document and turns that are stored, over all ranks."""
+        return self._prefix.num_tokens + (0 if self.suffix is None else self.suffix.num_tokens)
+
+    def prefix(self) -> Prefix:
+        """Return what it began with."""
+        return self._prefix
+
+    def keep(self, token_ids: Tensor, suffix: Suffix) -> None:
+        """Keep a turn: all ids, (1, tokens), and where its tokens are stored."""
+        self._forget_turns()
+        self.token_ids, self.suffix = token_ids, suffix
+
+    def free(self) -> None:
+        """Free the branch's turns; it is as it began. All ranks do so in the same order."""
+        with exclusive_call(self.model):
+            self._forget_turns()
+            self.token_ids = self._first_ids
+
+    def _forget_turns(self) -> None:
+        if self.suffix is not None:
+            self.context.pool.free(self.suffix)
+            self.suffix = None

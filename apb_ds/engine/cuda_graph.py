@@ -61,11 +61,11 @@ class DecodeStep:
 
     def serves(self, model: nn.Module, cache: ShardedCache) -> bool:
         """Whether it `fits` the cache, there is a key to attend to, and the model's weights are where they were."""
-        return self.fits(cache) and _has_keys(cache) and self._weights == _weights(model)
+        return self.fits(cache) and _has_keys(cache) and self._weights == weights_of(model)
 
     def prepare(self, model: nn.Module, cache: ShardedCache) -> None:
         """Bind the step to the buffers of a cache and the model's weights."""
-        self.buffers, self._weights = cache.buffers(num_new=1), _weights(model)
+        self.buffers, self._weights = cache.buffers(num_new=1), weights_of(model)
         device = self._token.device
         self._slots = {window: torch.zeros(1, dtype=torch.int64, device=device) for window in cache.local_lengths()}
         self._num_keys = {window: torch.ones(1, dtype=torch.int32, device=device) for window in self._slots}
@@ -225,5 +225,6 @@ def _has_keys(cache: ShardedCache) -> bool:
     return min(cache.local_lengths(with_next=True).values()) > 0
 
 
-def _weights(model: nn.Module) -> list[int]:
+def weights_of(model: nn.Module) -> list[int]:
+    """Return where the weights are, which a recording reads there."""
     return [parameter.data_ptr() for parameter in model.parameters()]

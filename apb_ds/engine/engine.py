@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
@@ -21,13 +21,17 @@ from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
 from apb_ds.config import APBConfig
 from apb_ds.engine.acceleration import Acceleration
+from apb_ds.engine.batch import MAX_SEQUENCES, STEP_EVERY_S, Batch
 from apb_ds.engine.calls import ended_after_errors, exclusive_call
 from apb_ds.engine.choosing import prepare
-from apb_ds.engine.context import Context
+from apb_ds.engine.context import Branch, Context
 from apb_ds.engine.cuda_graph import RecordedSteps
 from apb_ds.engine.decoding import LockstepDecoder, RequestStats
 from apb_ds.engine.generation_settings import warn_of_overrides
+from apb_ds.engine.packs import query_logits_together
 from apb_ds.engine.prefill import run_rounds
+from apb_ds.engine.sequences import OnProgress
+from apb_ds.engine.together import answer_alone, generate_all
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator
 from apb_ds.hf.architecture import check_supported
 from apb_ds.hf.interface import apb_attention
@@ -41,10 +45,9 @@ from apb_ds.ops.memory import explain_out_of_memory, levers
 from apb_ds.parallel.consistency import describe_model, shared_validation
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan, check_ranks
+from apb_ds.suffixes import SuffixPool
 
 logger = logging.getLogger(__name__)
-
-OnProgress = Callable[[int, int], None]
 
 # DeepSpeed counts prompt and new tokens against this; its default of 1024 does not apply here.
 NO_TOKEN_LIMIT = 2**31
@@ -62,6 +65,7 @@ class APBEngine(InferenceEngine):
     apb_config : the options in force; change them with `configure`
     group : the ranks that share a request
     layers : how each layer attends
+    pool : where the suffixes of batches and branches are stored
     stats : where the time of the last `prefill` or `generate` went
     """
 
@@ -85,13 +89,14 @@ class APBEngine(InferenceEngine):
         self.module, self.config = model, model.config
         self.layers = probe_model(model)
         self.group = group
+        self.pool = SuffixPool(self.layers, group.rank, group.world_size, self.device)
         self.stats = RequestStats()
         self._attached_to: tuple[InferenceEngine, dict[str, Any]] | None = None
         self._training = [(module, module.training) for module in model.modules()]
         self._heads: list[RetainingHeads] = []  # a list, which keeps them out of this module's tree
         self._heads_facts: dict[str, str] | None = None
         attention, heads = self._build_attention(config, retaining_heads)
-        self._acceleration = Acceleration(self.module, config.settings, group, self._kernels_of(attention))
+        self._acceleration = Acceleration(self.module, config.settings, group, self._kernels_of(attention), self.layers)
         self._put_in_force(config, attention, heads)
         self.module.eval()
 
@@ -116,7 +121,7 @@ class APBEngine(InferenceEngine):
             attention, heads = self._build_attention(config, retaining_heads)
             kernels = self._kernels_of(attention)
             if not self._acceleration.serves(config.settings, self.group, kernels):
-                self._acceleration = Acceleration(self.module, config.settings, self.group, kernels)
+                self._acceleration = Acceleration(self.module, config.settings, self.group, kernels, self.layers)
             self._put_in_force(config, attention, heads)
 
     def _build_attention(
@@ -248,9 +253,9 @@ class APBEngine(InferenceEngine):
                 levers(plan, self.module.dtype, is_prefill=True),
             ),
             self._acceleration.in_prefill(longest),
-            apb_attention(self.module, self.attention, cache, Phase.PREFILL, request.max_positions, state),
+            apb_attention(self.module, request.attention, cache, Phase.PREFILL, request.max_positions, state),
         ):
-            run_rounds(self.module, self.attention, state, request.document_ids, request.query_ids)
+            run_rounds(self.module, request.attention, state, request.document_ids, request.query_ids)
         self.group.progress.leave_model()
         cache.set_length(num_tokens)
         prefill_s = self._now() - began
@@ -264,39 +269,47 @@ class APBEngine(InferenceEngine):
             bytes_sent=self.group.bytes_sent - sent_before,
             model=self.module,
             group=self.group,
+            pool=self.pool,
             key=key,
         )
 
     def generate(
         self,
-        document_ids: Tensor | None = None,
-        query_ids: Tensor | None = None,
+        document_ids: Tensor | Sequence[Tensor] | None = None,
+        query_ids: Tensor | Sequence[Tensor] | None = None,
         max_new_tokens: int | None = None,
         *,
-        context: Context | None = None,
+        context: Context | Branch | Sequence[Context | Branch] | None = None,
         append: bool = False,
         input_ids: Tensor | None = None,
         query_length: int | None = None,
         seed: int | None = None,
+        settings: Sequence[Mapping[str, Any]] | None = None,
         progress: OnProgress | None = None,
         **generate_arguments: Any,
-    ) -> Tensor:
-        """Answer a query about a document, with transformers' own `generate` arguments.
+    ) -> Any:
+        """Answer a query about a document, with transformers' own `generate` arguments; or many at once.
 
         Three forms: ``generate(document_ids, query_ids)``; ``generate(query_ids=..., context=...)`` with a document
         prefilled before; ``generate(input_ids=..., query_length=q)``, whose last q tokens are the query.
 
+        With a list of queries, in the first two forms, their answers are decoded together: queries about one context,
+        or as many contexts or documents as queries. See `batch` for queries that come and go.
+
         Parameters
         ----------
         document_ids, query_ids, input_ids : (1, tokens), int64, the same on every rank
+        context : Context or Branch
         max_new_tokens : int
             As in transformers; also from ``generation_config`` or ``max_length``.
         append : bool
-            Keep query and answer in `context`, so that the next query follows them.
+            Keep query and answer in `context`, so that the next query follows them. With lists, in branches only.
         query_length : int, tokens
         seed : int, 0 or more
             Sample with a random generator of this seed, so that the answer does not depend on torch's global one,
             which is used by default. Greedy answers need none.
+        settings : sequence of mappings
+            With a list of queries, for each of them what differs from the other arguments: ``{"seed": 7}``.
         progress : see `prefill`
         **generate_arguments
             Sampling, processors, ``stop_strings`` with ``tokenizer``, ``streamer`` and so on. Logits processors,
@@ -305,14 +318,23 @@ class APBEngine(InferenceEngine):
         Returns
         -------
         (1, new_tokens), int64, the same on every rank. In the `input_ids` form, as in transformers, the prompt comes
-        first: (1, tokens + new_tokens).
+        first: (1, tokens + new_tokens). With a list of queries, a list of such answers in their order; in place of one
+        that failed, the exception, for bad input, too. The others do not depend on it.
 
         Raises
         ------
         ValueError
-            For batches, beams, several return sequences, assisted decoding, ``use_cache=False`` and bad input, on
-            every rank before anything is sent.
+            For ids of several rows, beams, several return sequences, assisted decoding, ``use_cache=False`` and bad
+            input, on every rank before anything is sent.
         """
+        if isinstance(query_ids, (list, tuple)):
+            given = {"max_new_tokens": max_new_tokens, "append": append, "seed": seed, "progress": progress}
+            refused = {"input_ids": input_ids, "query_length": query_length}
+            return generate_all(
+                self, query_ids, context, document_ids, settings, refused, {**given, **generate_arguments}
+            )
+        if settings is not None:
+            raise ValueError("settings is for each query of a list; pass a single query's arguments by name.")
         call = GenerateCall(
             document_ids, query_ids, max_new_tokens, context, append, input_ids, query_length, seed, generate_arguments
         )
@@ -322,65 +344,87 @@ class APBEngine(InferenceEngine):
                 request = self._validator.generate(call)
                 comparison.facts = request.facts | self._shared_facts
             prefill_s = 0.0
-            if isinstance(request.source, PrefillRequest):
-                context = self._run_prefill(request.source, comparison.digest, progress)
-                prefill_s = context.prefill_s
-            else:
-                context = request.source
-            tokens = self._decode(request, context)
+            source = request.source
+            if isinstance(source, PrefillRequest):
+                source = self._run_prefill(source, comparison.digest, progress)
+                prefill_s = source.prefill_s
+            tokens = answer_alone(self, request) if isinstance(source, Branch) else self._decode(request, source)
             self.stats.prefill_s = prefill_s
             return tokens if input_ids is None else torch.cat([input_ids.to(tokens.device), tokens], dim=-1)
 
-    def query_logits(self, query_ids: Tensor, *, context: Context) -> Tensor:
-        """Return the logits of every query token; the context stays as it was.
+    def query_logits(
+        self,
+        query_ids: Tensor | Sequence[Tensor],
+        *,
+        context: Context | Branch | Sequence[Context | Branch],
+    ) -> Any:
+        """Return the logits of every query token; the context stays as it was. Or those of many queries at once.
 
         Parameters
         ----------
-        query_ids : (1, q), int64, the same on every rank
+        query_ids : (1, q), int64, the same on every rank; or a list of queries
+        context : Context or Branch
+            With a list of queries also a list of as many.
 
         Returns
         -------
-        (1, q, vocab), float32, the same on every rank
+        (1, q, vocab), float32, the same on every rank; with a list of queries, a list of such logits
 
         Raises
         ------
         ValueError, torch.OutOfMemoryError
             As `prefill`.
         """
+        is_list = isinstance(query_ids, (list, tuple))
+        queries: Any = query_ids if is_list else [query_ids]
+        contexts: Any = context if isinstance(context, (list, tuple)) else [context] * len(queries)
         with exclusive_call(self.module):
             with shared_validation(self.group, "query_logits", self.device) as comparison:
-                request = self._validator.logits(query_ids, context)
-                comparison.facts = request.facts | self._shared_facts
-            num_query = request.ids.shape[1]
-            cached = context.num_cached
-            context.cache.forget_unreachable()
-            fed = torch.cat([context.token_ids[:, cached:], request.ids], dim=-1)
-            positions = torch.arange(cached, cached + fed.shape[1], device=self.device).unsqueeze(0)
-            try:
-                with (
-                    self._explaining_memory(context, num_query),
-                    self._acceleration.in_decoding(),
-                    apb_attention(self.module, self.attention, context.cache, Phase.QUERY, context.max_positions),
-                ):
-                    output = self.module(
-                        input_ids=fed,
-                        position_ids=positions,
-                        past_key_values=context.cache,
-                        use_cache=True,
-                        logits_to_keep=num_query,
-                    )
-                    logits = output.logits[:, -num_query:].float().contiguous()
-            finally:
-                context.cache.crop_to(cached)
+                requests = self._validator.all_logits(queries, contexts)
+                comparison.facts = {
+                    f"{name} of query {index}": fact
+                    for index, request in enumerate(requests)
+                    for name, fact in request.facts.items()
+                } | self._shared_facts
+            if is_list or isinstance(context, Branch):
+                logits = query_logits_together(self, requests)
+            else:
+                logits = [self._query_logits(requests[0].ids, requests[0].source)]
             self.group.progress.leave_model()
-            return self.group.broadcast(logits)
+            shared = [self.group.broadcast(of_query) for of_query in logits]
+            return shared if is_list else shared[0]
+
+    def _query_logits(self, query_ids: Tensor, context: Any) -> Tensor:
+        num_query = query_ids.shape[1]
+        cached = context.num_cached
+        context.release_prefix()
+        context.cache.forget_unreachable()
+        fed = torch.cat([context.token_ids[:, cached:], query_ids], dim=-1)
+        positions = torch.arange(cached, cached + fed.shape[1], device=self.device).unsqueeze(0)
+        try:
+            with (
+                self._explaining_memory(context, num_query),
+                self._acceleration.in_decoding(),
+                apb_attention(self.module, self.attention, context.cache, Phase.QUERY, context.max_positions),
+            ):
+                output = self.module(
+                    input_ids=fed,
+                    position_ids=positions,
+                    past_key_values=context.cache,
+                    use_cache=True,
+                    logits_to_keep=num_query,
+                )
+                return output.logits[:, -num_query:].float().contiguous()
+        finally:
+            context.cache.crop_to(cached)
 
     def destroy(self) -> None:
-        """Free what the engine holds besides the model: a recorded step with its cache, and retaining heads.
+        """Free what the engine holds besides the model: recorded steps with a cache, unused slots, and retaining heads.
 
         DeepSpeed's method frees the workspace of kernels that are never loaded here, and fails without one.
         """
-        self._acceleration.recorded = None
+        self._acceleration.recorded = self._acceleration.packed = None
+        self.pool.trim()
         self._heads.clear()
 
     def __enter__(self) -> Self:
@@ -404,6 +448,7 @@ class APBEngine(InferenceEngine):
 
     def _decode(self, request: QueryRequest, context: Context) -> Tensor:
         before = context.num_cached
+        context.release_prefix()
         context.cache.forget_unreachable()
         prompt = torch.cat([context.token_ids, request.ids], dim=-1)
         chooser = prepare(self.module, prompt, request.num_new, request.arguments, seed=request.seed)
@@ -425,6 +470,24 @@ class APBEngine(InferenceEngine):
         if request.append:
             context.token_ids = everything
         return everything[:, prompt.shape[1] :].clone()  # the caller may change it; the context keeps the original
+
+    def batch(
+        self,
+        max_sequences: int = MAX_SEQUENCES,
+        *,
+        max_bytes: int | None = None,
+        step_every_s: float = STEP_EVERY_S,
+    ) -> Batch:
+        """Return a batch: sequences that decode together, and join and leave between steps.
+
+        Parameters
+        ----------
+        max_sequences : that decode at a time; further ones wait
+        max_bytes : per rank, of what sequences store besides their documents, and of documents that the batch prefills.
+            By default what is free now, on the rank that has least.
+        step_every_s : seconds between two steps while the batch prefills a document, about
+        """
+        return Batch(self, max_sequences, max_bytes, step_every_s)
 
     def _explaining_memory(self, context: Context, num_query: int) -> AbstractContextManager[None]:
         """Say what helps if memory runs out while a query is answered."""

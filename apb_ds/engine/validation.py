@@ -6,6 +6,7 @@ all ranks must share; see `apb_ds.parallel.consistency`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from apb_ds.attention import APBAttention
 from apb_ds.config import APBConfig
-from apb_ds.engine.context import Context
+from apb_ds.engine.context import Branch, Context
 from apb_ds.engine.generation_settings import check_generate_arguments, count_new_tokens
 from apb_ds.hf.architecture import check_positions
 from apb_ds.hf.rotary import check_reach
@@ -33,6 +34,7 @@ class PrefillRequest:
     ----------
     document_ids, query_ids : (1, tokens), int64, on the engine's device
     plan : how the document is split
+    attention : the layer with the settings of the time
     max_positions : positions that the context must serve
     facts : what all ranks must share
     """
@@ -40,6 +42,7 @@ class PrefillRequest:
     document_ids: Tensor
     query_ids: Tensor | None
     plan: Plan
+    attention: APBAttention
     max_positions: int
     facts: dict[str, Any] = field(repr=False)
 
@@ -60,7 +63,7 @@ class QueryRequest:
     """
 
     ids: Tensor
-    source: Context | PrefillRequest
+    source: Context | Branch | PrefillRequest
     num_new: int = 0
     arguments: dict[str, Any] = field(default_factory=dict)
     append: bool = False
@@ -72,10 +75,10 @@ class QueryRequest:
 class GenerateCall:
     """The arguments of `APBEngine.generate`, as they were given."""
 
-    document_ids: Tensor | None
-    query_ids: Tensor | None
+    document_ids: Any
+    query_ids: Any
     max_new_tokens: int | None
-    context: Context | None
+    context: Any
     append: bool
     input_ids: Tensor | None
     query_length: int | None
@@ -84,8 +87,9 @@ class GenerateCall:
 
 
 def _check_is_context(context: object) -> None:
-    if not isinstance(context, Context):
-        raise ValueError(f"context must be what engine.prefill(...) returned, got {type(context).__name__}.")
+    if not isinstance(context, (Context, Branch)):
+        got = type(context).__name__
+        raise ValueError(f"context must be what engine.prefill(...) or its branch() returned, got {got}.")
 
 
 class Validator:
@@ -126,7 +130,7 @@ class Validator:
         check_positions(self._module, max_positions)
         facts = settings_facts(self._config)
         facts |= {"document_ids": document_ids, "query_ids": query_ids, "max_positions": max_positions}
-        return PrefillRequest(document_ids, query_ids, plan, max_positions, facts)
+        return PrefillRequest(document_ids, query_ids, plan, self._attention, max_positions, facts)
 
     def generate(self, call: GenerateCall) -> QueryRequest:
         """Validate `APBEngine.generate`'s arguments."""
@@ -142,18 +146,26 @@ class Validator:
             prefill = self.prefill(document_ids, query_ids, known + num_new)
             facts = {**prefill.facts, "max_new_tokens": num_new} | given
             return QueryRequest(query_ids, prefill, num_new, arguments, call.append, call.seed, facts)
+        if call.append and isinstance(call.context, Branch) and call.context.is_busy:
+            raise ValueError("context is a branch to which another request appends; wait until that has ended.")
         known = call.context.num_tokens + query_ids.shape[1]
         num_new = count_new_tokens(self._module, call.max_new_tokens, arguments, known)
         self._check_context(call.context, known + num_new)
         facts = self._query_facts(query_ids, call.context, num_new) | given
         return QueryRequest(query_ids, call.context, num_new, arguments, call.append, call.seed, facts)
 
-    def logits(self, query_ids: Tensor, context: Context) -> QueryRequest:
-        """Validate `APBEngine.query_logits`'s arguments."""
-        _check_is_context(context)
-        ids = check_ids(self._module, "query_ids", query_ids)
-        self._check_context(context, context.num_tokens + ids.shape[1])
-        return QueryRequest(ids, context, facts=self._query_facts(ids, context, 0))
+    def all_logits(self, queries: Sequence[Tensor], contexts: Sequence[Context | Branch]) -> list[QueryRequest]:
+        """Validate `APBEngine.query_logits`'s arguments, as lists."""
+        if len(contexts) != len(queries):
+            raise ValueError(f"context has {len(contexts)} contexts for {len(queries)} queries; give one, or as many.")
+        requests = []
+        for index, (query_ids, context) in enumerate(zip(queries, contexts, strict=True)):
+            _check_is_context(context)
+            name = "query_ids" if len(queries) == 1 else f"query_ids[{index}]"
+            ids = check_ids(self._module, name, query_ids)
+            self._check_context(context, context.num_tokens + ids.shape[1])
+            requests.append(QueryRequest(ids, context, facts=self._query_facts(ids, context, 0)))
+        return requests
 
     def _document_and_query(self, call: GenerateCall) -> tuple[Tensor | None, Tensor]:
         """Return document and query of whichever of `generate`'s forms was used."""
@@ -176,13 +188,15 @@ class Validator:
             raise ValueError("append=True keeps the turn in a context; pass context=engine.prefill(...).")
         return document_ids, query_ids
 
-    def _check_context(self, context: Context, num_positions: int) -> None:
+    def _check_context(self, context: Context | Branch, num_positions: int) -> None:
         if context.model is not self._module or context.group != self._group:
             raise ValueError("context belongs to another engine: its keys and values are another model's or group's.")
         check_reach(self._module, context.max_positions, num_positions)
 
-    def _query_facts(self, query_ids: Tensor, context: Context, num_new: int) -> dict[str, Any]:
+    def _query_facts(self, query_ids: Tensor, context: Context | Branch, num_new: int) -> dict[str, Any]:
         of_context = {"prefill": context.key[:SHOWN_KEY], "tokens": context.num_tokens}
+        if isinstance(context, Branch):
+            of_context["branch"] = context.number
         return {"query_ids": query_ids, "max_new_tokens": num_new, "context": of_context}
 
 

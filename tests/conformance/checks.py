@@ -96,6 +96,17 @@ def _faults(model: PreTrainedModel, engine: Any) -> Iterator[str]:
         given = engine.generate(query_ids=query, context=context, **generate)
         if not torch.equal(given, tokens):
             yield f"{name}: generate gives {given.tolist()}, not {tokens.tolist()}"
+    # The last context's question among others that are shorter, and in a batch with a short document of its own.
+    others = [query[:, :3], query, query[:, :5]]
+    together = engine.generate(query_ids=others, context=context, **generate)
+    if not isinstance(together[1], Tensor) or not torch.equal(together[1], tokens):
+        yield f"with other queries, generate gives {together[1]}, not {tokens.tolist()}"
+    (short,) = engine.generate(document_ids=[document], query_ids=[query], **generate)
+    if not isinstance(short, Tensor) or not torch.equal(short, tokens):
+        yield f"fed with its document, generate gives {short}, not {tokens.tolist()}"
+    error = _relative_error(engine.query_logits(others, context=context)[1], expected)
+    if not error < TOLERANCE:
+        yield f"with other queries, logits are off by {error:.1e} of their scale"
     engine.configure(APPROXIMATE)
     logits = engine.query_logits(query, context=engine.prefill(document, query))
     if not logits.isfinite().all():
