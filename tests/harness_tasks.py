@@ -35,6 +35,14 @@ TASKS: dict[str, tuple[str, ...]] = {
         GENERATION,
         EXACT_MATCH,
     ),
+    "lamp_sampled": (
+        "output_type: generate_until",
+        QUESTION,
+        'doc_to_target: "{{answer}}"',
+        "generation_kwargs: {until: ['#'], max_gen_toks: 6, do_sample: true, temperature: 2.0}",
+        "repeats: 2",
+        EXACT_MATCH,
+    ),
     "lamp_choice": (
         "output_type: multiple_choice",
         QUESTION,

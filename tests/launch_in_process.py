@@ -149,19 +149,26 @@ def _no_text(rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupt(rank: int) -> Iterator[None]:
-    """Interrupt every rank of a batch when it is about to answer its third line."""
+    """Interrupt every rank of a batch or an evaluation when its third answer has ended, which is not written then."""
     from apb_ds.session.batch import Batch
+    from apb_ds.session.evaluation import Evaluation
 
-    answer, answered = Batch._answer, 0
+    taken = 0
 
-    def answer_two(self: Any, *arguments: Any) -> Any:
-        nonlocal answered
-        answered += 1
-        if answered == 3:
-            raise KeyboardInterrupt
-        return answer(self, *arguments)
+    def two_of(take: Any) -> Any:
+        def take_two(self: Any, ended: Any) -> None:
+            nonlocal taken
+            taken += 1
+            if taken == 3:
+                raise KeyboardInterrupt
+            take(self, ended)
 
-    with mock.patch.object(Batch, "_answer", answer_two):
+        return take_two
+
+    with (
+        mock.patch.object(Batch, "_take", two_of(Batch._take)),
+        mock.patch.object(Evaluation, "_take", two_of(Evaluation._take)),
+    ):
         yield
 
 

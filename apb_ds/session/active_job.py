@@ -16,7 +16,7 @@ from apb_ds.config import EXECUTION_DEFAULTS, APBConfig
 from apb_ds.engine.context import Context
 from apb_ds.loading import LoadedModel
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.plan import plan_request
+from apb_ds.plan import Plan, plan_request
 from apb_ds.session.job import Job, Settings
 from apb_ds.session.metrics import Usage
 from apb_ds.session.model_in_use import ModelInUse
@@ -25,7 +25,7 @@ from apb_ds.tasks import Sample
 
 # Settings that may differ between jobs without changing the answers.
 IRRELEVANT_METHOD_KEYS = ("schedule", "hosts_per_round", "shard_anchor", *EXECUTION_DEFAULTS)
-IRRELEVANT_TASK_KEYS = ("input", "output", "overwrite")
+IRRELEVANT_TASK_KEYS = ("input", "output", "overwrite", "sequences")
 RELEVANT_MODEL_KEYS = ("path", "tokenizer", "adapter", "load_format", "num_layers", "overrides")
 
 
@@ -136,6 +136,10 @@ class ActiveJob:
         self.engine = self.make_engine(method)
         return method
 
+    def plan(self, num_document: int, num_query: int) -> Plan:
+        """Return how the settings in force split a document; see `set_up`."""
+        return plan_request(self.engine.apb_config, num_document, num_query, self.group.world_size)
+
     def make_engine(self, method: APBConfig) -> Any:
         """Return the session's engine, with these settings in force."""
         return self.model.engine(method, self.group, self.settings.timeout_s)
@@ -160,7 +164,7 @@ class ActiveJob:
         arguments : as in `Sample.generate`
         options : ``streamer`` and ``append``, see `APBEngine.generate`
         """
-        arguments = {"do_sample": False, "tokenizer": self.tokenizer, **arguments}
+        arguments = self.generate_arguments(arguments)
         tokens = self.engine.generate(
             query_ids=query_ids, context=context, max_new_tokens=max_new_tokens, **arguments, **options
         )
@@ -170,6 +174,10 @@ class ActiveJob:
     def answer_sample(self, context: Context, sample: Sample, **options: Any) -> Answer:
         """Answer a sample's query, see `answer`."""
         return self.answer(context, sample.query_ids, sample.max_new_tokens, sample.generate, **options)
+
+    def generate_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return a sample's arguments of `APBEngine.generate` with those that all have."""
+        return {"do_sample": False, "tokenizer": self.tokenizer, **arguments}
 
     def answer_settings(self) -> dict[str, Any]:
         """Return the settings that answers depend on: a resumed job must share them with the one before it.
@@ -199,9 +207,13 @@ class ActiveJob:
             "seed": self.settings.seed,
         }
 
-    def seed_everything(self, salt: str = "") -> None:
-        """Seed the sampling of tokens; `salt` makes it differ between answers, but not between runs."""
-        torch.manual_seed(self.settings.seed + zlib.crc32(salt.encode()) if salt else self.settings.seed)
+    def seed_of(self, salt: str) -> int:
+        """Return the seed of an answer's sampling: `salt` makes it differ between answers, but not between runs."""
+        return self.settings.seed + zlib.crc32(salt.encode())
+
+    def seed_everything(self) -> None:
+        """Seed the sampling of tokens."""
+        torch.manual_seed(self.settings.seed)
 
     def text_of(self, tokens: list[int]) -> str:
         """Return generated ids as text, or as numbers without a tokenizer."""

@@ -1,4 +1,4 @@
-"""A job with many questions: lines of one file answered into another, one prefill for each document."""
+"""A job with many questions: lines of one file answered into another, one prefill for each document, many at a time."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from apb_ds.tasks import BatchConfig
 from apb_ds.tasks.base import needs_tokenizer
 from apb_ds.tasks.lines import Line, group_lines, read_document, read_lines
 from apb_ds.tasks.prompts import encode_document, encode_embedded, encode_query
+from apb_ds.tasks.queue import Ended, Question
 
 
 @dataclass
@@ -55,8 +56,23 @@ class _DocumentQueries:
 
 
 @dataclass
+class _Asked:
+    """A question that was asked.
+
+    Attributes
+    ----------
+    prefill_s : of its document, if it was the first about it
+    """
+
+    query: _Query
+    document_tokens: int
+    prefill_s: float
+    exact: bool
+
+
+@dataclass
 class _Totals:
-    """What this rank has done so far, by the names in the record."""
+    """What this rank has done so far, by the names in the record. Seconds of forwards count once."""
 
     prefills: int = 0
     exact_prefills: int = 0
@@ -75,6 +91,7 @@ class Batch(QuestionSeries):
     def __init__(self, job: ActiveJob, task: BatchConfig) -> None:
         super().__init__(job)
         self.task = task
+        self.sequences = task.sequences
         self.totals = _Totals()
         # On the first rank only:
         self.lines: list[Line] = []
@@ -89,6 +106,7 @@ class Batch(QuestionSeries):
         began = time.perf_counter()
         for number in range(counts["groups"]):
             self._serve_group(number)
+        self._answer_asked()
         failures = job.steps.from_first(self._finish)
         metrics = self._metrics(counts, len(failures), time.perf_counter() - began) | usage.metrics()
         task = {
@@ -206,21 +224,27 @@ class Batch(QuestionSeries):
             return
         document_ids = steps.ids_from_first(self._ids, document.num_tokens, self.job.device)
         try:
-            context = steps.together(lambda: self._prefill(document, document_ids))
+            context = self._prefill_document(document, document_ids)
         except JobError as error:
             indices = [query.index for query in document.queries]
             steps.from_first(functools.partial(self._append_failures, indices, str(error)))
         else:
-            self._answer_all(document, context)
+            self._ask_all(document, context)
 
-    def _prefill(self, document: _DocumentQueries, document_ids: Tensor) -> Context:
+    def _prefill_document(self, document: _DocumentQueries, document_ids: Tensor) -> Context:
         job = self.job
         first = document.queries[0]
         query_ids = self._tensor(first.embedded) if document.embeds_query else None
-        job.set_up(document.query_position, document.num_tokens, 0 if query_ids is None else query_ids.shape[1])
+        num_query = 0 if query_ids is None else query_ids.shape[1]
+        job.steps.together(lambda: job.set_up(document.query_position, document.num_tokens, num_query))
         num_bytes = self.lines[first.index].document_bytes if job.is_first else 0
-        report = self._prefill_report(num_bytes)
-        context = job.engine.prefill(document_ids, query_ids, max_positions=document.max_positions, progress=report)
+
+        def prefill() -> Context | None:
+            report = self._prefill_report(num_bytes)
+            max_positions = document.max_positions
+            return self._queue.prefill(document_ids, query_ids, max_positions=max_positions, progress=report)
+
+        context = self._prefill(job.plan(document.num_tokens, num_query), prefill)
         self._prefilled(document.num_tokens, num_bytes)
         self.totals.prefills += 1
         self.totals.document_tokens += document.num_tokens
@@ -228,35 +252,43 @@ class Batch(QuestionSeries):
         self.totals.exact_prefills += int(context.plan.exact)
         return context
 
-    def _answer_all(self, document: _DocumentQueries, context: Context) -> None:
+    def _ask_all(self, document: _DocumentQueries, context: Context) -> None:
+        arguments = self.job.generate_arguments(self.task.generate_arguments())
         for position, query in enumerate(document.queries):
-            result = self._result_of(functools.partial(self._answer, context, query))
-            if "error" not in result:
-                prefill_s = context.prefill_s if position == 0 else 0.0
-                result |= {
-                    "document_tokens": document.num_tokens,
-                    "prefill_s": prefill_s,
-                    "exact": context.plan.exact,
-                    "seconds": result["query_s"] + result["decode_s"] + prefill_s,
-                }
-                result |= {name: round(value, 4) for name, value in result.items() if isinstance(value, float)}
-            self.job.steps.from_first(functools.partial(self._append, query.index, result))
+            prefill_s = context.prefill_s if position == 0 else 0.0
+            self._ask(
+                Question(
+                    self._tensor(query.ids),
+                    context,
+                    max_new_tokens=query.max_new_tokens,
+                    seed=self.job.seed_of(query.id),
+                    arguments=arguments,
+                    tag=_Asked(query, document.num_tokens, prefill_s, context.plan.exact),
+                )
+            )
 
-    def _answer(self, context: Context, query: _Query) -> dict[str, Any]:
-        job, totals = self.job, self.totals
-        job.seed_everything(query.id)
-        answer = job.answer(context, self._tensor(query.ids), query.max_new_tokens, self.task.generate_arguments())
-        totals.answered += 1
-        totals.query_tokens += len(query.ids)
-        totals.new_tokens += len(answer.tokens)
-        totals.query_s += answer.query_s
-        totals.decode_s += answer.decode_s
+    def _take(self, ended: Ended) -> None:
+        result = self._result_of(functools.partial(self._answered, ended), local=True)
+        self.job.steps.from_first(functools.partial(self._append, ended.question.tag.query.index, result))
+
+    def _answered(self, ended: Ended) -> dict[str, Any]:
+        if ended.error is not None:
+            raise ended.error
+        asked: _Asked = ended.question.tag
+        num_query, num_new = len(asked.query.ids), len(ended.tokens)
+        self.totals.answered += 1
+        self.totals.query_tokens += num_query
+        self.totals.new_tokens += num_new
         return {
-            "answer": job.text_of(answer.tokens),
-            "query_tokens": len(query.ids),
-            "new_tokens": len(answer.tokens),
-            "query_s": answer.query_s,
-            "decode_s": answer.decode_s,
+            "answer": self.job.text_of(ended.tokens),
+            "query_tokens": num_query,
+            "new_tokens": num_new,
+            "query_s": round(ended.query_s, 4),
+            "decode_s": round(ended.decode_s, 4),
+            "document_tokens": asked.document_tokens,
+            "prefill_s": round(asked.prefill_s, 4),
+            "exact": asked.exact,
+            "seconds": round(ended.query_s + ended.decode_s + asked.prefill_s, 4),
         }
 
     def _tensor(self, ids: list[int]) -> Tensor:
@@ -264,6 +296,8 @@ class Batch(QuestionSeries):
 
     def _metrics(self, counts: dict[str, Any], failed: int, seconds: float) -> dict[str, Any]:
         totals = self.totals
+        if self._opened is not None:
+            totals.query_s, totals.decode_s = self._opened.stats.query_s, self._opened.stats.decode_s
         prefill_s = max(gather_numbers(self.job.group, prefill_s=totals.prefill_s)["prefill_s"])
         return {
             "lines": counts["lines"],

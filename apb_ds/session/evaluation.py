@@ -6,9 +6,11 @@ import functools
 import hashlib
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apb_ds.engine.context import Context
 from apb_ds.report.figures import draw_scores
 from apb_ds.report.record import environment, write_json
 from apb_ds.report.results import FIGURE_NAME, SAMPLES_NAME, SUMMARY_NAME
@@ -18,11 +20,28 @@ from apb_ds.session.fidelity import distance, predict, predict_exactly
 from apb_ds.session.job import EvalConfig
 from apb_ds.session.metrics import count_prefill
 from apb_ds.session.series import QuestionSeries
+from apb_ds.session.steps import JobError
 from apb_ds.tasks import FidelityConfig, Sample, TaskConfig
+from apb_ds.tasks.queue import Ended, Question
 from apb_ds.tasks.text import expand_path
 
 OUTPUT_ROOT = Path("outputs/results")
 DIGEST_LENGTH = 10
+
+
+@dataclass
+class _Asked:
+    """A sample that was asked about.
+
+    Attributes
+    ----------
+    flops : see `count_prefill`
+    """
+
+    index: int
+    prefill_s: float
+    exact: bool
+    flops: dict[str, Any] | None
 
 
 class Evaluation(QuestionSeries):
@@ -41,6 +60,7 @@ class Evaluation(QuestionSeries):
         super().__init__(job)
         self.task = task
         self.config = config
+        self.sequences = config.sequences
         self.samples: list[Any] = []
         self.output = Path()
 
@@ -50,6 +70,7 @@ class Evaluation(QuestionSeries):
         usage = job.track_usage()
         for index in left:
             self._serve_sample(index)
+        self._answer_asked()
         used = usage.metrics()
         summary = job.steps.from_first(lambda: self._finish(used))
         numbers = summary["all"]
@@ -132,8 +153,15 @@ class Evaluation(QuestionSeries):
 
     def _serve_sample(self, index: int) -> None:
         sample = self.job.sample_from_first(lambda: self.samples[index])
-        work = self._compare if isinstance(self.task, FidelityConfig) else self._ask
-        result = self._result_of(functools.partial(work, sample, index))
+        if isinstance(self.task, FidelityConfig):
+            self._append_together(index, self._result_of(functools.partial(self._compare, sample, index)))
+            return
+        try:
+            self._ask_about(sample, index)
+        except JobError as error:
+            self._append_together(index, {"error": str(error)})
+
+    def _append_together(self, index: int, result: dict[str, Any]) -> None:
         self.job.steps.from_first(functools.partial(self._append, index, result))
 
     def _compare(self, sample: Sample, index: int) -> dict[str, Any]:
@@ -158,20 +186,48 @@ class Evaluation(QuestionSeries):
             "seconds": round(time.perf_counter() - began, 4),
         }
 
-    def _ask(self, sample: Sample, index: int) -> dict[str, Any]:
+    def _ask_about(self, sample: Sample, index: int) -> None:
         job = self.job
-        job.set_up_for(sample)
-        job.seed_everything(f"{self.task.name}-{index}")
-        context = job.prefill(sample, self._prefill_report(sample.num_document))
-        self._prefilled(sample.num_document, sample.num_document)
-        answer = job.answer_sample(context, sample)
+        job.steps.together(lambda: job.set_up_for(sample))
+        num_document = sample.num_document
+
+        def prefill() -> Context | None:
+            return self._queue.prefill(
+                sample.document_ids,
+                sample.anchor_query_ids,
+                max_positions=sample.num_positions,
+                progress=self._prefill_report(num_document),
+            )
+
+        context = self._prefill(job.plan(num_document, sample.anchor_query_ids.shape[1]), prefill)
+        self._prefilled(num_document, num_document)
+        flops = count_prefill(job.engine, context, sample.num_query)
+        self._ask(
+            Question(
+                sample.query_ids,
+                context,
+                max_new_tokens=sample.max_new_tokens,
+                seed=job.seed_of(f"{self.task.name}-{index}"),
+                arguments=job.generate_arguments(sample.generate),
+                tag=_Asked(index, context.prefill_s, context.plan.exact, flops),
+            )
+        )
+
+    def _take(self, ended: Ended) -> None:
+        result = self._result_of(functools.partial(self._answered, ended), local=True)
+        self._append_together(ended.question.tag.index, result)
+
+    def _answered(self, ended: Ended) -> dict[str, Any]:
+        if ended.error is not None:
+            raise ended.error
+        asked: _Asked = ended.question.tag
         return {
-            "answer": job.text_of(answer.tokens),
-            "exact": context.plan.exact,
-            "new_tokens": len(answer.tokens),
-            "flops": count_prefill(job.engine, context, sample.num_query),
-            "prefill_s": round(context.prefill_s, 4),
-            "seconds": round(context.prefill_s + answer.query_s + answer.decode_s, 4),
+            "answer": self.job.text_of(ended.tokens),
+            "exact": asked.exact,
+            "new_tokens": len(ended.tokens),
+            "flops": asked.flops,
+            "prefill_s": round(asked.prefill_s, 4),
+            "seconds": round(asked.prefill_s + ended.query_s + ended.share_s, 4),
         }
 
 

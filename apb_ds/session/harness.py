@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from dataclasses import dataclass, field
 from typing import Any
 
 from apb_ds.session.evaluation import Evaluation
 from apb_ds.session.steps import JobError
 from apb_ds.tasks import LmEvalConfig
 from apb_ds.tasks.base import needs_tokenizer
+from apb_ds.tasks.queue import Ended
 
 
 class HarnessEvaluation(Evaluation):
@@ -49,6 +51,9 @@ class HarnessEvaluation(Evaluation):
             raise ValueError(sample.problem)
         return len(sample.requests)
 
+    def _request(self, index: int, number: int) -> Any:
+        return self.samples[index].requests[number]
+
     def _append(self, index: int, result: dict[str, Any]) -> None:
         sample = self.samples[index]
         if "answer" in result:
@@ -73,38 +78,95 @@ class HarnessEvaluation(Evaluation):
     def _serve_sample(self, index: int) -> None:
         steps = self.job.steps
         try:
-            num_requests = steps.from_first(lambda: self._num_requests(index))
-            result = _joined([self._serve_request(index, number) for number in range(num_requests)])
+            sample = _Sample(index, steps.from_first(lambda: self._num_requests(index)))
         except JobError as error:
-            result = {"error": str(error)}
-        steps.from_first(functools.partial(self._append, index, result))
+            self._append_together(index, {"error": str(error)})
+            return
+        for number in range(sample.num_requests):
+            request = self.job.sample_from_first(functools.partial(self._request, index, number))
+            try:
+                self._ask_request(sample, request, f"{self.task.name}-{index}-{number}")
+            except JobError as error:
+                self._fail(sample, error)
+            if sample.has_failed:
+                return
 
-    def _serve_request(self, index: int, number: int) -> Any:
-        request: Any = self.job.sample_from_first(lambda: self.samples[index].requests[number])
-        return self.job.steps.together(lambda: self._respond(request, f"{self.task.name}-{index}-{number}"))
-
-    def _respond(self, request: Any, salt: str) -> Any:
-        from apb_ds.tasks.lm_eval.model import respond
+    def _ask_request(self, sample: _Sample, request: Any, salt: str) -> None:
+        from apb_ds.tasks.lm_eval.asking import Asked, ask, needs_prefill, plan_of, prefill
 
         job = self.job
+        job.steps.together(lambda: self._set_up_for(request))
+        queue, engine = self._queue, job.engine
+        context = None
+        if needs_prefill(engine, queue, request):
+            num_document = request.num_document
+            context = self._prefill(
+                plan_of(engine, request), lambda: prefill(queue, request, self._prefill_report(num_document))
+            )
+            self._prefilled(num_document, num_document)
+        asked = Asked(request, sample)
+        sample.requests.append(asked)
+        seeds = [job.seed_of(f"{salt}-{repeat}" if repeat else salt) for repeat in range(request.repeats)]
+        job.steps.together(lambda: ask(engine, queue, job.tokenizer, asked, context, seeds))
+        self._write_if_done(sample)
+        while queue.is_full:
+            self._go_on()
+
+    def _set_up_for(self, request: Any) -> None:
         if request.num_document:
-            job.set_up_for(request)
+            self.job.set_up_for(request)
         else:
-            job.engine = job.make_engine(job.settings.method)
-        job.seed_everything(salt)
-        response = respond(job.engine, job.tokenizer, request, self._prefill_report(request.num_document))
-        self._prefilled(request.num_document, request.num_document)
-        return response
+            self.job.engine = self.job.make_engine(self.job.settings.method)
+
+    def _take(self, ended: Ended) -> None:
+        asked, _ = ended.question.tag
+        sample: _Sample = asked.owner
+        if sample.has_failed:
+            return
+        try:
+            self.job.steps.together(lambda: asked.take(ended), local=True)
+        except JobError as error:
+            self._fail(sample, error)
+        else:
+            self._write_if_done(sample)
+
+    def _fail(self, sample: _Sample, error: JobError) -> None:
+        if not sample.has_failed:
+            sample.has_failed = True
+            self._append_together(sample.index, {"error": str(error)})
+
+    def _write_if_done(self, sample: _Sample) -> None:
+        if sample.is_done:
+            self._append_together(sample.index, _joined(sample.requests))
 
 
-def _joined(responses: list[Any]) -> dict[str, Any]:
-    """Return a document's result from the responses to its requests."""
+@dataclass
+class _Sample:
+    """A document of the harness whose requests are being answered.
+
+    Attributes
+    ----------
+    requests : `Asked`, those asked so far
+    """
+
+    index: int
+    num_requests: int
+    requests: list[Any] = field(default_factory=list)
+    has_failed: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.requests) == self.num_requests and all(asked.is_done for asked in self.requests)
+
+
+def _joined(requests: list[Any]) -> dict[str, Any]:
+    """Return a document's result from its requests, once they are answered."""
     return {
-        "answer": [answer for response in responses for answer in response.answers],
-        "exact": all(response.exact for response in responses),
-        "new_tokens": sum(response.new_tokens for response in responses),
-        "prefill_s": round(sum(response.prefill_s for response in responses), 4),
-        "seconds": round(sum(response.seconds for response in responses), 4),
+        "answer": [answer for asked in requests for answer in asked.answers],
+        "exact": all(asked.exact for asked in requests),
+        "new_tokens": sum(asked.new_tokens for asked in requests),
+        "prefill_s": round(sum(asked.prefill_s for asked in requests), 4),
+        "seconds": round(sum(asked.seconds for asked in requests), 4),
     }
 
 

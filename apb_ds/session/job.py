@@ -46,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Where an evaluation's results go.
+    """Where an evaluation's results go, and how many samples are answered at a time.
 
     Parameters
     ----------
@@ -55,14 +55,19 @@ class EvalConfig:
         there before are not answered again.
     overwrite : bool
         Answer all samples again; the old results are kept.
+    sequences : int
+        Samples whose answers are decoded together. Their documents are in memory at the same time, as far as there is
+        room.
     """
 
     output: str | None = None
     overwrite: bool = False
+    sequences: int = 8
 
     def __post_init__(self) -> None:
         check_optional_text("eval.output", self.output, "the name of a directory")
         check_bool("eval.overwrite", self.overwrite)
+        check_integer("eval.sequences", self.sequences, 1)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from apb_ds.engine.context import Context
+from apb_ds.plan import Plan
 from apb_ds.report.answers import AnswerFile
 from apb_ds.report.progress import BatchProgress, batch_progress
 from apb_ds.session.active_job import ActiveJob
+from apb_ds.session.model_in_use import free_memory
 from apb_ds.session.steps import JobError
+from apb_ds.tasks.queue import AnswerQueue, Ended, Question
 
 logger = logging.getLogger(__name__)
 
@@ -19,20 +23,25 @@ logger = logging.getLogger(__name__)
 class QuestionSeries:
     """A job with many questions: those answered before are skipped, and one that fails does not stop the others.
 
+    Questions are answered together, up to `sequences` of them, and written as their answers end.
+
     Attributes
     ----------
+    sequences : questions that are answered at a time
     answers : the output, open on the first rank only
     progress : the bar, on the first rank; None on the others
     """
 
     unit = "lines"
     section = "task"  # of the config, with output and overwrite
+    sequences: int
     answers: AnswerFile
     progress: BatchProgress | None = None
 
     def __init__(self, job: ActiveJob) -> None:
         self.job = job
         self._stack = contextlib.ExitStack()
+        self._opened: AnswerQueue | None = None
 
     def serve(self) -> dict[str, Any]:
         """Answer what is not answered yet; return the job's parts of the record, the same on every rank."""
@@ -72,12 +81,60 @@ class QuestionSeries:
         if self.progress is not None:
             self.progress.prefilled(num_tokens, work)
 
-    def _result_of(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Do the work on all ranks together; a failure becomes the result."""
+    def _result_of(self, work: Callable[[], dict[str, Any]], *, local: bool = False) -> dict[str, Any]:
+        """Do the work on all ranks together, see `Steps.together`; a failure becomes the result."""
         try:
-            return self.job.steps.together(work)
+            return self.job.steps.together(work, local=local)
         except JobError as error:
             return {"error": str(error)}
+
+    # --- questions that are answered together ------------------------------------------------------------------------
+
+    def _take(self, ended: Ended) -> None:
+        """Write the result of a question that was asked, on all ranks together."""
+        raise NotImplementedError
+
+    @property
+    def _queue(self) -> AnswerQueue:
+        """The questions that are being answered; only once the job has an engine."""
+        if self._opened is None:
+            queue = AnswerQueue(self.job.engine, self.sequences, f"{self.section}.sequences")
+            self._opened = self._stack.enter_context(queue)
+        return self._opened
+
+    def _prefill(self, plan: Plan, prefill: Callable[[], Context | None]) -> Context:
+        """Prefill a document with `AnswerQueue.prefill` when there is room for it.
+
+        Raises
+        ------
+        JobError
+            On every rank.
+        """
+        while not self._queue.has_room(plan):
+            self._go_on()
+        context = self.job.steps.together(prefill)
+        if context is None:
+            logger.warning("memory ran out next to other documents; their questions are answered first.")
+            self._answer_asked()
+            free_memory()
+            context = self.job.steps.together(prefill)
+        assert context is not None, "nothing else is in memory"
+        return context
+
+    def _ask(self, question: Question) -> None:
+        """Ask a question, and answer some if enough are there."""
+        self._queue.ask(question)
+        while self._queue.is_full:
+            self._go_on()
+
+    def _answer_asked(self) -> None:
+        """Answer all questions that were asked."""
+        while self._opened is not None and len(self._opened):
+            self._go_on()
+
+    def _go_on(self) -> None:
+        for ended in self._queue.step():
+            self._take(ended)
 
     def _write(self, index: int, result: dict[str, Any]) -> None:
         """Write a question's result and advance the bar, on the first rank."""

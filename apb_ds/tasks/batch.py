@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from apb_ds.config import check_bool
+from apb_ds.config import check_bool, check_integer
 from apb_ds.tasks.answering import AnsweringConfig
 from apb_ds.tasks.base import register_task
 from apb_ds.tasks.checks import check_optional_text
@@ -34,6 +34,9 @@ class BatchConfig(AnsweringConfig):
         every line gets a prefill, with its query in the anchor.
     overwrite : bool
         Answer all lines again if the output exists; the old file is kept as ``<output>.bak``.
+    sequences : int
+        Lines whose answers are decoded together, of one document or of several. The documents of several are in memory
+        at the same time, as far as there is room.
     max_new_tokens and so on : for each answer, see `AnsweringConfig`; a line's ``max_new_tokens`` takes precedence
     """
 
@@ -42,6 +45,7 @@ class BatchConfig(AnsweringConfig):
     output: str | None = None
     reuse_prefill: bool = True
     overwrite: bool = False
+    sequences: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +57,7 @@ class BatchConfig(AnsweringConfig):
         check_optional_text("task.output", self.output, "the name of a file")
         check_bool("task.reuse_prefill", self.reuse_prefill)
         check_bool("task.overwrite", self.overwrite)
+        check_integer("task.sequences", self.sequences, 1)
         if self.output is not None and self.output_path(None).resolve() == self.input_path.resolve():
             raise ValueError(f"task.output={self.output!r} is the input; give another file.")
 

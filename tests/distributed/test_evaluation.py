@@ -12,9 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import apb_ds
+from apb_ds.engine.batch import Batch
+from apb_ds.engine.engine import APBEngine
 from apb_ds.report.compare import main
 from apb_ds.report.progress import BatchProgress
-from tests.launch_in_process import Ended, run_infer
+from tests.launch_in_process import INTERRUPTED, Ended, run_infer
 from tests.pool import Pools
 from tests.tiny_checkpoint import save_checkpoint
 
@@ -28,7 +30,9 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("evaluation") / "model")
 
 
-def evaluate(pool: Pools, world_size: int, model_path: Path, output: Path, *overrides: str) -> list[Ended]:
+def evaluate(
+    pool: Pools, world_size: int, model_path: Path, output: Path, *overrides: str, patches: tuple[str, ...] = ()
+) -> list[Ended]:
     arguments = [
         f"model.path={model_path}",
         "model.device=cpu",
@@ -37,7 +41,7 @@ def evaluate(pool: Pools, world_size: int, model_path: Path, output: Path, *over
         f"hydra.sweep.dir={output.parent}/sweep",
         *overrides,
     ]
-    return pool(world_size).run(run_infer, arguments, "", (), "eval", timeout=120)
+    return pool(world_size).run(run_infer, arguments, "", patches, "eval", timeout=120)
 
 
 def samples(output: Path) -> list[dict[str, Any]]:
@@ -85,6 +89,65 @@ def test_an_evaluation_is_resumed(pool: Pools, model_path: Path, tmp_path: Path,
     refused = evaluate(pool, world_size, model_path, output, *overrides, "method.compressor=knorm")
     assert refused[0].code == 2 and "method.compressor" in refused[0].stderr
     assert samples(output) == again
+
+
+@SIZES
+def test_samples_that_decode_together_are_answered_as_one_by_one(
+    pool: Pools, model_path: Path, tmp_path: Path, world_size: int
+) -> None:
+    """Anchors differ between the lengths, and one sample of a group does not fit; then a run is stopped and resumed."""
+    task = ("task.num_tokens=[300,700,400]", "task.depth=[0,1]", "task.max_new_tokens=4", "task.digits=random")
+    overrides = (*task, "method.hosts=2", "+model.overrides.max_position_embeddings=500")
+    found = {}
+    for sequences in (1, 3, 8):
+        evaluate(pool, world_size, model_path, tmp_path / f"{sequences}", *overrides, f"eval.sequences={sequences}")
+        found[sequences] = samples(tmp_path / f"{sequences}")
+    kept = [[(one["id"], one.get("answer"), one.get("flops")) for one in found[sequences]] for sequences in found]
+    assert kept[0] == kept[1] == kept[2]
+    assert ["error" in sample for sample in found[3]] == [False, False, True, True, False, False]
+    for sample in found[3]:
+        assert "error" in sample or sample["seconds"] > sample["prefill_s"] > 0
+
+    output = tmp_path / "stopped"
+    stopped = evaluate(
+        pool, world_size, model_path, output, *overrides, "eval.sequences=4", patches=("interrupted at the third line",)
+    )
+    assert [rank.code for rank in stopped] == [INTERRUPTED] * world_size
+    assert len([sample for sample in samples(output) if "answer" in sample]) == 2
+    ended = evaluate(pool, world_size, model_path, output, *overrides, "eval.sequences=4")
+    assert ended[0].records[0]["metrics"]["resumed"] == 2
+    assert [(one["id"], one.get("answer"), one.get("flops")) for one in samples(output)] == kept[0]
+
+
+def test_memory_that_runs_out_next_to_other_samples(model_path: Path, tmp_path: Path) -> None:
+    """In a prefill while three contexts are there, then in a step: all samples are answered all the same."""
+    arguments = [f"model.path={model_path}", "model.device=cpu", "method.hosts=2", *GRID, "task.num_samples=2"]
+
+    def run(name: str) -> list[Any]:
+        ended = run_infer(
+            0, 1, [*arguments, f"eval.output={tmp_path}/{name}", f"hydra.run.dir={tmp_path}/run"], config="eval"
+        )
+        assert ended.code == 0, ended.stderr
+        return [(sample["id"], sample["answer"]) for sample in samples(tmp_path / name)]
+
+    expected = run("whole")
+    prefill, step, calls = APBEngine.prefill, Batch.step, {"prefill": 0, "step": 0}
+
+    def failing(name: str, at: int, work: Any) -> Any:
+        def fail_once(self: Any, *given: Any, **named: Any) -> Any:
+            calls[name] += 1
+            if calls[name] == at:
+                raise torch.OutOfMemoryError("no memory")
+            return work(self, *given, **named)
+
+        return fail_once
+
+    with (
+        mock.patch.object(APBEngine, "prefill", failing("prefill", 4, prefill)),
+        mock.patch.object(Batch, "step", failing("step", 2, step)),
+    ):
+        assert run("short of memory") == expected
+    assert calls["prefill"] == 9, "one again"
 
 
 @SIZES
@@ -205,6 +268,7 @@ def test_the_bar_of_a_fidelity_job_moves(model_path: Path, tmp_path: Path) -> No
         (("task=fidelity", "task.num_tokens=500000"), "eval", ("task.num_tokens=500000", "tokens")),
         (("task.template={style: 1}",), "eval", ("task.template.style", "no effect")),
         (("eval.overwrite=1",), "eval", ("eval.overwrite=1", "true or false")),
+        (("eval.sequences=0",), "eval", ("eval.sequences=0", "at least 1")),
         (("eval.output=/proc/nowhere",), "eval", ("eval.output: /proc/nowhere", "another eval.output")),
     ],
 )

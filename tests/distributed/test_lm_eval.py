@@ -185,6 +185,27 @@ def test_a_stopped_job_is_resumed(pool: Pools, folder: Path, tmp_path: Path, wor
     assert refused[0].code == 2 and "task.split" in refused[0].stderr
 
 
+@SIZES
+def test_documents_that_are_answered_together(pool: Pools, folder: Path, tmp_path: Path, world_size: int) -> None:
+    """Generated, sampled twice and chosen; the longest documents of each task do not fit; one by one it is the same."""
+    names = ("lamp_text", "lamp_sampled", "lamp_choice")
+    overrides = (f"task.tasks=[{','.join(names)}]", "+model.overrides.max_position_embeddings=300")
+    found = {}
+    for sequences in (1, 4):
+        launch(pool, world_size, folder, tmp_path / f"{sequences}", *overrides, f"eval.sequences={sequences}")
+        found[sequences] = samples(tmp_path / f"{sequences}")
+        assert [one["id"] for one in found[sequences]] == [f"{name}/{number}" for name in names for number in range(4)]
+    for one, other in zip(found[1], found[4], strict=True):
+        if one["id"].startswith("lamp_choice") and "answer" in one:
+            assert other["exact"] == one["exact"] and other["metrics"] == one["metrics"]
+            for (ours, is_greedy), (theirs, was_greedy) in zip(other["answer"], one["answer"], strict=True):
+                assert ours == pytest.approx(theirs, abs=1e-4) and is_greedy == was_greedy
+            continue
+        assert other.get("answer") == one.get("answer") and other.get("error") == one.get("error")
+    assert ["error" in one for one in found[4]] == [False, False, False, True] * 3
+    assert all(len(set(one["answer"])) == 2 for one in found[4][4:7]), "drawn twice"
+
+
 def test_a_group(pool: Pools, folder: Path, tmp_path: Path) -> None:
     ended = launch(pool, 1, folder, tmp_path / "out", "task.tasks=lamps", "task.num_samples=1")
     assert ended[0].code == 0, ended[0].stderr

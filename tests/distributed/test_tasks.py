@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import apb_ds
+from apb_ds.engine import packs
 from tests.launch_in_process import INTERRUPTED, Ended, run_infer
 from tests.pool import Pools
 from tests.tiny_checkpoint import TEMPLATE, byte_tokenizer, save_checkpoint
@@ -394,14 +396,66 @@ def test_each_line_with_its_own_prefill(
 
 
 @SIZES
+@pytest.mark.parametrize("reuse", ["true", "false"])
+def test_lines_that_decode_together_are_answered_as_one_by_one(
+    pool: Pools, model_path: Path, batch_input: Path, world_size: int, reuse: str
+) -> None:
+    """Of one document or several, sampled; one of them does not fit, and another has no document."""
+    lines = batch_lines()
+    lines[1:1] = [{"id": "long", "document_file": "pier.txt", "query": "why " * 1500}]
+    write_lines(batch_input, *lines)
+    answers = {}
+    for sequences in (1, 2, 5):
+        output = batch_input.with_name(f"{sequences}.jsonl")
+        overrides = ("task=batch", f"task.input={batch_input}", f"task.output={output}", "task.temperature=1.5")
+        overrides += (f"task.reuse_prefill={reuse}", f"task.sequences={sequences}")
+        ended = infer(pool, world_size, model_path, *overrides, f"hydra.run.dir={batch_input.parent}/run")
+        found = results(output)
+        assert [result["id"] for result in found] == ["a", "long", "b", "c", "d", "e", 6], "the input's order"
+        assert "max_position_embeddings" in found[1]["error"] and "nowhere.txt" in found[3]["error"]
+        answers[sequences] = [result.get("answer") for result in found]
+        metrics, timed = ended[0].records[0]["metrics"], [result for result in found if "answer" in result]
+        decode_s = sum(result["decode_s"] for result in timed)
+        if sequences == 1:
+            assert metrics["decode_s"] == pytest.approx(decode_s, abs=1e-3)
+        else:  # a step counts once in the record, and for each line that shared it
+            assert metrics["decode_s"] < 0.8 * decode_s
+        num_steps = sum(result["new_tokens"] - 1 for result in timed)
+        assert metrics["decode_tokens_per_s"] == pytest.approx(num_steps / metrics["decode_s"])
+    assert answers[1] == answers[2] == answers[5] and len(set(answers[1])) == 6
+
+
+def test_lines_share_forwards(model_path: Path, batch_input: Path) -> None:
+    """At most `task.sequences` in one, and about two documents at a time."""
+    members: list[tuple[int, int]] = []
+    run_pack = packs.run_pack
+
+    def recorded(engine: Any, sequences: Any, **options: Any) -> Any:
+        members.append((len(sequences), len({id(one.prefix) for one in sequences})))
+        return run_pack(engine, sequences, **options)
+
+    with mock.patch("apb_ds.engine.batch.run_pack", recorded):
+        arguments = [f"model.path={model_path}", "model.device=cpu", f"method.hosts={HOSTS}", "task=batch"]
+        arguments += [f"task.input={batch_input}", "task.max_new_tokens=4", "task.sequences=4"]
+        ended = run_infer(0, 1, [*arguments, f"hydra.run.dir={batch_input.parent}/run"])
+    assert "1 of 6 lines failed" in ended.stderr
+    assert max(members) == (4, 2)
+
+
+@SIZES
+@pytest.mark.parametrize("sequences", [1, 4])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_stopped_batch_is_resumed(
-    pool: Pools, model_path: Path, batch_input: Path, world_size: int, sampled: bool
+    pool: Pools, model_path: Path, batch_input: Path, world_size: int, sampled: bool, sequences: int
 ) -> None:
-    """Stopped at the third answer: the first two are kept, and the others are as without the stop."""
+    """Stopped at the third answer, which ends together with the others where they share steps.
+
+    The first two are kept, and the others are as without the stop.
+    """
     output = batch_input.with_name("questions.answers.jsonl")
     overrides = ["task=batch", f"task.input={batch_input}", f"hydra.run.dir={batch_input.parent}/run"]
     overrides += ["task.temperature=1.5"] if sampled else []
+    overrides += [f"task.sequences={sequences}"]
 
     def run(*more: str, patches: tuple[str, ...] = ()) -> list[Ended]:
         return infer(pool, world_size, model_path, *overrides, *more, patches=patches)
@@ -409,13 +463,12 @@ def test_a_stopped_batch_is_resumed(
     run(f"task.output={batch_input.parent}/whole.jsonl")
     stopped = run(patches=("interrupted at the third line",))
     assert [rank.code for rank in stopped] == [INTERRUPTED] * world_size
-    before = output.read_text()
-    assert [result["id"] for result in results(output)] == ["a", "b", "c"][: len(results(output))]
-    assert len([result for result in results(output) if "answer" in result]) == 2
-    ended = run()
+    before = [result for result in results(output) if "answer" in result]
+    assert [result["id"] for result in before] == ["a", "b"]
+    ended = run("task.sequences=3")  # may be changed
     assert ended[0].records[0]["metrics"]["resumed"] == 2
     assert ended[0].records[0]["metrics"]["prefills"] == 2, "the first document is not prefilled again"
-    assert output.read_text().splitlines()[:2] == before.splitlines()[:2]
+    assert results(output)[:2] == before
 
     def answers(path: Path) -> list[Any]:
         return [(result["id"], result.get("answer")) for result in results(path)]

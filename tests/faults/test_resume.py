@@ -17,8 +17,9 @@ from tests.forked_ranks import ForkedRanks
 pytestmark = pytest.mark.faults
 
 NUM_KILLS = 20
-NUM_QUESTIONS = 60  # more than can be answered between the kills
-NUM_SAMPLES = 60
+NUM_QUESTIONS = 120  # more than can be answered between the kills
+NUM_SAMPLES = 120
+SEQUENCES = 2  # that are answered, and so written, at a time
 WORLD_SIZE = 2
 END_S = 120
 START_S = 2.5  # a little longer than the ranks take until the first answer
@@ -51,6 +52,7 @@ def batch_work(directory: Path, checkpoint: Path) -> Work:
     directory.mkdir(parents=True)
     (directory / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = [f"task.input={directory / 'questions.jsonl'}", "task=batch", "task.max_new_tokens=6"]
+    arguments.append(f"task.sequences={SEQUENCES}")
     outputs = [directory / "questions.answers.jsonl", directory / "questions.answers.jsonl.settings.json"]
     return Work("infer.py", arguments, outputs, directory / "journal", NUM_QUESTIONS)
 
@@ -60,6 +62,7 @@ def evaluation_work(directory: Path, checkpoint: Path) -> Work:
     arguments = [
         *("task=passkey_grid", "task.num_tokens=[800,1200]", "task.depth=[0.1,0.5,0.9]", "task.max_new_tokens=6"),
         *(f"task.num_samples={NUM_SAMPLES // 6}", f"eval.output={directory / 'results'}"),
+        f"eval.sequences={SEQUENCES}",
     ]
     return Work(
         "eval.py",

@@ -7,6 +7,7 @@ import pickle
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -189,7 +190,8 @@ def test_an_exact_method_answers_as_the_plain_model(chat: bool, folder: Path, mo
 
 def test_stop_strings_and_lengths(folder: Path, model: Any) -> None:
     tokenizer = tokenizer_of(False)
-    lm = apb_ds.HarnessModel(apb_ds.init_inference(model, apb_ds.APBConfig(method="dense")), tokenizer)
+    engine = apb_ds.init_inference(model, apb_ds.APBConfig(method="dense"))
+    lm = apb_ds.HarnessModel(engine, tokenizer, sequences=1)
     whole = [resps[0][0] for resps in responses(evaluate(lm, folder, "lamp_text", chat=False), "lamp_text")]
     # A byte that is a valid text; the rest of this model's output is not UTF-8.
     stop = next(character for text in whole for character in text[1:] if character.isascii())
@@ -278,6 +280,65 @@ def test_repeats_and_sampling(model: Any) -> None:
     assert lm.generate_until(asked, disable_tqdm=True) == drawn
 
 
+@pytest.mark.parametrize("method", ["apb", "dense"])
+def test_requests_that_are_answered_together(method: str, model: Any) -> None:
+    """The same as one by one, in order; each reaches the harness's cache; the next draws differ."""
+    tokenizer = tokenizer_of(True)
+    config = {"apb": apb_ds.APBConfig(hosts=2), "dense": apb_ds.APBConfig(method="dense")}[method]
+    engine = apb_ds.init_inference(model, config)
+    texts = [f"The lamp of harbour {number} is lit at dusk. " * (2 + number) + "\n\nWhere?" for number in range(5)]
+    sampled, greedy = {"do_sample": True, "temperature": 3.0}, {"do_sample": False}
+    found = {}
+    for sequences in (1, 2, 8):
+        lm = apb_ds.HarnessModel(engine, tokenizer, sequences=sequences)
+        prompts = [lm.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
+        asked = [
+            instance(prompt, {"max_gen_toks": 9 - number, **(sampled if number % 2 else greedy)})
+            for number, prompt in enumerate([*prompts, prompts[1]])
+        ]
+        torch.manual_seed(3)
+        lm.cache_hook = mock.Mock()
+        answers = lm.generate_until(asked, disable_tqdm=True)
+        partial = [call.args for call in lm.cache_hook.add_partial.call_args_list]
+        assert sorted(partial, key=str) == sorted(
+            [("generate_until", one.args, answer) for one, answer in zip(asked, answers, strict=True)], key=str
+        )
+        again = lm.generate_until(asked, disable_tqdm=True)
+        assert [again[0], again[2], again[4]] == [answers[0], answers[2], answers[4]] and again != answers
+        found[sequences] = answers
+    assert found[1] == found[2] == found[8] and len(set(found[1])) == 6
+
+
+def test_short_exact_prompts_share_a_forward(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = apb_ds.init_inference(model, apb_ds.APBConfig(hosts=8))  # prompts this short run exact
+    asked = [instance(f"A text.\n\nQuestion {number}?", {"max_gen_toks": 3}) for number in range(4)]
+    expected = apb_ds.HarnessModel(engine, tokenizer_of(False), sequences=1).generate_until(asked, disable_tqdm=True)
+    monkeypatch.setattr(engine, "prefill", mock.Mock(side_effect=AssertionError))
+    together = apb_ds.HarnessModel(engine, tokenizer_of(False), sequences=4)
+    assert together.generate_until(asked, disable_tqdm=True) == expected
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 32])
+def test_likelihoods_of_several_contexts(sequences: int, model: Any) -> None:
+    """Packs of continuations, of one context and of several; one context is a single token, one choice is repeated."""
+    tokenizer = tokenizer_of(False)
+    engine = apb_ds.init_inference(model, apb_ds.APBConfig(method="dense"))
+    lm = apb_ds.HarnessModel(engine, tokenizer, sequences=sequences)
+    contexts = ["A text with some words in it.\n\nA question?", "A", "Another text, of other words.\n\nWhy?"]
+    asked = [
+        instance(context, choice, kind="loglikelihood")
+        for context in contexts
+        for choice in (" yes", " no", " perhaps")
+    ]
+    lm.cache_hook = mock.Mock()
+    answers = lm.loglikelihood(asked, disable_tqdm=True)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).loglikelihood(asked, disable_tqdm=True)
+    for (ours, is_greedy), (other, other_greedy) in zip(answers, theirs, strict=True):
+        assert ours == pytest.approx(other, abs=1e-3) and is_greedy == other_greedy
+    partial = {call.args[1]: call.args[2] for call in lm.cache_hook.add_partial.call_args_list}
+    assert partial == {one.args: answer for one, answer in zip(asked, answers, strict=True)}
+
+
 def test_choices_share_a_prefill(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizer_of(False)
     engine = apb_ds.init_inference(model, apb_ds.APBConfig(hosts=2))
@@ -305,6 +366,8 @@ def test_refused(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         lm.generate_until([instance("", {})], disable_tqdm=True)
     with pytest.raises(ValueError, match="max_position_embeddings=4096"):
         lm.generate_until([instance("a" * 4090, {"max_gen_toks": 10})], disable_tqdm=True)
+    with pytest.raises(ValueError, match="sequences=0 must be an integer of at least 1"):
+        apb_ds.HarnessModel(engine, tokenizer, sequences=0)
     with pytest.raises(ValueError, match="num_beams=2 is not supported"):
         lm.generate_until([instance("a text", {"num_beams": 2})], disable_tqdm=True)
     monkeypatch.setattr(engine.group, "gather_objects", lambda value: [value, "another"])

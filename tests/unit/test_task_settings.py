@@ -149,7 +149,9 @@ def test_defaults() -> None:
     chat = ChatConfig(document="d")
     assert (chat.query, chat.stream, chat.turn_tokens) == (None, True, 4096)
     batch = BatchConfig(input="i")
-    assert (batch.output, batch.reuse_prefill, batch.overwrite) == (None, True, False)
+    assert (batch.output, batch.reuse_prefill, batch.overwrite, batch.sequences) == (None, True, False, 32)
+    with pytest.raises(ValueError, match=r"task.sequences=0 must be an integer of at least 1"):
+        BatchConfig(input="i", sequences=0)
 
 
 @pytest.mark.parametrize("task", ["prompt", "chat"])

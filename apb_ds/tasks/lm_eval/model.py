@@ -6,38 +6,20 @@ Needs the harness (``pip install -e '.[eval]'``).
 from __future__ import annotations
 
 import hashlib
-import time
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from apb_ds.config import BlockSettings
-from apb_ds.engine.context import Context
-from apb_ds.engine.engine import APBEngine, OnProgress
+from apb_ds.config import BlockSettings, check_integer
+from apb_ds.engine.engine import APBEngine
+from apb_ds.tasks.lm_eval.asking import Asked, ask, needs_prefill, plan_of, prefill
 from apb_ds.tasks.lm_eval.prompts import NO_ROLLING, HarnessPrompts, HarnessRequest, Pair
 from apb_ds.tasks.lm_eval.split import Split
+from apb_ds.tasks.queue import AnswerQueue
 from apb_ds.tasks.template import with_template
-
-
-@dataclass(frozen=True)
-class Response:
-    """A request's answers, the same on every rank except for the times.
-
-    Attributes
-    ----------
-    answers : texts, or (log-likelihood, whether greedy decoding gives it), one for each repeat or continuation
-    exact : whether the prompt was so short that attention was exact
-    new_tokens : tokens generated in all repeats
-    """
-
-    answers: list[Any]
-    exact: bool
-    new_tokens: int
-    prefill_s: float
-    seconds: float
 
 
 class HarnessModel(HarnessPrompts):
@@ -66,6 +48,10 @@ class HarnessModel(HarnessPrompts):
         ``system_instruction``.
     query_position : int, tokens, optional
         As in the engine's settings. Default: the tokens that the chat template puts before the first turn.
+    sequences : int
+        Answers that are decoded, or continuations that are scored, together. Their documents are in memory at the same
+        time, as far as there is room. Answers do not depend on it: each that is sampled has a seed drawn from torch's
+        generator on the first rank.
 
     Raises
     ------
@@ -84,9 +70,12 @@ class HarnessModel(HarnessPrompts):
         query_start: str | None = None,
         template: Mapping[str, Any] | None = None,
         query_position: int | None = None,
+        sequences: int = 8,
     ) -> None:
         super().__init__(with_template(tokenizer, None, template), split, query_start)
+        check_integer("sequences", sequences, 1)
         self.engine = engine
+        self.sequences = sequences
         self._query_position = query_position
 
     @property
@@ -96,10 +85,10 @@ class HarnessModel(HarnessPrompts):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the answers to the harness's requests, in order."""
         ours = [self.generation(*request.args) for request in requests]
-        answers = []
-        for request, response in zip(requests, self._respond_to(ours, disable_tqdm), strict=True):
-            answers += response.answers
-            self.cache_hook.add_partial("generate_until", request.args, response.answers[0])
+        answers = [""] * len(ours)
+        for index, answered in self._answered(ours, disable_tqdm):
+            answers[index] = answered.answers[0]
+            self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -107,26 +96,65 @@ class HarnessModel(HarnessPrompts):
         raise NotImplementedError(f"loglikelihood_rolling is not supported: {NO_ROLLING}")
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any) -> list[Any]:
-        answers: list[Any] = []
-        for response in self._respond_to(self.scorings(requests), disable_tqdm):
-            answers += response.answers
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request[0], answer)
+        ours = self.scorings(requests)
+        starts = [0, *itertools.accumulate(len(one.continuations) for one in ours)]
+        answers: list[Any] = [None] * len(requests)
+        for index, answered in self._answered(ours, disable_tqdm):
+            for place, answer in enumerate(answered.answers, start=starts[index]):
+                answers[place] = answer
+                self.cache_hook.add_partial("loglikelihood", requests[place][0], answer)
         return answers
 
-    def _respond_to(self, requests: list[HarnessRequest], disable_tqdm: bool) -> Iterator[Response]:
+    def _answered(self, requests: list[HarnessRequest], disable_tqdm: bool) -> Iterator[tuple[int, Asked]]:
+        """Yield the requests with their index in the order in which they were answered."""
         from tqdm import tqdm
 
         self._check_same(requests)
+        seeds = self._draw_seeds(requests)
         shown = self.engine.group.is_first and not disable_tqdm
         before = self.engine.apb_config
         try:
-            for request in tqdm(requests, disable=not shown, desc="APB"):
-                self._set_position(request)
-                yield respond(self.engine, self.tokenizer, request)
+            with (
+                AnswerQueue(self.engine, self.sequences) as queue,
+                tqdm(total=len(requests), disable=not shown, desc="APB") as bar,
+            ):
+                for index, request in enumerate(requests):
+                    self._set_position(request)
+                    for asked in self._ask(queue, request, Asked(request, index), seeds[index]):
+                        bar.update()
+                        yield asked.owner, asked
+                while len(queue):
+                    for asked in _step(queue):
+                        bar.update()
+                        yield asked.owner, asked
         finally:
             if self.engine.apb_config is not before:
                 self.engine.configure(before)
+
+    def _ask(
+        self, queue: AnswerQueue, request: HarnessRequest, asked: Asked, seeds: list[int | None]
+    ) -> Iterator[Asked]:
+        """Ask a request; yield those that were answered meanwhile, this one perhaps among them."""
+        context = None
+        if needs_prefill(self.engine, queue, request):
+            while not queue.has_room(plan_of(self.engine, request)):
+                yield from _step(queue)
+            while (context := prefill(queue, request)) is None:
+                while len(queue):
+                    yield from _step(queue)
+        ask(self.engine, queue, self.tokenizer, asked, context, seeds)
+        if asked.is_done:
+            yield asked
+        while queue.is_full:
+            yield from _step(queue)
+
+    def _draw_seeds(self, requests: list[HarnessRequest]) -> list[list[int | None]]:
+        """Return a seed for each answer that is sampled, drawn from torch's generator on the first rank."""
+        drawn = [
+            [int(torch.randint(2**63 - 1, ())) if one.generate.get("do_sample") else None for _ in range(one.repeats)]
+            for one in requests
+        ]
+        return self.engine.group.gather_objects(drawn)[0]
 
     def _set_position(self, request: HarnessRequest) -> None:
         config = self.engine.apb_config
@@ -148,73 +176,12 @@ class HarnessModel(HarnessPrompts):
             )
 
 
-def respond(engine: APBEngine, tokenizer: Any, request: HarnessRequest, progress: OnProgress | None = None) -> Response:
-    """Answer a request. All ranks call this together.
-
-    Raises
-    ------
-    ValueError
-        For what the engine cannot serve, on every rank and before anything is sent.
-    """
-    began = time.perf_counter()
-    answer_length = max(map(len, request.continuations), default=request.max_new_tokens)
-    context: Context | None = None
-    if request.num_document:
-        positions = request.num_document + request.num_query + answer_length
-        context = engine.prefill(
-            request.document_ids, request.anchor_query_ids, max_positions=positions, progress=progress
-        )
-    answers: list[Any] = [_score(engine, context, request.query_ids, one) for one in request.continuations]
-    new_tokens = 0
-    if context is not None and not answers:
-        for _ in range(request.repeats):
-            tokens = _generate(engine, tokenizer, context, request)
-            new_tokens += len(tokens)
-            answers.append(_text(tokenizer, tokens, request.until))
-    return Response(
-        answers=answers,
-        exact=context is None or context.plan.exact,
-        new_tokens=new_tokens,
-        prefill_s=0.0 if context is None else context.prefill_s,
-        seconds=time.perf_counter() - began,
-    )
-
-
-def _generate(engine: APBEngine, tokenizer: Any, context: Context, request: HarnessRequest) -> list[int]:
-    from lm_eval.models.utils_hf import stop_sequences_criteria
-
-    prompt_length = request.num_document + request.num_query
-    tokens = engine.generate(
-        query_ids=request.query_ids,
-        context=context,
-        max_new_tokens=request.max_new_tokens,
-        # The harness's own criterion: it sees only the answer, and not a stop text that began in the prompt.
-        stopping_criteria=stop_sequences_criteria(tokenizer, list(request.until), prompt_length, 1),
-        **request.generate,
-    )
-    return tokens[0].tolist()
-
-
-def _text(tokenizer: Any, tokens: list[int], until: Sequence[str]) -> str:
-    from lm_eval.models.utils import postprocess_generated_text
-
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return postprocess_generated_text(text, stop=list(until), think_end_token=None)
-
-
-def _score(
-    engine: APBEngine, context: Context | None, query_ids: Tensor, continuation: tuple[int, ...]
-) -> tuple[float, bool]:
-    """Return the log-likelihood of a continuation of the prompt, and whether greedy decoding gives it."""
-    if not continuation:
-        return 0.0, True
-    wanted = torch.tensor(continuation, device=engine.device)
-    query = torch.cat([query_ids.to(engine.device), wanted[None, :-1]], dim=1)
-    if context is None:  # a prompt of one token needs no engine
-        with torch.no_grad():
-            logits = engine.group.broadcast(engine.module(query).logits[:, -len(continuation) :].float().contiguous())
-    else:
-        logits = engine.query_logits(query, context=context)[:, -len(continuation) :]
-    log_probs = logits[0].log_softmax(dim=-1)
-    likelihood = log_probs.gather(-1, wanted[:, None]).sum()
-    return float(likelihood), bool((log_probs.argmax(dim=-1) == wanted).all())
+def _step(queue: AnswerQueue) -> list[Asked]:
+    """Go on; return the requests that were answered."""
+    taken = []
+    for ended in queue.step():
+        asked, _ = ended.question.tag
+        asked.take(ended)
+        if asked.is_done:
+            taken.append(asked)
+    return taken
