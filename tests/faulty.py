@@ -31,7 +31,8 @@ class Fault:
     kind : "kill" (SIGKILL), "hang", "memory" (runs out), "raise" (in the compressor), "link" (goes down; needs root),
         "fill" (the disk of a folder)
     rank : the rank that fails
-    phase, layer : when it first enters this attention; "raise" happens in prefill's compressor instead
+    phase, layer : when it enters this attention; "raise" happens in prefill's compressor instead
+    times : at which time, from 1
     compressor : only with this compressor
     moment : a file that gets the time of the fault, in seconds since the epoch
     folder : for "fill"
@@ -41,6 +42,7 @@ class Fault:
     rank: int
     phase: str = "prefill"
     layer: int = 1
+    times: int = 1
     compressor: str = ""
     moment: str = ""
     folder: str = ""
@@ -66,12 +68,14 @@ def install(fault: Fault) -> None:
     from apb_ds.attention import APBAttention
 
     forward = APBAttention.forward
-    happened: list[bool] = []
+    entered: list[bool] = []
 
     def faulty_forward(self: Any, *arguments: Any, **options: Any) -> Any:
         is_here = options["phase"].value == fault.phase and options["layer_idx"] == fault.layer
-        if is_here and fault.compressor in ("", self.config.compressor) and not happened:
-            happened.append(True)
+        is_here = is_here and fault.compressor in ("", self.config.compressor)
+        if is_here:
+            entered.append(True)
+        if is_here and len(entered) == fault.times:
             state = options.get("state")
             rounds = (None, None) if state is None else (state.round_index, len(state.plan.rounds))
             self.group.progress.enter_layer(fault.phase, fault.layer, *rounds)

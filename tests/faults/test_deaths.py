@@ -94,6 +94,44 @@ def test_a_rank_that_raises(tmp_path: Path, ask: list[str], fault_times: FaultTi
     )
 
 
+@pytest.mark.parametrize(("kind", "rank"), [("kill", 0), ("kill", 2), ("memory", 2)])
+def test_a_rank_that_fails_while_questions_decode_together(
+    tmp_path: Path, checkpoint: Path, fault_times: FaultTimes, kind: str, rank: int
+) -> None:
+    """All others end; the same command finishes the file, with nothing answered twice."""
+    text = (checkpoint / "document.txt").read_text()
+    lines = [
+        {"id": f"q{number}", "document": text, "query": f"What is {number}?", "max_new_tokens": 3 + 3 * number}
+        for number in range(4)
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    batch = [
+        *("task=batch", f"task.input={tmp_path / 'questions.jsonl'}", f"model.path={checkpoint}"),
+        *("model.device=cpu", "method.hosts=4"),
+    ]
+    pack = Fault(kind, rank, "pack", moment=str(tmp_path / "moment"), times=6)
+    ended = die(tmp_path, batch, pack)
+    others = [other for other in range(WORLD_SIZE) if other != rank]
+    for other in others:
+        said = last_error(ended[other])
+        assert ended[other].code == LOST and "in pack, layer 2" in said and f"Rank {rank} " in said, said
+    fault_times.add(
+        f"rank {rank} of 4 {'killed' if kind == 'kill' else 'out of memory'} while questions decode together",
+        [ended[other].seconds for other in others],
+        timeout_s=TIMEOUT_S,
+        says=last_error(ended[others[-1]]),
+        codes=[ended[other].code for other in others],
+    )
+    kept = (tmp_path / "questions.answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in kept] == ["q0"], "its answer had ended before the fault"
+    options = ["parallel.timeout_s=20", f"hydra.run.dir={tmp_path / 'again'}"]
+    with ForkedRanks(tmp_path, "infer.py", [*batch, *options], WORLD_SIZE) as ranks:
+        again = ranks.wait(60)
+    assert [end.code for end in again] == [0] * WORLD_SIZE, again[0].stderr
+    answers = (tmp_path / "questions.answers.jsonl").read_text().splitlines()
+    assert answers[0] == kept[0] and [json.loads(line)["id"] for line in answers] == ["q0", "q1", "q2", "q3"]
+
+
 def test_a_rank_that_hangs(tmp_path: Path, ask: list[str], fault_times: FaultTimes) -> None:
     ended = die(tmp_path, ask, Fault("hang", 3, "query", moment=str(tmp_path / "moment")), SHORT_TIMEOUT_S)
     assert [end.code for end in ended] == [LOST, LOST, LOST, STOPPED]
