@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,8 @@ from apb_ds.bench.cases import Case
 from apb_ds.bench.clocks import read_clocks
 from apb_ds.bench.config import BenchConfig
 from apb_ds.bench.emulate import EmulatedTimes, slowest_rank, time_emulated_rank
+from apb_ds.bench.interleaving import Interruption, interrupt
+from apb_ds.bench.sequences import Round, answer_round
 from apb_ds.bench.timing import Stopwatch
 from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
@@ -56,6 +59,9 @@ class CaseResult:
     kernels : by phase; None for the plain model
     ranks : by repeat, then by rank; empty for an emulated case
     emulated : the same for an emulated case
+    rounds : of many queries, two untimed ones first; by rank
+    slot_bytes : of one of their sequences on a rank
+    apart, interleaved : prefills while sequences wait or go on, by repeat, then by rank
     clocks : of the device after each run, None if they cannot be read
     allocated_before_bytes : on CUDA, memory allocated before the last run: the weights, and what other cases hold
     breakdown : by rank, as `measure_parts` returns it
@@ -66,6 +72,10 @@ class CaseResult:
     kernels: dict[str, str] | None
     ranks: list[list[RankTimes]] = field(default_factory=list)
     emulated: list[list[EmulatedTimes]] = field(default_factory=list)
+    rounds: list[list[Round]] = field(default_factory=list)
+    slot_bytes: int = 0
+    apart: list[list[Interruption]] = field(default_factory=list)
+    interleaved: list[list[Interruption]] = field(default_factory=list)
     clocks: list[dict[str, float | None] | None] = field(default_factory=list)
     allocated_before_bytes: int | None = None
     breakdown: list[dict[str, Any]] = field(default_factory=list)
@@ -134,6 +144,35 @@ class Runner:
         if is_timed:
             result.clocks.append(read_clocks(device))
             result.allocated_before_bytes = allocated
+
+    def ask_many(self, result: CaseResult, sample: Sample, queries: Sequence[Tensor], other: Sample) -> None:
+        """Answer queries about a document one by one and together, and while another document is prefilled.
+
+        First untimed, for compiled kernels and recorded steps: queries twice, since more of them at once need longer
+        slabs, for which steps of fewer are recorded again.
+
+        Parameters
+        ----------
+        queries : (1, tokens), int64, as many as the most of `bench.sequences`
+        other : whose document is prefilled meanwhile
+        """
+        bench, engine, device = self.bench, self.engine, self.engine.device
+        self.set_up(result.case)
+        queries = [query_ids.to(device) for query_ids in queries]
+        document_ids, other_ids = sample.document_ids.to(device), other.document_ids.to(device)
+        context = engine.prefill(document_ids, queries[0], max_positions=bench.num_positions(result.case.length))
+        result.slot_bytes = engine.pool.bytes_for([bench.query_tokens] + [1] * bench.decode_tokens)
+        sizes, num_new = sorted(bench.sequences), bench.num_new_tokens
+        for repeat in range(-2, bench.repeats):
+            self.group.barrier()
+            here = answer_round(engine, context, queries, sizes, num_new, is_timed=repeat >= 0)
+            result.rounds.append(list(self.group.gather_objects(here)))
+        for repeat in range(-1, bench.repeats if bench.interleave else -1):
+            for is_interleaved, found in ((False, result.apart), (True, result.interleaved)):
+                self.group.barrier()
+                interruption = interrupt(engine, context, queries, other_ids, is_interleaved=is_interleaved)
+                gathered = list(self.group.gather_objects(interruption))
+                found += [gathered] if repeat >= 0 else []
 
     def break_down(self, result: CaseResult, sample: Sample) -> None:
         """Measure the parts of a prefill on each rank, or on the slowest emulated one."""

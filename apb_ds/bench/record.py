@@ -9,7 +9,9 @@ from typing import Any
 from apb_ds.bench.clocks import summarise_clocks
 from apb_ds.bench.config import BenchConfig
 from apb_ds.bench.emulate import summarise_ranks
+from apb_ds.bench.interleaving import summarise_interruptions
 from apb_ds.bench.measure import CaseResult
+from apb_ds.bench.sequences import summarise_rounds
 from apb_ds.bench.timing import spread
 from apb_ds.loading import LoadedModel
 from apb_ds.ops.profiling import ATTENTION, FFN, O_PROJECTION, QKV
@@ -88,6 +90,8 @@ def case_record(bench: BenchConfig, result: CaseResult) -> Record:
         record |= _plan_record(result.ranks[-1][0].plan) | _summarise_real(bench, result)
     median_s = record["prefill"]["median_s"]
     record["tokens_per_s"] = case.length / median_s
+    record["sequences"] = summarise_rounds(bench, result.rounds, result.slot_bytes)
+    record["interleaving"] = summarise_interruptions(result.apart, result.interleaved, max(bench.sequences, default=0))
     record["clocks"] = summarise_clocks(result.clocks)
     record["allocated_before_bytes"] = result.allocated_before_bytes
     record["breakdown"] = []

@@ -14,6 +14,7 @@ from apb_ds.bench.cases import Case, make_cases
 from apb_ds.bench.config import BenchConfig
 from apb_ds.bench.measure import CaseResult, Runner
 from apb_ds.bench.record import make_record
+from apb_ds.bench.sequences import random_queries
 from apb_ds.compressors.base import needs_heads
 from apb_ds.config import APBConfig, from_mapping
 from apb_ds.engine.api import init_inference
@@ -64,7 +65,7 @@ def run_bench(
     results = []
     for case in cases:
         results.append(CaseResult(case, runner.set_up(case)))  # refuses what cannot be served
-        check_positions(loaded.model, case.length + bench.query_tokens + bench.num_new_tokens)
+        check_positions(loaded.model, bench.num_positions(case.length))
     runner.forget()
 
     def keep_so_far() -> None:
@@ -109,6 +110,13 @@ def _measure_length(runner: Runner, results: Sequence[CaseResult], seed: int, ke
             sample = make_sample(bench, length, vocab_size, seed, repeat)
             _attempt(result, runner.group, partial(runner.run, result, sample, is_timed=repeat >= 0))
             if repeat >= 0:
+                keep_so_far()
+    if bench.sequences:
+        sample, other = (make_sample(bench, length, vocab_size, seed, bench.repeats + more) for more in (0, 1))
+        queries = random_queries(max(bench.sequences), bench.query_tokens, vocab_size, seed)
+        for result in results:
+            if result.case.config is not None:
+                _attempt(result, runner.group, partial(runner.ask_many, result, sample, queries, other))
                 keep_so_far()
     if bench.breakdown:
         sample = make_sample(bench, length, vocab_size, seed, bench.repeats)

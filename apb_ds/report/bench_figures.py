@@ -1,4 +1,4 @@
-"""Figures of a benchmark: speed over the document's length, and where a prefill's time goes."""
+"""Figures of a benchmark: speed over documents and over queries at once, and where a prefill's time goes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 
 def draw_bench(directory: Path, record: Record) -> list[Path]:
-    """Draw speed.png, and breakdown.png if the record has breakdowns; return the figures drawn.
+    """Draw speed.png, and sequences.png and breakdown.png if the record has such; return the figures drawn.
 
     Without matplotlib nothing is drawn and the log says so.
     """
@@ -26,6 +26,7 @@ def draw_bench(directory: Path, record: Record) -> list[Path]:
     cases = [case for case in record["cases"] if case["status"] == "ok"]
     drawn = {
         directory / "speed.png": (_draw_speed, cases),
+        directory / "sequences.png": (_draw_sequences, [case for case in cases if case["sequences"]]),
         directory / "breakdown.png": (_draw_breakdown, [case for case in cases if case["breakdown"]]),
     }
     for path, (draw, shown) in drawn.items():
@@ -51,6 +52,31 @@ def _draw_speed(path: Path, record: Record, cases: list[Record]) -> None:
     set_lengths_axis(axes, sorted({case["document_tokens"] for case in cases}))
     note = f"\n({EMULATED}: the slowest rank's computation)" if record["emulated"] else ""
     axes.set_ylabel(f"prefill, tokens per second{note}")
+    save_figure(figure, axes, title(record), path)
+
+
+def _draw_sequences(path: Path, record: Record, cases: list[Record]) -> None:
+    """Draw tokens per second over the number of queries, together and one by one, with slowest and fastest rounds."""
+    figure, axes = new_figure(8, 5)
+    sizes = [found["sequences"] for found in cases[0]["sequences"]]
+    for number, case in enumerate(cases):
+        name = f"{case['name']}, {case['document_tokens']} tokens"
+        for way, style in (("together", "-"), ("one_by_one", ":")):
+            slowest, speeds, fastest = (
+                [found["sequences"] * found["new_tokens"] / found[way]["answers"][key] for found in case["sequences"]]
+                for key in ("max_s", "median_s", "min_s")
+            )
+            below = [speed - low for speed, low in zip(speeds, slowest, strict=True)]
+            above = [high - speed for speed, high in zip(speeds, fastest, strict=True)]
+            label = f"{name}: {way.replace('_', ' ')}"
+            axes.errorbar(
+                sizes, speeds, yerr=(below, above), **look_of(number), linestyle=style, capsize=3, label=label
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("queries about one document")
+    axes.set_ylabel("new tokens per second, queries included")
     save_figure(figure, axes, title(record), path)
 
 

@@ -1,4 +1,4 @@
-"""Tables of a benchmark: every case, the ranks of an emulation, and where the time went."""
+"""Tables of a benchmark: every case, many queries at once, the ranks of an emulation, and where the time went."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def bench_tables(record: Record) -> list[FittedTable]:
     emulated = [case for case in measured if case["emulated"]]
     broken_down = [case for case in measured if case["breakdown"]]
     tables = [_case_table(record)]
+    asked_many = [case for case in measured if case["sequences"]]
+    tables += [_sequences_table(asked_many)] if asked_many else []
+    interrupted = [case for case in measured if case["interleaving"]]
+    tables += [_interleaving_table(interrupted)] if interrupted else []
     tables += [_rank_table(record, emulated)] if emulated else []
     tables += [_breakdown_table(broken_down)] if broken_down else []
     return tables
@@ -101,6 +105,78 @@ def _case_cells(case: Record) -> list[str]:
 def _is_too_short(case: Record) -> bool:
     """Whether an approximate method runs exact."""
     return bool(case.get("exact")) and case["method"] in ("apb", "star")
+
+
+def _sequences_table(cases: list[Record]) -> FittedTable:
+    """Return how fast so many queries about a document are answered, one by one and together."""
+    columns = [
+        Column("tokens", drop=9),
+        Column("case", is_text=True),
+        Column("queries"),
+        Column("tokens/s one by one"),
+        Column("tokens/s together"),
+        Column("speedup"),
+        Column("ms/step one by one", drop=5),
+        Column("ms/step"),
+        Column("first token s", drop=1),
+        Column("worst", drop=2),
+        Column("worst one by one", drop=6),
+        Column("suffixes", drop=3),
+        Column("peak", drop=4),
+    ]
+    table = FittedTable(columns, title="many queries about one document")
+    for case in cases:
+        for found in case["sequences"]:
+            one_by_one, together = found["one_by_one"], found["together"]
+            table.add_row(
+                format_count(case["document_tokens"]),
+                case["name"],
+                str(found["sequences"]),
+                format_number(one_by_one["tokens_per_s"]),
+                format_number(together["tokens_per_s"]),
+                f"{found['speedup']:.2f}x",
+                format_number(one_by_one["step"]["median_ms"]),
+                format_number(together["step"]["median_ms"]),
+                format_seconds(together["first_token_mean"]["median_s"]),
+                format_seconds(together["first_token_worst"]["median_s"]),
+                format_seconds(one_by_one["first_token_worst"]["median_s"]),
+                format_bytes(together["suffix_bytes"]),
+                format_bytes(together["peak_memory_bytes"]),
+            )
+    query = (
+        f"{cases[0]['sequences'][0]['query_tokens']} tokens a query, {cases[0]['sequences'][0]['new_tokens']} an answer"
+    )
+    table.notes.append(f"{query}; without the document's prefill. Together, unless a column says one by one")
+    return table
+
+
+def _interleaving_table(cases: list[Record]) -> FittedTable:
+    """Return the gaps between tokens of sequences during a prefill that makes them wait, and one that does not."""
+    columns = [
+        Column("tokens", drop=2),
+        Column("case", is_text=True),
+        Column("queries"),
+        Column("steps", is_text=True),
+        Column("prefill s"),
+        Column("slowdown", drop=1),
+        Column("worst gap s"),
+        Column("mean gap s"),
+    ]
+    table = FittedTable(columns, title="another document's prefill while queries are answered")
+    for case in cases:
+        found = case["interleaving"]
+        for name, slowdown in (("apart", ABSENT), ("interleaved", f"{found['slowdown']:.2f}x")):
+            prefills = found[name]
+            table.add_row(
+                format_count(case["document_tokens"]),
+                case["name"],
+                str(found["sequences"]),
+                name,
+                *[format_seconds(prefills["prefill"]["median_s"]), slowdown],
+                *(format_seconds(prefills[gap]["median_s"]) for gap in ("worst_gap", "mean_gap")),
+            )
+    table.notes.append("gaps: between a sequence's tokens, medians over the repeats")
+    return table
 
 
 def _rank_table(record: Record, cases: list[Record]) -> FittedTable:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
+
+import torch
 
 from apb_ds.bench import run_bench
+from apb_ds.engine.engine import APBEngine
 from tests.bench_cases import tiny
 from tests.pool import Pools
 
@@ -13,6 +17,20 @@ METHODS = ["apb", "star", "ring", "ulysses"]
 
 def measure(rank: int, world_size: int, bench: dict[str, Any]) -> dict[str, Any]:
     return run_bench(tiny(**bench))[0]
+
+
+def measure_tokens(rank: int, world_size: int) -> tuple[dict[str, Any], list[list[int]]]:
+    """A benchmark of many queries, and the tokens of every answer in it."""
+    asked: list[list[int]] = []
+    generate = APBEngine.generate
+
+    def note(engine: APBEngine, *args: Any, **kwargs: Any) -> Any:
+        asked.append(generate(engine, *args, **kwargs)[0].tolist())
+        return torch.tensor([asked[-1]])
+
+    with mock.patch.object(APBEngine, "generate", note):
+        record = run_bench(tiny(methods=["apb"], sequences=[1, 3], interleave=True, repeats=2, warmup=0))[0]
+    return record, asked
 
 
 def refused(rank: int, world_size: int) -> str:
@@ -33,6 +51,14 @@ def test_a_benchmark(pool: Pools) -> None:
         assert max(case["answer_bytes_sent"]) > 0
         assert [parts["rank"] for parts in case["breakdown"]] == [0, 1]
         assert all(parts["parts_s"]["communication"] > 0 for parts in case["breakdown"])
+
+
+def test_many_queries(pool: Pools) -> None:
+    (record, asked), (other, also_asked) = pool(2).run(measure_tokens, timeout=120)
+    assert record["cases"] == other["cases"] and asked == also_asked
+    (case,) = record["cases"]
+    assert [found["sequences"] for found in case["sequences"]] == [1, 3]
+    assert len(case["interleaving"]["interleaved"]["gaps"]) == 2
 
 
 def test_dense_over_two_ranks_is_refused_on_both(pool: Pools) -> None:

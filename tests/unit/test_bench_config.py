@@ -60,7 +60,8 @@ def test_settings_by_method_on_the_command_line() -> None:
 
 
 def test_a_single_value_is_a_list_of_one() -> None:
-    bench = bench_config({"methods": "apb", "lengths": 100, "hosts": 4, "kernels": "reference"})
+    bench = bench_config({"methods": "apb", "lengths": 100, "hosts": 4, "kernels": "reference", "sequences": 8})
+    assert bench.sequences == (8,)
     assert (bench.methods, bench.lengths, bench.hosts, bench.kernels) == (("apb",), (100,), (4,), ("reference",))
 
 
@@ -78,6 +79,13 @@ def test_a_single_value_is_a_list_of_one() -> None:
         ({"query_tokens": 0}, ("bench.query_tokens=0",)),
         ({"decode_tokens": -1}, ("bench.decode_tokens=-1",)),
         ({"breakdown": "yes"}, ("bench.breakdown='yes'",)),
+        ({"sequences": [8, 0]}, ("bench.sequences=0", "at least 1")),
+        ({"sequences": [8, 8]}, ("bench.sequences=", "duplicate")),
+        ({"sequences": [8], "emulate_ranks": 2}, ("bench.sequences=[8]", "bench.emulate_ranks")),
+        ({"sequences": [8], "decode_tokens": 0}, ("bench.sequences=[8]", "bench.decode_tokens")),
+        ({"sequences": [8], "methods": ["dense"]}, ("bench.sequences=[8]", "bench.methods", "apb")),
+        ({"sequences": [8], "interleave": 2}, ("bench.interleave=2",)),
+        ({"interleave": True}, ("bench.interleave=true", "bench.sequences")),
         ({"emulate_ranks": 1}, ("bench.emulate_ranks=1", "at least 2")),
         ({"link_gb_per_s": 0}, ("bench.link_gb_per_s=0", "above 0")),
         ({"link_latency_us": -1}, ("bench.link_latency_us=-1", "at least 0")),
