@@ -12,6 +12,7 @@ from transformers import LogitsProcessor
 import apb_ds
 from apb_ds.cache import ShardedCacheLayer
 from apb_ds.engine.cuda_graph import DecodeStep
+from apb_ds.engine.packed_graphs import PackedStep
 from apb_ds.ops.kernels import KERNELS
 from tests.engine_cases import Case
 from tests.heads import engine_with_heads
@@ -244,4 +245,47 @@ def test_recorded_decode_steps(family: str, name: str, monkeypatch: pytest.Monke
     assert records == 1, "the second request has its buffers where the first one had them"
     assert relative_error(logits[1], logits[0]) < BFLOAT16_TOLERANCE / 5
     assert relative_error(logits[2], logits[1]) < BFLOAT16_TOLERANCE / 5
+    assert relative_error(logits[0].roll(1, dims=0), logits[0]) > BFLOAT16_TOLERANCE, "a token late would be noticed"
+
+
+def ask_together(engine: Any, num_new: int, **given: Any) -> list[Tensor]:
+    """Answers to five queries about two documents, on the CPU."""
+    contexts = [engine.prefill(request_ids(n, 5, seed=n)[0], max_positions=n + 60) for n in (203, 150)]
+    queries = [request_ids(20, 3 + index, seed=index)[1] for index in range(5)]
+    about = [contexts[index % 2] for index in range(5)]
+    answers = engine.generate(query_ids=queries, context=about, max_new_tokens=num_new, do_sample=False, **given)
+    if "settings" not in given:
+        alone = [
+            engine.generate(query_ids=query, context=context, max_new_tokens=num_new, do_sample=False)
+            for query, context in zip(queries, about, strict=True)
+        ]
+        assert [answer.tolist() for answer in answers] == [answer.tolist() for answer in alone]
+    return [answer.cpu() for answer in answers]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3", "gpt_oss", "deepseek_v3"])
+def test_queries_together_have_the_tokens_of_one_at_a_time(family: str) -> None:
+    ask_together(new_engine(family, torch.float32, hosts=4, anchor_length=12, passing_length=5), 9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_recorded_steps_of_packs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens are forced in all runs, so that the logits can be compared."""
+    records = 0
+    record = PackedStep.record
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal records
+        records += 1
+        return record(*arguments)
+
+    monkeypatch.setattr(PackedStep, "record", counted)
+    logits = []
+    for cuda_graph in (False, True):
+        engine = new_engine(family, torch.bfloat16, hosts=4, cuda_graph=cuda_graph)
+        scores = [Scores() for _ in range(5)]
+        ask_together(engine, 12, settings=[{"logits_processor": [of_query]} for of_query in scores])
+        logits.append(torch.cat([torch.cat(of_query.seen) for of_query in scores]).float())
+    assert records == 1
+    assert relative_error(logits[1], logits[0]) < BFLOAT16_TOLERANCE / 5
     assert relative_error(logits[0].roll(1, dims=0), logits[0]) > BFLOAT16_TOLERANCE, "a token late would be noticed"
