@@ -381,11 +381,11 @@ class APBEngine(InferenceEngine):
         with exclusive_call(self.module):
             with shared_validation(self.group, "query_logits", self.device) as comparison:
                 requests = self._validator.all_logits(queries, contexts)
-                comparison.facts = {
-                    f"{name} of query {index}": fact
-                    for index, request in enumerate(requests)
-                    for name, fact in request.facts.items()
-                } | self._shared_facts
+                facts = [request.facts for request in requests]
+                of_each = {
+                    f"{name} of query {index}": fact for index, one in enumerate(facts) for name, fact in one.items()
+                }
+                comparison.facts = (of_each if is_list else facts[0]) | self._shared_facts
             if is_list or isinstance(context, Branch):
                 logits = query_logits_together(self, requests)
             else:

@@ -26,7 +26,7 @@ def draw_bench(directory: Path, record: Record) -> list[Path]:
     cases = [case for case in record["cases"] if case["status"] == "ok"]
     drawn = {
         directory / "speed.png": (_draw_speed, cases),
-        directory / "sequences.png": (_draw_sequences, [case for case in cases if case["sequences"]]),
+        directory / "sequences.png": (_draw_sequences, [case for case in cases if case.get("sequences")]),
         directory / "breakdown.png": (_draw_breakdown, [case for case in cases if case["breakdown"]]),
     }
     for path, (draw, shown) in drawn.items():
