@@ -45,8 +45,13 @@ def generate_all(
         raise ValueError("streamer would get the tokens of all queries; give each its own in settings.")
     lists: dict[str, Any] = {"context": contexts, "document_ids": documents}
     for name, value in (*lists.items(), ("settings", settings)):
+        if name == "settings" and value is not None and not isinstance(value, (list, tuple)):
+            raise ValueError(f"settings must be a list of mappings, one for each query, got {type(value).__name__}.")
         if isinstance(value, (list, tuple)) and len(value) != len(queries):
             raise ValueError(f"{name} has {len(value)} entries for {len(queries)} queries; give one for each.")
+    for index, own in enumerate(settings or ()):
+        if not isinstance(own, Mapping) or {"query_ids", *lists} & own.keys():
+            raise ValueError(f"settings[{index}] must hold a query's own arguments by name, without ids and context.")
     handles: list[Handle | BaseException] = []
     with engine.batch(min(MAX_SEQUENCES, max(1, len(queries)))) as batch:
         for index, query_ids in enumerate(queries):

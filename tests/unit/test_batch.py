@@ -203,6 +203,12 @@ def test_lists_of_other_lengths_and_arguments_for_one_query_are_refused(engine: 
     assert engine.generate(query_ids=[], context=context) == []
 
 
+@pytest.mark.parametrize("settings", [{"seed": 1}, [None, {}], ["a", {}], [{}, {"context": None}]], ids=str)
+def test_settings_of_another_form_are_refused(engine: Any, context: Any, settings: Any) -> None:
+    with pytest.raises(ValueError, match="settings"):
+        engine.generate(query_ids=[ids(3, 1), ids(3, 2)], context=context, settings=settings)
+
+
 def test_logits_of_a_list_are_those_of_each(engine: Any, context: Any) -> None:
     other = engine.prefill(DOCUMENTS[1])
     contexts = [context, other, context, other]
