@@ -31,7 +31,7 @@ from apb_ds.suffixes import Prefix
 if TYPE_CHECKING:
     from apb_ds.engine.engine import APBEngine
 
-# A document of so few tokens that runs exact needs no prefill of its own: it shares its query's forward.
+# Up to this length, a document that runs exact is fed together with its query, without a separate prefill.
 SHORT_DOCUMENT_TOKENS = 1024
 MAX_SEQUENCES = 32
 STEP_EVERY_S = 0.25
@@ -265,7 +265,7 @@ class Batch:
         return ready
 
     def _sequence(self, handle: Handle) -> Sequence:
-        """Return a request's sequence; one whose document is still to be prefilled has no prefix yet."""
+        """Return a request's sequence; its prefix is empty until its document has been prefilled."""
         request, source = handle.request, handle.request.source
         forwards = _forwards(request)
         # First: whatever fails on one rank, all of them have made as many suffixes, and agree on who stores what.

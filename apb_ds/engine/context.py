@@ -65,7 +65,7 @@ class Context:
         return self.cache.get_seq_length()
 
     def branch(self) -> Branch:
-        """Return a conversation of its own that begins with what the context holds now, without copying it.
+        """Return a separate conversation that starts from what the context holds now, without copying it.
 
         Any number of branches share the document; each keeps its own turns, and the context keeps its. All ranks make
         them in the same order.
@@ -92,7 +92,7 @@ class Branch:
 
     Attributes
     ----------
-    context : that it began with; later turns of the context are no part of it
+    context : where it started; later turns of the context are not part of it
     token_ids : as `Context.token_ids`
     number : among the context's, from 1
     """

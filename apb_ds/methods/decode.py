@@ -95,6 +95,6 @@ def _attend_shard(
 
 
 def saw_nothing(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the partial output of queries, (1, heads, tokens, head_dim), where there is no key to see."""
+    """Return the partial output of queries, (1, heads, tokens, head_dim), that see no keys: zeros, and -inf."""
     lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device=query.device)
     return torch.zeros_like(query), lse
