@@ -347,7 +347,9 @@ def _attend_documents(tools: Tools, pack: Pack, states: LayerStates, query: Tens
             continue
         heads, (keys, values) = query.shape[1], _widened(shard, query)
         if pack.is_step:  # one read of the keys serves all heads of a group, and all sequences
-            folded = tools.attend(fold_heads(rows, keys.shape[1]), keys, values, kernel=tools.kernels.decode)
+            kernel = tools.kernels.recorded or tools.kernels.decode
+            rows = fold_heads(rows, keys.shape[1])
+            folded = kernel.attend_all(rows, keys, values, tools.scale, softcap=tools.softcap)
             parts.append(unfold_heads(*folded, heads))
         else:
             parts.append(tools.attend(rows, keys, values))

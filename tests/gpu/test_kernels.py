@@ -107,6 +107,25 @@ def test_the_first_keys_of_buffers_in_a_graph(
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=LSE_TOLERANCE[dtype] + tanh)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("queries", [1, 32, 128])
+@pytest.mark.parametrize("kernel, dtype", [case for case in CASES if case.values[0].can_be_recorded])
+def test_all_keys_of_few_queries_in_a_graph(
+    kernel: type[Kernel], dtype: torch.dtype, queries: int, softcap: float | None
+) -> None:
+    query, key, value = Shape("long", 8, 8, queries, 20_000, False, 128).draw(dtype, "cuda")
+    attend = require(kernel, dtype, 128, softcap=softcap is not None)
+    attend.attend_all(query, key, value, 0.1, softcap=softcap)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, lse = attend.attend_all(query, key, value, 0.1, softcap=softcap)
+    graph.replay()
+    expected, expected_lse = ReferenceKernel()(query, key, value, False, 0.1, softcap=softcap)
+    tanh = (softcap or 0.0) * 2**-11  # approximate on the GPU
+    torch.testing.assert_close(output, expected, rtol=0, atol=OUTPUT_TOLERANCE[dtype] + 2 * tanh)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=LSE_TOLERANCE[dtype] + tanh)
+
+
 LONG_SLOTS = [
     Slots("long slots", (7, 0, 3, 5, 2), (2048, 1, 0, 700, 1100), 32, 8, 128, num_slots=9, capacity=2048),
     Slots("long slots, window", (7, 0, 3, 5), (2048, 1, 0, 700), 8, 4, 256, 9, 2048, window=512),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -269,3 +270,36 @@ def test_a_destroyed_engine_holds_no_cache(counts: Counts) -> None:
     assert all(reference() is None for reference in held)
     assert answer(engine, engine.prefill(document, query)) == expected, "it still serves, and records no more"
     assert counts.recorded == 1
+
+
+@pytest.mark.parametrize("has_recorded", [False, True])
+def test_packs_read_a_document_once_with_the_kernel_of_recorded_steps(
+    has_recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It splits the keys of few queries, where the other kernels may leave most of the device idle."""
+    calls: list[tuple[Any, torch.Size]] = []
+    attend_all = CPUFlashKernel.attend_all
+
+    def noted(self: Any, query: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        calls.append((self, query.shape))
+        return attend_all(self, query, *arguments, **options)
+
+    monkeypatch.setattr(CPUFlashKernel, "attend_all", noted)
+    engine = new_engine(cuda_graph=False)
+    document, query = request_ids(101, 5)
+    context = engine.prefill(document, query)
+    expected = answer(engine, context)
+    kernels = engine.attention.kernels_for
+    recorded = CPUFlashKernel()
+
+    def with_recorded(*arguments: Any, **options: Any) -> Any:
+        return replace(kernels(*arguments, **options), recorded=recorded if has_recorded else None)
+
+    monkeypatch.setattr(engine.attention, "kernels_for", with_recorded)
+    together = engine.generate(query_ids=[query, query], context=context, max_new_tokens=NEW, do_sample=False)
+    assert [tokens[0].tolist() for tokens in together] == [expected, expected]
+    config = engine.module.config
+    groups = config.num_attention_heads // config.num_key_value_heads
+    assert len(calls) == (NEW - 1) * config.num_hidden_layers, "once a layer and step, both sequences together"
+    assert {shape[1:3] for _, shape in calls} == {(config.num_key_value_heads, 2 * groups)}
+    assert all((kernel is recorded) == has_recorded for kernel, _ in calls)

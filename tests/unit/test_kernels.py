@@ -281,6 +281,9 @@ def test_kernels_in_ranges_pass_everything_on() -> None:
     assert (ranged.name, ranged.has_window, ranged.has_softcap) == ("cpu_flash", True, True)
     check_shape(ranged, CAPS[-3], torch.float32)
     query, key, value = Shape("", 4, 2, 1, 40, False).draw(torch.float32)
+    several = query.expand(-1, -1, 3, -1)
+    got, expected = (each.attend_all(several, key, value, 0.3, softcap=2.0)[0] for each in (ranged, kernel))
+    assert torch.equal(got, expected)
     count = torch.tensor([30], dtype=torch.int32)
     got, expected = (
         each.attend_first(query, key, value, count, 0.3, window=4, softcap=2.0)[0] for each in (ranged, kernel)
@@ -519,10 +522,13 @@ def flash_attn_3_when_asked(
 
 
 def attend_with_cache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, cache_batch_idx: Tensor | None, empty: float,
-    *options: Any,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None, cache_batch_idx: Tensor | None,
+    empty: float, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute what a function with a cache does; `empty` is its log-sum-exp of no keys."""
+    if cache_seqlens is None:
+        assert cache_batch_idx is None
+        cache_seqlens = torch.full((len(q),), k_cache.shape[1], dtype=torch.int32)
     batch = cache_batch_idx if cache_batch_idx is not None else torch.arange(len(q), dtype=torch.int32)
     for indices in (cache_seqlens, batch):
         assert indices.dtype == torch.int32 and indices.shape == q.shape[:1]
@@ -702,6 +708,17 @@ def test_flash_attn_3_with_the_first_keys_of_buffers(
     output, lse = FlashAttn3Kernel().attend_first(query, key, value, count, 0.2, window=window, softcap=softcap)
     seen = slice(first, num_keys)
     expected, expected_lse = call_reference(query, key[:, :, seen], value[:, :, seen], False, 0.2, softcap=softcap)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=OUTPUT_TOLERANCE[torch.bfloat16])
+    torch.testing.assert_close(lse, expected_lse.float(), rtol=0, atol=LSE_TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_flash_attn_3_splits_the_keys_of_few_queries(install: Callable[..., None], softcap: float | None) -> None:
+    """With the function that takes a cache: the other one would leave most of the device idle."""
+    install("fa3_fwd_interface", None)
+    query, key, value = Shape("", 4, 2, 5, 40, False).draw(torch.bfloat16)
+    output, lse = FlashAttn3Kernel().attend_all(query, key, value, 0.2, softcap=softcap)
+    expected, expected_lse = call_reference(query, key, value, False, 0.2, softcap=softcap)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=OUTPUT_TOLERANCE[torch.bfloat16])
     torch.testing.assert_close(lse, expected_lse.float(), rtol=0, atol=LSE_TOLERANCE[torch.bfloat16])
 

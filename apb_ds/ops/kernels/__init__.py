@@ -70,6 +70,10 @@ class _RangedKernel(Kernel):
         with profiling.part(profiling.ATTENTION):
             return self.kernel(*arguments, **options)
 
+    def attend_all(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        with profiling.part(profiling.ATTENTION):
+            return self.kernel.attend_all(*arguments, **options)
+
     def attend_first(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         with profiling.part(profiling.ATTENTION):
             return self.kernel.attend_first(*arguments, **options)

@@ -86,6 +86,15 @@ class Kernel:
         """Compute attention; the arguments are checked, and a window is at most as long as the keys."""
         raise NotImplementedError
 
+    def attend_all(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to all keys with few queries, without a mask: keys are split where the kernel can.
+
+        Shapes and results are those of `__call__`.
+        """
+        return self(query, key, value, False, scale, softcap=softcap)
+
     def attend_first(
         self,
         query: Tensor,

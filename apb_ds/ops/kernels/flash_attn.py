@@ -104,6 +104,12 @@ class FlashAttn3Kernel(Kernel):
             output, lse, *_ = function(q, k, v, softmax_scale=logits.scale, causal=logits.causal, **asking, **options)
         return output.transpose(1, 2), lse.float()
 
+    def attend_all(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        self._check(None, softcap)
+        return _with_cache(_flash_attn_3_with_cache(), query, key, value, None, scale, _options(None, softcap))
+
     def attend_first(
         self,
         query: Tensor,
@@ -166,9 +172,15 @@ def _options(window: int | None, softcap: float | None) -> dict[str, Any]:
 
 
 def _with_cache(
-    function: Any, query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor, scale: float, options: dict[str, Any]
+    function: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_keys: Tensor | None,
+    scale: float,
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """Call a package's ``flash_attn_with_kvcache``, which splits the keys, for the first keys of buffers."""
+    """Call a package's ``flash_attn_with_kvcache``, which splits the keys, for the first keys of buffers or all."""
     q, k, v = (states.transpose(1, 2) for states in (query, key, value))
     output, lse, *_ = function(q, k, v, cache_seqlens=num_keys, softmax_scale=scale, return_softmax_lse=True, **options)
     return output.transpose(1, 2), lse.float()
