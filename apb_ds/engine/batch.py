@@ -36,6 +36,7 @@ SHORT_DOCUMENT_TOKENS = 1024
 MAX_SEQUENCES = 32
 STEP_EVERY_S = 0.25
 CLOSED = "the batch was closed."
+USED_CLOSED = "the batch was closed; make another with engine.batch()."
 CANCELLED = "the request was cancelled."
 OUTDATED = "the context or branch changed while the request waited to join; submit the request again."
 
@@ -84,6 +85,7 @@ class Batch:
         self._layers_since, self._began = 0, 0.0
         self._layers_s = 0.0  # of the layers since then, without the step that follows
         self._failure: BaseException | None = None
+        self._is_closed = False
         self.stats = RequestStats()
 
     def __enter__(self) -> Self:
@@ -124,6 +126,8 @@ class Batch:
         ValueError
             On every rank, before anything is sent, for bad input and for a request that needs more memory than the
             batch has.
+        RuntimeError
+            Likewise, if the batch was closed.
         """
         engine = self._engine
         call = GenerateCall(
@@ -135,6 +139,7 @@ class Batch:
             ended_after_errors(streamer),
             shared_validation(self._group, "submit", engine.device) as comparison,
         ):
+            self._check_open()
             request = engine._validator.generate(call)
             self._check(request)
             comparison.facts = request.facts | engine._shared_facts
@@ -171,6 +176,7 @@ class Batch:
         engine = self._engine
         with exclusive_call(engine.module):
             with shared_validation(self._group, "prefill", engine.device) as comparison:
+                self._check_open()
                 request = engine._validator.prefill(document_ids, query_ids, max_positions)
                 comparison.facts = request.facts | engine._shared_facts
             return self._prefill(request, comparison.digest, progress)
@@ -185,9 +191,11 @@ class Batch:
         Raises
         ------
         torch.OutOfMemoryError, RuntimeError
-            If the forward of a step fails on this rank. No sequence has changed then, so it can be tried again.
+            If the forward of a step fails on this rank. No sequence has changed then, so it can be tried again. If the
+            batch was closed.
         """
         with exclusive_call(self._engine.module):
+            self._check_open()
             failure, self._failure = self._failure, None
             if failure is not None:
                 raise failure
@@ -203,12 +211,17 @@ class Batch:
             self.step()
 
     def close(self) -> None:
-        """End what has not ended, with a `Cancelled` error, and free all sequences."""
+        """End what has not ended, with a `Cancelled` error, and free all sequences; the batch takes no more."""
         with exclusive_call(self._engine.module):
+            self._is_closed = True
             for sequence in [*self._joining, *self._running]:
                 self._end(sequence, Cancelled(CLOSED))
             while self._waiting:
                 self._finish(self._waiting.popleft(), Cancelled(CLOSED))
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError(USED_CLOSED)
 
     # --- joining -----------------------------------------------------------------------------------------------------
 

@@ -308,6 +308,22 @@ def test_closing_a_batch_ends_all_requests_and_frees_them(engine: Any, context: 
     assert all(slab.is_unused for slab in engine.pool._slabs.values())
 
 
+def test_a_closed_batch_takes_no_more(engine: Any, context: Any) -> None:
+    recorder = Recorder()
+    with engine.batch() as batch:
+        batch.submit(QUERIES[0], context=context, max_new_tokens=2)
+        batch.run()
+    with pytest.raises(RuntimeError, match=r"closed.*engine\.batch"):
+        batch.submit(QUERIES[0], context=context, streamer=recorder)
+    assert recorder.events == ["end"]
+    with pytest.raises(RuntimeError, match="closed"):
+        batch.prefill(DOCUMENTS[0])
+    with pytest.raises(RuntimeError, match="closed"):
+        batch.step()
+    batch.close()
+    assert len(batch) == 0
+
+
 # --- branches -------------------------------------------------------------------------------------------------------
 
 
