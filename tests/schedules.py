@@ -244,10 +244,12 @@ class Scene:
 
     def free(self, which: int) -> None:
         if self.branches:
-            branch = self.branches[which % len(self.branches)]
+            place = which % len(self.branches)
+            branch = self.branches[place]
             if not any(one.source is branch and not one.handle.is_done for one in self.asked):
                 branch.free()
-                self.known[id(branch)] = branch.token_ids
+                self.branches[place] = branch.context.branch()
+                self.known[id(self.branches[place])] = self.known[id(branch.context)]
 
     def turn(self, which: int, length: int, num_new: int) -> None:
         """A turn that the engine alone appends to a context, while sequences and branches of it are under way."""

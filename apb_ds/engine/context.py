@@ -18,6 +18,7 @@ NOT_PICKLED = (
     "a {} cannot be pickled or saved with torch.save: it holds the engine's model and process group. Prefill the "
     "document again instead."
 )
+FREED = "context is a branch that was freed; make another with context.branch()."
 
 
 @dataclass
@@ -70,8 +71,12 @@ class Context:
         Any number of branches share the document; each keeps its own turns, and the context keeps its. All ranks make
         them in the same order.
         """
+        return Branch(self, self.token_ids, self.prefix())
+
+    def count_branch(self) -> int:
+        """Return the number of one more branch, from 1."""
         self._num_branches += 1
-        return Branch(self, self._num_branches)
+        return self._num_branches
 
     def prefix(self) -> Prefix:
         """Return what sequences share that begin now."""
@@ -88,22 +93,22 @@ class Branch:
     """A conversation about a context; see `Context.branch`. It takes a context's place in calls of the engine.
 
     A turn with ``append=True`` is kept in the branch. `free`, leaving it as a context manager, or dropping the last
-    reference frees its turns, and not the document.
+    reference frees its turns, and not the document. A freed branch is refused wherever it is used.
 
     Attributes
     ----------
-    context : where it started; later turns of the context are not part of it
-    token_ids : as `Context.token_ids`
+    context : the document
+    token_ids : as `Context.token_ids`; later turns of the context are not among them
     number : among the context's, from 1
     """
 
-    def __init__(self, context: Context, number: int) -> None:
+    def __init__(self, context: Context, token_ids: Tensor, prefix: Prefix, suffix: Suffix | None = None) -> None:
         self.context = context
-        self.number = number
-        self.token_ids = self._first_ids = context.token_ids
-        self.suffix: Suffix | None = None
+        self.number = context.count_branch()
+        self.token_ids = token_ids
+        self.suffix = suffix
         self.is_busy = False  # a sequence that appends to it is under way
-        self._prefix = context.prefix()
+        self._prefix: Prefix | None = prefix
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(NOT_PICKLED.format("Branch"))
@@ -147,23 +152,56 @@ class Branch:
 
     @property
     def num_cached(self) -> int:
-        """Tokens of document and turns that are stored, over all ranks."""
-        return self._prefix.num_tokens + (0 if self.suffix is None else self.suffix.num_tokens)
+        """Tokens of document and turns that are stored, over all ranks; 0 once it was freed."""
+        of_prefix = 0 if self._prefix is None else self._prefix.num_tokens
+        return of_prefix + (0 if self.suffix is None else self.suffix.num_tokens)
+
+    @property
+    def is_freed(self) -> bool:
+        return self._prefix is None
+
+    def check_usable(self) -> None:
+        """Raise ValueError once the branch was freed."""
+        if self._prefix is None:
+            raise ValueError(FREED)
 
     def prefix(self) -> Prefix:
         """Return what it began with."""
+        self.check_usable()
+        assert self._prefix is not None
         return self._prefix
 
+    def branch(self) -> Branch:
+        """Return a further conversation that starts from this one's turns, which are copied; the document is not.
+
+        All ranks make them in the same order.
+
+        Raises
+        ------
+        ValueError
+            If this branch was freed.
+        torch.OutOfMemoryError
+            On the rank that runs out of memory.
+        """
+        with exclusive_call(self.model):
+            prefix = self.prefix()
+            suffix = None if self.suffix is None else self.context.pool.new([], self.suffix)
+            return Branch(self.context, self.token_ids, prefix, suffix)
+
     def keep(self, token_ids: Tensor, suffix: Suffix) -> None:
-        """Keep a turn: all ids, (1, tokens), and where its tokens are stored."""
+        """Keep a turn: all ids, (1, tokens), and where its tokens are stored; a freed branch frees them."""
+        if self.is_freed:
+            self.context.pool.free(suffix)
+            return
         self._forget_turns()
         self.token_ids, self.suffix = token_ids, suffix
 
     def free(self) -> None:
-        """Free the branch's turns; it is as it began. All ranks do so in the same order."""
+        """Free the branch's turns for good; freeing twice does nothing. All ranks do so in the same order."""
         with exclusive_call(self.model):
             self._forget_turns()
-            self.token_ids = self._first_ids
+            self._prefix = None
+            self.token_ids = self.token_ids[:, :0]
 
     def _forget_turns(self) -> None:
         if self.suffix is not None:

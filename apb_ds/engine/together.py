@@ -32,12 +32,6 @@ def generate_all(
     refused : arguments that lists do not go with
     arguments : of every query
     """
-    for index, query_ids in enumerate(queries):
-        if not isinstance(query_ids, Tensor):
-            raise ValueError(
-                "query_ids must be an int64 tensor of shape (1, tokens) or a list of such tensors, got a list with "
-                f"{type(query_ids).__name__} at {index}."
-            )
     for name, value in refused.items():
         if value is not None:
             raise ValueError(f"{name} goes with a single query, not with a list of them.")

@@ -86,10 +86,12 @@ class GenerateCall:
     arguments: dict[str, Any]
 
 
-def _check_is_context(context: object) -> None:
+def _check_is_usable(context: object) -> None:
     if not isinstance(context, (Context, Branch)):
         got = type(context).__name__
         raise ValueError(f"context must be what engine.prefill(...) or its branch() returned, got {got}.")
+    if isinstance(context, Branch):
+        context.check_usable()
 
 
 class Validator:
@@ -160,7 +162,7 @@ class Validator:
             raise ValueError(f"context has {len(contexts)} contexts for {len(queries)} queries; give one, or as many.")
         requests = []
         for index, (query_ids, context) in enumerate(zip(queries, contexts, strict=True)):
-            _check_is_context(context)
+            _check_is_usable(context)
             name = "query_ids" if len(queries) == 1 else f"query_ids[{index}]"
             ids = check_ids(self._module, name, query_ids)
             self._check_context(context, context.num_tokens + ids.shape[1])
@@ -172,7 +174,7 @@ class Validator:
         if not isinstance(call.append, bool):
             raise ValueError(f"append={call.append!r} must be True or False.")
         if call.context is not None:
-            _check_is_context(call.context)
+            _check_is_usable(call.context)
         document_ids, query_ids = call.document_ids, call.query_ids
         if call.input_ids is not None:
             if document_ids is not None or query_ids is not None or call.context is not None:

@@ -360,7 +360,7 @@ def test_a_branch_is_freed_alone_and_its_slots_are_reused(engine: Any, context: 
     expected = alone(engine, QUERIES[1], branches[1])
     with branches[0]:
         pass
-    assert branches[0].suffix is None and torch.equal(branches[0].token_ids, context.token_ids)
+    assert branches[0].suffix is None and branches[0].num_tokens == branches[0].num_cached == 0
     again = context.branch()
     alone(engine, QUERIES[0], again, append=True)
     assert again.suffix.places[None].slot == taken and engine.pool.num_bytes == used
@@ -369,6 +369,47 @@ def test_a_branch_is_freed_alone_and_its_slots_are_reused(engine: Any, context: 
     assert alone(engine, QUERIES[1], branches[1]) == expected
     branches[1].free()
     assert all(slab.is_unused for slab in engine.pool._slabs.values())
+
+
+def test_a_freed_branch_is_refused(engine: Any, context: Any) -> None:
+    branch = context.branch()
+    alone(engine, QUERIES[0], branch, append=True)
+    other = context.branch()
+    with engine.batch(max_sequences=1) as batch:
+        running = batch.submit(QUERIES[1], context=branch, append=True, max_new_tokens=3)
+        waiting = batch.submit(QUERIES[1], context=branch, max_new_tokens=3)
+        batch.step()
+        branch.free()
+        with pytest.raises(ValueError, match=r"freed.*context\.branch"):
+            batch.submit(QUERIES[0], context=branch)
+        batch.run()
+    assert len(running.tokens) == 3 and branch.suffix is None, "its turn is not kept"
+    assert isinstance(waiting.error, ValueError)
+    with pytest.raises(ValueError, match="freed"):
+        engine.generate(query_ids=QUERIES[0], context=branch)
+    with pytest.raises(ValueError, match="freed"):
+        engine.query_logits([QUERIES[0]] * 2, context=[other, branch])
+    with pytest.raises(ValueError, match="freed"):
+        branch.branch()
+    branch.free()
+    assert all(slab.is_unused for slab in engine.pool._slabs.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window"])
+def test_a_branch_of_a_branch_starts_from_its_turns(family: str) -> None:
+    engine = apb_ds.init_inference(build_model(family), apb_ds.APBConfig(**GIVEN))
+    context, plain = (engine.prefill(DOCUMENTS[0], max_positions=200) for _ in range(2))
+    branch = context.branch()
+    assert alone(engine, QUERIES[2], branch.branch()) == alone(engine, QUERIES[2], plain)
+    alone(engine, QUERIES[0], branch, append=True)
+    alone(engine, QUERIES[0], plain, append=True)
+    further = branch.branch()
+    assert further.number == 3 and torch.equal(further.token_ids, branch.token_ids)
+    alone(engine, QUERIES[3], branch, append=True)
+    branch.free()
+    for query in QUERIES[1:3]:
+        assert alone(engine, query, further, append=True) == alone(engine, query, plain, append=True)
+    assert torch.equal(further.token_ids, plain.token_ids)
 
 
 def test_a_busy_branch_takes_no_second_turn(engine: Any, context: Any) -> None:
@@ -412,6 +453,14 @@ def test_a_branch_of_another_engine_is_refused(context: Any) -> None:
     other = apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(**GIVEN))
     with other.batch() as batch, pytest.raises(ValueError, match="another engine"):
         batch.submit(QUERIES[0], context=context.branch())
+
+
+def test_an_entry_of_a_list_that_is_no_tensor_fails_alone(engine: Any, context: Any) -> None:
+    queries: list[Any] = [QUERIES[0], [1, 2], None, QUERIES[1]]
+    found = engine.generate(query_ids=queries, context=context, max_new_tokens=3)
+    assert [type(one) for one in found] == [Tensor, ValueError, ValueError, Tensor]
+    assert "query_ids must be an int64 tensor" in str(found[1]) and "query_ids is missing" in str(found[2])
+    assert found[3][0].tolist() == alone(engine, QUERIES[1], context, max_new_tokens=3)
 
 
 # --- admission ------------------------------------------------------------------------------------------------------
