@@ -127,12 +127,20 @@ class ShardedCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the buffers for such states, (1, kv_heads, tokens, head_dim) each, or take those that were given."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        made_of = (key_states, value_states)
+        self.hold(*self.made_buffers(key_states, value_states), num_tokens=0)
+
+    def made_buffers(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return buffers for such states, of the capacity that was reserved: those that were given, or new ones."""
         given, self.given = self.given, None
-        if given is None or not all(map(self._is_like, given, made_of)):
-            given = self._buffer_like(key_states, self.capacity), self._buffer_like(value_states, self.capacity)
-        self.keys, self.values = given
+        if given is not None and self._is_like(given[0], keys) and self._is_like(given[1], values):
+            return given
+        return self._buffer_like(keys, self.capacity), self._buffer_like(values, self.capacity)
+
+    def hold(self, keys: Tensor, values: Tensor, num_tokens: int) -> None:
+        """Use these buffers, which hold so many stored tokens."""
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = keys, values
+        self.local_length = num_tokens
         self.is_initialized = True
 
     def store_block(self, keys: Tensor, values: Tensor) -> None:
@@ -299,6 +307,22 @@ class WindowCacheLayer(ShardedCacheLayer):
         self.local_length = kept
 
 
+def shape_alone(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor that takes the memory of one element."""
+    return torch.empty(1, dtype=dtype, device=device).expand(*shape)
+
+
+def host_like(states: Tensor, is_pinned: bool) -> Tensor:
+    """Return a new, contiguous tensor of the same shape and dtype in host memory."""
+    return torch.empty(states.shape, dtype=states.dtype, pin_memory=is_pinned)
+
+
+def copy_heads(target: Tensor, source: Tensor) -> None:
+    """Start copying (1, heads, tokens, channels), each head by itself: that is contiguous, and needs no other copy."""
+    for new, old in zip(target[0], source[0], strict=True):
+        new.copy_(old, non_blocking=True)
+
+
 def _stepped(num_tokens: int) -> int:
     return -(-num_tokens // STEP_TOKENS) * STEP_TOKENS
 
@@ -429,6 +453,53 @@ class ShardedCache(Cache):
         """Forget what came after the first `num_tokens` tokens, layer by layer (a failed forward fills only some)."""
         for layer in self._sharded_layers:
             layer.crop(min(0, num_tokens - layer.global_length))
+
+    def shards(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return what is stored on this rank by layer, (1, kv_heads, local_tokens, head_dim) each; views."""
+        return {
+            layer_idx: layer.shard()
+            for layer_idx, layer in enumerate(self._sharded_layers)
+            if self.attention[layer_idx].stores and layer.local_length > 0
+        }
+
+    def copied_to_host(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return a copy of `shards` in host memory, pinned if it comes from CUDA, without spare room."""
+        copies = {}
+        for layer_idx, shard in self.shards().items():
+            keys, values = (host_like(states, is_pinned=states.is_cuda) for states in shard)
+            copy_heads(keys, shard[0])
+            copy_heads(values, shard[1])
+            copies[layer_idx] = keys, values
+        for device in {keys.device for keys, _ in self.shards().values() if keys.is_cuda}:
+            torch.cuda.synchronize(device)
+        return copies
+
+    def copied_to_device(self, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return buffers on a device that hold a copy of `shards`, with the spare room that is reserved."""
+        copies = {}
+        for layer_idx, shard in self.shards().items():
+            layer = self._sharded_layers[layer_idx]
+            layer.reserve(layer.local_length)
+            like = [shape_alone(states.shape, states.dtype, device) for states in shard]
+            keys, values = layer.made_buffers(like[0], like[1])
+            copy_heads(keys[:, :, : layer.local_length], shard[0])
+            copy_heads(values[:, :, : layer.local_length], shard[1])
+            copies[layer_idx] = keys, values
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return copies
+
+    def use_copies(self, copies: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Use copies of `shards` as buffers, which frees those in use.
+
+        Nothing can be attended to or stored while they are in host memory.
+        """
+        for layer_idx, layer in enumerate(self._sharded_layers):
+            if layer_idx in copies:
+                layer.hold(*copies[layer_idx], num_tokens=layer.local_length)
+            else:
+                layer.keys = layer.values = None
+                layer.is_initialized = False
 
     @property
     def holds_new(self) -> bool:

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
-from typing import NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+from weakref import WeakSet
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from apb_ds.attention import APBAttention
 from apb_ds.cache import ShardedCache
 from apb_ds.engine.calls import exclusive_call
+from apb_ds.engine.saved import save_context
+from apb_ds.parallel.consistency import shared_outcome, shared_validation
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan
 from apb_ds.suffixes import Prefix, Suffix, SuffixPool
 
+if TYPE_CHECKING:
+    from apb_ds.engine.engine import APBEngine
+
+SHOWN_KEY = 12  # characters of a context's key
 NOT_PICKLED = (
-    "a {} cannot be pickled or saved with torch.save: it holds the engine's model and process group. Prefill the "
-    "document again instead."
+    "a {} cannot be pickled or saved with torch.save: it holds the engine's model and process group. Save the context "
+    "with context.save(path), or prefill the document again."
 )
+DEVICE, HOST = "device", "host"
+PLACES = (DEVICE, HOST)
+ON_HOST = "the context is in host memory; call context.to_device() first."
 FREED = "context is a branch that was freed; make another with context.branch()."
 
 
 @dataclass
 class Context:
-    """A document in the sharded cache of one engine, made by `APBEngine.prefill`.
+    """A document in the sharded cache of one engine, made by `APBEngine.prefill` or `APBEngine.load_context`.
 
     Attributes
     ----------
@@ -32,11 +44,12 @@ class Context:
     token_ids : (1, tokens), int64, on the model's device: the document and every turn kept since. The last
         token of a generated turn is not in the cache yet; the next forward feeds it first.
     max_positions : positions that the rotary frequencies were chosen for
-    prefill_s : seconds of the prefill on this rank
+    prefill_s : seconds of the prefill on this rank; 0 if it was loaded
     bytes_sent : bytes that this rank sent to others during the prefill
-    model, group : the engine's that made it
-    pool : that engine's, where branches are stored
+    engine : that made it
+    attention : the layer with the settings that it was prefilled with
     key : digest of settings and tokens, the same on every rank; empty for a group of one rank
+    place : ``device`` or ``host``: where keys and values are; see `to_host`
     """
 
     plan: Plan
@@ -45,15 +58,31 @@ class Context:
     max_positions: int
     prefill_s: float
     bytes_sent: int
-    model: PreTrainedModel = field(repr=False)
-    group: SequenceGroup = field(repr=False)
-    pool: SuffixPool = field(repr=False)
+    engine: APBEngine = field(repr=False)
+    attention: APBAttention = field(repr=False)
     key: str = ""
+    place: str = DEVICE
     _num_branches: int = field(default=0, init=False, repr=False)
+    _branches: WeakSet[Branch] = field(default_factory=WeakSet, init=False, repr=False)
     _prefix: Prefix | None = field(default=None, init=False, repr=False)
+    _prefixes: WeakSet[Prefix] = field(default_factory=WeakSet, init=False, repr=False)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(NOT_PICKLED.format("Context"))
+
+    @property
+    def model(self) -> PreTrainedModel:
+        model: PreTrainedModel = self.engine.module
+        return model
+
+    @property
+    def group(self) -> SequenceGroup:
+        return self.engine.group
+
+    @property
+    def pool(self) -> SuffixPool:
+        """The engine's, where branches are stored."""
+        return self.engine.pool
 
     @property
     def num_tokens(self) -> int:
@@ -65,6 +94,98 @@ class Context:
         """Tokens in the cache, over all ranks."""
         return self.cache.get_seq_length()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values on this rank, in whichever place; on a device with spare room for new tokens."""
+        return self.cache.num_bytes
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What calls compare between the ranks."""
+        return {"prefill": self.key[:SHOWN_KEY], "tokens": self.num_tokens, "place": self.place}
+
+    def check_usable(self) -> None:
+        """Raise ValueError while it is in host memory."""
+        if self.place == HOST:
+            raise ValueError(ON_HOST)
+
+    def to_host(self) -> None:
+        """Move keys and values to host memory (pinned, for a CUDA device), which frees the device's. All ranks do so.
+
+        Until `to_device`, the context cannot be asked, branched or given to a batch; it can be saved. Requests of a
+        batch that wait to join end with an error. On CPU nothing moves.
+
+        Raises
+        ------
+        ValueError
+            On every rank, while branches that were not freed, or running requests of a batch, share the document.
+        RuntimeError
+            On every rank if host memory runs out on one; nothing is changed then.
+        """
+        with exclusive_call(self.model):
+            with shared_validation(self.group, "to_host", self.engine.device) as comparison:
+                self._check_unshared()
+                comparison.facts = {"context": self.facts}
+            if self.place == HOST:
+                return
+            if self.engine.device.type != "cpu":
+                self.cache.forget_unreachable()
+                with shared_outcome(self.group):
+                    copies = self.cache.copied_to_host()
+                self.cache.use_copies(copies)
+                if self.engine._recorded is not None:
+                    self.engine._recorded.let_go(self.cache)
+            self.place = HOST
+
+    def to_device(self) -> None:
+        """Move keys and values back to the device, with spare room for new tokens as before. All ranks do so.
+
+        Raises
+        ------
+        torch.OutOfMemoryError, RuntimeError
+            The first on the rank that runs out of memory, the other elsewhere; nothing is changed then.
+        """
+        with exclusive_call(self.model):
+            with shared_validation(self.group, "to_device", self.engine.device) as comparison:
+                comparison.facts = {"context": self.facts}
+            if self.place == DEVICE:
+                return
+            if self.engine.device.type != "cpu":
+                with shared_outcome(self.group):
+                    if self.engine._recorded is not None:
+                        self.engine._recorded.lend_buffers(self.cache)
+                    copies = self.cache.copied_to_device(self.engine.device)
+                self.cache.use_copies(copies)
+            self.place = DEVICE
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the context to a directory, for `APBEngine.load_context`; from either place. All ranks do so together.
+
+        The directory appears once it is whole, in place of a context that was saved there before. A process that is
+        killed meanwhile leaves a hidden directory ``.<name>.<random>.partial`` next to it, which can be deleted. The
+        ranks must share the file system.
+
+        Raises
+        ------
+        ValueError
+            On every rank, if something else is at `path`, or the folder it lies in does not exist.
+        OSError
+            On every rank, if one cannot write; nothing is left then but what was there before.
+        """
+        save_context(self, path)
+
+    def _check_unshared(self) -> None:
+        """Raise ValueError if something uses the buffers."""
+        self.release_prefix()
+        numbers = sorted(branch.number for branch in self._branches if not branch.is_freed)
+        if numbers:
+            raise ValueError(
+                f"the context has branches (number {', '.join(map(str, numbers))}), which share its keys and values; "
+                "free them with branch.free() before it moves."
+            )
+        if len(self._prefixes):
+            raise ValueError("running requests of a batch share the context's keys and values; let them end first.")
+
     def branch(self) -> Branch:
         """Return a separate conversation that starts from what the context holds now, without copying it.
 
@@ -73,15 +194,18 @@ class Context:
         """
         return Branch(self, self.token_ids, self.prefix())
 
-    def count_branch(self) -> int:
-        """Return the number of one more branch, from 1."""
+    def note_branch(self, branch: Branch) -> int:
+        """Note one more branch; return its number, from 1."""
         self._num_branches += 1
+        self._branches.add(branch)
         return self._num_branches
 
     def prefix(self) -> Prefix:
         """Return what sequences share that begin now."""
+        self.check_usable()
         if self._prefix is None or self._prefix.num_tokens != self.num_cached:
             self._prefix = Prefix(self.cache.attention, self.cache)
+            self._prefixes.add(self._prefix)
         return self._prefix
 
     def release_prefix(self) -> None:
@@ -104,7 +228,7 @@ class Branch:
 
     def __init__(self, context: Context, token_ids: Tensor, prefix: Prefix, suffix: Suffix | None = None) -> None:
         self.context = context
-        self.number = context.count_branch()
+        self.number = context.note_branch(self)
         self.token_ids = token_ids
         self.suffix = suffix
         self.is_busy = False  # a sequence that appends to it is under way
@@ -140,6 +264,11 @@ class Branch:
     @property
     def key(self) -> str:
         return self.context.key
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What calls compare between the ranks."""
+        return {**self.context.facts, "tokens": self.num_tokens, "branch": self.number}
 
     @property
     def max_positions(self) -> int:

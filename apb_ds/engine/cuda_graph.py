@@ -152,6 +152,11 @@ class RecordedSteps:
         else:
             self._step = None  # the new cache needs the memory
 
+    def let_go(self, cache: ShardedCache) -> None:
+        """Free the recorded step if it was made for this cache, whose buffers are to be freed."""
+        if self._user is not None and self._user() is cache:
+            self._step = self._user = None
+
     def run(self, cache: ShardedCache, call: ActiveCall, token: Tensor, num_done: int) -> Tensor | None:
         """Feed one token to a recorded step; return its logits, or None if no recording fits.
 

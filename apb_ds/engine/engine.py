@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,21 +20,22 @@ from apb_ds.attention import APBAttention, Phase, check_available
 from apb_ds.cache import ShardedCache
 from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
-from apb_ds.config import APBConfig
+from apb_ds.config import APBConfig, check_choice
 from apb_ds.engine.acceleration import Acceleration
 from apb_ds.engine.batch import MAX_SEQUENCES, STEP_EVERY_S, Batch
 from apb_ds.engine.calls import ended_after_errors, exclusive_call
 from apb_ds.engine.choosing import prepare
-from apb_ds.engine.context import Branch, Context
+from apb_ds.engine.context import DEVICE, HOST, PLACES, Branch, Context
 from apb_ds.engine.cuda_graph import RecordedSteps
 from apb_ds.engine.decoding import LockstepDecoder, RequestStats
 from apb_ds.engine.generation_settings import warn_of_overrides
 from apb_ds.engine.packs import query_logits_together
 from apb_ds.engine.prefill import run_rounds
+from apb_ds.engine.saved import model_facts, read_manifest
 from apb_ds.engine.sequences import OnProgress
 from apb_ds.engine.together import answer_alone, generate_all
-from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator
-from apb_ds.hf.architecture import check_supported
+from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator, check_ids
+from apb_ds.hf.architecture import check_positions, check_supported
 from apb_ds.hf.interface import apb_attention
 from apb_ds.hf.probe import probe_model
 from apb_ds.hf.rotary import warn_of_rough_frequencies
@@ -42,7 +44,7 @@ from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.methods.state import PrefillState
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.ops.memory import explain_out_of_memory, levers
-from apb_ds.parallel.consistency import describe_model, shared_validation
+from apb_ds.parallel.consistency import describe_model, shared_outcome, shared_validation
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan, check_ranks
 from apb_ds.suffixes import SuffixPool
@@ -95,6 +97,7 @@ class APBEngine(InferenceEngine):
         self._training = [(module, module.training) for module in model.modules()]
         self._heads: list[RetainingHeads] = []  # a list, which keeps them out of this module's tree
         self._heads_facts: dict[str, str] | None = None
+        self._model_facts: tuple[list[tuple[int, int]], dict[str, str]] | None = None
         attention, heads = self._build_attention(config, retaining_heads)
         self._acceleration = Acceleration(self.module, config.settings, group, self._kernels_of(attention), self.layers)
         self._put_in_force(config, attention, heads)
@@ -267,11 +270,74 @@ class APBEngine(InferenceEngine):
             max_positions=request.max_positions,
             prefill_s=prefill_s,
             bytes_sent=self.group.bytes_sent - sent_before,
-            model=self.module,
-            group=self.group,
-            pool=self.pool,
+            engine=self,
+            attention=request.attention,
             key=key,
         )
+
+    def load_context(self, path: str | os.PathLike[str], *, place: str = DEVICE) -> Context:
+        """Load what `Context.save` wrote, on any number of ranks, without a prefill.
+
+        The tokens are dealt evenly over the ranks, unless there are as many as saved it: then each gets what that rank
+        had. Every rank reads only what it needs, and checks it.
+
+        Parameters
+        ----------
+        path : of the directory, which all ranks see
+        place : ``device``, or ``host`` to load into host memory, for `Context.to_device` later
+
+        Raises
+        ------
+        ValueError
+            On every rank: if there is no saved context, a file was changed or truncated, or the model, its weights or
+            the settings differ from those that it was prefilled with.
+        torch.OutOfMemoryError, RuntimeError
+            The first on the rank that runs out of memory, the other elsewhere.
+        """
+        with exclusive_call(self.module):
+            with shared_validation(self.group, "load_context", self.device) as comparison:
+                check_choice("place", place, PLACES)
+                saved = read_manifest(path)
+                saved.check_model(self.model_facts(), self.layers)
+                plan = self._validator.plan(saved.document_tokens, saved.anchor_query_length)
+                saved.check_settings(self.attention, plan)
+                check_positions(self.module, saved.max_positions)
+                token_ids = check_ids(self.module, "token_ids", saved.token_ids)
+                comparison.facts = {"path": str(path), "place": place, "saved context": saved.checksum}
+            first, stop = saved.shard_span(self.group.rank, self.group.world_size)
+            cache = ShardedCache(
+                self.layers,
+                self.group.rank,
+                self.group.world_size,
+                stop - first,
+                new_tokens=max(0, saved.max_positions - saved.cached_tokens),
+            )
+            if self._recorded is not None and place == DEVICE:
+                self._recorded.lend_buffers(cache)
+            with shared_outcome(self.group):
+                saved.read_into(cache, (first, stop), self.device, on_host=place == HOST)
+            return Context(
+                plan=plan,
+                cache=cache,
+                token_ids=token_ids,
+                max_positions=saved.max_positions,
+                prefill_s=0.0,
+                bytes_sent=0,
+                engine=self,
+                attention=self.attention,
+                key=comparison.digest,
+                place=place,
+            )
+
+    def model_facts(self) -> dict[str, str]:
+        """Return what a saved context's model must share with this one, read again when weights have changed."""
+        weights = [
+            (parameter.data_ptr(), -1 if parameter.is_inference() else parameter._version)
+            for parameter in self.module.parameters()
+        ]
+        if self._model_facts is None or self._model_facts[0] != weights:
+            self._model_facts = weights, model_facts(self.module)
+        return self._model_facts[1]
 
     def generate(
         self,

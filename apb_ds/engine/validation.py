@@ -23,8 +23,6 @@ from apb_ds.hf.rotary import check_reach
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import FORWARD_TOKENS, Plan, plan_request
 
-SHOWN_KEY = 12  # characters of a context's key
-
 
 @dataclass(frozen=True)
 class PrefillRequest:
@@ -90,8 +88,7 @@ def _check_is_usable(context: object) -> None:
     if not isinstance(context, (Context, Branch)):
         got = type(context).__name__
         raise ValueError(f"context must be what engine.prefill(...) or its branch() returned, got {got}.")
-    if isinstance(context, Branch):
-        context.check_usable()
+    context.check_usable()
 
 
 class Validator:
@@ -124,8 +121,7 @@ class Validator:
             query_ids = check_ids(self._module, "query_ids", query_ids)
             num_query = query_ids.shape[1]
         num_tokens = document_ids.shape[1]
-        forward_tokens = None if self._module.device.type == "cpu" else FORWARD_TOKENS
-        plan = plan_request(self._config, num_tokens, num_query, self._group.world_size, forward_tokens)
+        plan = self.plan(num_tokens, num_query)
         if self._attention.needs_query and num_query == 0 and not plan.exact:
             raise ValueError(f"compressor={self._config.compressor!r} needs query_ids at prefill; it scores with them.")
         max_positions = max(max_positions or 0, num_tokens + num_query)
@@ -133,6 +129,11 @@ class Validator:
         facts = settings_facts(self._config)
         facts |= {"document_ids": document_ids, "query_ids": query_ids, "max_positions": max_positions}
         return PrefillRequest(document_ids, query_ids, plan, self._attention, max_positions, facts)
+
+    def plan(self, num_tokens: int, num_query: int) -> Plan:
+        """Return how a document is split; see `plan_request`."""
+        forward_tokens = None if self._module.device.type == "cpu" else FORWARD_TOKENS
+        return plan_request(self._config, num_tokens, num_query, self._group.world_size, forward_tokens)
 
     def generate(self, call: GenerateCall) -> QueryRequest:
         """Validate `APBEngine.generate`'s arguments."""
@@ -196,10 +197,7 @@ class Validator:
         check_reach(self._module, context.max_positions, num_positions)
 
     def _query_facts(self, query_ids: Tensor, context: Context | Branch, num_new: int) -> dict[str, Any]:
-        of_context = {"prefill": context.key[:SHOWN_KEY], "tokens": context.num_tokens}
-        if isinstance(context, Branch):
-            of_context["branch"] = context.number
-        return {"query_ids": query_ids, "max_new_tokens": num_new, "context": of_context}
+        return {"query_ids": query_ids, "max_new_tokens": num_new, "context": context.facts}
 
 
 def check_seed(seed: int | None) -> None:

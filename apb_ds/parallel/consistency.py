@@ -84,6 +84,30 @@ def shared_validation(group: SequenceGroup, call: str, device: torch.device | No
     comparison.digest = digest.hex()
 
 
+@contextmanager
+def shared_outcome(group: SequenceGroup) -> Iterator[None]:
+    """Do something on every rank that may fail on any of them, without communicating; then all ranks fail, or none.
+
+    Raises
+    ------
+    Exception
+        On a rank that failed its own error; on the others a ValueError, OSError or RuntimeError that names the rank.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    kind = next((kind for kind in (ValueError, OSError) if isinstance(failure, kind)), RuntimeError)
+    outcomes = group.gather_objects(None if failure is None else (kind, str(failure) or type(failure).__name__))
+    if failure is not None:
+        raise failure
+    for rank, outcome in enumerate(outcomes):
+        if outcome is not None:
+            of_kind, message = outcome
+            raise of_kind(f"rank {rank}: {message}")
+
+
 def describe_difference(by_rank: list[dict[str, Any]]) -> str:
     """Return the first refusal, else the facts that differ and which rank has what."""
     for rank, facts in enumerate(by_rank):
