@@ -29,9 +29,10 @@ from apb_ds.engine.context import DEVICE, HOST, PLACES, Branch, Context
 from apb_ds.engine.cuda_graph import RecordedSteps
 from apb_ds.engine.decoding import LockstepDecoder, RequestStats
 from apb_ds.engine.generation_settings import warn_of_overrides
+from apb_ds.engine.loaded import read_manifest
 from apb_ds.engine.packs import query_logits_together
 from apb_ds.engine.prefill import run_rounds
-from apb_ds.engine.saved import model_facts, read_manifest
+from apb_ds.engine.saved_facts import model_facts
 from apb_ds.engine.sequences import OnProgress
 from apb_ds.engine.together import answer_alone, generate_all
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator, check_ids
