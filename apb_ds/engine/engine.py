@@ -305,6 +305,7 @@ class APBEngine(InferenceEngine):
                 check_positions(self.module, saved.max_positions)
                 token_ids = check_ids(self.module, "token_ids", saved.token_ids)
                 comparison.facts = {"path": str(path), "place": place, "saved context": saved.checksum}
+            on_host = place == HOST and self.device.type != "cpu"
             first, stop = saved.shard_span(self.group.rank, self.group.world_size)
             cache = ShardedCache(
                 self.layers,
@@ -313,10 +314,10 @@ class APBEngine(InferenceEngine):
                 stop - first,
                 new_tokens=max(0, saved.max_positions - saved.cached_tokens),
             )
-            if self._recorded is not None and place == DEVICE:
+            if self._recorded is not None and not on_host:
                 self._recorded.lend_buffers(cache)
             with shared_outcome(self.group):
-                saved.read_into(cache, (first, stop), self.device, on_host=place == HOST)
+                saved.read_into(cache, (first, stop), self.device, on_host=on_host)
             return Context(
                 plan=plan,
                 cache=cache,

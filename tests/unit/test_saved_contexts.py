@@ -18,6 +18,7 @@ import apb_ds
 from apb_ds.cache import ShardedCache
 from apb_ds.engine import saved, saved_files
 from apb_ds.engine.cuda_graph import RecordedSteps
+from apb_ds.engine.loaded import read_manifest
 from tests.models import build_model
 from tests.together import DOCUMENTS, GIVEN, NEW, QUERIES, alone, same_shards
 
@@ -398,18 +399,29 @@ def test_copies_are_the_same_to_the_bit(family: str) -> None:
 
 
 def test_a_context_is_saved_from_the_host_and_loaded_there(engine: Any, context: Any, tmp_path: Path) -> None:
+    plain = engine.prefill(DOCUMENTS[0], QUERIES[0], max_positions=200)
     context.to_host()
     context.cache.use_copies(context.cache.copied_to_host())
     context.save(tmp_path / "document")
     loaded = engine.load_context(tmp_path / "document", place="host")
-    assert loaded.place == context.place == "host"
-    assert loaded.num_bytes == context.num_bytes, "without spare room"
+    assert loaded.place == "host"
     with pytest.raises(ValueError, match="to_device"):
         loaded.branch()
-    for one in (loaded, context):
-        one.to_device()
-        one.cache.use_copies(one.cache.copied_to_device(CPU))
-    assert_same(engine, context, loaded)
+    loaded.to_device()
+    assert_same(engine, plain, loaded)
+    assert alone(engine, QUERIES[1], loaded, append=True) == alone(engine, QUERIES[1], plain, append=True)
+
+
+def test_what_is_read_into_host_memory_has_no_spare_room(engine: Any, context: Any, path: Path) -> None:
+    """On CPU the engine reads into buffers with room, since they need not move."""
+    cache = ShardedCache(engine.layers, 0, 1, 60, new_tokens=140)
+    found = read_manifest(path)
+    found.read_into(cache, found.shard_span(0, 1), CPU, on_host=True)
+    assert cache.num_bytes == stored_bytes(context) < context.num_bytes
+    cache.use_copies(cache.copied_to_device(CPU))
+    assert cache.num_bytes == context.num_bytes
+    for layer_idx, shard in context.cache.shards().items():
+        assert all(map(torch.equal, shard, cache.shards()[layer_idx]))
 
 
 def test_a_failed_copy_changes_nothing(engine: Any, context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
