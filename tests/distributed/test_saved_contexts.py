@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from apb_ds.engine import saved
+from apb_ds.engine import loaded, saved
 from tests.engine_cases import TOLERANCE
 from tests.models import build_model
 from tests.pool import Pools
@@ -150,13 +150,14 @@ def failures(rank: int, world_size: int, folder: Path) -> dict[str, str]:
                 patch.setattr(target, attribute, how)
             found[name] = error_of(engine.group, call)
 
-    from apb_ds.engine.loaded import SavedContext
+    def missing(*_: Any) -> Any:
+        raise KeyError("files")
 
     failing("write", os, "pwrite", lambda: other.save(path))
     found["left"] = " ".join(sorted(os.listdir(folder)))
     assert same_shards(context, engine.load_context(path), engine.layers)
-    failing("memory", SavedContext, "read_into", lambda: engine.load_context(path), out_of_memory)
-    failing("manifest", Path, "read_text", lambda: engine.load_context(path))
+    failing("memory", loaded.SavedContext, "read_into", lambda: engine.load_context(path), out_of_memory)
+    failing("manifest", loaded, "_parsed", lambda: engine.load_context(path), missing)
     found["paths"] = error_of(engine.group, lambda: context.save(folder / f"of rank {rank}"))
     branch = context.branch()
     if rank == 0:
@@ -196,7 +197,7 @@ def test_a_failure_of_one_rank_is_reported_on_all(pool: Pools, tmp_path: Path) -
     assert second["write"] == "OSError: [Errno 28] No space left on device"
     assert first["memory"] == "RuntimeError: rank 1: no memory" and second["memory"] == "OutOfMemoryError: no memory"
     assert first["to_host"] == first["memory"] and second["to_host"] == second["memory"]
-    assert "rank 1" in first["manifest"] and "cannot be read" in second["manifest"]
+    assert "rank 1" in first["manifest"] and "manifest.json was changed" in second["manifest"]
     assert "path is" in first["paths"] and first["paths"] == second["paths"]
     assert "rank 1: the context has branches (number 1)" in first["branch"]
     assert second["branch"] == first["branch"].replace("rank 1: ", "")
