@@ -186,7 +186,7 @@ def test_a_forward_that_fails_leaves_the_model_plain(failing_layer: Any, call: s
     context = None
     if call != "prefill":
         context = apb_ds.init_inference(build_model("llama"), CONFIG).prefill(document, query)
-        context.model = attached.module  # the same weights, in a model whose layers do not fail
+        context.engine = attached  # the same weights, in a model whose layers do not fail
     with pytest.raises(ArithmeticError, match="this layer failed"):
         if call == "prefill":
             attached.prefill(document, query)
