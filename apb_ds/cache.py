@@ -312,15 +312,14 @@ def shape_alone(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
     return torch.empty(1, dtype=dtype, device=device).expand(*shape)
 
 
-def host_like(states: Tensor, is_pinned: bool) -> Tensor:
+def host_like(states: Tensor) -> Tensor:
     """Return a new, contiguous tensor of the same shape and dtype in host memory."""
-    return torch.empty(states.shape, dtype=states.dtype, pin_memory=is_pinned)
+    return torch.empty(states.shape, dtype=states.dtype)
 
 
-def copy_heads(target: Tensor, source: Tensor) -> None:
-    """Start copying (1, heads, tokens, channels), each head by itself: that is contiguous, and needs no other copy."""
-    for new, old in zip(target[0], source[0], strict=True):
-        new.copy_(old, non_blocking=True)
+def first_capacity(num_document: int, num_new: int = 0) -> int:
+    """Return for how many tokens a shard's buffers are made; see `ShardedCache`."""
+    return _stepped(num_document + max(GROWTH_TOKENS, num_new))
 
 
 def _stepped(num_tokens: int) -> int:
@@ -369,7 +368,7 @@ class ShardedCache(Cache):
                 layer, num_document, num_new = ShardedCacheLayer(self._owners, is_expanded), shard_tokens, share
             else:
                 layer, num_document, num_new = WindowCacheLayer(attention.window), attention.window - 1, new_tokens
-            layer.reserve(_stepped(num_document + max(GROWTH_TOKENS, num_new)))
+            layer.reserve(first_capacity(num_document, num_new))
             self._sharded_layers.append(layer)
         self._storing = [layer for layer, of in zip(self._sharded_layers, layers, strict=True) if of.stores]
         self._of_window = {
@@ -462,32 +461,19 @@ class ShardedCache(Cache):
             if self.attention[layer_idx].stores and layer.local_length > 0
         }
 
-    def copied_to_host(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return a copy of `shards` in host memory, pinned if it comes from CUDA, without spare room."""
-        copies = {}
-        for layer_idx, shard in self.shards().items():
-            keys, values = (host_like(states, is_pinned=states.is_cuda) for states in shard)
-            copy_heads(keys, shard[0])
-            copy_heads(values, shard[1])
-            copies[layer_idx] = keys, values
-        for device in {keys.device for keys, _ in self.shards().values() if keys.is_cuda}:
-            torch.cuda.synchronize(device)
-        return copies
+    def room_on_host(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return tensors like `shards` in host memory, to copy them to."""
+        return {layer_idx: (host_like(keys), host_like(values)) for layer_idx, (keys, values) in self.shards().items()}
 
-    def copied_to_device(self, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return buffers on a device that hold a copy of `shards`, with the spare room that is reserved."""
-        copies = {}
+    def room_on_device(self, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return buffers on a device, with the spare room that is reserved, to copy `shards` to their beginning."""
+        room = {}
         for layer_idx, shard in self.shards().items():
             layer = self._sharded_layers[layer_idx]
             layer.reserve(layer.local_length)
             like = [shape_alone(states.shape, states.dtype, device) for states in shard]
-            keys, values = layer.made_buffers(like[0], like[1])
-            copy_heads(keys[:, :, : layer.local_length], shard[0])
-            copy_heads(values[:, :, : layer.local_length], shard[1])
-            copies[layer_idx] = keys, values
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return copies
+            room[layer_idx] = layer.made_buffers(like[0], like[1])
+        return room
 
     def use_copies(self, copies: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """Use copies of `shards` as buffers, which frees those in use.

@@ -1,15 +1,15 @@
 """Many requests at once: sequences join and leave between steps, and share every forward.
 
-All ranks call the methods of a batch in the same order with the same arguments. The first rank chooses the tokens and
-sends, with those of each step, who has ended and after how many layers of a prefill the next step comes: so steps run
+All ranks call the methods of a batch in the same order with the same arguments. The first rank chooses the tokens, and
+sends them with who has ended; it also says after how many layers of a prefill the next step comes, so that steps run
 inside a prefill at the same place on every rank.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import deque
+from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,6 +20,7 @@ from apb_ds.engine.calls import ended_after_errors, exclusive_call
 from apb_ds.engine.choosing import Chooser, prepare
 from apb_ds.engine.context import Branch, Context
 from apb_ds.engine.decoding import RequestStats
+from apb_ds.engine.pace import Pace
 from apb_ds.engine.packs import FEWER_SEQUENCES, in_forwards, ordered_by_prefix, run_pack
 from apb_ds.engine.sequences import Cancelled, Handle, OnProgress, Sequence
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest
@@ -56,19 +57,29 @@ class Batch:
     max_sequences : that decode at a time; further ones wait
     max_bytes : per rank, of what sequences store besides their documents, and of documents that the batch prefills
     step_every_s : seconds of a prefill between two steps inside it, about, which these come on top of
+    on_pause : called on every rank before each step inside a prefill. Requests that it submits about contexts join in
+        that step; raising an exception, on all ranks alike, abandons the prefill.
 
     Attributes
     ----------
     stats : where the time went on this rank: of all prefills (with the steps inside them), queries and steps
     """
 
-    def __init__(self, engine: APBEngine, max_sequences: int, max_bytes: int | None, step_every_s: float) -> None:
+    def __init__(
+        self,
+        engine: APBEngine,
+        max_sequences: int,
+        max_bytes: int | None,
+        step_every_s: float,
+        on_pause: Callable[[], None] | None = None,
+    ) -> None:
         if isinstance(max_sequences, bool) or not isinstance(max_sequences, int) or max_sequences < 1:
             raise ValueError(f"max_sequences={max_sequences!r} must be an integer of at least 1.")
         self._engine = engine
         self._group = engine.group
         self._max_sequences = max_sequences
-        self._step_every_s = step_every_s
+        self._pace = Pace(engine.group, engine.device, step_every_s)
+        self._on_pause = on_pause
         self._pool = engine.pool
         self._nothing = Prefix(engine.layers)
         if max_bytes is None:  # the ranks differ, so the smallest counts
@@ -81,9 +92,6 @@ class Batch:
         self._joining: list[Sequence] = []  # they have slots, and feed their queries next
         self._running: list[Sequence] = []
         self._ended: list[Handle] = []
-        self._layers_left = 1  # of a prefill, until the next step
-        self._layers_since, self._began = 0, 0.0
-        self._layers_s = 0.0  # of the layers since then, without the step that follows
         self._failure: BaseException | None = None
         self._is_closed = False
         self.stats = RequestStats()
@@ -108,6 +116,7 @@ class Batch:
         append: bool = False,
         seed: int | None = None,
         progress: OnProgress | None = None,
+        on_end: Callable[[Handle], None] | None = None,
         **generate_arguments: Any,
     ) -> Handle:
         """Ask a question, which joins at a later `step`.
@@ -120,6 +129,8 @@ class Batch:
         append : bool
             Keep query and answer in the branch. A context itself takes no turns from a batch.
         max_new_tokens, seed, progress, **generate_arguments : as in `APBEngine.generate`
+        on_end : callable
+            Called with the handle once the request has ended, also inside a prefill.
 
         Raises
         ------
@@ -143,12 +154,23 @@ class Batch:
             request = engine._validator.generate(call)
             self._check(request)
             comparison.facts = request.facts | engine._shared_facts
-        return self.add(request, comparison.digest, progress)
+        return self.add(request, comparison.digest, progress, on_end)
 
-    def add(self, request: QueryRequest, key: str = "", progress: OnProgress | None = None) -> Handle:
-        """Take a request that is valid, the same on every rank; see `submit`."""
+    def add(
+        self,
+        request: QueryRequest,
+        key: str = "",
+        progress: OnProgress | None = None,
+        on_end: Callable[[Handle], None] | None = None,
+    ) -> Handle:
+        """Take a request that is valid, the same on every rank; see `submit`.
+
+        Parameters
+        ----------
+        key : of the context that is made if its document is to be prefilled
+        """
         self._check(request)
-        handle = Handle(request, key, progress)
+        handle = Handle(request, key, progress, on_end)
         if handle.kept_in is not None:
             handle.kept_in.is_busy = True
         self._waiting.append(handle)
@@ -170,16 +192,24 @@ class Batch:
         query_ids: Tensor | None = None,
         *,
         max_positions: int | None = None,
+        new_tokens: int | None = None,
         progress: OnProgress | None = None,
     ) -> Context:
-        """Prefill a document as `APBEngine.prefill` does, while the sequences go on between its layers."""
+        """Prefill a document as `APBEngine.prefill` does, while the sequences go on between its layers.
+
+        Parameters
+        ----------
+        new_tokens : int
+            For how many tokens there is room behind the document, on all ranks together. Requests of a batch and
+            branches need none. By default up to `max_positions`, as the context's own turns do.
+        """
         engine = self._engine
         with exclusive_call(engine.module):
             with shared_validation(self._group, "prefill", engine.device) as comparison:
                 self._check_open()
                 request = engine._validator.prefill(document_ids, query_ids, max_positions)
                 comparison.facts = request.facts | engine._shared_facts
-            return self._prefill(request, comparison.digest, progress)
+            return self._prefill(request, comparison.digest, progress, new_tokens)
 
     def step(self) -> list[Handle]:
         """Let waiting requests join, as far as there is room, and give every sequence its next token.
@@ -205,6 +235,16 @@ class Batch:
             ended, self._ended = self._ended, []
             return ended
 
+    def cancel(self, handle: Handle) -> None:
+        """End a request at once, with a `Cancelled` error. All ranks call this together, unlike `Handle.cancel`."""
+        with exclusive_call(self._engine.module):
+            for sequence in [*self._joining, *self._running]:
+                if sequence.handle is handle:
+                    self._end(sequence, Cancelled(CANCELLED))
+            if handle in self._waiting:
+                self._waiting.remove(handle)
+                self._finish(handle, Cancelled(CANCELLED))
+
     def run(self) -> None:
         """Step until all requests have ended."""
         while len(self):
@@ -227,27 +267,31 @@ class Batch:
 
     def _join(self) -> None:
         """Let requests join, in order: those about documents that are there in few forwards, the others one by one."""
-        while True:
-            self._joining += self._prepare(self._admit())
-            if not self._joining:
-                return
-            at_once = [one for one in self._joining if not self._needs_prefill(one)]
-            for forward in in_forwards(at_once, lambda one: len(one.fed)):
-                self._feed(forward)
+        while self._join_at_once() or self._joining:
             for one in list(self._joining):
                 if self._prefill_for(one):
                     self._feed([one])
 
-    def _admit(self) -> list[Handle]:
-        """Take the requests from the queue that have room, in order."""
+    def _join_at_once(self, *, in_prefill: bool = False) -> bool:
+        """Let those join that need no prefill, and admit the others; return whether there were any."""
+        admitted = self._admit(in_prefill)
+        self._joining += self._prepare(admitted)
+        at_once = [one for one in self._joining if not self._needs_prefill(one)]
+        for forward in in_forwards(at_once, lambda one: len(one.fed)):
+            self._feed(forward)
+        return bool(admitted)
+
+    def _admit(self, in_prefill: bool) -> list[Handle]:
+        """Take the requests from the queue that have room, in order; inside a prefill, until one needs another."""
         admitted: list[Handle] = []
         num_free = self._max_sequences - len(self._running) - len(self._joining)
         while self._waiting and len(admitted) < num_free:
+            request = self._waiting[0].request
             if self._waiting[0].is_outdated:
                 self._finish(self._waiting.popleft(), ValueError(OUTDATED))
                 continue
-            needed = self._bytes_for(self._waiting[0].request)
-            if sum(self._reserved.values()) + needed > self._max_bytes:
+            needed = self._bytes_for(request)
+            if sum(self._reserved.values()) + needed > self._max_bytes or (in_prefill and _is_long(request.source)):
                 break
             admitted.append(self._waiting.popleft())
             self._reserved[id(admitted[-1])] = needed
@@ -303,9 +347,7 @@ class Batch:
             raise
 
     def _needs_prefill(self, sequence: Sequence) -> bool:
-        source = sequence.handle.request.source
-        is_long = isinstance(source, PrefillRequest) and not _is_short(source)
-        return is_long and sequence.prefix is self._nothing
+        return _is_long(sequence.handle.request.source) and sequence.prefix is self._nothing
 
     def _prefill_for(self, sequence: Sequence) -> bool:
         """Prefill a sequence's document; return whether that went well."""
@@ -361,14 +403,8 @@ class Batch:
         failures: dict[int, BaseException] = {}
         chosen = self._chosen(sequences, logits, failures) if self._group.is_first else []
         if self._group.world_size > 1:
-            message = torch.zeros((len(sequences) + 1, 2), dtype=torch.int64)
-            if self._group.is_first:
-                message = torch.tensor([*chosen, (self._layers_to_next(), 0)])
-            message = self._group.broadcast(message.to(self._engine.device))
-            *chosen, (self._layers_left, _) = (tuple(row) for row in message.tolist())
-        else:
-            self._layers_left = self._layers_to_next()
-        self._layers_since, self._began = 0, time.perf_counter()
+            message = torch.tensor(chosen) if self._group.is_first else torch.zeros((len(sequences), 2)).long()
+            chosen = self._group.broadcast(message.to(self._engine.device)).tolist()
         for index, (one, (token, verdict)) in enumerate(zip(sequences, chosen, strict=True)):
             if verdict in (_Verdict.GO_ON, _Verdict.STOP):
                 one.add(token)
@@ -423,6 +459,8 @@ class Batch:
             with contextlib.suppress(Exception):  # it may be what has failed
                 streamer.end()
         self._ended.append(handle)
+        if handle.on_end is not None:
+            handle.on_end(handle)
 
     # --- memory, and prefill -----------------------------------------------------------------------------------------
 
@@ -430,39 +468,47 @@ class Batch:
         """Return the most bytes that a request needs on a rank."""
         source = request.source
         needed = self._pool.bytes_for(_forwards(request), getattr(source, "suffix", None))
-        if isinstance(source, PrefillRequest) and not _is_short(source):
+        if isinstance(source, PrefillRequest) and _is_long(source):
             plan = source.plan
             needed += max(self._pool.document_bytes(plan.shard_length(rank)) for rank in range(plan.world_size))
         return needed
 
-    def _prefill(self, request: PrefillRequest, key: str, progress: OnProgress | None) -> Context:
+    def _prefill(
+        self, request: PrefillRequest, key: str, progress: OnProgress | None, new_tokens: int | None = 0
+    ) -> Context:
         """Prefill a document, with steps between its layers."""
+        context = self._engine._run_prefill(request, key, self.pausing(progress), new_tokens)
+        self.stats.prefill_s += context.prefill_s
+        return context
 
-        def between_layers(done: int, total: int) -> None:
+    def pausing(self, progress: OnProgress | None = None) -> OnProgress:
+        """Return what something long is to call after each of its parts, on every rank: steps run inside it.
+
+        Parameters
+        ----------
+        progress : called with the same arguments
+        """
+        self._pace.begin()
+
+        def after_part(done: int, total: int) -> None:
             if progress is not None:
                 progress(done, total)
-            self._layers_since += 1
-            self._layers_left -= 1
-            if self._layers_left > 0 or self._failure is not None or not self._running:
+            is_idle = not self._running and self._on_pause is None
+            if not self._pace.count() or is_idle or self._failure is not None:
                 return
-            self._layers_s = self._engine._now() - self._began
+            self._pace.pause(self._engine._now())
+            if self._on_pause is not None:
+                self._on_pause()
+                self._join_at_once(in_prefill=True)
             try:
                 self._decode()
             except torch.OutOfMemoryError as error:
                 if self._group.world_size > 1:
                     raise
                 self._failure = error  # raised by the next step: the prefill goes on
+            self._pace.go_on()
 
-        self._layers_since, self._began = 0, time.perf_counter()
-        context = self._engine._run_prefill(request, key, between_layers)
-        self.stats.prefill_s += context.prefill_s
-        return context
-
-    def _layers_to_next(self) -> int:
-        """Return after how many layers of a prefill the next step is due, on the first rank."""
-        if self._layers_since == 0:
-            return 1
-        return max(1, int(self._step_every_s * self._layers_since / max(self._layers_s, 1e-6)))
+        return after_part
 
 
 def _verdict(prepared: Sequence | Exception) -> int:
@@ -481,10 +527,13 @@ def _forwards(request: QueryRequest) -> list[int]:
     fed = request.ids.shape[1]
     if not isinstance(source, PrefillRequest):
         fed += source.num_tokens - source.num_cached
-    elif _is_short(source):
+    elif not _is_long(source):
         fed += source.document_ids.shape[1]
     return [fed] + [1] * (request.num_new - 1)
 
 
-def _is_short(source: PrefillRequest) -> bool:
-    return source.plan.exact and source.document_ids.shape[1] <= SHORT_DOCUMENT_TOKENS
+def _is_long(source: Context | Branch | PrefillRequest) -> bool:
+    """Whether it is a document that needs a prefill of its own."""
+    if not isinstance(source, PrefillRequest):
+        return False
+    return not source.plan.exact or source.document_ids.shape[1] > SHORT_DOCUMENT_TOKENS

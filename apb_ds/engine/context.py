@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 from weakref import WeakSet
 
@@ -13,7 +15,9 @@ from transformers import PreTrainedModel
 from apb_ds.attention import APBAttention
 from apb_ds.cache import ShardedCache
 from apb_ds.engine.calls import exclusive_call
+from apb_ds.engine.moved import copy_shards
 from apb_ds.engine.saved import save_context
+from apb_ds.engine.saved_files import beside
 from apb_ds.parallel.consistency import shared_outcome, shared_validation
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan
@@ -109,11 +113,15 @@ class Context:
         if self.place == HOST:
             raise ValueError(ON_HOST)
 
-    def to_host(self) -> None:
-        """Move keys and values to host memory (pinned, for a CUDA device), which frees the device's. All ranks do so.
+    def to_host(self, *, while_waiting: Callable[[], object] | None = None) -> None:
+        """Move keys and values to host memory, which frees the device's. All ranks do so together.
 
         Until `to_device`, the context cannot be asked, branched or given to a batch; it can be saved. Requests of a
         batch that wait to join end with an error. On CPU nothing moves.
+
+        Parameters
+        ----------
+        while_waiting : as of `save`
 
         Raises
         ------
@@ -131,14 +139,18 @@ class Context:
             if self.engine.device.type != "cpu":
                 self.cache.forget_unreachable()
                 with shared_outcome(self.group):
-                    copies = self.cache.copied_to_host()
-                self.cache.use_copies(copies)
+                    room = self.cache.room_on_host()
+                self._move(room, while_waiting)
                 if self.engine._recorded is not None:
                     self.engine._recorded.let_go(self.cache)
             self.place = HOST
 
-    def to_device(self) -> None:
+    def to_device(self, *, while_waiting: Callable[[], object] | None = None) -> None:
         """Move keys and values back to the device, with spare room for new tokens as before. All ranks do so.
+
+        Parameters
+        ----------
+        while_waiting : as of `save`
 
         Raises
         ------
@@ -154,16 +166,29 @@ class Context:
                 with shared_outcome(self.group):
                     if self.engine._recorded is not None:
                         self.engine._recorded.lend_buffers(self.cache)
-                    copies = self.cache.copied_to_device(self.engine.device)
-                self.cache.use_copies(copies)
+                    room = self.cache.room_on_device(self.engine.device)
+                self._move(room, while_waiting)
             self.place = DEVICE
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def _move(self, room: dict[int, tuple[Tensor, Tensor]], while_waiting: Callable[[], object] | None) -> None:
+        """Copy keys and values to new tensors, and use these."""
+        copy = partial(copy_shards, room, self.cache.shards(), self.engine.device)
+        with shared_outcome(self.group):
+            beside(self.group, copy, while_waiting)
+        self.cache.use_copies(room)
+
+    def save(self, path: str | os.PathLike[str], *, while_waiting: Callable[[], object] | None = None) -> None:
         """Write the context to a directory, for `APBEngine.load_context`; from either place. All ranks do so together.
 
         The directory appears once it is whole, in place of a context that was saved there before. A process that is
         killed meanwhile leaves a hidden directory ``.<name>.<random>.partial`` next to it, which can be deleted. The
         ranks must share the file system.
+
+        Parameters
+        ----------
+        while_waiting : callable
+            Called on every rank again and again while files are written, such as a step of a batch, which must not use
+            this context. What it raises on all ranks alike ends the saving.
 
         Raises
         ------
@@ -172,7 +197,7 @@ class Context:
         OSError
             On every rank, if one cannot write; nothing is left then but what was there before.
         """
-        save_context(self, path)
+        save_context(self, path, while_waiting)
 
     def _check_unshared(self) -> None:
         """Raise ValueError if something uses the buffers."""

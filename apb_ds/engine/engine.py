@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -33,6 +34,7 @@ from apb_ds.engine.loaded import read_manifest
 from apb_ds.engine.packs import query_logits_together
 from apb_ds.engine.prefill import run_rounds
 from apb_ds.engine.saved_facts import model_facts
+from apb_ds.engine.saved_files import beside
 from apb_ds.engine.sequences import OnProgress
 from apb_ds.engine.together import answer_alone, generate_all
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator, check_ids
@@ -235,15 +237,19 @@ class APBEngine(InferenceEngine):
                 comparison.facts = request.facts | self._shared_facts
             return self._run_prefill(request, comparison.digest, progress)
 
-    def _run_prefill(self, request: PrefillRequest, key: str, progress: OnProgress | None) -> Context:
+    def _run_prefill(
+        self, request: PrefillRequest, key: str, progress: OnProgress | None, new_tokens: int | None = None
+    ) -> Context:
         plan, num_tokens = request.plan, request.document_ids.shape[1]
+        if new_tokens is None:
+            new_tokens = request.max_positions - num_tokens
         self._warn_if_exact(plan)
         cache = ShardedCache(
             self.layers,
             self.group.rank,
             self.group.world_size,
             plan.shard_length(self.group.rank),
-            new_tokens=request.max_positions - num_tokens,
+            new_tokens=new_tokens,
             query_tokens=0 if request.query_ids is None else request.query_ids.shape[1],
         )
         if self._recorded is not None:
@@ -276,7 +282,14 @@ class APBEngine(InferenceEngine):
             key=key,
         )
 
-    def load_context(self, path: str | os.PathLike[str], *, place: str = DEVICE) -> Context:
+    def load_context(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        place: str = DEVICE,
+        new_tokens: int | None = None,
+        while_waiting: Callable[[], object] | None = None,
+    ) -> Context:
         """Load what `Context.save` wrote, on any number of ranks, without a prefill.
 
         The tokens are dealt evenly over the ranks, unless there are as many as saved it: then each gets what that rank
@@ -286,6 +299,8 @@ class APBEngine(InferenceEngine):
         ----------
         path : of the directory, which all ranks see
         place : ``device``, or ``host`` to load into host memory, for `Context.to_device` later
+        new_tokens : as of `Batch.prefill`
+        while_waiting : as of `Context.save`, while files are read
 
         Raises
         ------
@@ -312,12 +327,13 @@ class APBEngine(InferenceEngine):
                 self.group.rank,
                 self.group.world_size,
                 stop - first,
-                new_tokens=max(0, saved.max_positions - saved.cached_tokens),
+                new_tokens=max(0, saved.max_positions - saved.cached_tokens) if new_tokens is None else new_tokens,
             )
             if self._recorded is not None and not on_host:
                 self._recorded.lend_buffers(cache)
             with shared_outcome(self.group):
-                saved.read_into(cache, (first, stop), self.device, on_host=on_host)
+                read = partial(saved.read_into, cache, (first, stop), self.device, on_host=on_host)
+                beside(self.group, read, while_waiting)
             return Context(
                 plan=plan,
                 cache=cache,
@@ -545,6 +561,7 @@ class APBEngine(InferenceEngine):
         *,
         max_bytes: int | None = None,
         step_every_s: float = STEP_EVERY_S,
+        on_pause: Callable[[], None] | None = None,
     ) -> Batch:
         """Return a batch: sequences that decode together, and join and leave between steps.
 
@@ -554,8 +571,10 @@ class APBEngine(InferenceEngine):
         max_bytes : per rank, of what sequences store besides their documents, and of documents that the batch prefills.
             By default what is free now, on the rank that has least.
         step_every_s : seconds between two steps while the batch prefills a document, about
+        on_pause : called on every rank before each of these steps. What it submits about contexts joins there; raising
+            an exception, on all ranks alike, abandons the prefill.
         """
-        return Batch(self, max_sequences, max_bytes, step_every_s)
+        return Batch(self, max_sequences, max_bytes, step_every_s, on_pause)
 
     def _explaining_memory(self, context: Context, num_query: int) -> AbstractContextManager[None]:
         """Say what helps if memory runs out while a query is answered."""

@@ -110,7 +110,7 @@ class SavedContext:
         ----------
         span : as of `shard_span`
         device : of the model
-        on_host : whether it is to lie in host memory, pinned if the device is CUDA, without spare room
+        on_host : whether it is to lie in host memory, without spare room
 
         Raises
         ------
@@ -122,7 +122,7 @@ class SavedContext:
             layer = cache.layer(layer_idx)
             states = [shape_alone((1, heads, num_tokens, size), dtype, device) for heads, size in heads_and_channels]
             if on_host:
-                keys, values = (host_like(part, is_pinned=device.type == "cuda") for part in states)
+                keys, values = (host_like(part) for part in states)
             else:
                 layer.reserve(num_tokens)
                 keys, values = layer.made_buffers(states[0], states[1])

@@ -13,7 +13,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from apb_ds.engine.saved_files import (
     CODES,
     Chunk,
     Staging,
+    beside,
     bytes_of,
     crc,
     cut_into_chunks,
@@ -47,7 +49,9 @@ PARTIAL = ".partial"
 CHUNK_TOKENS = 2048
 
 
-def save_context(context: Context, path: str | os.PathLike[str]) -> None:
+def save_context(
+    context: Context, path: str | os.PathLike[str], while_waiting: Callable[[], object] | None = None
+) -> None:
     """Write a context; see `Context.save`."""
     group, device = context.group, context.engine.device
     with exclusive_call(context.model):
@@ -64,7 +68,9 @@ def save_context(context: Context, path: str | os.PathLike[str]) -> None:
                 if not unfinished.is_dir():
                     raise OSError(f"{target.parent} must be on a file system that all ranks share.")
                 context.cache.forget_unreachable()
-                written = _write_shard(context, unfinished / file_name(group.rank))
+            with shared_outcome(group):
+                file = unfinished / file_name(group.rank)
+                written = beside(group, partial(_write_shard, context, file), while_waiting)
             files = group.gather_objects(written)
             with shared_outcome(group):
                 if group.is_first:

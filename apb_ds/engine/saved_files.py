@@ -7,21 +7,25 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.parallel.launcher import ranks_on_node
 
 MAX_THREADS = 16
+WAIT_S = 0.01
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I8": torch.int8,
     "U8": torch.uint8, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,13 @@ class Staging:
         stream.synchronize()
 
 
+def array_of(states: Tensor) -> Any:
+    """Return the bytes of a contiguous tensor in host memory, as a NumPy array that shares them."""
+    return states.reshape(-1).view(torch.uint8).numpy()
+
+
 def bytes_of(states: Tensor) -> memoryview:
-    array: Any = states.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    return memoryview(array_of(states))
 
 
 def in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
@@ -146,6 +154,17 @@ def in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         except BaseException:
             executor.shutdown(cancel_futures=True)
             raise
+
+
+def beside(group: SequenceGroup, work: Callable[[], Result], while_waiting: Callable[[], object] | None) -> Result:
+    """Do something that sends nothing; with `while_waiting` in a thread, and all ranks call that until all are done."""
+    if while_waiting is None:
+        return work()
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(work)
+        while not all(group.gather_objects(bool(wait([future], WAIT_S).done))):
+            while_waiting()
+        return future.result()
 
 
 def synchronize(device: torch.device) -> None:

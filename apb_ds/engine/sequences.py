@@ -33,7 +33,13 @@ class Handle:
     query_s, decode_s : seconds of the forwards that it took part in, until its first token and after it
     """
 
-    def __init__(self, request: QueryRequest, key: str, progress: OnProgress | None) -> None:
+    def __init__(
+        self,
+        request: QueryRequest,
+        key: str,
+        progress: OnProgress | None,
+        on_end: Callable[[Handle], None] | None = None,
+    ) -> None:
         self.tokens: list[int] = []
         self.error: BaseException | None = None
         self.wait_s = self.query_s = self.decode_s = 0.0
@@ -42,6 +48,7 @@ class Handle:
         self._known_ids = getattr(request.source, "token_ids", None)
         self.key = key  # digest of the request, the same on every rank
         self.progress = progress
+        self.on_end = on_end
         self.is_cancelled = False
         self.is_done = False
         self._submitted = time.perf_counter()

@@ -168,7 +168,7 @@ def failures(rank: int, world_size: int, folder: Path) -> dict[str, str]:
         patch.setattr(type(engine), "device", property(lambda _: torch.device("meta")))  # as if it had to move
         patch.setattr("apb_ds.engine.context.shared_validation", lambda *_: shared_on_cpu(engine.group))
         if rank == 1:
-            patch.setattr(type(context.cache), "copied_to_host", out_of_memory)
+            patch.setattr(type(context.cache), "room_on_host", out_of_memory)
         found["to_host"] = error_of(engine.group, context.to_host)
     assert context.place == "device" and len(alone(engine, QUERIES[0], context)) > 0
     if rank == 0:

@@ -624,7 +624,7 @@ def test_steps_within_a_prefill_come_as_often_as_is_asked(
 ) -> None:
     """A clock that one layer moves by a second, and a step by none."""
     now = [0.0]
-    monkeypatch.setattr("apb_ds.engine.batch.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("apb_ds.engine.pace.time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(type(engine), "_now", lambda self: now[0])
     layers = []
 

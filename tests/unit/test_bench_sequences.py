@@ -19,6 +19,7 @@ from apb_ds.bench.interleaving import Interruption, gaps_around, summarise_inter
 from apb_ds.bench.sequences import Answers, Round, random_queries, summarise_rounds
 from apb_ds.engine.batch import Batch
 from apb_ds.engine.engine import APBEngine
+from apb_ds.engine.pace import Pace
 from apb_ds.engine.sequences import Sequence
 from apb_ds.report.bench_figures import draw_bench
 from apb_ds.report.bench_table import bench_tables
@@ -150,7 +151,7 @@ def test_the_other_document_is_prefilled_both_ways_in_turns(watched: Watched) ->
 
 
 def test_steps_go_on_inside_the_prefill() -> None:
-    with mock.patch.object(Batch, "_layers_to_next", lambda batch: 1):
+    with mock.patch.object(Pace, "count", lambda pace: True):
         record = run_bench(tiny(methods=["apb"], sequences=[2], interleave=True, repeats=1, warmup=0))[0]
     found = apb(record)["interleaving"]
     hosts = 4
@@ -161,7 +162,7 @@ def test_slow_steps_do_not_crowd_out_the_prefill() -> None:
     choose = Batch._choose
 
     def slow_choice(batch: Batch, *given: Any) -> Any:
-        time.sleep(0.25 if batch._layers_since else 0)  # inside a prefill
+        time.sleep(0.25 if batch._pace._done else 0)  # inside a prefill
         return choose(batch, *given)
 
     with mock.patch.object(Batch, "_choose", slow_choice):

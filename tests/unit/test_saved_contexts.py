@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 import apb_ds
 from apb_ds.cache import ShardedCache
-from apb_ds.engine import saved, saved_files
+from apb_ds.engine import moved, saved, saved_files
 from apb_ds.engine.cuda_graph import RecordedSteps
 from apb_ds.engine.loaded import read_manifest
+from apb_ds.engine.moved import copy_shards
 from tests.models import build_model
 from tests.together import DOCUMENTS, GIVEN, NEW, QUERIES, alone, same_shards
 
@@ -54,6 +55,11 @@ def assert_same(engine: Any, first: Any, second: Any) -> None:
     assert torch.equal(first.token_ids, second.token_ids) and first.num_cached == second.num_cached
     logits = [engine.query_logits(QUERIES[2], context=context) for context in (first, second)]
     assert torch.equal(*logits)
+
+
+def move(cache: ShardedCache, room: Any) -> None:
+    copy_shards(room, cache.shards(), CPU)
+    cache.use_copies(room)
 
 
 def stored_bytes(context: Any) -> int:
@@ -378,21 +384,22 @@ def test_a_context_that_is_shared_does_not_move(engine: Any, context: Any) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_copies_are_the_same_to_the_bit(family: str) -> None:
+def test_copies_are_the_same_to_the_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CPU nothing has to move, so this copies as if it had to."""
+    monkeypatch.setattr(moved, "PIECE_BYTES", 1000)  # several pieces, the last one shorter
     engine = new_engine(family)
     context, plain = (engine.prefill(DOCUMENTS[0], QUERIES[0], max_positions=200) for _ in range(2))
     for one in (context, plain):
         alone(engine, QUERIES[1], one, append=True)
         one.cache.forget_unreachable()
     before, capacity = context.num_bytes, context.cache.layer(0).capacity
-    context.cache.use_copies(context.cache.copied_to_host())
+    move(context.cache, context.cache.room_on_host())
     stored = sum(
         states.numel() * states.element_size() for shard in context.cache.shards().values() for states in shard
     )
     assert context.num_bytes == stored < before, "without spare room"
     assert same_shards(context, plain, engine.layers)
-    context.cache.use_copies(context.cache.copied_to_device(CPU))
+    move(context.cache, context.cache.room_on_device(CPU))
     assert context.num_bytes == before and context.cache.layer(0).capacity == capacity
     assert_same(engine, context, plain)
     assert alone(engine, QUERIES[2], context, append=True) == alone(engine, QUERIES[2], plain, append=True)
@@ -401,7 +408,7 @@ def test_copies_are_the_same_to_the_bit(family: str) -> None:
 def test_a_context_is_saved_from_the_host_and_loaded_there(engine: Any, context: Any, tmp_path: Path) -> None:
     plain = engine.prefill(DOCUMENTS[0], QUERIES[0], max_positions=200)
     context.to_host()
-    context.cache.use_copies(context.cache.copied_to_host())
+    move(context.cache, context.cache.room_on_host())
     context.save(tmp_path / "document")
     loaded = engine.load_context(tmp_path / "document", place="host")
     assert loaded.place == "host"
@@ -418,7 +425,7 @@ def test_what_is_read_into_host_memory_has_no_spare_room(engine: Any, context: A
     found = read_manifest(path)
     found.read_into(cache, found.shard_span(0, 1), CPU, on_host=True)
     assert cache.num_bytes == stored_bytes(context) < context.num_bytes
-    cache.use_copies(cache.copied_to_device(CPU))
+    move(cache, cache.room_on_device(CPU))
     assert cache.num_bytes == context.num_bytes
     for layer_idx, shard in context.cache.shards().items():
         assert all(map(torch.equal, shard, cache.shards()[layer_idx]))
@@ -432,7 +439,7 @@ def test_a_failed_copy_changes_nothing(engine: Any, context: Any, monkeypatch: p
 
     monkeypatch.setattr(type(engine), "device", property(lambda _: torch.device("meta")))  # as if it had to move
     with monkeypatch.context() as patch:
-        patch.setattr(ShardedCache, "copied_to_host", fail)
+        patch.setattr(ShardedCache, "room_on_host", fail)
         with pytest.raises(torch.OutOfMemoryError):
             context.to_host()
     monkeypatch.undo()
