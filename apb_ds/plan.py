@@ -190,6 +190,11 @@ class Plan:
         """Document tokens whose keys and values the rank caches."""
         return sum(self.block_length(host) for host in self.hosts_of(rank))
 
+    @property
+    def shard_lengths(self) -> tuple[int, ...]:
+        """`shard_length` of every rank."""
+        return tuple(self.shard_length(rank) for rank in range(self.world_size))
+
     def anchor_share(self, rank: int, round_index: int) -> Span:
         """Anchor span that the rank computes in this round: in the first its share, or all of it if not sharded."""
         if round_index > 0 or self.anchor_length == 0:

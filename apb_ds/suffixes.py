@@ -2,7 +2,7 @@
 
 A sequence is a prefix, a context as it was when the sequence began, and a suffix, the tokens after it. Prefixes do not
 change, so any number of sequences share one. Suffixes lie in slots of slabs, apart from the document: they grow, move
-and are freed without touching it.
+and are freed without touching it. A short document that nobody shares can be copied into the suffix instead.
 
 In layers without a window, each forward's new tokens of a sequence are stored on one rank, a page each in turn: the
 next is the rank that stores least of the sequence. Sequences begin on different ranks. In layers with a window every
@@ -64,6 +64,20 @@ class Prefix:
         None if this rank has none. With a window: the last ``window - 1`` tokens, the same on every rank.
         """
         return self._states.get(layer_idx)
+
+
+@dataclass(frozen=True)
+class CopiedDocument:
+    """A document whose tokens a suffix begins with.
+
+    Attributes
+    ----------
+    prefix : this rank's shard
+    stored : tokens of each rank's shard, in layers without a window
+    """
+
+    prefix: Prefix
+    stored: tuple[int, ...]
 
 
 class Slab:
@@ -194,12 +208,17 @@ class SuffixPool:
     layers : how each layer attends
     rank, world_size : of the group that shares a request
     device : where keys and values are
+
+    Attributes
+    ----------
+    nothing : the prefix without tokens
     """
 
     def __init__(self, layers: Sequence[LayerAttention], rank: int, world_size: int, device: torch.device) -> None:
         self.rank = rank
         self.world_size = world_size
         self._device = device
+        self.nothing = Prefix(layers)
         self._kinds: dict[int | None, dict[int, LayerAttention]] = {}
         for layer_idx, layer in enumerate(layers):
             if layer.stores:
@@ -208,13 +227,16 @@ class SuffixPool:
         self._num_made = 0
         self._abandoned: list[Suffix] = []
 
-    def new(self, forwards: Sequence[int], source: Suffix | None = None) -> Suffix:
+    def new(
+        self, forwards: Sequence[int], source: Suffix | None = None, document: CopiedDocument | None = None
+    ) -> Suffix:
         """Return a suffix with room: an empty one, or a copy.
 
         Parameters
         ----------
         forwards : how many tokens each of the coming forwards has
         source : what to copy
+        document : whose tokens to copy; the sequence then has `nothing` for its prefix. Not with a `source`.
 
         Raises
         ------
@@ -225,11 +247,7 @@ class SuffixPool:
             self.free(self._abandoned.pop())
         number = self._num_made
         self._num_made += 1  # also if memory runs out, which other ranks may not notice
-        if source is None:
-            suffix = Suffix(self._no_shares(number), number)
-        else:
-            suffix = Suffix(source.shares, number)
-            suffix.num_tokens = source.num_tokens
+        suffix = self._counted(number, source, None if document is None else document.stored)
         try:
             for window in self._kinds:
                 before = None if source is None else source.places[window]
@@ -239,6 +257,8 @@ class SuffixPool:
                 place = suffix.places[window] = self._take(window, needed)
                 if before is not None:
                     self._copy(window, before, place)
+                if document is not None:
+                    self._copy_document(window, document.prefix, place)
         except BaseException:
             self.free(suffix)
             raise
@@ -252,8 +272,11 @@ class SuffixPool:
         self._drop_unused()
 
     def padding(self, like: Suffix) -> Suffix:
-        """Return a suffix that stores nothing and sees nothing, in the same slabs; it is not to be counted or freed."""
-        suffix = Suffix(Shares((), owner=-1))
+        """Return an empty suffix in the scratch slots of the same slabs; it is not to be counted or freed.
+
+        A token that is fed to it is stored there, where it sees itself alone.
+        """
+        suffix = Suffix(Shares((), owner=self.rank))
         suffix.places = {window: _Place(place.slab, place.slab.scratch) for window, place in like.places.items()}
         return suffix
 
@@ -285,9 +308,17 @@ class SuffixPool:
         suffix.num_tokens += num_tokens
         suffix.shares = suffix.shares.after([num_tokens])
 
-    def bytes_for(self, forwards: Sequence[int], source: Suffix | None = None) -> int:
-        """Return the most bytes that a rank needs for what `new` returns."""
-        suffix = source or Suffix(self._no_shares(0))
+    def bytes_for(
+        self, forwards: Sequence[int], source: Suffix | None = None, stored: Sequence[int] | None = None
+    ) -> int:
+        """Return the most bytes that a rank needs for what `new` returns.
+
+        Parameters
+        ----------
+        forwards, source : as in `new`
+        stored : `CopiedDocument.stored`
+        """
+        suffix = self._counted(0, source, stored)
         return sum(
             _capacity(max(self._needed(window, suffix, forwards))) * self._bytes_of_token(window)
             for window in self._kinds
@@ -311,8 +342,16 @@ class SuffixPool:
         """Bytes of all slabs on this rank."""
         return sum(slab.num_bytes for slab in self._slabs.values())
 
-    def _no_shares(self, number: int) -> Shares:
-        return Shares((0,) * self.world_size, number % self.world_size)
+    def _counted(self, number: int, source: Suffix | None, stored: Sequence[int] | None) -> Suffix:
+        """Return a suffix that counts what will be copied into it, without places."""
+        if source is not None:
+            suffix = Suffix(source.shares, number)
+            suffix.num_tokens = source.num_tokens
+            return suffix
+        stored = (0,) * self.world_size if stored is None else tuple(stored)
+        suffix = Suffix(Shares(stored, number % self.world_size), number)
+        suffix.num_tokens = sum(stored)
+        return suffix
 
     def _needed(self, window: int | None, suffix: Suffix, forwards: Sequence[int]) -> Sequence[int]:
         """Return how many tokens of a suffix each rank will store after some forwards."""
@@ -347,6 +386,15 @@ class SuffixPool:
             pairs = zip(target.slab.buffers(layer_idx), source.slab.buffers(layer_idx), strict=True)
             for new, old in pairs:
                 new[target.slot, : source.length] = old[source.slot, : source.length]
+
+    def _copy_document(self, window: int | None, prefix: Prefix, target: _Place) -> None:
+        for layer_idx in self._kinds[window]:
+            copied = prefix.states(layer_idx)
+            if copied is None:
+                continue
+            target.length = copied[0].shape[2]
+            for new, old in zip(target.slab.buffers(layer_idx), copied, strict=True):
+                new[target.slot, : target.length] = old[0].transpose(0, 1)
 
     def _drop_unused(self) -> None:
         """Free the slabs that no suffix uses, but for the smallest, which the next ones will want."""

@@ -293,10 +293,16 @@ class Scene:
             one.check(self.judge)
 
 
-def play(engine: Any, judge: Any, actions: list[Action], max_sequences: int = 5) -> Scene:
-    """Play a schedule in a batch of its own and check every answer; return what was asked."""
+def play(engine: Any, judge: Any, actions: list[Action], max_sequences: int = 5, *, copies: bool = False) -> Scene:
+    """Play a schedule in a batch of its own and check every answer; return what was asked.
+
+    Parameters
+    ----------
+    copies : whether documents that nobody shares are copied, as where steps are recorded
+    """
     contexts = [engine.prefill(distinct_ids(length, seed), max_positions=reach) for seed, (length, reach) in _first()]
     with engine.batch(max_sequences, step_every_s=0.0) as batch:
+        batch._max_copied = 30 if copies else 0
         scene = Scene(engine, batch, judge, contexts)
         scene.known = {id(context): context.token_ids for context in contexts}
         scene.play(actions)

@@ -85,6 +85,27 @@ def answers_together(engine: Any, end: int) -> dict[str, Any]:
     }
 
 
+def ask_apart(engine: Any) -> tuple[list[list[int]], list[list[int]], list[bool]]:
+    """Ask one question about each of several documents, which are copied to the questions' own tokens.
+
+    Returns
+    -------
+    The answers of lone calls and of a batch, in slots that overflow and pages that change hands; which were copied
+    """
+    documents = [*DOCUMENTS, ids(52, 3), ids(9, 4)]
+    contexts = [engine.prefill(document, max_positions=120) for document in documents]
+    asked = list(zip(QUERIES, contexts, strict=True))
+    expected = [alone(engine, *pair, max_new_tokens=9 + index) for index, pair in enumerate(asked)]
+    with small_sizes(), engine.batch() as batch:
+        batch._max_copied = 60
+        handles = []
+        for index, (query, context) in enumerate(asked):
+            handles.append(batch.submit(query, context=context, max_new_tokens=9 + index))
+            batch.step()
+        batch.run()
+    return expected, [handle.tokens for handle in handles], [handle.copies_document for handle in handles]
+
+
 def differences(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> list[str]:
     """Return the names of what differs."""
     wrong = [name for name in expected if name != "logits" and found[name] != expected[name]]

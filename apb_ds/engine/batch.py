@@ -11,6 +11,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -27,13 +28,16 @@ from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest
 from apb_ds.ops.memory import available_bytes, explain_out_of_memory
 from apb_ds.parallel.consistency import shared_validation
 from apb_ds.parallel.launcher import ranks_on_node
-from apb_ds.suffixes import Prefix
+from apb_ds.suffixes import CopiedDocument
 
 if TYPE_CHECKING:
     from apb_ds.engine.engine import APBEngine
 
 # Up to this length, a document that runs exact is fed together with its query, without a separate prefill.
 SHORT_DOCUMENT_TOKENS = 1024
+# Up to this length of each rank's shard, a document that a lone sequence asks about is copied to where the sequence's
+# own tokens are: attention to many sequences is one call then, and recorded steps serve the next documents, too.
+COPIED_DOCUMENT_TOKENS = 8192
 MAX_SEQUENCES = 32
 STEP_EVERY_S = 0.25
 CLOSED = "the batch was closed."
@@ -81,7 +85,8 @@ class Batch:
         self._pace = Pace(engine.group, engine.device, step_every_s)
         self._on_pause = on_pause
         self._pool = engine.pool
-        self._nothing = Prefix(engine.layers)
+        # Only recorded steps need all sequences to be alike.
+        self._max_copied = COPIED_DOCUMENT_TOKENS if engine._acceleration.packed is not None else 0
         if max_bytes is None:  # the ranks differ, so the smallest counts
             sharing = ranks_on_node() if engine.device.type == "cpu" else 1
             mine = torch.tensor([available_bytes(engine.device) // sharing], device=engine.device)
@@ -290,12 +295,29 @@ class Batch:
             if self._waiting[0].is_outdated:
                 self._finish(self._waiting.popleft(), ValueError(OUTDATED))
                 continue
+            num_free_bytes = self._max_bytes - sum(self._reserved.values())
             needed = self._bytes_for(request)
-            if sum(self._reserved.values()) + needed > self._max_bytes or (in_prefill and _is_long(request.source)):
+            if needed > num_free_bytes or (in_prefill and _is_long(request.source)):
                 break
-            admitted.append(self._waiting.popleft())
-            self._reserved[id(admitted[-1])] = needed
+            handle = self._waiting.popleft()
+            with_copy = self._bytes_with_copy(handle, admitted)
+            handle.copies_document = with_copy is not None and with_copy <= num_free_bytes
+            admitted.append(handle)
+            self._reserved[id(handle)] = with_copy if handle.copies_document and with_copy is not None else needed
         return admitted
+
+    def _bytes_with_copy(self, handle: Handle, admitted: list[Handle]) -> int | None:
+        """Return the bytes of a request that copies its document; None if it is long or shared, or has turns."""
+        source = handle.request.source
+        if not isinstance(source, Context) or not source.num_tokens == source.num_cached == source.plan.num_tokens:
+            return None
+        stored = source.plan.shard_lengths
+        if max(stored) > self._max_copied:
+            return None
+        under_way = (one.handle for one in [*self._joining, *self._running])
+        if any(_document_of(other) is source for other in chain(self._waiting, admitted, under_way)):
+            return None
+        return self._pool.bytes_for(_forwards(handle.request), stored=stored)
 
     def _prepare(self, handles: list[Handle]) -> list[Sequence]:
         """Give requests their slots and choosers; those for which that fails on any rank end."""
@@ -327,14 +349,18 @@ class Batch:
         forwards = _forwards(request)
         # First: whatever fails on one rank, all of them have made as many suffixes, and agree on who stores what.
         with explain_out_of_memory(f"making room for {sum(forwards)} tokens", FEWER_SEQUENCES):
-            suffix = self._pool.new(forwards, getattr(source, "suffix", None))
+            document = None
+            if handle.copies_document and isinstance(source, Context):
+                document = CopiedDocument(source.prefix(), source.plan.shard_lengths)
+            suffix = self._pool.new(forwards, getattr(source, "suffix", None), document)
         try:
             if handle.is_cancelled and self._group.is_first:
                 raise Cancelled(CANCELLED)
             if isinstance(source, PrefillRequest):
-                prefix, known = self._nothing, source.document_ids
+                prefix, known = self._pool.nothing, source.document_ids
             else:
-                prefix, known = source.prefix(), source.token_ids
+                prefix = self._pool.nothing if document is not None else source.prefix()
+                known = source.token_ids
             prompt = torch.cat([known, request.ids], dim=-1)
             fed = prompt[0, -forwards[0] :].tolist()
             chooser: Chooser | None = None
@@ -347,7 +373,7 @@ class Batch:
             raise
 
     def _needs_prefill(self, sequence: Sequence) -> bool:
-        return _is_long(sequence.handle.request.source) and sequence.prefix is self._nothing
+        return _is_long(sequence.handle.request.source) and sequence.prefix is self._pool.nothing
 
     def _prefill_for(self, sequence: Sequence) -> bool:
         """Prefill a sequence's document; return whether that went well."""
@@ -469,8 +495,7 @@ class Batch:
         source = request.source
         needed = self._pool.bytes_for(_forwards(request), getattr(source, "suffix", None))
         if isinstance(source, PrefillRequest) and _is_long(source):
-            plan = source.plan
-            needed += max(self._pool.document_bytes(plan.shard_length(rank)) for rank in range(plan.world_size))
+            needed += self._pool.document_bytes(max(source.plan.shard_lengths))
         return needed
 
     def _prefill(
@@ -530,6 +555,14 @@ def _forwards(request: QueryRequest) -> list[int]:
     elif not _is_long(source):
         fed += source.document_ids.shape[1]
     return [fed] + [1] * (request.num_new - 1)
+
+
+def _document_of(handle: Handle) -> Context | None:
+    """Return the context that a request, or the branch that it asks, is about."""
+    source = handle.request.source
+    if isinstance(source, Branch):
+        return source.context
+    return source if isinstance(source, Context) else None
 
 
 def _is_long(source: Context | Branch | PrefillRequest) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from apb_ds.attention import Phase
 from apb_ds.cache import ShardedCache
+from apb_ds.engine.calls import walk
 from apb_ds.hf.interface import ActiveCall
 from apb_ds.hf.rotary import is_position_dependent_rope
 from apb_ds.ops.kernels import KernelChoice
@@ -232,4 +233,5 @@ def _has_keys(cache: ShardedCache) -> bool:
 
 def weights_of(model: nn.Module) -> list[int]:
     """Return where the weights are, which a recording reads there."""
-    return [parameter.data_ptr() for parameter in model.parameters()]
+    found = (parameter for module in walk(model) for parameter in module._parameters.values())
+    return [parameter.data_ptr() for parameter in found if parameter is not None]

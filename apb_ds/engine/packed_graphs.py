@@ -52,7 +52,6 @@ class PackedStep:
     def __init__(self, engine: APBEngine, rows: Sequence[Member], lengths: tuple[int, ...]) -> None:
         self.lengths = lengths
         self._pack = Pack(engine.layers, engine.pool, rows, engine.device)
-        self._inputs = torch.zeros((2, len(rows)), dtype=torch.int64, device=engine.device)
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._group = engine.group
@@ -60,7 +59,6 @@ class PackedStep:
         self._weights = weights_of(engine.module)
         slabs = [place.slab for row in rows for place in row.suffix.places.values()]
         self._read: list[weakref.ref[Any]] = [weakref.ref(part) for part in (*(row.prefix for row in rows), *slabs)]
-        self._set(rows)
 
     @property
     def is_usable(self) -> bool:
@@ -76,7 +74,7 @@ class PackedStep:
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
-            run_forward(engine, self._pack, self._inputs)
+            run_forward(engine, self._pack)
         torch.cuda.current_stream().wait_stream(side_stream)
 
     def record(self, engine: APBEngine, pool: Any) -> Any:
@@ -85,7 +83,7 @@ class PackedStep:
         self._graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._logits = run_forward(engine, self._pack, self._inputs)
+                self._logits = run_forward(engine, self._pack)
         finally:
             self._bytes_sent = self._group.bytes_sent - sent_before
             self._group.count_bytes(-self._bytes_sent)
@@ -95,15 +93,10 @@ class PackedStep:
     def run(self, rows: Sequence[Member]) -> Tensor:
         """Feed the rows' tokens; return their logits, (rows, vocab), float32, to be read before the next step."""
         assert self._graph is not None and self._logits is not None
-        self._set(rows)
+        self._pack.replace(rows)
         self._graph.replay()
         self._group.count_bytes(self._bytes_sent)
         return self._logits
-
-    def _set(self, rows: Sequence[Member]) -> None:
-        self._pack.replace(rows)
-        ids, positions = [row.fed[0] for row in rows], [row.positions[0] for row in rows]
-        self._inputs.copy_(torch.tensor([ids, positions]), non_blocking=True)
 
 
 class PackedGraphs:

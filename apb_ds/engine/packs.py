@@ -49,27 +49,24 @@ def run_pack(engine: APBEngine, members: Sequence[Member], *, with_all_logits: b
 
 def _run(engine: APBEngine, members: Sequence[Member], with_all_logits: bool) -> Tensor:
     pack = Pack(engine.layers, engine.pool, members, engine.device)
-    ids = [token for one in members for token in one.fed]
-    positions = [position for one in members for position in one.positions]
-    inputs = torch.tensor([ids, positions]).to(engine.device, non_blocking=True)
     kept: int | Tensor = 0  # all
     if not with_all_logits and not pack.is_step:
         kept = torch.tensor([span.stop - 1 for span in pack.spans], device=engine.device)
-    return run_forward(engine, pack, inputs, kept)
+    return run_forward(engine, pack, kept)
 
 
-def run_forward(engine: APBEngine, pack: Pack, inputs: Tensor, kept: int | Tensor = 0) -> Tensor:
+def run_forward(engine: APBEngine, pack: Pack, kept: int | Tensor = 0) -> Tensor:
     """Run the model on a pack; nothing is counted.
 
     Parameters
     ----------
-    inputs : (2, tokens), int64, ids and positions
     kept : as transformers' ``logits_to_keep``: indices of tokens, 0 for all
 
     Returns
     -------
     (tokens kept, vocab), float32
     """
+    pack.read_numbers()
     reaches = [(len(one.fed), one.reach) for one in pack.members]
     with (
         without_overrides(),  # of a prefill around it, such as linear layers for many tokens
@@ -77,8 +74,8 @@ def run_forward(engine: APBEngine, pack: Pack, inputs: Tensor, kept: int | Tenso
         packed_attention(engine.module, engine.attention, pack, reaches),
     ):
         output = engine.module(
-            input_ids=inputs[:1],
-            position_ids=inputs[1:],
+            input_ids=pack.inputs[:1],
+            position_ids=pack.inputs[1:],
             past_key_values=PassingCache(pack.store),
             use_cache=True,
             logits_to_keep=kept,

@@ -27,6 +27,7 @@ class Handle:
     Attributes
     ----------
     tokens : the answer's ids so far, the same on every rank
+    copies_document : whether its suffix begins with the document, which it then does not need itself
     kept_in : the branch that keeps query and answer, if any does
     error : why it ended early; None if it did not. The exception itself on the rank that raised it.
     wait_s : seconds from `submit` to the first token, on this rank
@@ -50,6 +51,7 @@ class Handle:
         self.progress = progress
         self.on_end = on_end
         self.is_cancelled = False
+        self.copies_document = False
         self.is_done = False
         self._submitted = time.perf_counter()
 

@@ -8,8 +8,8 @@ do the same with the end of the document, whose tokens every rank has, and need 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, groupby, pairwise
+from dataclasses import dataclass, field
+from itertools import accumulate, chain, groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from apb_ds.methods.decode import merge_ranks, saw_nothing
 from apb_ds.methods.state import Part, Tools
-from apb_ds.ops.kernels.base import fold_heads, unfold_heads
 from apb_ds.suffixes import KeysAndValues, Prefix, Slab, Suffix, SuffixPool
 from apb_ds.utils.sizes import LayerAttention
 
@@ -47,32 +46,30 @@ class Member:
 
 @dataclass
 class SlabRows:
-    """The rows of a step that are stored in one slab, in tensors on the device.
+    """The rows of a step that are stored in one slab.
 
     Attributes
     ----------
     rows : indices into the pack
-    index : the same, to select them; None for all in order
-    table : (3, rows), int64: slots; how many keys of its slot a row sees; where its keys and values go, slot times
-        capacity plus place
+    index : the same on the device, to select them; None for all in order
+    span : where their numbers lie in the step's
+    slots : (rows,), int32, on the device
+    num_keys : (rows,), int32, on the device: how many keys of its slot a row sees
+    written : (rows,), int64, on the device: where its keys and values go, slot times capacity plus place
     """
 
     slab: Slab
     rows: list[int]
     index: Tensor | None
-    table: Tensor
+    span: slice
+    slots: Tensor = field(init=False)
+    num_keys: Tensor = field(init=False)
+    written: Tensor = field(init=False)
 
-    @property
-    def slots(self) -> Tensor:
-        return self.table[0]
-
-    @property
-    def num_keys(self) -> Tensor:
-        return self.table[1].int()
-
-    @property
-    def written(self) -> Tensor:
-        return self.table[2]
+    def read(self, numbers: Tensor) -> None:
+        """Take what is theirs of a step's numbers."""
+        slots, num_keys, self.written = numbers[self.span].view(3, -1)
+        self.slots, self.num_keys = slots.int(), num_keys.int()
 
 
 class Pack:
@@ -86,6 +83,10 @@ class Pack:
     pool : of the suffixes
     members : sequences, ordered by prefix
     device : where the model's tensors are
+
+    Attributes
+    ----------
+    inputs : (2, tokens), int64, on the device: ids and positions
     """
 
     def __init__(
@@ -107,31 +108,58 @@ class Pack:
         self._sources: dict[int, int] = {}  # layers by the address of what `store` returned
         self._spans: dict[int, tuple[list[slice], list[slice]]] = {}  # of prefixes and suffixes, in expanded layers
         self.slab_rows: dict[int | None, list[SlabRows]] = {}
-        self.num_last: dict[int, Tensor] = {}
+        self.num_last: dict[int, Tensor] = {}  # by window: (rows,), int32, of its prefix's last tokens that a row sees
+        self._last_spans: dict[int, slice] = {}
         if self.is_step:
             self._place_rows(device)
+        else:
+            ids = [token for member in members for token in member.fed]
+            positions = [position for member in members for position in member.positions]
+            self.inputs = torch.tensor([ids, positions]).to(device, non_blocking=True)
 
     def _place_rows(self, device: torch.device) -> None:
         """Say where each row's new token goes, and which keys it sees."""
+        num_rows = len(self.members)
+        stop = 2 * num_rows
         for window in self.members[0].suffix.places:
             by_slab: dict[int, list[int]] = {}
             for row, member in enumerate(self.members):
                 by_slab.setdefault(id(member.suffix.places[window].slab), []).append(row)
             for rows in by_slab.values():
                 slab = self.members[rows[0]].suffix.places[window].slab
-                table = torch.tensor(_table(self.members, rows, window, self._rank)).to(device, non_blocking=True)
-                index = None if len(rows) == len(self.members) else torch.tensor(rows, device=device)
-                self.slab_rows.setdefault(window, []).append(SlabRows(slab, rows, index, table))
+                index = None if len(rows) == num_rows else torch.tensor(rows, device=device)
+                start, stop = stop, stop + 3 * len(rows)
+                self.slab_rows.setdefault(window, []).append(SlabRows(slab, rows, index, slice(start, stop)))
             if window is not None:
-                self.num_last[window] = torch.tensor(_reach(self.members, window), dtype=torch.int32, device=device)
+                start, stop = stop, stop + num_rows
+                self._last_spans[window] = slice(start, stop)
+        # All that differs between two steps, in one copy.
+        self._on_host = torch.empty(stop, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._numbers = torch.empty(stop, dtype=torch.int64, device=device)
+        self.inputs = self._numbers[: 2 * num_rows].view(2, -1)
+        self.replace(self.members)
 
     def replace(self, members: Sequence[Member]) -> None:
-        """Put other members in the places of those of a step, each in the same slabs and after the same prefix."""
+        """Put other members in the places of those of a step, each in the same slabs and after the same prefix.
+
+        The last step must have ended: what was copied for it is overwritten.
+        """
+        numbers = [member.fed[0] for member in members]
+        numbers += [member.prefix.num_tokens + member.suffix.num_tokens for member in members]
         for window, found in self.slab_rows.items():
             for rows in found:
-                rows.table.copy_(torch.tensor(_table(members, rows.rows, window, self._rank)), non_blocking=True)
+                numbers += chain.from_iterable(_table(members, rows.rows, window, self._rank))
             if window is not None:
-                self.num_last[window].copy_(torch.tensor(_reach(members, window)), non_blocking=True)
+                numbers += _reach(members, window)
+        self._on_host.copy_(torch.tensor(numbers))
+        self._numbers.copy_(self._on_host, non_blocking=True)
+
+    def read_numbers(self) -> None:
+        """Take what differs between steps from where `replace` put it. A recorded step does so each time."""
+        for found in self.slab_rows.values():
+            for rows in found:
+                rows.read(self._numbers)
+        self.num_last = {window: self._numbers[span].int() for window, span in self._last_spans.items()}
 
     def release(self) -> None:
         """Let go of the sequences, their documents and slabs; only `replace` may follow."""
@@ -232,7 +260,7 @@ class Pack:
 
 
 def _table(members: Sequence[Member], rows: Sequence[int], window: int | None, rank: int) -> list[list[int]]:
-    """Return what `SlabRows.table` holds."""
+    """Return what `SlabRows.read` reads."""
     slots, num_keys, written = [], [], []
     for row in rows:
         suffix = members[row].suffix
@@ -327,6 +355,8 @@ def attend(
     attend_suffixes = _attend_slots if pack.is_step and states.in_slots else _attend_suffixes
     part = attend_suffixes(tools, pack, states, query)
     documents = _attend_documents(tools, pack, states, query)
+    if documents is not None and tools.group.world_size == 1 and tools.sinks is None:
+        return tools.merge_two(*documents, *part)
     if documents is not None:
         part = _merged(tools, documents, part)
     if tools.group.is_last:
@@ -345,12 +375,10 @@ def _attend_documents(tools: Tools, pack: Pack, states: LayerStates, query: Tens
         if shard is None:
             parts.append(saw_nothing(rows))
             continue
-        heads, (keys, values) = query.shape[1], _widened(shard, query)
+        keys, values = _widened(shard, query)
         if pack.is_step:  # one read of the keys serves all heads of a group, and all sequences
             kernel = tools.kernels.recorded or tools.kernels.decode
-            rows = fold_heads(rows, keys.shape[1])
-            folded = kernel.attend_all(rows, keys, values, tools.scale, softcap=tools.softcap)
-            parts.append(unfold_heads(*folded, heads))
+            parts.append(kernel.attend_all(rows, keys, values, tools.scale, softcap=tools.softcap))
         else:
             parts.append(tools.attend(rows, keys, values))
     return _joined(parts)
@@ -367,7 +395,15 @@ def _attend_slots(tools: Tools, pack: Pack, states: LayerStates, query: Tensor, 
         mine = rows_first if rows.index is None else rows_first[rows.index]
         parts.append(
             tools.kernels.decode.attend_slots(
-                mine, keys, values, rows.slots, rows.num_keys, tools.scale, window=window, softcap=tools.softcap
+                mine,
+                keys,
+                values,
+                rows.slots,
+                rows.num_keys,
+                tools.scale,
+                window=window,
+                softcap=tools.softcap,
+                have_keys=window is not None or tools.group.world_size == 1,  # at least the new token itself
             )
         )
     output, lse = parts[0]

@@ -303,7 +303,7 @@ class AnswerQueue:
 
     def _bytes_of(self, plan: Plan) -> int:
         """Return the bytes of a document on the rank that stores most of it."""
-        return self._engine.pool.document_bytes(max(plan.shard_length(rank) for rank in range(plan.world_size)))
+        return self._engine.pool.document_bytes(max(plan.shard_lengths))
 
     def _check_shared(self, error: Exception) -> None:
         """Raise an error that other ranks may not have."""

@@ -22,6 +22,7 @@ from tests.together import (
     alone,
     answers_alone,
     answers_together,
+    ask_apart,
     differences,
     ids,
     same_shards,
@@ -59,6 +60,19 @@ def test_ranks_answer_together_as_one_process_one_at_a_time(pool: Pools, world_s
     for found in pool(world_size).run(answer_together, ends, timeout=180):
         wrong = {family: differences(found[family], expected(family), TOLERANCE) for family in FAMILIES[world_size]}
         assert not any(wrong.values()), wrong
+
+
+def ask_apart_by_family(rank: int, world_size: int) -> list[Any]:
+    return [ask_apart(new_engine(family)) for family in FAMILIES[world_size]]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_each_rank_copies_its_shard(pool: Pools, world_size: int) -> None:
+    one_process = [ask_apart(new_engine(family))[0] for family in FAMILIES[world_size]]
+    for by_family in pool(world_size).run(ask_apart_by_family, timeout=180):
+        assert [expected for expected, _, _ in by_family] == one_process
+        assert [found for _, found, _ in by_family] == one_process
+        assert all(copied == [True] * 4 for _, _, copied in by_family)
 
 
 def play_schedule(rank: int, world_size: int, faulty_rank: int | None) -> list[Any] | str:

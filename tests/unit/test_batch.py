@@ -31,6 +31,7 @@ from tests.together import (
     alone,
     answers_alone,
     answers_together,
+    ask_apart,
     differences,
     ids,
     same_shards,
@@ -90,6 +91,39 @@ def test_every_family_answers_as_one_at_a_time(family: str) -> None:
     assert 0 < len(expected["ends"]) < NEW
     found = answers_together(engine, end=expected["ends"][-1])
     assert differences(found, expected, TOLERANCE) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "dynamic_rope", "gemma3", "gemma3n", "gpt_oss", "deepseek_v3"])
+def test_documents_that_nobody_shares_are_copied(family: str) -> None:
+    engine = apb_ds.init_inference(build_model(family), apb_ds.APBConfig(**GIVEN))
+    expected, found, copied = ask_apart(engine)
+    assert found == expected and copied == [True] * 4
+    assert all(slab.is_unused for slab in engine.pool._slabs.values())
+
+
+def test_documents_are_not_copied_if_shared_or_long_or_with_turns_or_without_memory(engine: Any) -> None:
+    shared, branched, turned, apart = (engine.prefill(ids(50, seed), max_positions=120) for seed in range(4))
+    branch = branched.branch()
+    long = engine.prefill(ids(61, 9), max_positions=120)
+    engine.generate(query_ids=QUERIES[0], context=turned, max_new_tokens=2, append=True)
+    asked = [shared, shared, branched, branch, long, turned, apart]
+    expected = [alone(engine, QUERIES[1], context) for context in asked]
+    with small_sizes():
+        plain = engine.pool.bytes_for([QUERIES[1].shape[1]] + [1] * (NEW - 1))
+    for most, copied in ((2**30, [False] * 6 + [True]), (7 * plain + 1, [False] * 7)):
+        with small_sizes(), engine.batch(max_bytes=most) as batch:
+            batch._max_copied = 60
+            handles = [batch.submit(QUERIES[1], context=context, max_new_tokens=NEW) for context in asked]
+            batch.run()
+        assert [handle.copies_document for handle in handles] == copied
+        assert [handle.tokens for handle in handles] == expected
+
+
+def test_a_document_is_copied_only_where_steps_are_recorded(engine: Any, context: Any) -> None:
+    with engine.batch() as batch:
+        handle = batch.submit(QUERIES[0], context=context, max_new_tokens=2)
+        batch.run()
+    assert not handle.copies_document
 
 
 def test_short_documents_share_one_forward(engine: Any) -> None:
@@ -516,7 +550,7 @@ def test_an_answer_longer_than_its_slot_goes_on(engine: Any, context: Any) -> No
     expected = [alone(engine, query, context, max_new_tokens=30) for query in QUERIES]
     with small_sizes() as patch, engine.batch() as batch:
         new = type(engine.pool).new
-        patch.setattr(type(engine.pool), "new", lambda self, _, source=None: new(self, [1], source))  # announced: one
+        patch.setattr(type(engine.pool), "new", lambda self, _, *rest: new(self, [1], *rest))  # announced: one
         handles = [batch.submit(query, context=context, max_new_tokens=30) for query in QUERIES]
         batch.run()
     assert [handle.tokens for handle in handles] == expected

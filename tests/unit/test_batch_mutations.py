@@ -17,7 +17,7 @@ from apb_ds.engine import batch, packs
 from apb_ds.engine.choosing import Chooser
 from apb_ds.methods import packed
 from apb_ds.methods.packed import LayerStates, Member, Pack
-from apb_ds.suffixes import KeysAndValues, Prefix, Slab, SuffixPool
+from apb_ds.suffixes import KeysAndValues, Prefix, Slab, Suffix, SuffixPool
 from tests.models import build_model
 from tests.schedules import EXACT, FULL_SCHEDULE, WrongAnswer, play, schedule_model, small_sizes
 
@@ -290,6 +290,62 @@ def sizes() -> Iterator[Patch]:
 
 def test_without_a_fault(engine: Any, judge: Any, sizes: Patch) -> None:
     play(engine, judge, FULL_SCHEDULE)
+
+
+def copied_documents_lack_their_last_token(patch: Patch) -> None:
+    original = SuffixPool._copy_document
+
+    def shorter(self: SuffixPool, window: int | None, prefix: Prefix, target: Any) -> None:
+        original(self, window, prefix, target)
+        target.length -= 1
+
+    patch.setattr(SuffixPool, "_copy_document", shorter)
+
+
+def copied_documents_are_not_counted(patch: Patch) -> None:
+    original = SuffixPool._counted
+
+    def uncounted(self: SuffixPool, number: int, source: Any, stored: Any) -> Suffix:
+        suffix = original(self, number, source, stored)
+        if stored is not None:
+            suffix.num_tokens = 0
+        return suffix
+
+    patch.setattr(SuffixPool, "_counted", uncounted)
+
+
+def copied_documents_are_seen_twice(patch: Patch) -> None:
+    original = batch.Batch._sequence
+
+    def with_prefix(self: Any, handle: Any) -> Any:
+        sequence = original(self, handle)
+        if handle.copies_document:
+            sequence.suffix.num_tokens = 0
+            sequence.prefix = handle.request.source.prefix()
+        return sequence
+
+    patch.setattr(batch.Batch, "_sequence", with_prefix)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        None,
+        copied_documents_lack_their_last_token,
+        copied_documents_are_not_counted,
+        copied_documents_are_seen_twice,
+    ],
+)
+def test_documents_that_are_copied(
+    engine: Any, judge: Any, sizes: Patch, fault: Callable[[Patch], None] | None
+) -> None:
+    if fault is None:
+        scene = play(engine, judge, FULL_SCHEDULE, copies=True)
+        assert sum(one.handle.copies_document for one in scene.asked) > 1
+        return
+    fault(sizes)
+    with pytest.raises(WrongAnswer):
+        play(engine, judge, FULL_SCHEDULE, copies=True)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.__name__ for fault in FAULTS])

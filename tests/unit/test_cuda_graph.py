@@ -299,7 +299,6 @@ def test_packs_read_a_document_once_with_the_kernel_of_recorded_steps(
     together = engine.generate(query_ids=[query, query], context=context, max_new_tokens=NEW, do_sample=False)
     assert [tokens[0].tolist() for tokens in together] == [expected, expected]
     config = engine.module.config
-    groups = config.num_attention_heads // config.num_key_value_heads
     assert len(calls) == (NEW - 1) * config.num_hidden_layers, "once a layer and step, both sequences together"
-    assert {shape[1:3] for _, shape in calls} == {(config.num_key_value_heads, 2 * groups)}
+    assert {shape[1:3] for _, shape in calls} == {(config.num_attention_heads, 2)}
     assert all((kernel is recorded) == has_recorded for kernel, _ in calls)

@@ -39,8 +39,8 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
 
     def run(self: Any, rows: Any) -> torch.Tensor:
         counts.run += 1
-        self._set(rows)
-        return run_forward(self.engine(), self._pack, self._inputs)
+        self._pack.replace(rows)
+        return run_forward(self.engine(), self._pack)
 
     monkeypatch.setattr(CPUFlashKernel, "can_be_recorded", True)
     monkeypatch.setattr(Pack, "release", lambda self: None)
@@ -89,6 +89,26 @@ def test_a_recording_serves_the_next_sequences_of_its_documents(counts: Counts) 
     engine.generate(query_ids=queries(5), context=context, max_new_tokens=NEW)
     engine.generate(query_ids=queries(1), context=context, max_new_tokens=NEW)
     assert counts.recorded == 3, "but not five, and would waste most of a step on one"
+
+
+def test_a_recording_serves_one_document_after_another(counts: Counts) -> None:
+    """Documents that nobody shares are copied to where a recording finds them."""
+    engine = new_engine()
+    asked = [(engine.prefill(request_ids(90 + n, 5, seed=n)[0]), query) for n, query in enumerate(queries(7))]
+    lengths = [NEW + 3 * number for number in range(7)]
+    alone = [
+        engine.generate(query_ids=query, context=context, max_new_tokens=length)
+        for (context, query), length in zip(asked, lengths, strict=True)
+    ]
+    handles = []
+    with engine.batch() as batch:
+        for (context, query), length in zip(asked, lengths, strict=True):
+            handles.append(batch.submit(query, context=context, max_new_tokens=length))
+            while len(batch) == 4:
+                batch.step()
+        batch.run()
+    assert [handle.tokens for handle in handles] == [tokens[0].tolist() for tokens in alone]
+    assert counts.recorded == 2 and counts.run > 20, "for four sequences, which serves two, and for a lone one"
 
 
 def test_recordings_are_dropped_with_weights_and_documents(counts: Counts) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import example, given
+from hypothesis import strategies as st
 
 import apb_ds
 import tests.generated  # noqa: F401  settings of hypothesis
@@ -32,11 +33,13 @@ def sizes() -> Iterator[None]:
         yield
 
 
-@given(actions=schedules)
-@example(actions=FULL_SCHEDULE)
-def test_every_answer_is_the_plain_models(engine: Any, judge: Any, actions: list[Action]) -> None:
-    scene = play(engine, judge, actions)
+@given(actions=schedules, copies=st.booleans())
+@example(actions=FULL_SCHEDULE, copies=False)
+@example(actions=FULL_SCHEDULE, copies=True)
+def test_every_answer_is_the_plain_models(engine: Any, judge: Any, actions: list[Action], copies: bool) -> None:
+    scene = play(engine, judge, actions, copies=copies)
     SEEN["asked"] += len(scene.asked)
+    SEEN["documents copied"] += sum(one.handle.copies_document for one in scene.asked)
     SEEN["cancelled"] += sum(one.handle.error is not None for one in scene.asked)
     SEEN["ended early"] += sum(one.handle.error is None and len(one.handle.tokens) < one.num_new for one in scene.asked)
     turns = Counter(id(one.source) for one in scene.asked if one.is_settled)
@@ -48,4 +51,4 @@ def test_they_had_what_matters() -> None:
     if not SEEN:
         pytest.skip("missing: the schedules of the test above, which was not run")
     assert SEEN["asked"] > 100, SEEN
-    assert all(SEEN[name] > 5 for name in ("cancelled", "ended early", "later turns")), SEEN
+    assert all(SEEN[name] > 5 for name in ("cancelled", "ended early", "later turns", "documents copied")), SEEN

@@ -89,11 +89,13 @@ class Kernel:
     def attend_all(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Attend to all keys with few queries, without a mask: keys are split where the kernel can.
+        """Attend to all keys with few queries, without a mask.
 
-        Shapes and results are those of `__call__`.
+        Keys are read once for all heads of a group, and split where the kernel can. Shapes and results are those of
+        `__call__`.
         """
-        return self(query, key, value, False, scale, softcap=softcap)
+        folded = fold_heads(query, key.shape[1])
+        return unfold_heads(*self(folded, key, value, False, scale, softcap=softcap), query.shape[1])
 
     def attend_first(
         self,
@@ -134,6 +136,7 @@ class Kernel:
         *,
         window: int | None = None,
         softcap: float | None = None,
+        have_keys: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Attend to the first keys of a slot for each row: to all of them, or to the last `window` of them.
 
@@ -142,9 +145,10 @@ class Kernel:
         query : (rows, heads, 1, head_dim)
         key, value : (slots, kv_heads, capacity, head_dim), views of contiguous (slots, capacity, kv_heads, head_dim);
             values past a slot's first `num_keys` must be finite
-        slots : (rows,), int64, on the device: each row's slot; no two are the same
+        slots : (rows,), int32 or int64, on the device: each row's slot; rows of one slot get any one's result
         num_keys : (rows,), int32, on the device: how many keys of its slot each row attends to, at least 0
         window, softcap : as in `__call__`
+        have_keys : whether it is known that every row has a key, which saves looking for those without
 
         Returns
         -------

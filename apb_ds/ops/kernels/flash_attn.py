@@ -68,12 +68,13 @@ class FlashAttn2Kernel(Kernel):
         *,
         window: int | None = None,
         softcap: float | None = None,
+        have_keys: bool = False,
     ) -> tuple[Tensor, Tensor]:
         self._check(window, softcap)
         function = importlib.import_module("flash_attn").flash_attn_with_kvcache
         options = _options(window, softcap) | {"cache_batch_idx": slots.int()}
         output, lse = _with_cache(function, query, key, value, num_keys, scale, options)
-        return without_keys(output, lse, (num_keys == 0).view(-1, 1, 1))
+        return (output, lse) if have_keys else without_keys(output, lse, (num_keys == 0).view(-1, 1, 1))
 
 
 class FlashAttn3Kernel(Kernel):
@@ -107,7 +108,7 @@ class FlashAttn3Kernel(Kernel):
     def attend_all(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        self._check(None, softcap)
+        self._check(None, softcap)  # it folds heads itself, without copying queries and outputs
         return _with_cache(_flash_attn_3_with_cache(), query, key, value, None, scale, _options(None, softcap))
 
     def attend_first(
@@ -136,11 +137,12 @@ class FlashAttn3Kernel(Kernel):
         *,
         window: int | None = None,
         softcap: float | None = None,
+        have_keys: bool = False,
     ) -> tuple[Tensor, Tensor]:
         self._check(window, softcap)
         options = _options(window, softcap) | {"cache_batch_idx": slots.int()}
         output, lse = _with_cache(_flash_attn_3_with_cache(), query, key, value, num_keys, scale, options)
-        return without_keys(output, lse, (num_keys == 0).view(-1, 1, 1))
+        return (output, lse) if have_keys else without_keys(output, lse, (num_keys == 0).view(-1, 1, 1))
 
     @classmethod
     def lacks(cls, window: bool, softcap: bool) -> str | None:

@@ -45,6 +45,7 @@ class CPUFlashKernel(Kernel):
         *,
         window: int | None = None,
         softcap: float | None = None,
+        have_keys: bool = False,
     ) -> tuple[Tensor, Tensor]:
         self._check(window, softcap)
         places, counts = slots.tolist(), num_keys.tolist()
@@ -58,7 +59,7 @@ class CPUFlashKernel(Kernel):
         in_order = places == list(range(low, high))
         if not in_order:
             # Queries are spread over the slots, as copying keys would take longer.
-            index = slots - low
+            index = slots.long() - low
             query = query.new_zeros(high - low, *query.shape[1:]).index_copy_(0, index, query)
             num_keys = num_keys.new_zeros(high - low).index_copy_(0, index, num_keys)
         k, v = (states[low:high, :, first:stop] for states in (key, value))
@@ -176,6 +177,7 @@ class TorchFlashKernel(Kernel):
         *,
         window: int | None = None,
         softcap: float | None = None,
+        have_keys: bool = False,
     ) -> tuple[Tensor, Tensor]:
         self._check(window, softcap)
         rows, capacity = len(query), key.shape[2]
@@ -190,7 +192,8 @@ class TorchFlashKernel(Kernel):
         )
         # The log-sum-exp is (heads, rows), and plus infinity where there are no keys.
         lse = lse.transpose(0, 1).unsqueeze(2).float()
-        return without_keys(output.unsqueeze(2), lse, (num_keys == 0).view(-1, 1, 1))
+        output = output.unsqueeze(2)
+        return (output, lse) if have_keys else without_keys(output, lse, (num_keys == 0).view(-1, 1, 1))
 
 
 class TorchEfficientKernel(Kernel):
