@@ -34,13 +34,13 @@ def exclusive_call(model: nn.Module) -> Iterator[None]:
                 vars(module)["training"] = True
 
 
-def walk(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield a model's modules as ``modules()`` does, but in a fifth of the time, and shared ones more than once."""
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        yield module
-        waiting += [child for child in module._modules.values() if child is not None]
+def walk(model: nn.Module) -> list[nn.Module]:
+    """Return a model's modules as ``modules()`` does, but in a fraction of the time, and shared ones more than once."""
+    found = [model]
+    for module in found:  # which grows
+        if module._modules:
+            found += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 @contextmanager

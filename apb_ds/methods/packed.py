@@ -72,6 +72,39 @@ class SlabRows:
         self.slots, self.num_keys = slots.int(), num_keys.int()
 
 
+class Alike:
+    """Sequences of a pack whose new tokens this rank stores, of similar number: one call attends to them all.
+
+    Parameters
+    ----------
+    spans : where each one's new tokens lie in the pack
+
+    Attributes
+    ----------
+    tokens : (tokens,), int64, on the device: all of their tokens, without padding
+    """
+
+    def __init__(self, spans: Sequence[slice], device: torch.device) -> None:
+        self._number = len(spans)
+        longest = max(span.stop - span.start for span in spans)
+        # Shorter ones repeat their last token, which none of their own tokens sees behind itself.
+        taken = [min(span.start + place, span.stop - 1) for span in spans for place in range(longest)]
+        kept = [number * longest + at for number, span in enumerate(spans) for at in range(span.stop - span.start)]
+        tokens = [token for span in spans for token in range(span.start, span.stop)]
+        self._taken, self._kept, self.tokens = (
+            torch.tensor(numbers).to(device, non_blocking=True) for numbers in (taken, kept, tokens)
+        )
+
+    def padded(self, states: Tensor) -> Tensor:
+        """Return (sequences, heads, longest, channels) of (1, heads, all tokens, channels)."""
+        taken = states[0].index_select(1, self._taken)
+        return taken.unflatten(1, (self._number, -1)).transpose(0, 1)
+
+    def without_padding(self, part: Tensor) -> Tensor:
+        """Return (1, heads, tokens, ...) of (sequences, heads, longest, ...)."""
+        return part.transpose(0, 1).flatten(1, 2).index_select(1, self._kept).unsqueeze(0)
+
+
 class Pack:
     """The new tokens of some sequences, those of one prefix next to each other.
 
@@ -87,6 +120,7 @@ class Pack:
     Attributes
     ----------
     inputs : (2, tokens), int64, on the device: ids and positions
+    alike : the sequences whose new tokens this rank stores, by how many tokens they have; not in a step
     """
 
     def __init__(
@@ -116,6 +150,11 @@ class Pack:
             ids = [token for member in members for token in member.fed]
             positions = [position for member in members for position in member.positions]
             self.inputs = torch.tensor([ids, positions]).to(device, non_blocking=True)
+            by_size: dict[int, list[slice]] = {}  # twice the tokens at most, so that half of a call is no padding
+            for index, span in enumerate(self.spans):
+                if self.stores(index):
+                    by_size.setdefault((span.stop - span.start - 1).bit_length(), []).append(span)
+            self.alike = [Alike(spans, device) for spans in by_size.values()]
 
     def _place_rows(self, device: torch.device) -> None:
         """Say where each row's new token goes, and which keys it sees."""
@@ -329,6 +368,11 @@ class LayerStates:
             span = slice(end - len(self._pack.members[index].fed), end)
         return keys[:, :, span], values[:, :, span]
 
+    @property
+    def all_new(self) -> KeysAndValues:
+        """The new tokens of all sequences; not of an expanded layer."""
+        return self._given
+
     def _of(self, span: slice) -> KeysAndValues | None:
         keys, values = self._given
         return (keys[:, :, span], values[:, :, span]) if span.stop > span.start else None
@@ -386,6 +430,7 @@ def _attend_documents(tools: Tools, pack: Pack, states: LayerStates, query: Tens
 
 def _attend_slots(tools: Tools, pack: Pack, states: LayerStates, query: Tensor, window: int | None = None) -> Part:
     """Attend to suffixes for one new token each, where they are stored."""
+    kernel = tools.kernels.recorded or tools.kernels.decode
     rows_first = query[0].transpose(0, 1).unsqueeze(2)  # (rows, heads, 1, head_dim)
     found = pack.slab_rows[window]
     parts = []
@@ -394,7 +439,7 @@ def _attend_slots(tools: Tools, pack: Pack, states: LayerStates, query: Tensor, 
         keys, values = _widened((keys, values), query)
         mine = rows_first if rows.index is None else rows_first[rows.index]
         parts.append(
-            tools.kernels.decode.attend_slots(
+            kernel.attend_slots(
                 mine,
                 keys,
                 values,
@@ -414,6 +459,26 @@ def _attend_slots(tools: Tools, pack: Pack, states: LayerStates, query: Tensor, 
 
 
 def _attend_suffixes(tools: Tools, pack: Pack, states: LayerStates, query: Tensor) -> Part:
+    """Attend to suffixes for any number of new tokens: to earlier tokens by sequence, to new ones in few calls."""
+    if not states.in_slots or tools.softcap is not None:  # with which not all kernels take several
+        return _attend_suffixes_in_turn(tools, pack, states, query)
+    keys, values = _widened(states.all_new, query)
+    output, lse = saw_nothing(query)
+    for alike in pack.alike:
+        rows, k, v = (alike.padded(of) for of in (query, keys, values))
+        found = tools.kernels.prefill(rows, k, v, rows.shape[2] > 1, tools.scale, softcap=tools.softcap)
+        for all_tokens, part in zip((output, lse), found, strict=True):
+            all_tokens.index_copy_(2, alike.tokens, alike.without_padding(part))
+    for index, span in enumerate(pack.spans):
+        if (past := states.past(index)) is not None:
+            seen = tools.attend(query[:, :, span], *_widened(past, query))
+            if pack.stores(index):
+                seen = _merged(tools, seen, (output[:, :, span], lse[:, :, span]))
+            output[:, :, span], lse[:, :, span] = seen
+    return output, lse
+
+
+def _attend_suffixes_in_turn(tools: Tools, pack: Pack, states: LayerStates, query: Tensor) -> Part:
     """Attend to suffixes sequence by sequence, for any number of new tokens."""
     parts = []
     for index, span in enumerate(pack.spans):

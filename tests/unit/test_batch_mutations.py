@@ -40,6 +40,21 @@ def _set_row(table: list[list[int]], row: int, values: Sequence[int]) -> None:
     table[row] = [*values]
 
 
+def last_new_token_of_each_query_lost(patch: Patch) -> None:
+    original = packed.Alike.__init__
+
+    def shorter(self: Any, spans: Sequence[slice], device: torch.device) -> None:
+        original(self, spans, device)
+        self._kept = (self._kept - 1).clamp_min(0)
+
+    patch.setattr(packed.Alike, "__init__", shorter)
+
+
+def queries_of_a_call_mixed_up(patch: Patch) -> None:
+    original = packed.Alike.padded
+    patch.setattr(packed.Alike, "padded", lambda self, states: original(self, states).roll(1, 2))
+
+
 def newest_key_of_a_slot_unseen(patch: Patch) -> None:
     _change_table(patch, lambda table: _set_row(table, 1, [max(0, count - 1) for count in table[1]]))
 
@@ -91,7 +106,7 @@ def window_within_slots_one_wider(patch: Patch) -> None:
         def attend(*args: Any, window: int | None, **options: Any) -> Any:
             return kernel.attend_slots(*args, window=None if window is None else window + 1, **options)
 
-        kernels: Any = SimpleNamespace(decode=SimpleNamespace(attend_slots=attend))
+        kernels: Any = SimpleNamespace(decode=SimpleNamespace(attend_slots=attend), recorded=None)
         return original(replace(tools, kernels=kernels), pack, states, query, window)
 
     patch.setattr(packed, "_attend_slots", changed)
@@ -243,6 +258,8 @@ def end_tokens_of_others_ignored(patch: Patch) -> None:
 
 
 FAULTS = [
+    last_new_token_of_each_query_lost,
+    queries_of_a_call_mixed_up,
     newest_key_of_a_slot_unseen,
     one_key_of_a_slot_too_many,
     slots_of_others_read,
@@ -303,15 +320,15 @@ def copied_documents_lack_their_last_token(patch: Patch) -> None:
 
 
 def copied_documents_are_not_counted(patch: Patch) -> None:
-    original = SuffixPool._counted
+    original = SuffixPool.new
 
-    def uncounted(self: SuffixPool, number: int, source: Any, stored: Any) -> Suffix:
-        suffix = original(self, number, source, stored)
-        if stored is not None:
+    def uncounted(self: SuffixPool, forwards: Any, source: Any = None, document: Any = None) -> Suffix:
+        suffix = original(self, forwards, source, document)
+        if document is not None:
             suffix.num_tokens = 0
         return suffix
 
-    patch.setattr(SuffixPool, "_counted", uncounted)
+    patch.setattr(SuffixPool, "new", uncounted)
 
 
 def copied_documents_are_seen_twice(patch: Patch) -> None:

@@ -45,7 +45,8 @@ class Kernel:
         Parameters
         ----------
         query : (1, heads, queries, head_dim), queries >= 1
-        key, value : (1, kv_heads, keys, head_dim), keys >= 1; heads is a multiple of kv_heads
+        key, value : (1, kv_heads, keys, head_dim), keys >= 1; heads is a multiple of kv_heads. Without a window and a
+            softcap, any batch instead of 1.
         causal : query i sees keys 0..i; needs queries == keys, unless there is a window
         scale : factor on the logits
         window : the queries are the last tokens of the keys, and each sees only the last `window` keys up to itself,
