@@ -107,13 +107,25 @@ def test_the_first_keys_of_buffers_in_a_graph(
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=LSE_TOLERANCE[dtype] + tanh)
 
 
+@pytest.mark.parametrize("kernel, dtype", CASES)
+def test_several_sequences_in_one_call(kernel: type[Kernel], dtype: torch.dtype) -> None:
+    parts = [Shape("", 8, 2, 33, 33, True, 64).draw(dtype, "cuda") for _ in range(3)]
+    scaled = [[states * (number + 1) for states in part] for number, part in enumerate(parts)]
+    attend = require(kernel, dtype, 64)
+    output, lse = attend(*(torch.cat(states) for states in zip(*scaled, strict=True)), True, 0.1)
+    for number, part in enumerate(scaled):
+        expected, expected_lse = ReferenceKernel()(*part, True, 0.1)
+        torch.testing.assert_close(output[number], expected[0], rtol=0, atol=4 * OUTPUT_TOLERANCE[dtype])
+        torch.testing.assert_close(lse[number], expected_lse[0], rtol=0, atol=4 * LSE_TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("queries", [1, 32, 128])
+@pytest.mark.parametrize("heads, queries", [(8, 1), (8, 32), (8, 128), (32, 1), (32, 8), (32, 32)])
 @pytest.mark.parametrize("kernel, dtype", [case for case in CASES if case.values[0].can_be_recorded])
 def test_all_keys_of_few_queries_in_a_graph(
-    kernel: type[Kernel], dtype: torch.dtype, queries: int, softcap: float | None
+    kernel: type[Kernel], dtype: torch.dtype, heads: int, queries: int, softcap: float | None
 ) -> None:
-    query, key, value = Shape("long", 8, 8, queries, 20_000, False, 128).draw(dtype, "cuda")
+    query, key, value = Shape("long", heads, 8, queries, 20_000, False, 128).draw(dtype, "cuda")
     attend = require(kernel, dtype, 128, softcap=softcap is not None)
     attend.attend_all(query, key, value, 0.1, softcap=softcap)
     graph = torch.cuda.CUDAGraph()

@@ -111,6 +111,18 @@ def test_the_first_keys_of_buffers(
     assert all(torch.equal(ours, others) for ours, others in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kernel", ON_CPU)
+def test_several_sequences_in_one_call(kernel: type[Kernel], causal: bool) -> None:
+    parts = [Shape("", 4, 2, 12, 12, causal).draw(torch.float32) for _ in range(3)]
+    scaled = [[states * (number + 1) for states in part] for number, part in enumerate(parts)]
+    output, lse = kernel()(*(torch.cat(states) for states in zip(*scaled, strict=True)), causal, 0.3)
+    for number, part in enumerate(scaled):
+        expected, expected_lse = kernel()(*part, causal, 0.3)
+        torch.testing.assert_close(output[number], expected[0], rtol=0, atol=OUTPUT_TOLERANCE[torch.float32])
+        torch.testing.assert_close(lse[number], expected_lse[0], rtol=0, atol=LSE_TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("case", SLOTS, ids=lambda case: case.name)
 @pytest.mark.parametrize("kernel", [*ON_CPU, PiecesKernel])
 def test_slots(kernel: type[Kernel], case: Slots) -> None:

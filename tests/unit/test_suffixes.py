@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 import tests.generated  # noqa: F401  settings of hypothesis
 from apb_ds import suffixes
 from apb_ds.cache import ShardedCache
-from apb_ds.suffixes import Prefix, Shares, Slab, Suffix, SuffixPool
+from apb_ds.suffixes import CopiedDocument, Prefix, Shares, Slab, Suffix, SuffixPool
 from apb_ds.utils.sizes import LayerAttention
 
 CPU = torch.device("cpu")
@@ -283,3 +284,39 @@ def test_a_prefix_stays_as_it_was_when_the_context_goes_on() -> None:
 def test_a_prefix_of_no_tokens_has_no_states() -> None:
     prefix = Prefix(LAYERS)
     assert prefix.num_tokens == 0 and prefix.states(0) is None
+
+
+@given(
+    stored=st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    forwards=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+)
+def test_a_copied_document_comes_first_on_the_rank_that_has_it(stored: list[int], forwards: list[int]) -> None:
+    num_tokens = sum(stored)
+    ends = [sum(stored[: rank + 1]) for rank in range(len(stored))]
+    tokens = list(range(1, num_tokens + sum(forwards) + 1))
+    found: list[list[int]] = []
+    for rank, end in enumerate(ends):
+        pool = SuffixPool(LAYERS, rank, len(stored), CPU)
+        prefix = Prefix(LAYERS)
+        prefix.num_tokens = num_tokens
+        for layer_idx, layer in enumerate(LAYERS):
+            first = max(0, num_tokens - WINDOW + 1) if layer.window else end - stored[rank]
+            numbers = torch.tensor(tokens[first : num_tokens if layer.window else end]) + layer_idx / 8
+            if layer.stores and len(numbers):
+                shapes = layer.stored_shapes
+                keys, values = (numbers[None, None, :, None].expand(1, heads, -1, width) for heads, width in shapes)
+                prefix._states[layer_idx] = keys, values
+        suffix = pool.new(forwards, document=CopiedDocument(prefix, tuple(stored)))
+        assert suffix.num_tokens == num_tokens and suffix.shares.stored == tuple(stored)
+        slabs = [place.slab for place in suffix.places.values()]
+        fed = num_tokens
+        for number in forwards:
+            write(pool, suffix, tokens[fed : fed + number])
+            fed += number
+        assert [place.slab for place in suffix.places.values()] == slabs, "there was room for all of it"
+        of_slots = sum(place.slab.capacity * BYTES_OF_TOKEN[window] for window, place in suffix.places.items())
+        assert of_slots <= pool.bytes_for(forwards, stored=stored)
+        found.append(read(suffix, None))
+        assert read(suffix, WINDOW)[-min(fed, WINDOW - 1) :] == tokens[max(0, fed - WINDOW + 1) : fed]
+    assert sorted(chain.from_iterable(found)) == tokens
+    assert all(of[:number] == tokens[end - number : end] for of, number, end in zip(found, stored, ends, strict=True))
