@@ -10,10 +10,12 @@ send the same messages, but recording runs the step one extra time: all ranks re
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,10 +36,41 @@ if TYPE_CHECKING:
 MAX_RECORDINGS = 4
 ROWS_STEP = 8  # beyond that, numbers of rows are multiples of it; up to it, powers of two
 
+# What a recording may need at most, for its intermediate results.
+CAPTURE_BYTES = 2**31
+
 logger = logging.getLogger(__name__)
 
 _Cell = tuple[int, ...]  # a document, the slabs of a sequence by kind of layer, and how many slots these have
 _Key = tuple[tuple[_Cell, ...], tuple[int, ...]]  # cells, and the rows for each
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """Return a device's stream for recordings, one for all: libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Record what is launched, as ``torch.cuda.graph`` does, but without emptying torch's caches of memory before.
+
+    Those of a server hold tens of gigabytes, on the device and pinned, and take seconds to fill again.
+
+    Parameters
+    ----------
+    pool : of memory, to share with other graphs; None for one of its own
+    """
+    torch.cuda.synchronize()
+    if torch.cuda.mem_get_info()[0] < CAPTURE_BYTES:
+        torch.cuda.empty_cache()
+    with torch.cuda.stream(_capture_stream(torch.cuda.current_device())):
+        shared: dict[str, Any] = {} if pool is None else {"pool": pool}
+        graph.capture_begin(**shared, capture_error_mode="thread_local")
+        try:
+            yield
+        finally:
+            graph.capture_end()
 
 
 class PackedStep:
@@ -82,7 +115,7 @@ class PackedStep:
         sent_before = self._group.bytes_sent
         self._graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            with _capturing(self._graph, pool):
                 self._logits = run_forward(engine, self._pack)
         finally:
             self._bytes_sent = self._group.bytes_sent - sent_before
