@@ -75,6 +75,21 @@ class SequenceGroup:
             )
         return cls.of(mpu.get_sequence_parallel_group())
 
+    def on_cpu(self, timeout_s: float) -> SequenceGroup:
+        """Return these ranks as a group whose messages need no accelerator; all of them call this together.
+
+        Parameters
+        ----------
+        timeout_s : after which its collectives fail
+        """
+        if self.world_size == 1:
+            return self
+        ranks = torch.distributed.get_process_group_ranks(self.process_group)
+        timeout = datetime.timedelta(seconds=timeout_s)
+        choose_gloo_interface()
+        made = torch.distributed.new_group(ranks, timeout=timeout, backend="gloo")
+        return SequenceGroup(made, self.rank, self.world_size, progress=self.progress, _board=self._board)
+
     @property
     def board(self) -> Board | None:
         """Where all ranks report failures; None for a rank alone, and once ``torch.distributed`` has been shut down."""

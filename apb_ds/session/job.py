@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,25 +71,35 @@ class EvalConfig:
         check_integer("eval.sequences", self.sequences, 1)
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """The settings that make an engine, validated.
+
+    Attributes
+    ----------
+    retaining_heads : where the heads are, if the compressor needs them
+    """
+
+    model: ModelConfig
+    method: APBConfig
+    timeout_s: float
+    seed: int
+    retaining_heads: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(EngineSettings):
     """A job's settings, validated.
 
     Attributes
     ----------
     evaluation : for a job that scores its answers, else None
-    retaining_heads : where the heads are, if the compressor needs them
     position_from_template : whether ``method.query_position`` was left to the chat template
     """
 
-    model: ModelConfig
-    method: APBConfig
     task: TaskConfig
-    timeout_s: float
-    seed: int
     position_from_template: bool
     evaluation: EvalConfig | None = None
-    retaining_heads: str | None = None
 
     def method_for(self, query_position: int) -> APBConfig:
         """Return the method's settings with a sample's query position, unless the user gave one."""
@@ -106,8 +117,30 @@ def read_settings(values: dict[str, Any]) -> Settings:
         For an unknown key or name, a value out of its range, hosts that do not divide over the ranks, or a kernel
         that is not installed.
     """
+    engine = read_engine_settings(values, SECTIONS)
+    task = build_task_config(dict(values.get("task") or {}))
+    evaluation = None
+    if "eval" in values:
+        evaluation = from_mapping(EvalConfig, dict(values["eval"] or {}), "eval")
+        if type(task).samples is TaskConfig.samples:
+            raise ValueError(f"task={task.name} has no reference answers; run it with launch/infer.py.")
+    return Settings(
+        **vars(engine),
+        task=task,
+        position_from_template=(values.get("method") or {}).get("query_position") is None,
+        evaluation=evaluation,
+    )
+
+
+def read_engine_settings(values: dict[str, Any], sections: Sequence[str]) -> EngineSettings:
+    """Validate what a composed config says of the engine; see `read_settings`.
+
+    Parameters
+    ----------
+    sections : that the config may have
+    """
     for key in values:
-        check_choice("config key", key, SECTIONS)
+        check_choice("config key", key, sections)
     method_values = dict(values.get("method") or {})
     heads = method_values.pop(HEADS_KEY, None)
     method = _read_method(method_values)
@@ -120,22 +153,9 @@ def read_settings(values: dict[str, Any]) -> Settings:
     check_integer("seed", seed, 0)
     if seed > MAX_SEED:
         raise ValueError(f"seed={seed} must be an integer of at most {MAX_SEED}.")
-    task = build_task_config(dict(values.get("task") or {}))
-    evaluation = None
-    if "eval" in values:
-        evaluation = from_mapping(EvalConfig, dict(values["eval"] or {}), "eval")
-        if type(task).samples is TaskConfig.samples:
-            raise ValueError(f"task={task.name} has no reference answers; run it with launch/infer.py.")
     model = ModelConfig.from_dict(dict(values.get("model") or {}))
-    return Settings(
-        model=model,
-        method=method,
-        task=task,
-        timeout_s=timeout_s,
-        seed=seed,
-        position_from_template=method_values.get("query_position") is None,
-        evaluation=evaluation,
-        retaining_heads=_heads_of(method, heads, model),
+    return EngineSettings(
+        model=model, method=method, timeout_s=timeout_s, seed=seed, retaining_heads=_heads_of(method, heads, model)
     )
 
 

@@ -14,7 +14,7 @@ from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.loading.heads import heads_for
 from apb_ds.loading.model import with_positions_of
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.session.job import Settings
+from apb_ds.session.job import EngineSettings
 
 
 class ModelInUse:
@@ -38,7 +38,7 @@ class ModelInUse:
         loaded = with_positions_of(self.loaded, config)
         return None if loaded is None else ModelInUse(config, loaded)
 
-    def load_heads(self, settings: Settings) -> None:
+    def load_heads(self, settings: EngineSettings) -> None:
         """Load the retaining heads that a job needs, unless they are loaded."""
         path = settings.retaining_heads
         if path is not None and (self._heads is None or self._heads[0] != path):

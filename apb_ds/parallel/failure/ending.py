@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -59,6 +59,8 @@ class Watch:
         self._group: SequenceGroup | None = None
         self._cleanups: list[Callable[[], object]] = []
         self._deadline: float | None = None
+        self._failed_elsewhere = False
+        self._graceful: tuple[Callable[[], object], float] | None = None
         self._pipe: tuple[int, int] | None = None
         self._before: tuple[Any, int] | None = None
         self._ended = threading.Event()
@@ -95,6 +97,33 @@ class Watch:
     def add_cleanup(self, cleanup: Callable[[], object]) -> None:
         """Have `leave` call this: `os._exit` runs no atexit handlers."""
         self._cleanups.append(cleanup)
+
+    @contextlib.contextmanager
+    def ending_gracefully(self, stop: Callable[[], object], within_s: float) -> Iterator[None]:
+        """Have the first SIGTERM or Ctrl-C call `stop`, from any thread, after which the block has some time to end.
+
+        A second Ctrl-C ends the process as usual, and so does whatever else ends it.
+
+        Parameters
+        ----------
+        within_s : seconds
+        """
+        self._graceful = stop, within_s
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = [signal.SIGINT, *([] if self._pipe else [signal.SIGTERM])] if is_main else []
+        before = {number: signal.signal(number, self._stop_gracefully) for number in numbers}
+        try:
+            yield
+        finally:
+            self._graceful = None
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop_gracefully(self, number: int, frame: FrameType | None) -> None:
+        if self._graceful is not None:
+            self._graceful[0]()
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def give_up(self, error: BaseException, abandon: Abandon | None = None) -> NoReturn:
         """End the process after an error: tell the other ranks and the user why, and call ``abandon(why)``."""
@@ -152,7 +181,7 @@ class Watch:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Run in the main thread, as soon as it is not inside C code."""
-        if not self._ended.is_set():
+        if not self._ended.is_set() and (self._graceful is None or self._failed_elsewhere):
             raise Stopped(self._why or GOT_SIGTERM)
 
     def _look_after(self) -> None:
@@ -160,10 +189,10 @@ class Watch:
         while not self._ended.is_set():
             ready, _, _ = select.select([self._pipe[0]], [], [], POLL_S)
             if ready and signal.SIGTERM in os.read(self._pipe[0], 64):
-                self._expect_end(GOT_SIGTERM)
+                self._expect_end(GOT_SIGTERM, gracefully=True)
             gone = next((name for name, is_alive in self._ancestors if not is_alive()), None)
             if gone and self._deadline is None:
-                self._expect_end(f"its launcher ({gone}) has exited.")
+                self._expect_end(f"its launcher ({gone}) has exited.", gracefully=True)
                 os.kill(os.getpid(), signal.SIGTERM)
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._end()
@@ -174,14 +203,19 @@ class Watch:
             with contextlib.suppress(Exception):  # the store's errors: the main thread will see them too
                 board = None if self._group is None else self._group.board
                 if board is not None and board.has_reports():
+                    self._failed_elsewhere = True
                     self._expect_end("another rank has failed.")
                     board.answer()
                     return
 
-    def _expect_end(self, why: str) -> None:
-        if self._deadline is None:
+    def _expect_end(self, why: str, *, gracefully: bool = False) -> None:
+        within_s = MAIN_THREAD_S
+        if gracefully and self._graceful is not None:
+            stop, within_s = self._graceful
+            stop()
+        if self._deadline is None or time.monotonic() + within_s < self._deadline:
             self._why = why
-            self._deadline = time.monotonic() + MAIN_THREAD_S
+            self._deadline = time.monotonic() + within_s
 
     def _end(self) -> None:
         """End the process, since the main thread does not."""
