@@ -1,0 +1,1 @@
+"""The server: OpenAI's API over one engine, with a cache of documents."""

@@ -1,0 +1,87 @@
+"""What the first rank tells all ranks to do, in order; see `apb_ds.serving.worker`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """Prefill a document. ids: (1, n), int64, on the CPU."""
+
+    key: str
+    ids: Tensor = field(repr=False)
+    max_positions: int
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """Answer a prompt.
+
+    Attributes
+    ----------
+    number : of the request
+    key : of its document; empty for a short prompt
+    ids : (1, tokens), int64, on the CPU: what follows document and conversation, or the whole short prompt
+    num_new : tokens to generate at most
+    conversation : in which the turn is kept, and which may have turns already; None for a short prompt
+    seed : of its random generator
+    """
+
+    number: int
+    key: str
+    ids: Tensor = field(repr=False)
+    num_new: int
+    conversation: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Free a conversation's turns."""
+
+    conversation: int
+
+
+@dataclass(frozen=True)
+class ToHost:
+    """Move a document to host memory."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class ToDisk:
+    """Write a document to disk, and forget it."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class ToDevice:
+    """Bring a document back from host memory, or from disk."""
+
+    key: str
+    from_disk: bool
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Forget a document, wherever it is."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Abandon:
+    """End the prefill, or what else takes long, that is under way."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Leave the loop."""
+
+
+Command = Prefill | Ask | Forget | ToHost | ToDisk | ToDevice | Drop | Abandon | Stop

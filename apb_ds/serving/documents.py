@@ -1,0 +1,206 @@
+"""The cache of documents as the first rank keeps books of it: what is where, how large, and what has to go.
+
+Documents that were used least recently go from the device to host memory, from there to disk, and from there away; one
+in use stays. A conversation about a document is on the device, and freed when the document leaves it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from apb_ds.serving.commands import Command, Drop, Forget, ToDevice, ToDisk, ToHost
+
+
+class Place(StrEnum):
+    """Where a document is."""
+
+    NOWHERE = "nowhere"
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+@dataclass(eq=False)
+class Conversation:
+    """Turns about a document, kept on the device.
+
+    Attributes
+    ----------
+    ids : of the turns so far, as bytes of int64
+    num_bytes : on the rank that stores most of them
+    is_busy : whether a request goes on with it
+    """
+
+    number: int
+    ids: bytes = b""
+    num_bytes: int = 0
+    is_busy: bool = True
+    used: int = 0
+
+
+@dataclass(eq=False)
+class Document:
+    """A document that is or was asked about.
+
+    Attributes
+    ----------
+    num_bytes : on the rank that stores most of it
+    uses : requests under way that need it on the device
+    """
+
+    key: str
+    num_tokens: int
+    num_bytes: int
+    place: Place = Place.NOWHERE
+    uses: int = 0
+    used: int = 0
+    conversations: list[Conversation] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes on each rank: of documents by place, and of conversations."""
+
+    device: int
+    host: int
+    disk: int
+    conversations: int
+
+
+class Documents:
+    """The documents of a server, by key.
+
+    Parameters
+    ----------
+    limits : Limits
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._documents: dict[str, Document] = {}
+        self._clock = itertools.count(1)
+        self._numbers = itertools.count(1)
+
+    def get(self, key: str) -> Document | None:
+        """Return a document, None if it is not known."""
+        return self._documents.get(key)
+
+    def add(self, key: str, num_tokens: int, num_bytes: int, place: Place = Place.NOWHERE) -> Document:
+        """Enter a document that is not known yet."""
+        document = self._documents[key] = Document(key, num_tokens, num_bytes, place, used=next(self._clock))
+        return document
+
+    def touch(self, document: Document) -> None:
+        """Note that a document is used now."""
+        document.used = next(self._clock)
+
+    def forget(self, document: Document) -> None:
+        """Strike a document off the books."""
+        self._documents.pop(document.key, None)
+
+    def at(self, place: Place) -> list[Document]:
+        """Return the documents at a place, those first that were used least recently."""
+        return sorted((one for one in self._documents.values() if one.place is place), key=lambda one: one.used)
+
+    def bytes_at(self, place: Place) -> int:
+        """Return the bytes of the documents at a place, of each rank."""
+        return sum(one.num_bytes for one in self.at(place))
+
+    # --- documents ---------------------------------------------------------------------------------------------------
+
+    def room_for(self, document: Document) -> list[Command] | None:
+        """Make room for a document on the device; return what all ranks must do, None if there is none yet.
+
+        The books say at once where things will be.
+        """
+        document.uses += 1  # it may be in host memory or on disk, and is to stay there until it is loaded
+        try:
+            leaving = _least_to_leave(self.at(Place.DEVICE), self.limits.device - document.num_bytes)
+            if leaving is None:
+                return None
+            return [command for one in leaving for command in self._leave_device(one)]
+        finally:
+            document.uses -= 1
+
+    def to_device(self, document: Document) -> Command:
+        """Return how a document comes back from host memory or disk; say afterwards that it `is_on_device`."""
+        return ToDevice(document.key, from_disk=document.place is Place.DISK)
+
+    def _leave_device(self, document: Document) -> list[Command]:
+        commands: list[Command] = [Forget(one.number) for one in document.conversations]
+        document.conversations.clear()
+        room = self._room_on_host(document)
+        if room is not None:
+            document.place = Place.HOST
+            return [*commands, *room, ToHost(document.key)]
+        return [*commands, *self._leave_memory(document)]
+
+    def _room_on_host(self, document: Document) -> list[Command] | None:
+        leaving = _least_to_leave(self.at(Place.HOST), self.limits.host - document.num_bytes)
+        if leaving is None:
+            return None
+        return [command for one in leaving for command in self._leave_memory(one)]
+
+    def _leave_memory(self, document: Document) -> list[Command]:
+        leaving = _least_to_leave(self.at(Place.DISK), self.limits.disk - document.num_bytes)
+        if leaving is None:
+            self.forget(document)
+            return [Drop(document.key)]
+        for one in leaving:
+            self.forget(one)
+        document.place = Place.DISK
+        return [*(Drop(one.key) for one in leaving), ToDisk(document.key)]
+
+    # --- conversations -----------------------------------------------------------------------------------------------
+
+    def begin_conversation(self, document: Document) -> Conversation:
+        """Begin a conversation, in which a request under way is kept."""
+        conversation = Conversation(next(self._numbers))
+        document.conversations.append(conversation)
+        return conversation
+
+    def find_conversation(self, document: Document, ids: bytes) -> Conversation | None:
+        """Return the longest conversation that a prompt goes on with; `ids` are what follows the document."""
+        found = [
+            one
+            for one in document.conversations
+            if not one.is_busy and len(one.ids) < len(ids) and ids.startswith(one.ids)
+        ]
+        return max(found, key=lambda one: len(one.ids), default=None)
+
+    def end_turn(self, document: Document, conversation: Conversation, ids: bytes, num_bytes: int) -> list[Command]:
+        """Keep a conversation with the turn that has ended; return which others to free for it."""
+        conversation.ids, conversation.num_bytes, conversation.is_busy = ids, num_bytes, False
+        conversation.used = next(self._clock)
+        idle = [(one.used, of, one) for of in self._documents.values() for one in of.conversations if not one.is_busy]
+        total = sum(one.num_bytes for _, _, one in idle)
+        commands: list[Command] = []
+        for _, of, one in sorted(idle, key=lambda item: item[0]):
+            if total <= self.limits.conversations:
+                break
+            total -= one.num_bytes
+            of.conversations.remove(one)
+            commands.append(Forget(one.number))
+        return commands
+
+    def drop_conversation(self, document: Document, conversation: Conversation) -> Command:
+        """Strike a conversation off the books; return how it is freed."""
+        document.conversations.remove(conversation)
+        return Forget(conversation.number)
+
+
+def _least_to_leave(documents: list[Document], allowed: int) -> list[Document] | None:
+    """Return which documents to move so that the others fit; None if even all that are not in use do not suffice."""
+    if allowed < 0:
+        return None
+    total = sum(one.num_bytes for one in documents)
+    leaving = []
+    for one in documents:
+        if total <= allowed:
+            break
+        if one.uses == 0:
+            leaving.append(one)
+            total -= one.num_bytes
+    return leaving if total <= allowed else None
