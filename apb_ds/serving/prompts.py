@@ -65,6 +65,8 @@ class Prompts:
         self._max_rest = max_rest
         self._max_positions = max_positions
         self._vocab_size = vocab_size
+        begun = list(tokenizer("")["input_ids"])
+        self._start = begun[:1] if begun[:1] == [tokenizer.bos_token_id] else []  # as the tokenizer begins a text
         self._ids = _Recent(CACHED_TEXTS)
         self._counts = _Recent(CACHED_TEXTS)
 
@@ -101,8 +103,7 @@ class Prompts:
         if not isinstance(text, str):
             return self._of_ids(text)
         text = self._checked(text, "prompt")
-        start = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
-        return self._prompt(text, self._cut_within(text), "prompt", start)
+        return self._prompt(text, self._cut_within(text), "prompt", self._start)
 
     # --- where the cut is --------------------------------------------------------------------------------------------
 
@@ -185,8 +186,8 @@ class Prompts:
         return self._checked_prompt(found[:cut], found[cut:], "prompt")
 
     def _checked_prompt(self, document: Tensor, rest: Tensor, param: str) -> Prompt:
-        if len(rest) == 0:
-            raise ApiError(400, f"{param} is empty.", param=param)
+        if len(document) + len(rest) < 2:
+            raise ApiError(400, f"{param} must have two tokens at least.", param=param)
         key = hashlib.sha256(document.numpy().tobytes()).hexdigest() if len(document) else ""
         prompt = Prompt(document, rest, key)
         if len(rest) > self._max_rest:

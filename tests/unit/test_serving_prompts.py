@@ -177,6 +177,21 @@ def test_a_template_that_refuses_says_so() -> None:
         prompts(None).chat([user("Hi")])
 
 
+def test_a_text_begins_as_the_tokenizer_begins_it() -> None:
+    """Some have a token for the beginning, and do not put it there themselves."""
+    tokenizer = smollm2_tokenizer()
+    assert tokenizer.bos_token_id is not None and tokenizer("Once more")["input_ids"][0] != tokenizer.bos_token_id
+    made = Prompts(tokenizer, MIN, "\n\n", 10**6, None, 50000).text("Once more")
+    assert whole(made) == tokenizer("Once more")["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["a", "", [5]])
+def test_a_prompt_of_less_than_two_tokens_is_refused(text: Any) -> None:
+    with pytest.raises(ApiError) as raised:
+        prompts(None).text(text)
+    assert raised.value.status == 400 and raised.value.param == "prompt"
+
+
 @pytest.mark.parametrize("ids", [[], [-1], [1000]])
 def test_bad_ids_are_refused(ids: list[int]) -> None:
     with pytest.raises(ApiError, match="token ids"):
