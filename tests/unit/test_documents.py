@@ -99,13 +99,20 @@ def settings() -> Iterator[tuple[str, str]]:
             yield from ((section, key) for key in yaml.safe_load(file.read_text()) if key not in ("name", "defaults"))
     for file in sorted(configs.glob("*.yaml")):
         for section, values in yaml.safe_load(file.read_text()).items():
-            if section in ("bench", "eval", "train"):
+            if section in ("bench", "eval", "serve", "train"):
                 yield from ((section, key) for key in values)
 
 
 def described_settings(text: str) -> Iterator[tuple[str, str]]:
     """Yield (section, key) of every setting in the first column of a table, by the page's second-level headings."""
-    sections = {"Method": "method", "Model": "model", "Tasks": "task", "Benchmark": "bench", "Training": "train"}
+    sections = {
+        "Method": "method",
+        "Model": "model",
+        "Tasks": "task",
+        "Benchmark": "bench",
+        "Server": "serve",
+        "Training": "train",
+    }
     section = ""
     for line in text.splitlines():
         if line.startswith("## "):
