@@ -41,8 +41,10 @@ class Answer(StoppingCriteria):
         self._listener = listener
         self._special_ids = find_special_ids(tokenizer)
         self._end_tokens = frozenset(end_tokens) | {tokenizer.eos_token_id}
-        ids = [tokenizer.convert_tokens_to_ids(text) for text in options.stop]
-        self._stop_ids = self._special_ids.intersection(ids)  # special tokens are not in the answer's text
+        # Special tokens are not in the answer's text. A text that is not a token is not the unknown one.
+        self._stop_ids = {
+            token for token in self._special_ids if tokenizer.convert_ids_to_tokens(token) in options.stop
+        }
         self._recorder = None if options.top_logprobs is None else LogprobRecorder(options.top_logprobs)
         self._detokenizer: Detokenizer | None = None
         self._held = ""  # may be the beginning of a stop text

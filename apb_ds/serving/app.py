@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apb_ds.serving.config import ServeConfig
@@ -308,6 +309,8 @@ class _Access:
                 await _response_of(error)(scope, receive, send_with_id)
             else:
                 await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            pass  # within its body: nobody reads an answer
         except Exception as error:
             logger.error("request %s failed", number, exc_info=error)
             if status != LEFT:

@@ -109,14 +109,14 @@ class Service:
         self._engine = engine
         self._config = config
         self._max_bytes = max_bytes
-        vocab_size = engine.module.get_input_embeddings().num_embeddings
+        self._vocab_size = engine.module.get_input_embeddings().num_embeddings
         self._prompts = Prompts(
             tokenizer,
             config.min_document,
             config.split,
             config.max_rest,
             self.max_positions,
-            vocab_size,
+            self._vocab_size,
             config.template,
         )
         ends = engine.module.generation_config.eos_token_id
@@ -149,6 +149,8 @@ class Service:
     def submit(self, prompt: Prompt, options: Options, listener: Listener) -> Request:
         num_new = self._num_new(prompt, options)
         self._check_memory(prompt, num_new)
+        if any(token >= self._vocab_size for token in options.logit_bias):
+            raise ApiError(400, f"logit_bias has a token id above {self._vocab_size - 1}.", param="logit_bias")
         seed = secrets.randbits(63) if options.seed is None else options.seed % 2**63
         request = Request(next(self._numbers), prompt, num_new, seed, listener)
         request.answer = Answer(self.tokenizer, options, request.tell, end_tokens=self._end_tokens)

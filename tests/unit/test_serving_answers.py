@@ -246,6 +246,14 @@ def test_special_token_as_stop_text() -> None:
     assert told.text == "one two"
 
 
+def test_unknown_token_is_not_a_stop_text() -> None:
+    tokenizer = tokenizer_of("smollm2")
+    unknown = tokenizer.convert_tokens_to_ids("zzz zzz")
+    assert unknown in find_special_ids(tokenizer)
+    told = Told(tokenizer, Options(stop=("zzz zzz",), ignore_eos=True)).take([unknown])
+    assert not told.answer.is_stopped
+
+
 def test_special_token_after_half_a_character() -> None:
     tokenizer = tokenizer_of("bytes")
     half = tokenizer("é")["input_ids"][:1]

@@ -276,6 +276,9 @@ def test_what_never_fits_is_refused(engine: Any) -> None:
             half.ask("Hello", options=Options(max_new_tokens=limit))
         with pytest.raises(ApiError, match="maximum context length"):
             half.ask("Hello " * limit)
+        with pytest.raises(ApiError) as raised:
+            half.ask("Hello", options=Options(logit_bias={10**6: 1.0}))
+        assert raised.value.param == "logit_bias"
 
 
 def test_stopping_lets_answers_end(engine: Any) -> None:
