@@ -173,8 +173,7 @@ class Context:
     def _move(self, room: dict[int, tuple[Tensor, Tensor]], while_waiting: Callable[[], object] | None) -> None:
         """Copy keys and values to new tensors, and use these."""
         copy = partial(copy_shards, room, self.cache.shards(), self.engine.device)
-        with shared_outcome(self.group):
-            beside(self.group, copy, while_waiting)
+        beside(self.group, copy, while_waiting)
         self.cache.use_copies(room)
 
     def save(self, path: str | os.PathLike[str], *, while_waiting: Callable[[], object] | None = None) -> None:

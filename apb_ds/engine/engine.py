@@ -47,7 +47,7 @@ from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.methods.state import PrefillState
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.ops.memory import explain_out_of_memory, levers
-from apb_ds.parallel.consistency import describe_model, shared_outcome, shared_validation
+from apb_ds.parallel.consistency import describe_model, shared_validation
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan, check_ranks
 from apb_ds.suffixes import SuffixPool
@@ -331,9 +331,8 @@ class APBEngine(InferenceEngine):
             )
             if self._recorded is not None and not on_host:
                 self._recorded.lend_buffers(cache)
-            with shared_outcome(self.group):
-                read = partial(saved.read_into, cache, (first, stop), self.device, on_host=on_host)
-                beside(self.group, read, while_waiting)
+            read = partial(saved.read_into, cache, (first, stop), self.device, on_host=on_host)
+            beside(self.group, read, while_waiting)
             return Context(
                 plan=plan,
                 cache=cache,

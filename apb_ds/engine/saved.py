@@ -68,9 +68,8 @@ def save_context(
                 if not unfinished.is_dir():
                     raise OSError(f"{target.parent} must be on a file system that all ranks share.")
                 context.cache.forget_unreachable()
-            with shared_outcome(group):
-                file = unfinished / file_name(group.rank)
-                written = beside(group, partial(_write_shard, context, file), while_waiting)
+            file = unfinished / file_name(group.rank)
+            written = beside(group, partial(_write_shard, context, file), while_waiting)
             files = group.gather_objects(written)
             with shared_outcome(group):
                 if group.is_first:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from apb_ds.parallel.consistency import shared_outcome
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.parallel.launcher import ranks_on_node
 
@@ -157,14 +158,20 @@ def in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
 
 
 def beside(group: SequenceGroup, work: Callable[[], Result], while_waiting: Callable[[], object] | None) -> Result:
-    """Do something that sends nothing; with `while_waiting` in a thread, and all ranks call that until all are done."""
+    """Do something that sends nothing; if it fails on one rank, all fail.
+
+    With `while_waiting` it is done in a thread, and all ranks call that until all are done. What `while_waiting` raises
+    is raised at once, on this rank.
+    """
     if while_waiting is None:
-        return work()
+        with shared_outcome(group):
+            return work()
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(work)
         while not all(group.gather_objects(bool(wait([future], WAIT_S).done))):
             while_waiting()
-        return future.result()
+        with shared_outcome(group):
+            return future.result()
 
 
 def synchronize(device: torch.device) -> None:

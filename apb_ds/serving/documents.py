@@ -47,7 +47,7 @@ class Document:
     Attributes
     ----------
     num_bytes : on the rank that stores most of it
-    uses : requests under way that need it on the device
+    uses : requests under way that need it on the device, and one more while it waits to be loaded
     """
 
     key: str
@@ -98,7 +98,9 @@ class Documents:
 
     def forget(self, document: Document) -> None:
         """Strike a document off the books."""
-        self._documents.pop(document.key, None)
+        if self._documents.get(document.key) is document:
+            del self._documents[document.key]
+        document.place = Place.NOWHERE
 
     def at(self, place: Place) -> list[Document]:
         """Return the documents at a place, those first that were used least recently."""

@@ -188,8 +188,7 @@ class Prompts:
     def _checked_prompt(self, document: Tensor, rest: Tensor, param: str) -> Prompt:
         if len(document) + len(rest) < 2:
             raise ApiError(400, f"{param} must have two tokens at least.", param=param)
-        key = hashlib.sha256(document.numpy().tobytes()).hexdigest() if len(document) else ""
-        prompt = Prompt(document, rest, key)
+        prompt = Prompt(document, rest, key_of(document) if len(document) else "")
         if len(rest) > self._max_rest:
             raise ApiError(
                 400,
@@ -252,6 +251,11 @@ class _Recent:
             self._values.move_to_end(key)
             while len(self._values) > self._size:
                 self._values.popitem(last=False)
+
+
+def key_of(document: Tensor) -> str:
+    """Return the key of a document, from its ids, (n,), int64, on the CPU."""
+    return hashlib.sha256(document.numpy().tobytes()).hexdigest()
 
 
 def too_long(limit: int, num_prompt: int, num_new: int, param: str) -> ApiError:

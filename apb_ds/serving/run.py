@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +44,9 @@ OTHER_SHARE = 0.5  # of host memory, and of the disk
 LEAVING_S = 4.0
 GIB = 2**30
 LOCK = "lock"
+KEY = re.compile(r"[0-9a-f]{64}")
+# What a server may remove: documents, and what was left when one was being saved.
+OURS = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.[0-9a-f]+\.(partial|before)")
 FAILED = "The server has failed; try again once it has been started anew."
 
 
@@ -88,7 +93,9 @@ def serve(values: dict[str, Any], watch: Watch, say: Callable[[str], None]) -> N
     steps.together(lambda: model.load_heads(settings.engine), local=True)
     engine = steps.together(lambda: _engine(model, settings, group))
     name = config.model_name or _model_name(settings.engine.model)
-    cache_dir = None if config.cache_dir is None else Path(config.cache_dir).expanduser().resolve() / name
+    cache_dir = None
+    if config.cache_dir is not None:
+        cache_dir = Path(config.cache_dir).expanduser().resolve() / f"apb_ds-{re.sub(r'[^0-9A-Za-z_.-]', '_', name)}"
     if cache_dir is not None:
         steps.from_first(functools.partial(cache_dir.mkdir, parents=True, exist_ok=True))
     limits, max_bytes = steps.together(lambda: _limits(engine, config, cache_dir))
@@ -168,7 +175,7 @@ def _open(
     try:
         from apb_ds.serving.app import HttpServer, create_app
         from apb_ds.serving.metrics import Metrics
-        from apb_ds.serving.service import Service
+        from apb_ds.serving.service import Service, document_bytes
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("apb_ds"):
             raise
@@ -181,7 +188,7 @@ def _open(
     except ValueError as error:
         raise ValueError(name_template(error)) from error
     documents = Documents(limits)
-    lock = None if cache_dir is None else take_over(cache_dir, documents)
+    lock = None if cache_dir is None else take_over(cache_dir, documents, functools.partial(document_bytes, engine))
     metrics = Metrics()
     service = Service(engine, tokenizer, name, config, documents, max_bytes, metrics)
     http = HttpServer(create_app(service, config, metrics), config)
@@ -189,8 +196,12 @@ def _open(
     return _Server(service, http, lock)
 
 
-def take_over(cache_dir: Path, documents: Documents) -> BaseFileLock:
-    """Enter the documents that an earlier server left on disk, and remove what it left unfinished.
+def take_over(cache_dir: Path, documents: Documents, bytes_of: Callable[[int], int]) -> BaseFileLock:
+    """Enter the documents that an earlier server left on disk, the latest first, and remove what has no room.
+
+    Parameters
+    ----------
+    bytes_of : bytes of a document of so many tokens, on the rank that stores most of it
 
     Raises
     ------
@@ -202,19 +213,19 @@ def take_over(cache_dir: Path, documents: Documents) -> BaseFileLock:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ValueError(f"serve.cache_dir={cache_dir.parent} is used by another server of this model.") from error
-    for path in cache_dir.glob(".*.*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-    found = sorted((path for path in cache_dir.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    for path in found:
-        try:
-            saved = read_manifest(path)
-        except ValueError:
-            shutil.rmtree(path, ignore_errors=True)
-            continue
-        num_bytes = max(file.path.stat().st_size for file in saved.files)
-        if documents.bytes_at(Place.DISK) + num_bytes <= documents.limits.disk:
-            documents.add(path.name, saved.document_tokens, num_bytes, Place.DISK)
+    ours = [path for path in cache_dir.iterdir() if path.is_dir() and OURS.fullmatch(path.name)]
+    kept: list[tuple[str, int, int]] = []
+    for path in sorted(ours, key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(ValueError):
+            num_tokens = read_manifest(path).document_tokens
+            num_bytes = bytes_of(num_tokens)
+            total = num_bytes + sum(others for _, _, others in kept)
+            if KEY.fullmatch(path.name) and total <= documents.limits.disk:
+                kept.append((path.name, num_tokens, num_bytes))
+                continue
+        shutil.rmtree(path, ignore_errors=True)
+    for document in reversed(kept):
+        documents.add(*document, place=Place.DISK)
     return lock
 
 
@@ -232,7 +243,10 @@ def _limits(engine: APBEngine, config: ServeConfig, cache_dir: Path | None) -> t
     """Return what documents and answers may take, on each rank; the same on all of them."""
     sharing = ranks_on_node() if engine.device.type == "cpu" else 1
     host = available_bytes(torch.device("cpu")) // ranks_on_node() if engine.device.type != "cpu" else 0
-    disk = 0 if cache_dir is None else shutil.disk_usage(cache_dir).free // engine.group.world_size
+    disk = 0
+    if cache_dir is not None:
+        held = sum(file.stat().st_size for file in cache_dir.rglob("*") if file.is_file())
+        disk = (shutil.disk_usage(cache_dir).free + held) // engine.group.world_size
     free = available_bytes(engine.device) // sharing
     everyone = engine.group.gather_objects((free, host, disk))
     free, host, disk = (min(of_rank[kind] for of_rank in everyone) for kind in range(3))

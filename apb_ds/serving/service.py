@@ -46,6 +46,8 @@ class Request:
     answer : what chooses and reads its tokens
     arguments : of transformers' `generate`
     is_hit : whether its document was there already, or another request had asked for it
+    is_asked : whether it is in the batch
+    needs_document : whether it is counted among its document's uses
     """
 
     number: int
@@ -62,6 +64,8 @@ class Request:
     cached_tokens: int = 0
     prefill_s: float = 0.0
     is_hit: bool = True
+    is_asked: bool = False
+    needs_document: bool = False
     is_cancelled: bool = False
 
     def cancel(self) -> None:
@@ -130,7 +134,8 @@ class Service:
         self._error: ApiError | None = None
         # Of the engine's thread:
         self._new: list[Request] = []  # in order of arrival, until their documents are looked for
-        self._ready: list[Request] = []  # whose document has just been loaded
+        self._ready: list[Request] = []  # whose document has been loaded for them
+        self._num_asked = 0  # requests in the batch
         self._is_blocked = False  # the next document to load finds no room
         self._to_load: list[Document] = []
         self._waiting: dict[str, list[Request]] = {}  # for their documents, by key
@@ -237,11 +242,7 @@ class Service:
                 )
 
     def _document_bytes(self, num_tokens: int) -> int:
-        """Return the bytes of a document on the rank that stores most of it."""
-        world_size = self._engine.group.world_size
-        plan = plan_request(self._engine.apb_config, num_tokens, 0, world_size)
-        longest = max(plan.shard_length(rank) for rank in range(world_size))
-        return self._engine.pool.document_bytes(first_capacity(longest))
+        return document_bytes(self._engine, num_tokens)
 
     def _reach(self, num_document: int) -> int:
         """Return the positions that a document's context serves."""
@@ -271,8 +272,12 @@ class Service:
         commands, self._owed = self._owed, []
         commands += self._asks()
         if is_loading:
-            return [*commands, Abandon()] if self._is_unwanted(self._loading) else commands
-        commands += self._load_next()
+            is_unwanted = self._loading is not None and not self._waiting.get(self._loading.key)
+            return [*commands, Abandon()] if is_unwanted else commands
+        if self._stop_at is None:
+            commands += self._load_next()
+        else:
+            self._refuse_waiting()
         if self._stop_at is not None and is_idle and not commands and not self._open:
             return [Stop()]
         return commands
@@ -292,6 +297,12 @@ class Service:
     def _is_over(self) -> bool:
         return self._stop_at is not None and time.monotonic() > self._stop_at
 
+    def _refuse_waiting(self) -> None:
+        """Tell those whose documents would still have to be loaded that the server stops."""
+        for request in itertools.chain(*self._waiting.values()):
+            request.tell(Failed(unavailable(STOPPING)))
+            request.cancel()
+
     def _cancel_rest(self) -> None:
         for request in self._requests():
             if not request.is_cancelled:
@@ -302,36 +313,45 @@ class Service:
         """Forget requests that were cancelled before they were asked."""
         for request in [*self._new, *self._ready, *itertools.chain(*self._waiting.values())]:
             if request.is_cancelled:
+                self._release(request)
                 self._close(request)
         self._new = [one for one in self._new if not one.is_cancelled]
         self._ready = [one for one in self._ready if not one.is_cancelled]
         for key, requests in list(self._waiting.items()):
             self._waiting[key] = [one for one in requests if not one.is_cancelled]
-        self._to_load = [one for one in self._to_load if not self._is_unwanted(one)]
-
-    def _is_unwanted(self, document: Document | None) -> bool:
-        """Whether nobody waits for a document any more; it is then off the waiting lists."""
-        if document is None or self._waiting.get(document.key):
-            return False
-        if document is not self._loading:
+        for document in [one for one in self._to_load if not self._waiting.get(one.key)]:
+            self._no_longer_to_load(document)
             self._waiting.pop(document.key, None)
             if document.place is Place.NOWHERE:
                 self.documents.forget(document)
-        return True
+
+    def _no_longer_to_load(self, document: Document) -> None:
+        """Take a document off those to load, where it is kept from leaving for elsewhere."""
+        self._to_load = [one for one in self._to_load if one is not document]
+        document.uses -= 1
+
+    def _release(self, request: Request) -> None:
+        """Note that a request needs its document no more."""
+        if request.needs_document and request.document is not None:
+            request.document.uses -= 1
+        request.needs_document = False
 
     def _asks(self) -> list[Command]:
         """Ask what can be asked, and note which documents the other new requests need."""
-        commands = [self._ask(request, request.document) for request in self._ready]
+        commands = []
+        while self._ready and self._num_asked < self._config.max_sequences:
+            request = self._ready.pop(0)
+            commands.append(self._ask(request, request.document))
         later = []
         for request in self._new:
             document = self._document_of(request)
             if document is not None and document.place is not Place.DEVICE:
                 self._wait_for(document, request)
-            elif document is not None and self._is_blocked:
-                later.append(request)  # so that a document that waits for room does not wait forever
+            elif self._num_asked >= self._config.max_sequences or (document is not None and self._is_blocked):
+                later.append(request)  # a document that waits for room does not wait for those that come later
             else:
                 commands.append(self._ask(request, document))
-        self._new, self._ready = later, []
+        self._new = later
         return commands
 
     def _document_of(self, request: Request) -> Document | None:
@@ -350,14 +370,19 @@ class Service:
         self._waiting.setdefault(document.key, []).append(request)
         if document is not self._loading and document not in self._to_load:
             self._to_load.append(document)
+            document.uses += 1
 
     def _ask(self, request: Request, document: Document | None) -> Command:
         """Return the command that asks a request about a document on the device, or about none."""
         rest = request.prompt.rest
+        self._num_asked += 1
+        request.is_asked = True
         if document is None:
             return Ask(request.number, "", rest.unsqueeze(0), request.num_new, None, request.seed)
         request.document = document
-        document.uses += 1
+        if not request.needs_document:
+            document.uses += 1
+        request.needs_document = True
         ids = rest.numpy().tobytes()
         conversation = self.documents.find_conversation(document, ids)
         num_known = 0
@@ -367,7 +392,8 @@ class Service:
             conversation.is_busy = True
             num_known = len(conversation.ids) // rest.element_size()
         request.conversation = conversation
-        request.cached_tokens = num_known + (document.num_tokens if request.is_hit else 0)
+        # The last token of a turn that was kept is fed again.
+        request.cached_tokens = max(0, num_known - 1) + (document.num_tokens if request.is_hit else 0)
         new = rest[num_known:].unsqueeze(0)
         return Ask(request.number, document.key, new, request.num_new, conversation.number, request.seed)
 
@@ -381,7 +407,7 @@ class Service:
         if room is None:
             self._is_blocked = True
             return []
-        self._to_load.pop(0)
+        self._no_longer_to_load(document)
         self._loading = document
         if document.place is not Place.NOWHERE:
             return [*room, self.documents.to_device(document)]
@@ -444,7 +470,7 @@ class Service:
         document, conversation = request.document, request.conversation
         if document is None or conversation is None:
             return
-        document.uses -= 1
+        self._release(request)
         if turns is not None:
             ids, num_bytes = turns(conversation.number)
             self._owed += self.documents.end_turn(document, conversation, ids[document.num_tokens * 8 :], num_bytes)
@@ -456,6 +482,10 @@ class Service:
     def _close(self, request: Request) -> None:
         with self._lock:
             self._open.pop(request.number, None)
+        if request.is_asked:
+            self._num_asked -= 1
+        request.is_asked = False
+        request.handle = None  # which holds the document: a request is not freed at once
 
     def progress(self, done: int, total: int) -> None:
         """Tell those who wait for the document that is being loaded how far that is."""
@@ -469,12 +499,15 @@ class Service:
         assert document is not None
         source = "prefill" if document.place is Place.NOWHERE else str(document.place)
         self._loading = None
-        document.place, document.num_bytes = Place.DEVICE, max(document.num_bytes, num_bytes)
+        document.place = Place.DEVICE
+        document.num_bytes = max(self._document_bytes(document.num_tokens), num_bytes)
         waiting = self._waiting.pop(document.key, [])
         self.metrics.observe_load(source, seconds)
         for request in waiting:
             request.prefill_s = seconds
-        self._ready = waiting
+            request.needs_document = True
+            document.uses += 1
+        self._ready += waiting
 
     def load_failed(self, error: Exception) -> None:
         """Note that the document could not be loaded: it is nowhere."""
@@ -482,11 +515,9 @@ class Service:
         assert document is not None
         self._loading = None
         waiting = self._waiting.pop(document.key, [])
-        if isinstance(error, Cancelled) and document.place is not Place.NOWHERE:
-            self._new[:0] = waiting
-            return
+        was_stored = document.place is not Place.NOWHERE
         self.documents.forget(document)
-        if isinstance(error, Cancelled) or document.place is not Place.NOWHERE:  # prefilled in place of being read
+        if isinstance(error, Cancelled) or was_stored:  # it is prefilled again, or in place of being read
             self._owed.append(Drop(document.key))
             self._new[:0] = waiting
             return
@@ -497,17 +528,29 @@ class Service:
     def lost(self, key: str) -> None:
         """Note that a document could not be kept."""
         document = self.documents.get(key)
-        if document is not None:
-            self.documents.forget(document)
+        if document is None:
+            return
+        self.documents.forget(document)
+        if document in self._to_load:
+            self._no_longer_to_load(document)
+        self._new[:0] = self._waiting.pop(key, [])
 
     def shed(self, error: torch.OutOfMemoryError) -> Handle | None:
         """Give up the answer that began last, since memory has run out; return what to cancel, if anything."""
-        running = [one for one in self._requests() if one.handle is not None]
+        running = [one for one in self._requests() if one.handle is not None and one.handle.tokens]
         if not running:
             return None
         running[-1].tell(Failed(_as_api_error(error)))
         running[-1].cancel()
         return running[-1].handle
+
+
+def document_bytes(engine: APBEngine, num_tokens: int) -> int:
+    """Return the bytes of a document on the rank that stores most of it."""
+    world_size = engine.group.world_size
+    plan = plan_request(engine.apb_config, num_tokens, 0, world_size)
+    longest = max(plan.shard_length(rank) for rank in range(world_size))
+    return engine.pool.document_bytes(first_capacity(longest))
 
 
 def _as_api_error(error: BaseException) -> ApiError:

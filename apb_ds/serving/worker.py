@@ -29,6 +29,7 @@ from apb_ds.serving.commands import (
     ToDisk,
     ToHost,
 )
+from apb_ds.serving.prompts import key_of
 from apb_ds.serving.service import Service
 
 # While nobody asks, the ranks meet this often.
@@ -71,7 +72,8 @@ class Worker:
         self._conversations: dict[int, Branch] = {}
         self._is_told_to_stop = threading.Event()
         self._has_ended = False
-        self._is_loading = False
+        self._is_prefilling = False
+        self._step_has_failed = False
 
     def stop(self) -> None:
         """Have the server end, whichever rank this is; from any thread."""
@@ -122,14 +124,16 @@ class Worker:
                 if conversation is not None:
                     conversation.free()
             case ToHost(key):
-                self._contexts[key].to_host(while_waiting=self._pausing())
+                self._leave(key, lambda context: context.to_host(while_waiting=self._pausing()))
             case ToDisk(key):
-                self._to_disk(key)
+                path = self._path(key)
+                self._leave(key, lambda context: context.save(path, while_waiting=self._pausing()))
+                self._contexts.pop(key, None)
             case Drop(key):
                 self._contexts.pop(key, None)
                 self._remove(key)
             case Abandon():
-                if self._is_loading:  # not while something else makes room before
+                if self._is_prefilling:  # what is copied or read comes to its end
                     raise Cancelled(ABANDONED)
             case Stop():
                 self._has_ended = True
@@ -158,6 +162,8 @@ class Worker:
 
     def _ended(self, number: int, handle: Handle) -> None:
         assert self._service is not None
+        if handle.error is not None:
+            handle.error.__traceback__ = None  # its frames hold other sequences, and with them their documents
         self._service.ended(number, handle, self._turns_of)
 
     def _turns_of(self, number: int) -> tuple[bytes, int]:
@@ -172,7 +178,7 @@ class Worker:
         service = self._service
         progress = None if service is None else service.progress
         began = self._engine._now()
-        self._is_loading = True
+        self._is_prefilling = isinstance(command, Prefill)
         try:
             if isinstance(command, Prefill):
                 ids = command.ids.to(self._engine.device)
@@ -181,11 +187,14 @@ class Worker:
                 context = self._engine.load_context(
                     self._path(command.key), new_tokens=0, while_waiting=self._pausing()
                 )
+                if key_of(context.token_ids[0].cpu()) != command.key:
+                    raise ValueError(f"{self._path(command.key)} holds another document than its name says.")
             else:
                 context = self._contexts[command.key]
                 context.to_device(while_waiting=self._pausing())
         except (Cancelled, ValueError, OSError, RuntimeError) as error:
             known = isinstance(command, ToDevice) or isinstance(error, (Cancelled, ValueError))
+            known = known and not self._step_has_failed
             if not known and not (self._control.world_size == 1 and is_out_of_memory(error)):
                 raise  # perhaps on this rank only, and the others are in a collective
             if service is not None:
@@ -194,24 +203,35 @@ class Worker:
                 service.load_failed(error)
             return
         finally:
-            self._is_loading = False
+            self._is_prefilling = False
         self._contexts[command.key] = context
         if service is not None:
             service.loaded(context.num_bytes, self._engine._now() - began)
 
-    def _to_disk(self, key: str) -> None:
-        context = self._contexts.pop(key)
+    def _leave(self, key: str, move: Callable[[Context], None]) -> None:
+        """Move a document off the device; forget it where that fails, on every rank."""
         try:
-            context.save(self._path(key), while_waiting=self._pausing())
-        except (OSError, ValueError) as error:  # the same on every rank: they tell each other
+            move(self._contexts[key])
+        except (OSError, ValueError, RuntimeError) as error:  # the same on every rank: they tell each other
+            if self._step_has_failed:
+                raise
+            self._contexts.pop(key, None)
             if self._service is not None:
-                logger.warning("a document could not be kept on disk: %s", error)
+                logger.warning("a document could not be kept: %s", error)
                 self._service.lost(key)
 
     def _pausing(self) -> Callable[[], None]:
-        """Return what files call while they are read or written, so that answers go on."""
+        """Return what is called while a document is copied, read or written, so that answers go on."""
         pause = self._batch.pausing()
-        return lambda: pause(0, 1)
+
+        def step() -> None:
+            try:
+                pause(0, 1)
+            except BaseException:
+                self._step_has_failed = True
+                raise
+
+        return step
 
     def _path(self, key: str) -> Path:
         assert self._cache_dir is not None

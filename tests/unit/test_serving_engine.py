@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,14 @@ import pytest
 import torch
 
 from apb_ds.cache import first_capacity
+from apb_ds.engine.context import Context
 from apb_ds.engine.engine import APBEngine
 from apb_ds.serving.config import ServeConfig
 from apb_ds.serving.documents import Documents, Limits, Place
 from apb_ds.serving.errors import ApiError, failed
 from apb_ds.serving.requests import Failed, Message, Options
 from apb_ds.serving.run import take_over
+from apb_ds.serving.service import document_bytes
 from tests.serving import GREEDY, MIN_DOCUMENT, PLENTY, Client, make_half, running, tiny_engine
 
 BOOKS = [f"{name} " * 20 for name in ("alpha", "beta", "gamma", "delta")]
@@ -78,7 +83,7 @@ def test_a_conversation_goes_on_where_it_was(engine: Any, prefills: list[int]) -
             ended = client.wait()
             assert client.tokens == half.expected(*turns, options=options) and len(client.text) == 6
             if known:
-                assert ended.cached_tokens == known[-1]
+                assert ended.cached_tokens == known[-1] - 1
             known.append(client.request.prompt.num_tokens + len(client.tokens))
             turns += [Message("assistant", (client.text,)), question]
         again = half.ask(*turns[:-2], options=options)  # the last turn anew: only its document is found
@@ -218,20 +223,102 @@ def test_a_later_server_finds_the_documents_on_disk(engine: Any, prefills: list[
     with running(engine, limits, tmp_path) as half:
         for book in BOOKS[:3]:
             half.ask(book, QUESTIONS[0]).wait()
-    (tmp_path / ".x.0123.partial").mkdir()
-    (tmp_path / "broken").mkdir()
+    bytes_of = partial(document_bytes, engine)
+    left = [tmp_path / f".{'0' * 64}.0123.partial", tmp_path / ("0" * 64)]
+    others = [tmp_path / "model", tmp_path / ".git"]  # of somebody else
+    for path in (*left, *others):
+        path.mkdir()
     documents = Documents(limits)
-    lock = take_over(tmp_path, documents)
-    assert len(documents.at(Place.DISK)) == 2
-    assert not (tmp_path / ".x.0123.partial").exists() and not (tmp_path / "broken").exists()
+    lock = take_over(tmp_path, documents, bytes_of)
+    assert len(documents.at(Place.DISK)) == 2 and documents.bytes_at(Place.DISK) == 2 * size
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
     with pytest.raises(ValueError, match="another server"):
-        take_over(tmp_path, Documents(limits))
+        take_over(tmp_path, Documents(limits), bytes_of)
     del prefills[:]
     with running(engine, limits, tmp_path, documents=documents) as half:
         client = half.ask(BOOKS[1], QUESTIONS[1])
         assert client.wait().cached_tokens == len(client.request.prompt.document) and not prefills
         assert client.tokens == half.expected(BOOKS[1], QUESTIONS[1])
     lock.release()
+    few = Documents(Limits(size, 0, size, 2**20))
+    latest = max((path for path in tmp_path.iterdir() if len(path.name) == 64), key=lambda path: path.stat().st_mtime)
+    take_over(tmp_path, few, bytes_of).release()
+    assert [one.key for one in few.at(Place.DISK)] == [latest.name]
+    assert len([path for path in tmp_path.iterdir() if len(path.name) == 64]) == 1
+
+
+def test_a_renamed_document_is_not_taken_for_another(engine: Any, tmp_path: Path) -> None:
+    size = engine.pool.document_bytes(first_capacity(200))
+    with running(engine, Limits(size, 0, 10 * size, 2**20), tmp_path) as half:
+        for book in (BOOKS[0], BOOKS[1], BOOKS[2]):
+            half.ask(book, QUESTIONS[0]).wait()
+        first, second = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime)
+        other = tmp_path / "x"
+        first.rename(other), second.rename(first), other.rename(second)
+        for book in BOOKS[:2]:
+            client = half.ask(book, QUESTIONS[1])
+            client.wait()
+            assert client.tokens == half.expected(book, QUESTIONS[1])
+
+
+def test_documents_in_rotation_that_wait_for_each_other(engine: Any) -> None:
+    """Those that wait to come back from host memory are not pushed out of it meanwhile."""
+    size = engine.pool.document_bytes(first_capacity(200))
+    with running(engine, Limits(size, size, 0, 2**20)) as half:
+        for _ in range(4):
+            clients = [half.ask(book, question) for question in QUESTIONS[:2] for book in BOOKS]
+            for client in clients:
+                client.wait()
+        assert clients[-1].tokens == half.expected(BOOKS[-1], QUESTIONS[1])
+
+
+def test_a_document_that_cannot_leave_is_forgotten(
+    engine: Any, prefills: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, **_: Any) -> None:
+        raise RuntimeError("host memory is full")
+
+    monkeypatch.setattr(Context, "to_host", full)
+    size = engine.pool.document_bytes(first_capacity(200))
+    with running(engine, Limits(size, 10 * size, 0, 2**20)) as half:
+        for book in (BOOKS[0], BOOKS[1], BOOKS[0]):
+            client = half.ask(book, QUESTIONS[0])
+            client.wait()
+        assert client.tokens == half.expected(BOOKS[0], QUESTIONS[0])
+    assert len(prefills) == 4
+
+
+def test_who_leaves_the_queue_frees_their_place(engine: Any) -> None:
+    long = Options(max_new_tokens=1000, temperature=0.0, ignore_eos=True)
+    with running(engine, max_sequences=2, max_waiting=3) as half:
+        running_ones = [half.ask(BOOKS[0], question, options=long) for question in QUESTIONS[:2]]
+        for client in running_ones:
+            assert client.has_token.wait(30)
+        waiting = [half.ask(BOOKS[0], f"{question} again") for question in QUESTIONS[:3]]
+        for client in waiting:
+            client.request.cancel()
+        deadline = time.monotonic() + 10
+        while half.service.health()["waiting"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert half.service.health() == {"status": "ok", "running": 2, "waiting": 0}
+        for client in running_ones:
+            client.request.cancel()
+
+
+def test_finished_requests_hold_no_document(engine: Any) -> None:
+    size = engine.pool.document_bytes(first_capacity(200))
+    gc.disable()
+    try:
+        with running(engine, Limits(size, 0, 0, 2**20)) as half:
+            half.ask(BOOKS[0], QUESTIONS[0]).wait()
+            (context,) = half.worker._contexts.values()
+            left = weakref.ref(context.cache)
+            del context
+            half.ask(BOOKS[1], QUESTIONS[0]).wait()
+            half.ask(BOOKS[1], QUESTIONS[1]).wait()
+            assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_a_document_waits_until_there_is_room(engine: Any) -> None:

@@ -120,8 +120,8 @@ class Watch:
                 signal.signal(number, handler)
 
     def _stop_gracefully(self, number: int, frame: FrameType | None) -> None:
-        if self._graceful is not None:
-            self._graceful[0]()
+        if self._graceful is not None:  # in a thread: this one may hold a lock that it takes
+            threading.Thread(target=self._graceful[0], daemon=True).start()
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
