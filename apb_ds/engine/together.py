@@ -32,6 +32,11 @@ def generate_all(
     refused : arguments that lists do not go with
     arguments : of every query
     """
+    if queries and not any(isinstance(query_ids, Tensor) for query_ids in queries):
+        raise ValueError(
+            "query_ids must be an int64 tensor of shape (1, tokens) or a list of such tensors, got a list of "
+            f"{type(queries[0]).__name__}."
+        )
     for name, value in refused.items():
         if value is not None:
             raise ValueError(f"{name} goes with a single query, not with a list of them.")
