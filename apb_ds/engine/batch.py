@@ -566,7 +566,7 @@ def _document_of(handle: Handle) -> Context | None:
 
 
 def _is_long(source: Context | Branch | PrefillRequest) -> bool:
-    """Whether it is a document that needs a prefill of its own."""
+    """Whether it is a document that must be prefilled separately."""
     if not isinstance(source, PrefillRequest):
         return False
     return not source.plan.exact or source.document_ids.shape[1] > SHORT_DOCUMENT_TOKENS

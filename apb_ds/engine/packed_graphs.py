@@ -59,7 +59,7 @@ def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
 
     Parameters
     ----------
-    pool : of memory, to share with other graphs; None for one of its own
+    pool : the memory pool to share with other graphs; None gives this one its own
     """
     torch.cuda.synchronize()
     if torch.cuda.mem_get_info()[0] < CAPTURE_BYTES:

@@ -87,7 +87,7 @@ class Alike:
     def __init__(self, spans: Sequence[slice], device: torch.device) -> None:
         self._number = len(spans)
         longest = max(span.stop - span.start for span in spans)
-        # Shorter ones repeat their last token, which none of their own tokens sees behind itself.
+        # Shorter queries are padded with their last token: it comes after their own tokens, so none of them sees it.
         taken = [min(span.start + place, span.stop - 1) for span in spans for place in range(longest)]
         kept = [number * longest + at for number, span in enumerate(spans) for at in range(span.stop - span.start)]
         tokens = [token for span in spans for token in range(span.start, span.stop)]
@@ -150,7 +150,7 @@ class Pack:
             ids = [token for member in members for token in member.fed]
             positions = [position for member in members for position in member.positions]
             self.inputs = torch.tensor([ids, positions]).to(device, non_blocking=True)
-            by_size: dict[int, list[slice]] = {}  # twice the tokens at most, so that half of a call is no padding
+            by_size: dict[int, list[slice]] = {}  # lengths within a factor of two, so that at most half is padding
             for index, span in enumerate(self.spans):
                 if self.stores(index):
                     by_size.setdefault((span.stop - span.start - 1).bit_length(), []).append(span)
