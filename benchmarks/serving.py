@@ -167,24 +167,18 @@ def percentile(values: list[float], share: float) -> float:
     return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 4)
 
 
-def gaps_between(clients: list[Client], begin: float, end: float) -> list[float]:
-    """Return the seconds between tokens, for those that came within a span."""
-    found = []
-    for client in clients:
-        found += [
-            later - earlier
-            for earlier, later in zip(client.times, client.times[1:], strict=False)
-            if earlier < end and later > begin
-        ]
-    return found
-
-
-def summarise(gaps: list[float]) -> dict[str, Any]:
+def summarise(clients: list[Client], begin: float, end: float) -> dict[str, Any]:
+    """Return figures of the seconds between tokens, for those that came within a span."""
+    pairs = [pair for client in clients for pair in zip(client.times, client.times[1:], strict=False)]
+    spans = [(earlier, later) for earlier, later in pairs if earlier < end and later > begin]
+    gaps = [later - earlier for earlier, later in spans]
     return {
         "tokens": len(gaps),
         "p50_s": percentile(gaps, 0.5),
         "p99_s": percentile(gaps, 0.99),
         "max_s": round(max(gaps), 4),
+        "max_began_s": round(spans[gaps.index(max(gaps))][0] - begin, 3),
+        "took_s": round(end - begin, 3),
     }
 
 
@@ -214,8 +208,8 @@ def measure(port: int, model: str, options: argparse.Namespace) -> dict[str, Any
     for stream in streams:
         stream.leave()
     record["streams"] = options.streams
-    record["gaps_before"] = summarise(gaps_between(streams, began, asked))
-    record["gaps_during_prefill"] = summarise(gaps_between(streams, asked, first))
+    record["gaps_before"] = summarise(streams, began, asked)
+    record["gaps_during_prefill"] = summarise(streams, asked, first)
     record["first_token_of_other_s"] = round(other.first_s, 3)
 
     moved = ask(1, "where were you?").wait()  # known since the warm-up, if it has not been moved away meanwhile

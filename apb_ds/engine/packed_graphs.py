@@ -52,25 +52,32 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+def _capturing(graph: torch.cuda.CUDAGraph, **pool: Any) -> Iterator[None]:
     """Record what is launched, as ``torch.cuda.graph`` does, but without emptying torch's caches of memory before.
 
     Those of a server hold tens of gigabytes, on the device and pinned, and take seconds to fill again.
 
     Parameters
     ----------
-    pool : the memory pool to share with other graphs; None gives this one its own
+    **pool : ``pool``, a memory pool to share with other graphs; without it, this graph has its own
     """
     torch.cuda.synchronize()
     if torch.cuda.mem_get_info()[0] < CAPTURE_BYTES:
         torch.cuda.empty_cache()
     with torch.cuda.stream(_capture_stream(torch.cuda.current_device())):
-        shared: dict[str, Any] = {} if pool is None else {"pool": pool}
-        graph.capture_begin(**shared, capture_error_mode="thread_local")
+        graph.capture_begin(**pool, capture_error_mode="thread_local")
         try:
             yield
         finally:
             graph.capture_end()
+
+
+def _new_pool(device: torch.device) -> torch.cuda.CUDAGraph:
+    """Return a graph whose memory pool others share: a pool is there no more once no graph has it."""
+    graph = torch.cuda.CUDAGraph()
+    with _capturing(graph):
+        torch.zeros(1, device=device)
+    return graph
 
 
 class PackedStep:
@@ -110,18 +117,17 @@ class PackedStep:
             run_forward(engine, self._pack)
         torch.cuda.current_stream().wait_stream(side_stream)
 
-    def record(self, engine: APBEngine, pool: Any) -> Any:
-        """Record the step without computing or sending anything; return the pool of memory that recordings share."""
+    def record(self, engine: APBEngine, pool: Any) -> None:
+        """Record the step, without computing or sending anything, in the pool of memory that recordings share."""
         sent_before = self._group.bytes_sent
         self._graph = torch.cuda.CUDAGraph()
         try:
-            with _capturing(self._graph, pool):
+            with _capturing(self._graph, pool=pool):
                 self._logits = run_forward(engine, self._pack)
         finally:
             self._bytes_sent = self._group.bytes_sent - sent_before
             self._group.count_bytes(-self._bytes_sent)
         self._pack.release()
-        return self._graph.pool()
 
     def run(self, rows: Sequence[Member]) -> Tensor:
         """Feed the rows' tokens; return their logits, (rows, vocab), float32, to be read before the next step."""
@@ -144,7 +150,7 @@ class PackedGraphs:
         self._model = (model,)  # no part of a module tree
         self._group = group
         self._recordings: OrderedDict[_Key, PackedStep] = OrderedDict()
-        self._pool: Any = None
+        self._first: torch.cuda.CUDAGraph | None = None  # keeps the pool of memory that recordings share
         self._has_failed = False
         self._sequences: tuple[int, ...] = ()  # of the last step
         self._cells: tuple[_Cell, ...] = ()
@@ -220,7 +226,8 @@ class PackedGraphs:
             failure = error
         try:
             if failure is None and recording is not None:
-                self._pool = recording.record(engine, self._pool)
+                self._first = self._first or _new_pool(engine.device)
+                recording.record(engine, self._first.pool())
         except RuntimeError as error:  # something in the model waits for the device, or memory ran out
             failure = error
         if self._all(failure is None, engine.device) and recording is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -289,3 +291,19 @@ def test_recorded_steps_of_packs(family: str, monkeypatch: pytest.MonkeyPatch) -
     assert records == 1
     assert relative_error(logits[1], logits[0]) < BFLOAT16_TOLERANCE / 5
     assert relative_error(logits[0].roll(1, dims=0), logits[0]) > BFLOAT16_TOLERANCE, "a token late would be noticed"
+
+
+def test_packs_about_further_documents_are_recorded(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recordings go with their documents, and with the last one the memory that recordings share."""
+    replays = mock.Mock(side_effect=PackedStep.run)
+    monkeypatch.setattr(PackedStep, "run", lambda *arguments: replays(*arguments))
+    engine = new_engine("llama", torch.float32, hosts=4, anchor_length=12, passing_length=5, cuda_graph=True)
+    answers = []
+    for number in range(3):
+        answers.append(ask_together(engine, 9, settings=[{}] * 5))
+        assert replays.call_count > 3 * number
+        gc.collect()
+    assert "cannot be recorded" not in caplog.text
+    assert all(torch.equal(*pair) for other in answers[1:] for pair in zip(answers[0], other, strict=True))

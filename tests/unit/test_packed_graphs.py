@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
     """Have steps recorded on the CPU, where a replay computes what the recorded tensors hold by then."""
     counts = Counts()
 
-    def record(self: Any, engine: Any, pool: Any) -> Any:
+    def record(self: Any, engine: Any, pool: Any) -> None:
         counts.recorded += 1
         self.engine = weakref.ref(engine)
 
@@ -43,6 +44,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
         return run_forward(self.engine(), self._pack)
 
     monkeypatch.setattr(CPUFlashKernel, "can_be_recorded", True)
+    monkeypatch.setattr(packed_graphs, "_new_pool", mock.Mock())
     monkeypatch.setattr(Pack, "release", lambda self: None)
     monkeypatch.setattr(PackedStep, "warm_up", lambda *_: None)
     monkeypatch.setattr(PackedStep, "record", record)
