@@ -299,10 +299,10 @@ def test_packs_about_further_documents_are_recorded(
     """Recordings go with their documents, and with the last one the memory that recordings share."""
     replays = mock.Mock(side_effect=PackedStep.run)
     monkeypatch.setattr(PackedStep, "run", lambda *arguments: replays(*arguments))
-    engine = new_engine("llama", torch.float32, hosts=4, anchor_length=12, passing_length=5, cuda_graph=True)
+    engine = new_engine("llama", torch.bfloat16, hosts=4, cuda_graph=True)
     answers = []
     for number in range(3):
-        answers.append(ask_together(engine, 9, settings=[{}] * 5))
+        answers.append(ask_together(engine, 12, settings=[{}] * 5))
         assert replays.call_count > 3 * number
         gc.collect()
     assert "cannot be recorded" not in caplog.text
