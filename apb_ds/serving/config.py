@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from apb_ds.config import check_integer, is_number
+from apb_ds.config import check_bool, check_integer, is_number
 from apb_ds.tasks.template import check_arguments
 from apb_ds.tasks.text import STANDARD_INPUT, check_quoted, check_text, check_text_source, clean
 
@@ -47,6 +47,7 @@ class ServeConfig:
     request_s : seconds that a request may take; None for no limit
     keep_alive_s : seconds after which a stream without tokens gets a comment
     stop_s : seconds that running answers get once the server is told to stop
+    warm_up : on GPUs, whether made-up questions are answered first, so that no request waits for compilers
 
     Raises
     ------
@@ -74,6 +75,7 @@ class ServeConfig:
     request_s: float | None = None
     keep_alive_s: float = 5.0
     stop_s: float = 20.0
+    warm_up: bool = True
 
     def __post_init__(self) -> None:
         self._check_texts()
@@ -86,6 +88,7 @@ class ServeConfig:
             self._check_number(name, "greater than 0", is_optional=name in POSITIVE_OR_NONE)
         for name in (*NOT_NEGATIVE, *NOT_NEGATIVE_OR_NONE):
             self._check_number(name, "at least 0", is_optional=name in NOT_NEGATIVE_OR_NONE)
+        check_bool("serve.warm_up", self.warm_up)
         try:
             check_arguments(self.template)
         except ValueError as error:

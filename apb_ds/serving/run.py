@@ -27,6 +27,7 @@ from apb_ds.report.results import flatten
 from apb_ds.serving.config import ServeConfig, name_template
 from apb_ds.serving.documents import Documents, Limits, Place
 from apb_ds.serving.errors import unavailable
+from apb_ds.serving.warm_up import warm_up
 from apb_ds.serving.worker import Worker
 from apb_ds.session.job import EngineSettings, read_engine_settings
 from apb_ds.session.model_in_use import ModelInUse
@@ -120,6 +121,9 @@ def serve(values: dict[str, Any], watch: Watch, say: Callable[[str], None]) -> N
     try:
         if server is not None:
             watch.add_cleanup(functools.partial(server.fail, unavailable(FAILED)))
+        if config.warm_up and engine.device.type != "cpu":
+            warm_up(engine, max_bytes)
+        if server is not None:
             ranks = f"{group.world_size} rank{'s' if group.world_size > 1 else ''}"
             say(f"Serving {server.service.model_name} at {server.address}, on {ranks}. Ctrl-C ends it.")
         with watch.ending_gracefully(worker.stop, config.stop_s + LEAVING_S):

@@ -22,10 +22,12 @@ def serve(rank: int, world_size: int, directory: str, method: str) -> dict[str, 
     from apb_ds.serving.config import ServeConfig
     from apb_ds.serving.documents import Documents, Limits, Place
     from apb_ds.serving.requests import Message, Options
+    from apb_ds.serving.warm_up import warm_up
     from tests.serving import tiny_engine
 
     group = world_group()
     engine = tiny_engine(group, METHOD if method == "apb" else {"method": method})
+    warm_up(engine, 2**30)
     size = engine.pool.document_bytes(first_capacity(200))
     limits = Limits(size, size, 10 * size, 2**20)
     config = ServeConfig(min_document=48, step_every_s=0.0, stop_s=30.0)

@@ -36,6 +36,7 @@ NUMBERS = ("device_gib", "host_gib", "disk_gib", "step_every_s", "body_mib", "re
         ("template", [None, 5, ["enable_thinking"], {1: 2}, {"tokenize": True}]),
         ("cache_dir", ["", 5, ["a"]]),
         *((name, [0, -1, 1.5, "5", None, True]) for name in COUNTS),
+        ("warm_up", [None, "true", 1]),
         ("max_waiting", [-1, 0.5, None]),
         *((name, [-1, -0.1, float("nan"), float("inf"), "1", True, [1]]) for name in NUMBERS),
         *((name, [0]) for name in ("device_gib", "body_mib", "request_s", "keep_alive_s")),
