@@ -54,9 +54,15 @@ class ToHost:
 
 @dataclass(frozen=True)
 class ToDisk:
-    """Write a document to disk, and forget it."""
+    """Write a document to disk, and forget it.
+
+    Attributes
+    ----------
+    has_file : whether it is on disk already
+    """
 
     key: str
+    has_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,13 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class DropFile:
+    """Remove a document from disk; it stays in memory."""
+
+    key: str
+
+
+@dataclass(frozen=True)
 class Abandon:
     """End the prefill, or what else takes long, that is under way."""
 
@@ -84,4 +97,4 @@ class Stop:
     """Leave the loop."""
 
 
-Command = Prefill | Ask | Forget | ToHost | ToDisk | ToDevice | Drop | Abandon | Stop
+Command = Prefill | Ask | Forget | ToHost | ToDisk | ToDevice | Drop | DropFile | Abandon | Stop

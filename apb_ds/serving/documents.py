@@ -1,7 +1,8 @@
 """The cache of documents as the first rank keeps books of it: what is where, how large, and what has to go.
 
 Documents that were used least recently go from the device to host memory, from there to disk, and from there away; one
-in use stays. A conversation about a document is on the device, and freed when the document leaves it.
+in use stays. A conversation about a document is on the device, and freed when the document leaves it. A document that
+came back from disk keeps its file, until others need its room, and is not written again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import itertools
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from apb_ds.serving.commands import Command, Drop, Forget, ToDevice, ToDisk, ToHost
+from apb_ds.serving.commands import Command, Drop, DropFile, Forget, ToDevice, ToDisk, ToHost
 
 
 class Place(StrEnum):
@@ -48,6 +49,7 @@ class Document:
     ----------
     num_bytes : on the rank that stores most of it
     uses : requests under way that need it on the device, and one more while it waits to be loaded
+    has_file : whether it is on disk, wherever else it is
     """
 
     key: str
@@ -56,6 +58,7 @@ class Document:
     place: Place = Place.NOWHERE
     uses: int = 0
     used: int = 0
+    has_file: bool = False
     conversations: list[Conversation] = field(default_factory=list)
 
 
@@ -89,7 +92,9 @@ class Documents:
 
     def add(self, key: str, num_tokens: int, num_bytes: int, place: Place = Place.NOWHERE) -> Document:
         """Enter a document that is not known yet."""
-        document = self._documents[key] = Document(key, num_tokens, num_bytes, place, used=next(self._clock))
+        has_file = place is Place.DISK
+        document = Document(key, num_tokens, num_bytes, place, used=next(self._clock), has_file=has_file)
+        self._documents[key] = document
         return document
 
     def touch(self, document: Document) -> None:
@@ -100,15 +105,20 @@ class Documents:
         """Strike a document off the books."""
         if self._documents.get(document.key) is document:
             del self._documents[document.key]
-        document.place = Place.NOWHERE
+        document.place, document.has_file = Place.NOWHERE, False
 
     def at(self, place: Place) -> list[Document]:
         """Return the documents at a place, those first that were used least recently."""
         return sorted((one for one in self._documents.values() if one.place is place), key=lambda one: one.used)
 
     def bytes_at(self, place: Place) -> int:
-        """Return the bytes of the documents at a place, of each rank."""
-        return sum(one.num_bytes for one in self.at(place))
+        """Return the bytes that a place holds, of each rank; the disk also holds files of documents in memory."""
+        return sum(one.num_bytes for one in (self.files() if place is Place.DISK else self.at(place)))
+
+    def files(self) -> list[Document]:
+        """Return the documents with a file: first those that are in memory, too, then by when they were used."""
+        found = [one for one in self._documents.values() if one.has_file]
+        return sorted(found, key=lambda one: (one.place is Place.DISK, one.used))
 
     # --- documents ---------------------------------------------------------------------------------------------------
 
@@ -119,7 +129,8 @@ class Documents:
         """
         document.uses += 1  # it may be in host memory or on disk, and is to stay there until it is loaded
         try:
-            leaving = _least_to_leave(self.at(Place.DEVICE), self.limits.device - document.num_bytes)
+            allowed = self.limits.device - document.num_bytes
+            leaving = _least_to_leave(self.at(Place.DEVICE), Place.DEVICE, allowed)
             if leaving is None:
                 return None
             return [command for one in leaving for command in self._leave_device(one)]
@@ -140,20 +151,29 @@ class Documents:
         return [*commands, *self._leave_memory(document)]
 
     def _room_on_host(self, document: Document) -> list[Command] | None:
-        leaving = _least_to_leave(self.at(Place.HOST), self.limits.host - document.num_bytes)
+        leaving = _least_to_leave(self.at(Place.HOST), Place.HOST, self.limits.host - document.num_bytes)
         if leaving is None:
             return None
         return [command for one in leaving for command in self._leave_memory(one)]
 
     def _leave_memory(self, document: Document) -> list[Command]:
-        leaving = _least_to_leave(self.at(Place.DISK), self.limits.disk - document.num_bytes)
+        if document.has_file:
+            document.place = Place.DISK
+            return [ToDisk(document.key, has_file=True)]
+        leaving = _least_to_leave(self.files(), Place.DISK, self.limits.disk - document.num_bytes)
         if leaving is None:
             self.forget(document)
             return [Drop(document.key)]
-        for one in leaving:
-            self.forget(one)
-        document.place = Place.DISK
-        return [*(Drop(one.key) for one in leaving), ToDisk(document.key)]
+        commands = [self._leave_disk(one) for one in leaving]
+        document.place, document.has_file = Place.DISK, True
+        return [*commands, ToDisk(document.key)]
+
+    def _leave_disk(self, document: Document) -> Command:
+        if document.place is Place.DISK:
+            self.forget(document)
+            return Drop(document.key)
+        document.has_file = False
+        return DropFile(document.key)
 
     # --- conversations -----------------------------------------------------------------------------------------------
 
@@ -193,8 +213,11 @@ class Documents:
         return Forget(conversation.number)
 
 
-def _least_to_leave(documents: list[Document], allowed: int) -> list[Document] | None:
-    """Return which documents to move so that the others fit; None if even all that are not in use do not suffice."""
+def _least_to_leave(documents: list[Document], place: Place, allowed: int) -> list[Document] | None:
+    """Return which documents to move so that the others fit; None if even all that can go do not suffice.
+
+    What is in use at the place stays.
+    """
     if allowed < 0:
         return None
     total = sum(one.num_bytes for one in documents)
@@ -202,7 +225,7 @@ def _least_to_leave(documents: list[Document], allowed: int) -> list[Document] |
     for one in documents:
         if total <= allowed:
             break
-        if one.uses == 0:
+        if one.uses == 0 or one.place is not place:
             leaving.append(one)
             total -= one.num_bytes
     return leaving if total <= allowed else None

@@ -291,7 +291,7 @@ class Service:
         self.metrics.set_requests(health["running"], health["waiting"])
         places = {place: self.documents.at(place) for place in (Place.DEVICE, Place.HOST, Place.DISK)}
         self.metrics.set_documents(
-            {place: (len(found), sum(one.num_bytes for one in found)) for place, found in places.items()}
+            {place: (len(found), self.documents.bytes_at(place)) for place, found in places.items()}
         )
 
     def _is_over(self) -> bool:
@@ -531,6 +531,7 @@ class Service:
         if document is None:
             return
         self.documents.forget(document)
+        self._owed.append(Drop(key))  # it may have a file
         if document in self._to_load:
             self._no_longer_to_load(document)
         self._new[:0] = self._waiting.pop(key, [])

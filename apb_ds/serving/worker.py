@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from apb_ds.serving.commands import (
     Ask,
     Command,
     Drop,
+    DropFile,
     Forget,
     Prefill,
     Stop,
@@ -125,10 +128,15 @@ class Worker:
                     conversation.free()
             case ToHost(key):
                 self._leave(key, lambda context: context.to_host(while_waiting=self._pausing()))
-            case ToDisk(key):
+            case ToDisk(key, has_file):
                 path = self._path(key)
-                self._leave(key, lambda context: context.save(path, while_waiting=self._pausing()))
+                if has_file:
+                    self._touch(key)
+                else:
+                    self._leave(key, lambda context: context.save(path, while_waiting=self._pausing()))
                 self._contexts.pop(key, None)
+            case DropFile(key):
+                self._remove(key)
             case Drop(key):
                 self._contexts.pop(key, None)
                 self._remove(key)
@@ -205,6 +213,8 @@ class Worker:
         finally:
             self._is_prefilling = False
         self._contexts[command.key] = context
+        if isinstance(command, ToDevice) and command.from_disk:
+            self._touch(command.key)
         if service is not None:
             service.loaded(context.num_bytes, self._engine._now() - began)
 
@@ -236,6 +246,12 @@ class Worker:
     def _path(self, key: str) -> Path:
         assert self._cache_dir is not None
         return self._cache_dir / key
+
+    def _touch(self, key: str) -> None:
+        """Note in a document's file that it is used now, for a later server."""
+        if self._service is not None:
+            with contextlib.suppress(OSError):
+                os.utime(self._path(key))
 
     def _remove(self, key: str) -> None:
         if self._cache_dir is not None and self._service is not None:

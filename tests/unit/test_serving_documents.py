@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apb_ds.serving.commands import Command, Drop, Forget, ToDevice, ToDisk, ToHost
+from apb_ds.serving.commands import Command, Drop, DropFile, Forget, ToDevice, ToDisk, ToHost
 from apb_ds.serving.documents import Document, Documents, Limits, Place
 
 
@@ -61,6 +61,28 @@ def test_one_comes_back_from_where_it_is() -> None:
         load(documents, key)
     assert documents.to_device(found(documents, "a")) == ToDevice("a", from_disk=True)
     assert documents.to_device(found(documents, "b")) == ToDevice("b", from_disk=False)
+
+
+def test_one_that_came_back_from_disk_is_not_written_again() -> None:
+    documents = books(device=10, disk=20)
+    load(documents, "a")
+    assert load(documents, "b") == [ToDisk("a")]
+    assert load(documents, "a") == [ToDisk("b")]
+    assert documents.bytes_at(Place.DISK) == 20  # the file of a counts
+    assert load(documents, "b") == [ToDisk("a", has_file=True)]
+    assert load(documents, "a") == [ToDisk("b", has_file=True)]
+
+
+def test_files_of_documents_in_memory_are_the_first_to_go() -> None:
+    documents = books(device=20, disk=30)
+    for key in "abcde":
+        load(documents, key)
+    assert load(documents, "a") == [Drop("b"), ToDisk("d")]
+    found(documents, "a").uses = 1  # keeps it on the device, not its file
+    assert load(documents, "f") == [DropFile("a"), ToDisk("e")]
+    assert keys(documents, Place.DISK) == ["c", "d", "e"]  # c was used before a, and is on disk alone
+    found(documents, "a").uses = 0
+    assert load(documents, "g") == [Drop("c"), ToDisk("a")]
 
 
 def test_one_in_use_stays_and_others_wait() -> None:
@@ -134,6 +156,7 @@ def test_the_books_agree_with_what_the_commands_do(events: list[tuple[int, int]]
     """Whatever is asked: no place holds more than its limit, and each command finds its document where it must be."""
     documents = Documents(Limits(*sizes, conversations=5))
     places: dict[str, Place] = {}
+    files: set[str] = set()
     for number, uses in events:
         key = str(number)
         commands = load(documents, key, number + 2)
@@ -144,11 +167,16 @@ def test_the_books_agree_with_what_the_commands_do(events: list[tuple[int, int]]
                 case ToHost(other):
                     assert places[other] is Place.DEVICE
                     places[other] = Place.HOST
-                case ToDisk(other):
-                    assert places[other] in (Place.DEVICE, Place.HOST)
+                case ToDisk(other, has_file):
+                    assert places[other] in (Place.DEVICE, Place.HOST) and has_file == (other in files)
                     places[other] = Place.DISK
+                    files.add(other)
+                case DropFile(other):
+                    assert places[other] in (Place.DEVICE, Place.HOST)
+                    files.remove(other)
                 case Drop(other):
                     del places[other]
+                    files.discard(other)
         if commands is not None:
             places[key] = Place.DEVICE
             document.uses = uses
@@ -158,5 +186,6 @@ def test_the_books_agree_with_what_the_commands_do(events: list[tuple[int, int]]
             for one in documents.at(Place.DEVICE):
                 one.uses = 0
         assert {one.key: one.place for place in Place for one in documents.at(place)} == places
+        assert documents.bytes_at(Place.DISK) == sum(int(one) + 2 for one in files)
         for place, limit in zip((Place.DEVICE, Place.HOST, Place.DISK), sizes, strict=True):
             assert documents.bytes_at(place) <= limit

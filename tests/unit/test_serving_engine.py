@@ -172,6 +172,38 @@ def test_documents_leave_and_come_back(engine: Any, prefills: list[int], tmp_pat
     assert len(prefills) == {"host": 6, "disk": 4, "host and disk": 4, "nowhere": 7}[places]
 
 
+def test_a_document_is_written_once_while_there_is_room(
+    engine: Any, prefills: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from apb_ds.engine import context
+
+    written: list[str] = []
+    save = context.save_context
+
+    def saving(one: Any, path: Any, while_waiting: Any = None) -> None:
+        written.append(Path(path).name)
+        save(one, path, while_waiting)
+
+    monkeypatch.setattr(context, "save_context", saving)
+    size = engine.pool.document_bytes(first_capacity(200))
+    with running(engine, Limits(2 * size, 0, 3 * size, 2**20), tmp_path) as half:
+        keys = []
+        for book in (*BOOKS[:3], *BOOKS[:3], BOOKS[0]):
+            client = half.ask(book, QUESTIONS[0])
+            client.wait()
+            keys.append(client.request.prompt.key)
+        assert written == keys[:3] and len(prefills) == 3
+        assert [one.key for one in half.service.documents.at(Place.DISK)] == [keys[1]]
+        assert half.service.documents.bytes_at(Place.DISK) == 3 * size
+        half.ask(BOOKS[3], QUESTIONS[0]).wait()  # the document that leaves for it has a file
+        half.ask(BOOKS[1], QUESTIONS[0]).wait()
+        again = half.ask(BOOKS[2], QUESTIONS[0])  # the new one leaves, and takes the place of another's file
+        again.wait()
+        assert [*keys[:3], half.service.documents.at(Place.DISK)[-1].key] == written
+        assert {path.name for path in tmp_path.iterdir()} == {one.key for one in half.service.documents.files()}
+        assert again.tokens == half.expected(BOOKS[2], QUESTIONS[0])
+
+
 def test_answers_go_on_while_a_document_is_written_and_read(
     engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
