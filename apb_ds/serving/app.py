@@ -25,6 +25,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apb_ds.serving.config import ServeConfig
+from apb_ds.serving.connections import Connection, too_slow
 from apb_ds.serving.errors import ApiError, failed
 from apb_ds.serving.metrics import Metrics
 from apb_ds.serving.protocol import SHOWN_CHARACTERS, ChatRequest, CompletionRequest, read_request
@@ -256,7 +257,7 @@ async def _whole(request: Request, told: AsyncIterator[Event | None], response: 
 
 
 async def _json_of(request: Request, config: ServeConfig) -> Any:
-    """Return a request's body, read only as far as it may be long."""
+    """Return a request's body, read only as far as it may be long, and as long as it may take."""
     limit = int(config.body_mib * MIB)
     too_large = ApiError(
         413, f"The body is larger than {config.body_mib:g} MiB (serve.body_mib).", code="request_too_large"
@@ -268,10 +269,14 @@ async def _json_of(request: Request, config: ServeConfig) -> Any:
     if kind not in ("application/json", ""):
         raise ApiError(400, f"The body must be application/json, not {kind}.", code="unsupported_content_type")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_large
+    try:
+        async with asyncio.timeout(config.body_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise too_slow(config) from None
     try:
         return await asyncio.to_thread(json.loads, bytes(body))
     except (ValueError, RecursionError) as error:
@@ -361,7 +366,10 @@ class HttpServer:
 
     def __init__(self, app: FastAPI, config: ServeConfig) -> None:
         self._socket = _listen(config.host, config.port)
-        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+        protocol: Any = functools.partial(Connection, serve=config)
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, http=protocol, log_config=None, access_log=False, lifespan="off")
+        )
         self._thread = threading.Thread(target=self._run, daemon=True, name="apb_ds http")
         host, port = self._socket.getsockname()[:2]
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -13,8 +13,15 @@ from apb_ds.tasks.text import STANDARD_INPUT, check_quoted, check_text, check_te
 
 LOOPBACK = "127.0.0.1"
 MAX_PORT = 65535
-INTEGERS = {"min_document": 1, "max_rest": 1, "default_new_tokens": 1, "max_sequences": 1, "max_waiting": 0}
-POSITIVE = ("body_mib", "keep_alive_s")
+INTEGERS = {
+    "min_document": 1,
+    "max_rest": 1,
+    "default_new_tokens": 1,
+    "max_sequences": 1,
+    "max_waiting": 0,
+    "max_connections": 1,
+}
+POSITIVE = ("body_mib", "body_s", "keep_alive_s")
 POSITIVE_OR_NONE = ("device_gib", "request_s")
 NOT_NEGATIVE = ("step_every_s", "stop_s")
 NOT_NEGATIVE_OR_NONE = ("host_gib", "disk_gib")
@@ -39,11 +46,13 @@ class ServeConfig:
     default_new_tokens : of an answer whose request does not say how long it may be
     max_sequences : answers that decode at a time
     max_waiting : requests that wait; further ones are refused
+    max_connections : open ones of clients; further ones are refused
     step_every_s : seconds between two tokens of running answers while a document is prefilled, about
     device_gib, host_gib, disk_gib : of each rank, for documents and conversations; None for a share of what is free,
         0 for nothing (host and disk)
     cache_dir : where documents are kept on disk; None for nowhere
     body_mib : the largest body of a request
+    body_s : seconds that a request may take to arrive: its head, and then its body
     request_s : seconds that a request may take; None for no limit
     keep_alive_s : seconds after which a stream without tokens gets a comment
     stop_s : seconds that running answers get once the server is told to stop
@@ -66,12 +75,14 @@ class ServeConfig:
     template: dict[str, Any] = field(default_factory=dict)
     max_sequences: int = 32
     max_waiting: int = 64
+    max_connections: int = 512
     step_every_s: float = 0.1
     device_gib: float | None = None
     host_gib: float | None = None
     disk_gib: float | None = None
     cache_dir: str | None = None
     body_mib: float = 32.0
+    body_s: float = 60.0
     request_s: float | None = None
     keep_alive_s: float = 5.0
     stop_s: float = 20.0

@@ -21,8 +21,11 @@ from launch.quoting import readable
 from tests.tiny_checkpoint import byte_tokenizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-COUNTS = ("min_document", "max_rest", "default_new_tokens", "max_sequences")
-NUMBERS = ("device_gib", "host_gib", "disk_gib", "step_every_s", "body_mib", "request_s", "keep_alive_s", "stop_s")
+COUNTS = ("min_document", "max_rest", "default_new_tokens", "max_sequences", "max_connections")
+NUMBERS = (
+    *("device_gib", "host_gib", "disk_gib", "step_every_s", "body_mib", "body_s", "request_s", "keep_alive_s"),
+    "stop_s",
+)
 
 
 @pytest.mark.parametrize(
@@ -39,8 +42,8 @@ NUMBERS = ("device_gib", "host_gib", "disk_gib", "step_every_s", "body_mib", "re
         ("warm_up", [None, "true", 1]),
         ("max_waiting", [-1, 0.5, None]),
         *((name, [-1, -0.1, float("nan"), float("inf"), "1", True, [1]]) for name in NUMBERS),
-        *((name, [0]) for name in ("device_gib", "body_mib", "request_s", "keep_alive_s")),
-        *((name, [None]) for name in ("step_every_s", "body_mib", "keep_alive_s", "stop_s")),
+        *((name, [0]) for name in ("device_gib", "body_mib", "body_s", "request_s", "keep_alive_s")),
+        *((name, [None]) for name in ("step_every_s", "body_mib", "body_s", "keep_alive_s", "stop_s")),
     ],
 )
 def test_values_out_of_range_are_named(name: str, values: list[Any]) -> None:

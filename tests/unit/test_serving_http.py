@@ -614,6 +614,97 @@ def test_body_that_is_too_large_for_real() -> None:
         assert b" 413 " in read_until(connection, b"request_too_large")
 
 
+def open_to(server: HttpServer, sent: bytes = b"") -> socket.socket:
+    host, _, port = server.address.removeprefix("http://").rpartition(":")
+    made = socket.create_connection((host, int(port)), timeout=WAIT_S)
+    made.sendall(sent)
+    return made
+
+
+def said_by(connection: socket.socket) -> tuple[int, dict[str, Any]]:
+    """Return the status and the error of a response that ends its connection."""
+    head, _, body = read_until(connection, b"never sent").partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+def trickle(connection: socket.socket, data: bytes) -> float:
+    """Send a byte at a time; return after how many seconds the server closed the connection."""
+    began = time.monotonic()
+    connection.settimeout(0.02)
+    for place in range(len(data)):
+        with contextlib.suppress(TimeoutError):
+            try:
+                connection.send(data[place : place + 1])
+                if not connection.recv(65536):
+                    break
+            except ConnectionError:
+                break
+    else:
+        raise AssertionError("all was read")
+    return time.monotonic() - began
+
+
+def test_connections_are_limited() -> None:
+    with served(FakeBackend(), max_connections=2) as server:
+        held = [open_to(server), open_to(server, b"GET /health HTTP/1.1\r\n")]
+        time.sleep(0.05)
+        for body in (b"", b"x" * 2**20):  # what is sent meanwhile is no reason to reset the connection
+            refused = connected(server, body=body)
+            status, error = said_by(refused)
+            assert status == 503 and error["code"] == "unavailable" and "serve.max_connections" in error["message"]
+        held.pop().close()
+        time.sleep(0.05)
+        assert b"Hello" in read_until(connected(server), b"usage")
+
+
+def test_bodies_that_are_slow() -> None:
+    backend, metrics = FakeBackend(), Metrics()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n"
+    with served(backend, metrics, body_s=0.3) as server:
+        connection = open_to(server, head + b"{")
+        for _ in range(3):
+            time.sleep(0.05)
+            connection.sendall(b" ")
+        response = read_until(connection, b"}}")
+        assert b" 408 " in response and b"serve.body_s" in response and b"request_timeout" in response
+        assert 0.2 < trickle(connection, b" " * 400) < 1.0  # the rest of it has a limit, too
+        assert f'path="{CHATS}",status="408"' in metrics.text().decode()
+    assert backend.asked == []
+
+
+def test_bodies_that_nobody_reads_have_a_limit() -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n"
+    with served(FakeBackend(), body_s=0.3, api_key="key") as server:
+        connection = open_to(server, head)
+        assert b" 401 " in read_until(connection, b"}}")
+        assert trickle(connection, b" " * 400) < 1.0
+
+
+def test_heads_that_are_slow() -> None:
+    with served(FakeBackend(), body_s=0.3) as server:
+        silent, slow = open_to(server), open_to(server, b"GET /health HT")
+        status, error = said_by(slow)
+        assert status == 408 and "serve.body_s" in error["message"]
+        assert silent.recv(1) == b""
+        assert trickle(open_to(server), b"GET /health HTTP/1.1\r\n" + b"a" * 400) < 1.0
+
+
+def test_answers_may_take_longer_than_requests() -> None:
+    backend = FakeBackend(ANSWER[0])
+    with served(backend, body_s=0.2) as server:
+        connection = connected(server, stream=True)
+        wait_for(lambda: backend.listeners)
+        time.sleep(0.5)
+        backend.listeners[0](ENDED)
+        assert b"[DONE]" in read_until(connection, b"[DONE]")
+
+
+def test_what_is_not_http_gets_an_error_object() -> None:
+    with served(FakeBackend()) as server:
+        status, error = said_by(open_to(server, b"\x16\x03\x01 hello\r\n\r\n"))
+        assert status == 400 and error["type"] == "invalid_request_error"
+
+
 def test_tokens_come_as_they_are_told() -> None:
     backend = FakeBackend(Delta("one", (1,)))
     with served(backend) as server:
