@@ -243,12 +243,7 @@ class Batch:
     def cancel(self, handle: Handle) -> None:
         """End a request at once, with a `Cancelled` error. All ranks call this together, unlike `Handle.cancel`."""
         with exclusive_call(self._engine.module):
-            for sequence in [*self._joining, *self._running]:
-                if sequence.handle is handle:
-                    self._end(sequence, Cancelled(CANCELLED))
-            if handle in self._waiting:
-                self._waiting.remove(handle)
-                self._finish(handle, Cancelled(CANCELLED))
+            self._cancel(handle)
 
     def run(self) -> None:
         """Step until all requests have ended."""
@@ -263,6 +258,14 @@ class Batch:
                 self._end(sequence, Cancelled(CLOSED))
             while self._waiting:
                 self._finish(self._waiting.popleft(), Cancelled(CLOSED))
+
+    def _cancel(self, handle: Handle) -> None:
+        for sequence in [*self._joining, *self._running]:
+            if sequence.handle is handle:
+                self._end(sequence, Cancelled(CANCELLED))
+        if handle in self._waiting:
+            self._waiting.remove(handle)
+            self._finish(handle, Cancelled(CANCELLED))
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -418,19 +421,33 @@ class Batch:
         began = self._engine._now()
         sequences = self._running = _ordered(self._running)
         logits = run_pack(self._engine, sequences)
-        self._choose(list(sequences), logits)
+        self._choose(list(sequences), logits, list(self._waiting))
         seconds = self._engine._now() - began
         self.stats.decode_s += seconds
         for one in sequences:
             one.handle.decode_s += seconds
 
-    def _choose(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Choose each sequence's token on the first rank, tell all ranks, and end those that have ended."""
+    def _choose(self, sequences: list[Sequence], logits: Tensor, pending: list[Handle] | None = None) -> None:
+        """Choose each sequence's token on the first rank, tell all ranks, and end those that have ended.
+
+        Parameters
+        ----------
+        pending : requests without a token, which end if they were cancelled
+        """
+        pending = pending or []
         failures: dict[int, BaseException] = {}
-        chosen = self._chosen(sequences, logits, failures) if self._group.is_first else []
+        chosen: list[tuple[int, int]] = []
+        if self._group.is_first:
+            chosen = self._chosen(sequences, logits, failures)
+            chosen += [(0, _Verdict.CANCELLED if one.is_cancelled else _Verdict.GO_ON) for one in pending]
         if self._group.world_size > 1:
-            message = torch.tensor(chosen) if self._group.is_first else torch.zeros((len(sequences), 2)).long()
+            num_rows = len(sequences) + len(pending)
+            message = torch.tensor(chosen) if self._group.is_first else torch.zeros((num_rows, 2)).long()
             chosen = self._group.broadcast(message.to(self._engine.device)).tolist()
+        for handle, (_, verdict) in zip(pending, chosen[len(sequences) :], strict=True):
+            if verdict == _Verdict.CANCELLED:
+                self._cancel(handle)
+        chosen = chosen[: len(sequences)]
         for index, (one, (token, verdict)) in enumerate(zip(sequences, chosen, strict=True)):
             if verdict in (_Verdict.GO_ON, _Verdict.STOP):
                 one.add(token)

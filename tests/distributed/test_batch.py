@@ -203,6 +203,8 @@ def fail_differently(rank: int, world_size: int) -> dict[str, Any]:
             others[1].cancel()
         else:
             others[2].cancel()  # only the first rank's counts
+        batch.step()
+        report["ended at the next step"] = (waiting.is_done, others[1].is_done, others[2].is_done)
         for name, ids in (("differ", odd), ("empty", short)):
             try:
                 batch.submit(ids, context=context)
@@ -228,6 +230,7 @@ def test_a_failure_is_its_requests_alone_on_every_rank(pool: Pools) -> None:
     assert second["failed"] == ["RuntimeError", "RuntimeError", "Cancelled", "Cancelled"]
     for report in (first, second):
         assert report["tokens"] == [3, 0, 0, 2]
+        assert report["ended at the next step"] == (True, True, False)
         assert report["others"] == [True] * 3
         assert report["branch"] == (False, 60, True)
         assert "query_ids" in report["differ"] and "empty" in report["empty"]

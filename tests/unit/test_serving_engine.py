@@ -337,6 +337,27 @@ def test_who_leaves_the_queue_frees_their_place(engine: Any) -> None:
             client.request.cancel()
 
 
+def test_who_leaves_while_waiting_for_memory_is_freed(engine: Any) -> None:
+    long = Options(max_new_tokens=1500, temperature=0.0, ignore_eos=True)
+    with running(engine) as half:
+        first = half.ask(BOOKS[0], QUESTIONS[0], options=long)
+        assert first.has_token.wait(30)
+        batch = half.worker._batch
+        batch._max_bytes = sum(batch._reserved.values())
+        second = half.ask(BOOKS[0], QUESTIONS[1], options=long)
+        deadline = time.monotonic() + 10
+        while not batch._waiting and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert second.request.handle in batch._waiting
+        second.request.cancel()
+        deadline = time.monotonic() + 0.5
+        while half.service.health()["running"] > 1 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert not batch._waiting and half.service.health() == {"status": "ok", "running": 1, "waiting": 0}
+        assert not second.tokens and len(first.tokens) < 1500
+        first.request.cancel()
+
+
 def test_finished_requests_hold_no_document(engine: Any) -> None:
     size = engine.pool.document_bytes(first_capacity(200))
     gc.disable()
