@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as PySequence
 from enum import IntEnum
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
@@ -22,9 +23,10 @@ from apb_ds.engine.choosing import Chooser, prepare
 from apb_ds.engine.context import Branch, Context
 from apb_ds.engine.decoding import RequestStats
 from apb_ds.engine.pace import Pace
-from apb_ds.engine.packs import FEWER_SEQUENCES, in_forwards, ordered_by_prefix, run_pack
+from apb_ds.engine.packs import FEWER_SEQUENCES, cut_query, in_forwards, ordered_by_prefix, run_pack
 from apb_ds.engine.sequences import Cancelled, Handle, OnProgress, Sequence
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest
+from apb_ds.methods.packed import Member
 from apb_ds.ops.memory import available_bytes, explain_out_of_memory
 from apb_ds.parallel.consistency import shared_validation
 from apb_ds.parallel.launcher import ranks_on_node
@@ -219,6 +221,8 @@ class Batch:
     def step(self) -> list[Handle]:
         """Let waiting requests join, as far as there is room, and give every sequence its next token.
 
+        While others are answered, requests join one forward at a time, and a long query in several steps.
+
         Returns
         -------
         The requests that have ended since the last call, each with a result or an error.
@@ -274,7 +278,15 @@ class Batch:
     # --- joining -----------------------------------------------------------------------------------------------------
 
     def _join(self) -> None:
-        """Let requests join, in order: those about documents that are there in few forwards, the others one by one."""
+        """Let requests join, in order: those about documents that are there in few forwards, the others one by one.
+
+        While others are answered, that takes several steps: only one forward or prefill comes between two of these.
+        """
+        if self._running:
+            self._join_between_steps()
+            if self._joining and self._needs_prefill(self._joining[0]):
+                self._prefill_for(self._joining[0])
+            return
         while self._join_at_once() or self._joining:
             for one in list(self._joining):
                 if self._prefill_for(one):
@@ -284,10 +296,26 @@ class Batch:
         """Let those join that need no prefill, and admit the others; return whether there were any."""
         admitted = self._admit(in_prefill)
         self._joining += self._prepare(admitted)
-        at_once = [one for one in self._joining if not self._needs_prefill(one)]
-        for forward in in_forwards(at_once, lambda one: len(one.fed)):
+        for forward in in_forwards(self._at_once, lambda one: len(one.fed)):
             self._feed(forward)
         return bool(admitted)
+
+    def _join_between_steps(self, *, in_prefill: bool = False) -> None:
+        """Let some of those join that need no prefill, in one forward, and admit others."""
+        self._joining += self._prepare(self._admit(in_prefill))
+        forwards = in_forwards(self._at_once, lambda one: len(one.fed))
+        if not forwards:
+            return
+        first = forwards[0][0]
+        if len(cut_query(len(first.fed))) > 1:
+            self._feed_part(first)
+        else:
+            self._feed(forwards[0])
+
+    @property
+    def _at_once(self) -> list[Sequence]:
+        """Those that join without a prefill."""
+        return [one for one in self._joining if not self._needs_prefill(one)]
 
     def _admit(self, in_prefill: bool) -> list[Handle]:
         """Take the requests from the queue that have room, in order; inside a prefill, until one needs another."""
@@ -320,7 +348,7 @@ class Batch:
         under_way = (one.handle for one in [*self._joining, *self._running])
         if any(_document_of(other) is source for other in chain(self._waiting, admitted, under_way)):
             return None
-        return self._pool.bytes_for(_forwards(handle.request), stored=stored)
+        return self._suffix_bytes(handle.request, stored)
 
     def _prepare(self, handles: list[Handle]) -> list[Sequence]:
         """Give requests their slots and choosers; those for which that fails on any rank end."""
@@ -391,17 +419,34 @@ class Batch:
         sequence.prefix = context.prefix()
         return True
 
-    def _feed(self, joining: list[Sequence]) -> None:
-        """Run the queries of some sequences, and choose their first tokens."""
-        sequences = _ordered(joining)
+    def _feed_part(self, sequence: Sequence) -> None:
+        """Feed the beginning of a long query."""
+        num_tokens = cut_query(len(sequence.fed))[0]
+        part = Member(sequence.prefix, sequence.suffix, sequence.fed[:num_tokens], sequence.reach)
         began = self._engine._now()
+        if self._run_queries([sequence], [part]) is not None:
+            sequence.fed = sequence.fed[num_tokens:]
+        seconds = self._engine._now() - began
+        self.stats.query_s += seconds
+        sequence.handle.query_s += seconds
+
+    def _run_queries(self, sequences: list[Sequence], members: PySequence[Member]) -> Tensor | None:
+        """Return the logits of what sequences feed; None if that failed, which ends them."""
         try:
-            logits = run_pack(self._engine, sequences)
+            return run_pack(self._engine, members)
         except Exception as error:
             if self._group.world_size > 1:
                 raise
             for one in sequences:
                 self._end(one, error)
+            return None
+
+    def _feed(self, joining: list[Sequence]) -> None:
+        """Run the queries of some sequences, and choose their first tokens."""
+        sequences = _ordered(joining)
+        began = self._engine._now()
+        logits = self._run_queries(sequences, sequences)
+        if logits is None:
             return
         self._joining = [one for one in self._joining if one not in sequences]
         self._running += sequences
@@ -409,7 +454,7 @@ class Batch:
         seconds = self._engine._now() - began
         self.stats.query_s += seconds
         for one in sequences:
-            one.handle.query_s = seconds
+            one.handle.query_s += seconds
             one.handle.answered()
 
     # --- decoding ----------------------------------------------------------------------------------------------------
@@ -421,7 +466,7 @@ class Batch:
         began = self._engine._now()
         sequences = self._running = _ordered(self._running)
         logits = run_pack(self._engine, sequences)
-        self._choose(list(sequences), logits, list(self._waiting))
+        self._choose(list(sequences), logits, [*self._waiting, *(one.handle for one in self._at_once)])
         seconds = self._engine._now() - began
         self.stats.decode_s += seconds
         for one in sequences:
@@ -510,10 +555,23 @@ class Batch:
     def _bytes_for(self, request: QueryRequest) -> int:
         """Return the most bytes that a request needs on a rank."""
         source = request.source
-        needed = self._pool.bytes_for(_forwards(request), getattr(source, "suffix", None))
+        needed = self._suffix_bytes(request)
         if isinstance(source, PrefillRequest) and _is_long(source):
             needed += self._pool.document_bytes(max(source.plan.shard_lengths))
         return needed
+
+    def _suffix_bytes(self, request: QueryRequest, stored: PySequence[int] | None = None) -> int:
+        """Return the most bytes of a request's suffix on a rank, whether its query is fed whole or in parts.
+
+        Parameters
+        ----------
+        stored : of a document that is copied, tokens of each rank
+        """
+        source = getattr(request.source, "suffix", None)
+        query, *others = _forwards(request)
+        parts = cut_query(query)
+        needed = self._pool.bytes_for([query, *others], source, stored)
+        return max(needed, self._pool.bytes_for([*parts, *others], source, stored)) if len(parts) > 1 else needed
 
     def _prefill(
         self, request: PrefillRequest, key: str, progress: OnProgress | None, new_tokens: int | None = 0
@@ -541,7 +599,8 @@ class Batch:
             self._pace.pause(self._engine._now())
             if self._on_pause is not None:
                 self._on_pause()
-                self._join_at_once(in_prefill=True)
+                join = self._join_between_steps if self._running else self._join_at_once
+                join(in_prefill=True)
             try:
                 self._decode()
             except torch.OutOfMemoryError as error:

@@ -17,7 +17,7 @@ from apb_ds.ops.memory import explain_out_of_memory
 if TYPE_CHECKING:
     from apb_ds.engine.engine import APBEngine
 
-# Tokens of queries that share a forward. A longer query runs alone.
+# Tokens of queries that share a forward. A longer query runs alone, in parts of so many while others are answered.
 QUERY_FORWARD_TOKENS = 2048
 FEWER_SEQUENCES = "What helps: fewer sequences at a time (max_sequences), fewer new tokens, or more ranks."
 
@@ -124,6 +124,12 @@ def ordered_by_prefix(items: Iterable[Any], prefix: Any) -> list[Any]:
     for place, item in enumerate(items):
         first.setdefault(prefix(item), place)
     return sorted(items, key=lambda item: first[prefix(item)])
+
+
+def cut_query(num_tokens: int) -> list[int]:
+    """Return how many tokens each forward of a query feeds while others are answered."""
+    whole, rest = divmod(num_tokens, QUERY_FORWARD_TOKENS)
+    return [QUERY_FORWARD_TOKENS] * whole + ([rest] if rest else [])
 
 
 def in_forwards(items: Iterable[Any], length: Any) -> list[list[Any]]:

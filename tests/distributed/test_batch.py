@@ -75,6 +75,37 @@ def test_each_rank_copies_its_shard(pool: Pools, world_size: int) -> None:
         assert all(copied == [True] * 4 for _, _, copied in by_family)
 
 
+def join_in_parts(rank: int, world_size: int) -> dict[str, list[list[int]]]:
+    """Ask long questions while another is answered, and go on with one of their conversations."""
+    return {family: long_questions(new_engine(family), together=True) for family in FAMILIES[world_size]}
+
+
+def long_questions(engine: Any, together: bool) -> list[list[int]]:
+    context = engine.prefill(DOCUMENTS[0], max_positions=300)
+    branch = context.branch()
+    long = [ids(length, length) for length in (41, 25)]
+    if not together:
+        turns = torch.cat([long[1], torch.tensor([alone(engine, long[1], context)]), QUERIES[1]], dim=1)
+        return [*(alone(engine, query, context) for query in (QUERIES[0], *long)), alone(engine, turns, context)]
+    with small_sizes(), engine.batch() as batch:
+        handles = [batch.submit(QUERIES[0], context=context, max_new_tokens=NEW)]
+        batch.step()
+        handles.append(batch.submit(long[0], context=context, max_new_tokens=NEW))
+        handles.append(batch.submit(long[1], context=branch, append=True, max_new_tokens=NEW))
+        batch.step()
+        assert len(handles[0].tokens) == 3 and not handles[1].tokens
+        batch.run()
+        handles.append(batch.submit(QUERIES[1], context=branch, append=True, max_new_tokens=NEW))
+        batch.run()
+    return [handle.tokens for handle in handles]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_long_questions_join_in_parts(pool: Pools, world_size: int) -> None:
+    wanted = {family: long_questions(new_engine(family), together=False) for family in FAMILIES[world_size]}
+    assert pool(world_size).run(join_in_parts, timeout=180) == [wanted] * world_size
+
+
 def play_schedule(rank: int, world_size: int, faulty_rank: int | None) -> list[Any] | str:
     """Return every answer, or "wrong" if one is not the plain model's."""
     import apb_ds

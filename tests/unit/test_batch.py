@@ -161,6 +161,69 @@ def test_many_queries_share_the_forwards_and_a_long_one_runs_alone(
     assert [tokens[0].tolist() for tokens in found] == expected
 
 
+@pytest.mark.parametrize("family", ["llama", "dynamic_rope", "phi3_switching", "gemma3", "gpt_oss", "deepseek_v3"])
+def test_queries_that_join_running_answers_come_between_their_steps(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward of at most so many tokens comes between two steps; a longer query is fed in parts."""
+    engine = apb_ds.init_inference(build_model(family), apb_ds.APBConfig(**GIVEN))
+    first, second = engine.prefill(DOCUMENTS[0], max_positions=300), engine.prefill(ids(30, 5), max_positions=300)
+    queries = [ids(length, length) for length in (6, 25, 12, 4, 5, 20)]
+    sources = [first, first, second, first, second, first.branch()]
+    num_new = 12
+    expected = [
+        alone(engine, query, source, max_new_tokens=num_new) for query, source in zip(queries, sources, strict=True)
+    ]
+    monkeypatch.setattr(packs, "QUERY_FORWARD_TOKENS", 10)
+    with engine.batch() as batch, counted_forwards(engine.module) as fed:
+
+        def submit(index: int, **given: Any) -> Any:
+            return batch.submit(queries[index], context=sources[index], max_new_tokens=num_new, **given)
+
+        handles = [submit(0)]
+        batch.step()
+        handles += [submit(index, append=index == 5) for index in range(1, 6)]
+        numbers = []
+        while len(batch):
+            del fed[:]
+            batch.step()
+            numbers.append((fed[0], len(handles[0].tokens)) if len(fed) == 2 else None)
+            assert len(fed) <= 2
+    assert numbers[:8] == [(10, 3), (10, 4), (5, 5), (10, 6), (2 + 4, 7), (5, 8), (10, 9), (10, 10)], numbers
+    assert [handle.tokens for handle in handles] == expected
+    assert all(handle.query_s > 0 for handle in handles)
+    assert sources[5].num_tokens == 60 + 20 + len(expected[5])
+
+
+def test_queries_that_nobody_waits_behind_are_fed_at_once(
+    engine: Any, context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packs, "QUERY_FORWARD_TOKENS", 10)
+    with engine.batch() as batch, counted_forwards(engine.module) as fed:
+        handle = batch.submit(ids(25, 1), context=context, max_new_tokens=2)
+        batch.run()
+    assert fed == [25, 1] and handle.tokens == alone(engine, ids(25, 1), context, max_new_tokens=2)
+
+
+def test_a_query_that_is_cancelled_between_its_parts_is_freed(
+    engine: Any, context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packs, "QUERY_FORWARD_TOKENS", 10)
+    with engine.batch() as batch, counted_forwards(engine.module) as fed:
+        running = batch.submit(QUERIES[0], context=context, max_new_tokens=NEW)
+        batch.step()
+        long = batch.submit(ids(35, 1), context=context, max_new_tokens=NEW)
+        batch.step()
+        long.cancel()
+        assert batch.step() == [long]
+        with pytest.raises(Cancelled):
+            long.result()
+        batch.run()
+        assert sum(fed) == QUERIES[0].shape[1] + 2 * 10 + NEW - 1
+    assert running.tokens == alone(engine, QUERIES[0], context)
+    assert all(slab.is_unused for slab in engine.pool._slabs.values())
+
+
 # --- lists ----------------------------------------------------------------------------------------------------------
 
 
