@@ -28,6 +28,8 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 Result = TypeVar("Result")
 
+_beside = threading.local()  # of the thread that does something: whether that is unwanted by now
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -147,11 +149,21 @@ def bytes_of(states: Tensor) -> memoryview:
 
 
 def in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Return what `work` gives for each item; after an error the items that have not begun are left out."""
+    """Return what `work` gives for each item; after an error the items that have not begun are left out.
+
+    So are they, inside `beside`, once the rank no longer waits for them.
+    """
+    is_unwanted: threading.Event | None = getattr(_beside, "is_unwanted", None)
+
+    def run(item: Any) -> Any:
+        if is_unwanted is not None and is_unwanted.is_set():
+            raise RuntimeError("nobody waits for it any more.")
+        return work(item)
+
     cores = len(os.sched_getaffinity(0)) // ranks_on_node()
     with ThreadPoolExecutor(max(2, min(MAX_THREADS, cores))) as executor:
         try:
-            return list(executor.map(work, items))
+            return list(executor.map(run, items))
         except BaseException:
             executor.shutdown(cancel_futures=True)
             raise
@@ -161,15 +173,25 @@ def beside(group: SequenceGroup, work: Callable[[], Result], while_waiting: Call
     """Do something that sends nothing; if it fails on one rank, all fail.
 
     With `while_waiting` it is done in a thread, and all ranks call that until all are done. What `while_waiting` raises
-    is raised at once, on this rank.
+    is raised on this rank as soon as the pieces of work that have begun have ended.
     """
     if while_waiting is None:
         with shared_outcome(group):
             return work()
+    is_unwanted = threading.Event()
+
+    def run() -> Result:
+        _beside.is_unwanted = is_unwanted
+        return work()
+
     with ThreadPoolExecutor(1) as executor:
-        future = executor.submit(work)
-        while not all(group.gather_objects(bool(wait([future], WAIT_S).done))):
-            while_waiting()
+        future = executor.submit(run)
+        try:
+            while not all(group.gather_objects(bool(wait([future], WAIT_S).done))):
+                while_waiting()
+        except BaseException:
+            is_unwanted.set()
+            raise
         with shared_outcome(group):
             return future.result()
 

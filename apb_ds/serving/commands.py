@@ -89,7 +89,14 @@ class DropFile:
 
 @dataclass(frozen=True)
 class Abandon:
-    """End the prefill, or what else takes long, that is under way."""
+    """End the prefill that is under way.
+
+    Attributes
+    ----------
+    write : end the writing of a document instead
+    """
+
+    write: bool = False
 
 
 @dataclass(frozen=True)

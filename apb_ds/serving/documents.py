@@ -116,7 +116,7 @@ class Documents:
         return sum(one.num_bytes for one in (self.files() if place is Place.DISK else self.at(place)))
 
     def files(self) -> list[Document]:
-        """Return the documents with a file: first those that are in memory, too, then by when they were used."""
+        """Return the documents with a file: first those that are in memory, too, then by when they were used last."""
         found = [one for one in self._documents.values() if one.has_file]
         return sorted(found, key=lambda one: (one.place is Place.DISK, one.used))
 
@@ -167,6 +167,21 @@ class Documents:
         commands = [self._leave_disk(one) for one in leaving]
         document.place, document.has_file = Place.DISK, True
         return [*commands, ToDisk(document.key)]
+
+    def keep_next(self) -> list[Command]:
+        """Return what writes the document that was used last of those that are in memory alone and find room on disk.
+
+        None must be in use. It leaves memory; files of documents that were used earlier make room for it.
+        """
+        unwritten = [one for one in self._documents.values() if not one.has_file]
+        in_memory = [one for one in unwritten if one.place in (Place.DEVICE, Place.HOST)]
+        for document in sorted(in_memory, key=lambda one: one.used, reverse=True):
+            later = sum(one.num_bytes for one in self.files() if one.used > document.used)
+            if later + document.num_bytes <= self.limits.disk:
+                commands: list[Command] = [Forget(one.number) for one in document.conversations]
+                document.conversations.clear()
+                return [*commands, *self._leave_memory(document)]
+        return []
 
     def _leave_disk(self, document: Document) -> Command:
         if document.place is Place.DISK:

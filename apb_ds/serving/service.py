@@ -272,14 +272,16 @@ class Service:
         commands, self._owed = self._owed, []
         commands += self._asks()
         if is_loading:
-            is_unwanted = self._loading is not None and not self._waiting.get(self._loading.key)
-            return [*commands, Abandon()] if is_unwanted else commands
+            if self._loading is None:  # only a server that stops writes what it does not need the room of
+                return [*commands, Abandon(write=True)] if self._is_over() else commands
+            return commands if self._waiting.get(self._loading.key) else [*commands, Abandon()]
         if self._stop_at is None:
             commands += self._load_next()
         else:
             self._refuse_waiting()
         if self._stop_at is not None and is_idle and not commands and not self._open:
-            return [Stop()]
+            to_keep = [] if self._is_over() else self.documents.keep_next()
+            return to_keep or [Stop()]
         return commands
 
     def _say_what_there_is(self) -> None:

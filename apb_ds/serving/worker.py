@@ -140,11 +140,12 @@ class Worker:
             case Drop(key):
                 self._contexts.pop(key, None)
                 self._remove(key)
-            case Abandon():
-                if self._is_prefilling:  # what is copied or read comes to its end
+            case Abandon(write):
+                if write or self._is_prefilling:  # what is copied or read comes to its end
                     raise Cancelled(ABANDONED)
             case Stop():
                 self._has_ended = True
+                self._touch_files()
 
     def _ask(self, command: Ask) -> None:
         service = self._service
@@ -222,12 +223,13 @@ class Worker:
         """Move a document off the device; forget it where that fails, on every rank."""
         try:
             move(self._contexts[key])
-        except (OSError, ValueError, RuntimeError) as error:  # the same on every rank: they tell each other
+        except (Cancelled, OSError, ValueError, RuntimeError) as error:  # the same on every rank: they tell each other
             if self._step_has_failed:
                 raise
             self._contexts.pop(key, None)
             if self._service is not None:
-                logger.warning("a document could not be kept: %s", error)
+                if not isinstance(error, Cancelled):
+                    logger.warning("a document could not be kept: %s", error)
                 self._service.lost(key)
 
     def _pausing(self) -> Callable[[], None]:
@@ -237,6 +239,8 @@ class Worker:
         def step() -> None:
             try:
                 pause(0, 1)
+            except Cancelled:
+                raise
             except BaseException:
                 self._step_has_failed = True
                 raise
@@ -252,6 +256,12 @@ class Worker:
         if self._service is not None:
             with contextlib.suppress(OSError):
                 os.utime(self._path(key))
+
+    def _touch_files(self) -> None:
+        """Put the files in the order in which documents were used, in which the next server takes them over."""
+        if self._cache_dir is not None and self._service is not None:
+            for document in self._service.documents.files():
+                self._touch(document.key)
 
     def _remove(self, key: str) -> None:
         if self._cache_dir is not None and self._service is not None:

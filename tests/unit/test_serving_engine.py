@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from apb_ds.cache import first_capacity
+from apb_ds.engine import saved
 from apb_ds.engine.context import Context
 from apb_ds.engine.engine import APBEngine
 from apb_ds.serving.config import ServeConfig
@@ -232,7 +233,7 @@ def test_answers_go_on_while_a_document_is_written_and_read(
             other.wait()
             client.events[:] = client.events[-1:]
         client.request.cancel()
-    assert len(counts) == 3 and min(counts) >= 3  # two documents written, one read
+        assert len(counts) == 3 and min(counts) >= 3  # two documents written, one read
 
 
 def test_a_damaged_file_is_prefilled_again(engine: Any, prefills: list[int], tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def test_a_later_server_finds_the_documents_on_disk(engine: Any, prefills: list[
         path.mkdir()
     documents = Documents(limits)
     lock = take_over(tmp_path, documents, bytes_of)
-    assert len(documents.at(Place.DISK)) == 2 and documents.bytes_at(Place.DISK) == 2 * size
+    assert len(documents.at(Place.DISK)) == 3 and documents.bytes_at(Place.DISK) == 3 * size
     assert not any(path.exists() for path in left) and all(path.exists() for path in others)
     with pytest.raises(ValueError, match="another server"):
         take_over(tmp_path, Documents(limits), bytes_of)
@@ -440,6 +441,44 @@ def test_stopping_tells_those_that_take_too_long(engine: Any) -> None:
         with pytest.raises(ApiError, match="stopping"):
             client.wait()
         assert len(client.tokens) < 500
+
+
+def test_stopping_writes_what_is_in_memory_alone(engine: Any, prefills: list[int], tmp_path: Path) -> None:
+    size = engine.pool.document_bytes(first_capacity(200))
+    with running(engine, Limits(3 * size, 0, 2 * size, 2**20), tmp_path) as half:
+        for book in (*BOOKS[:3], BOOKS[0]):
+            client = half.ask(book, QUESTIONS[0])
+            client.wait()
+        keys = {book: half.ask(book, QUESTIONS[1]).request.prompt.key for book in (BOOKS[1], BOOKS[2], BOOKS[0])}
+        half.worker.stop()
+    latest = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    assert [path.name for path in latest] == [keys[BOOKS[0]], keys[BOOKS[2]]]
+    documents = Documents(Limits(3 * size, 0, 2 * size, 2**20))
+    lock = take_over(tmp_path, documents, lambda num_tokens: document_bytes(engine, num_tokens))
+    del prefills[:]
+    with running(engine, documents.limits, tmp_path, documents=documents) as half:
+        client = half.ask(BOOKS[0], QUESTIONS[2])
+        assert client.wait().cached_tokens == len(client.request.prompt.document) and not prefills
+        assert client.tokens == half.expected(BOOKS[0], QUESTIONS[2])
+    lock.release()
+
+
+def test_what_is_not_written_in_time_is_left(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    write_all = saved.write_all
+
+    def slow(descriptor: int, data: memoryview, offset: int) -> None:
+        time.sleep(0.2)
+        written.append(offset)
+        write_all(descriptor, data, offset)
+
+    monkeypatch.setattr(saved, "write_all", slow)
+    monkeypatch.setattr(saved, "CHUNK_TOKENS", 16)
+    with running(engine, Limits(2**30, 0, 2**30, 2**20), tmp_path, stop_s=0.5) as half:
+        half.ask(BOOKS[0], QUESTIONS[0]).wait()
+    assert written and not list(tmp_path.iterdir())
+    num_chunks = 2 * engine.module.config.num_hidden_layers * len(range(0, 100, 16))
+    assert len(written) < num_chunks / 2
 
 
 def test_a_failed_engine_fails_every_request(engine: Any) -> None:
