@@ -32,6 +32,7 @@ from apb_ds.serving.commands import (
     ToDisk,
     ToHost,
 )
+from apb_ds.serving.host_memory import return_freed_memory
 from apb_ds.serving.prompts import key_of
 from apb_ds.serving.service import Service
 
@@ -135,10 +136,12 @@ class Worker:
                 else:
                     self._leave(key, lambda context: context.save(path, while_waiting=self._pausing()))
                 self._contexts.pop(key, None)
+                return_freed_memory()
             case DropFile(key):
                 self._remove(key)
             case Drop(key):
-                self._contexts.pop(key, None)
+                if self._contexts.pop(key, None) is not None:
+                    return_freed_memory()
                 self._remove(key)
             case Abandon(write):
                 if write or self._is_prefilling:  # what is copied or read comes to its end
