@@ -31,7 +31,7 @@ demo: $(VENV)/.installed ## find a pass key in a 7690-token document with 8 host
 	$(IN_VENV) deepspeed --num_accelerators $(RANKS) launch/infer.py $(DEMO_ARGS)
 
 serve: $(VENV)/.installed-serve ## serve the demo model at http://127.0.0.1:8000 (SERVE_ARGS for Hydra overrides)
-	$(IN_VENV) python launch/serve.py $(SERVE_ARGS)
+	$(IN_VENV) python launch/serve.py serve.min_document=512 $(SERVE_ARGS)
 
 test: $(VENV)/.installed-test ## run the test suite (TEST_ARGS="-k cache" for a part)
 	$(IN_VENV) python -m pytest $(TEST_ARGS)

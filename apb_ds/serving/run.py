@@ -126,7 +126,15 @@ def serve(values: dict[str, Any], watch: Watch, say: Callable[[str], None]) -> N
         if server is not None:
             ranks = f"{group.world_size} rank{'s' if group.world_size > 1 else ''}"
             say(f"Serving {server.service.model_name} at {server.address}, on {ranks}. Ctrl-C ends it.")
-        with watch.ending_gracefully(worker.stop, config.stop_s + LEAVING_S):
+            say(_describe(server.service, limits, max_bytes))
+
+        def stop() -> None:
+            """Have the server end; said once, where a signal comes to the first rank."""
+            if server is not None and server.service.health()["status"] == "ok":
+                say(f"Ending; what is under way has {config.stop_s:g} s (serve.stop_s). Ctrl-C again ends at once.")
+            worker.stop()
+
+        with watch.ending_gracefully(stop, config.stop_s + LEAVING_S):
             worker.run()
     except BaseException:
         if server is not None:
@@ -159,6 +167,23 @@ class _Server:
         self.http.stop(LEAVING_S / 2)
         if self._lock is not None:
             self._lock.release()
+
+
+def _describe(service: Any, limits: Limits, max_bytes: int) -> str:
+    """Return what the server keeps, for people."""
+    if service.longest_document < service.min_document:
+        return (
+            f"No document is served: there is room for {service.longest_document} tokens (serve.device_gib), and "
+            f"serve.min_document={service.min_document}."
+        )
+    places = [f"{limits.device / GIB:.2f} GiB on a rank's device"]
+    places += [f"{limits.host / GIB:.2f} GiB in host memory"] if limits.host else []
+    if limits.disk:
+        places.append(f"{limits.disk / GIB:.2f} GiB on disk ({len(service.documents.files())} found there)")
+    return (
+        f"Documents of {service.min_document:,} to {service.longest_document:,} tokens are kept: {', '.join(places)}. "
+        f"Conversations: {limits.conversations / GIB:.2f} GiB; answers: {max_bytes / GIB:.2f} GiB."
+    )
 
 
 def _model_name(config: ModelConfig) -> str:

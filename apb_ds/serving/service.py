@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 import queue
 import secrets
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 # Positions for which a document's rotary frequencies are chosen, after its own, where a model's depend on that.
 TURN_POSITIONS = 16384
+NO_LIMIT = 2**24  # positions, where a model says nothing of them
 RETRY_AFTER_S = 5
 METRICS_EVERY_S = 0.5
 STOPPING = "The server is stopping."
@@ -148,6 +151,17 @@ class Service:
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
         return self._prompts.chat(messages)
 
+    @property
+    def min_document(self) -> int:
+        """Tokens that make a document."""
+        return self._config.min_document
+
+    @functools.cached_property
+    def longest_document(self) -> int:
+        """Tokens of the longest document that is served."""
+        positions = self.max_positions or NO_LIMIT
+        return bisect.bisect_right(range(positions), self.documents.limits.device, lo=1, key=self._document_bytes) - 1
+
     def text_prompt(self, text: str | Sequence[int]) -> Prompt:
         return self._prompts.text(text)
 
@@ -235,8 +249,9 @@ class Service:
             if needed > self.documents.limits.device:
                 raise ApiError(
                     400,
-                    f"A document of {num_document} tokens needs {needed / 2**30:.1f} GiB; the server has "
-                    f"{self.documents.limits.device / 2**30:.1f} GiB for documents (serve.device_gib).",
+                    f"A document of {num_document} tokens needs {needed / 2**20:.0f} MiB; of serve.device_gib, "
+                    f"{self.documents.limits.device / 2**20:.0f} MiB are for documents, and the longest that fits has "
+                    f"{self.longest_document} tokens.",
                     param="messages",
                     code="context_length_exceeded",
                 )

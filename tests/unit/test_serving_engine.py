@@ -406,10 +406,13 @@ def test_the_queue_is_bounded(engine: Any) -> None:
 
 
 def test_what_never_fits_is_refused(engine: Any) -> None:
-    limits = Limits(engine.pool.document_bytes(100), 0, 0, 0)
+    limits = Limits(document_bytes(engine, 300), 0, 0, 0)
     with running(engine, limits) as half:
-        with pytest.raises(ApiError, match="GiB for documents") as raised:
-            half.ask(BOOKS[0] * 3, QUESTIONS[0])
+        longest = half.service.longest_document
+        sizes = [document_bytes(engine, num_tokens) for num_tokens in (longest, longest + 1)]
+        assert sizes[0] <= limits.device < sizes[1]
+        with pytest.raises(ApiError, match=f"the longest that fits has {longest} tokens") as raised:
+            half.ask(BOOKS[0] * 15, QUESTIONS[0])
         assert raised.value.code == "context_length_exceeded"
         limit = half.service.max_positions
         assert limit is not None
