@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 from starlette.testclient import TestClient
@@ -703,6 +704,15 @@ def test_what_is_not_http_gets_an_error_object() -> None:
     with served(FakeBackend()) as server:
         status, error = said_by(open_to(server, b"\x16\x03\x01 hello\r\n\r\n"))
         assert status == 400 and error["type"] == "invalid_request_error"
+
+
+def test_openais_client_does_not_repeat_what_took_too_long() -> None:
+    backend = FakeBackend(Progress(0, 4))
+    with served(backend, request_s=0.2) as server:
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="key")
+        with pytest.raises(openai.APIStatusError) as raised:
+            client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hi"}])
+    assert raised.value.status_code == 408 and len(backend.asked) == 1
 
 
 def test_tokens_come_as_they_are_told() -> None:
