@@ -83,7 +83,7 @@ class Prompts:
                 400, "This model has no chat template. Use /v1/completions.", param="messages", code="no_chat_template"
             )
         parts = [
-            [self._checked(part, f"messages[{index}].content") for part in message.parts]
+            [mask(self._tokenizer, _checked(part, f"messages[{index}].content")) for part in message.parts]
             for index, message in enumerate(messages)
         ]
         whole = [_message(message.role, part) for message, part in zip(messages, parts, strict=True)]
@@ -99,11 +99,15 @@ class Prompts:
         return self._prompt(text, cut, "messages")
 
     def text(self, text: str | Sequence[int]) -> Prompt:
-        """Return a completion's prompt, text or ids; ApiError as `chat`."""
+        """Return a completion's prompt, text or ids; ApiError as `chat`.
+
+        Control tokens in a text take effect: clients that apply the chat template themselves write them.
+        """
         if not isinstance(text, str):
             return self._of_ids(text)
-        text = self._checked(text, "prompt")
-        return self._prompt(text, self._cut_within(text), "prompt", self._start)
+        text = _checked(text, "prompt")
+        has_start = bool(self._start) and text.startswith(self._tokenizer.bos_token)
+        return self._prompt(text, self._cut_within(text), "prompt", [] if has_start else self._start)
 
     # --- where the cut is --------------------------------------------------------------------------------------------
 
@@ -203,7 +207,7 @@ class Prompts:
 
     def _ids_of(self, text: str, start: list[int]) -> Tensor:
         """Return a document's ids, (tokens,), int64, tokenised once."""
-        digest = _digest(text)
+        digest = _digest(text) + bytes(bool(start))
         found = self._ids.get(digest)
         if found is None:
             found = torch.tensor(start + encode(self._tokenizer, text))
@@ -223,12 +227,6 @@ class Prompts:
             count = len(encode(self._tokenizer, text))
             self._counts.put(digest, count)
         return int(count)
-
-    def _checked(self, text: str, param: str) -> str:
-        text, problem = clean(text, may_be_blank=True)
-        if problem:
-            raise ApiError(400, f"{param} {problem}.", param=param)
-        return mask(self._tokenizer, text)
 
 
 class _Recent:
@@ -267,6 +265,13 @@ def too_long(limit: int, num_prompt: int, num_new: int, param: str) -> ApiError:
         param=param,
         code="context_length_exceeded",
     )
+
+
+def _checked(text: str, param: str) -> str:
+    text, problem = clean(text, may_be_blank=True)
+    if problem:
+        raise ApiError(400, f"{param} {problem}.", param=param)
+    return text
 
 
 def _message(role: str, parts: Sequence[str]) -> dict[str, str]:

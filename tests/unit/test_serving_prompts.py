@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from apb_ds.serving.errors import ApiError
 from apb_ds.serving.prompts import LAST_CHARACTERS, LAST_IDS, Prompts
 from apb_ds.serving.requests import Message, Prompt
-from tests.tiny_checkpoint import byte_tokenizer
+from tests.tiny_checkpoint import TEMPLATE, byte_tokenizer
 from tests.unit.smollm2 import smollm2_tokenizer
 from tests.unit.test_prompts import CHATML, GEMMA, LLAMA2, LLAMA3, MISTRAL, PHI3
 
@@ -144,6 +145,32 @@ def test_control_tokens_in_messages_stay_text() -> None:
     plain = maker.chat([user(f"{BOOK * 3}\n\n{QUESTION}")])
     assert whole(made).count(end) == whole(plain).count(end)
     assert made.key and len(made.document) > MIN
+
+
+def starting_tokenizer(template: str) -> Any:
+    """Return a tokenizer that puts its begin token before a text."""
+    tokenizer = byte_tokenizer(template=template)
+    special = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special)
+    return tokenizer
+
+
+@pytest.mark.parametrize("message", [QUESTION, LONE * 2])
+@pytest.mark.parametrize("tokenizer", [smollm2_tokenizer(), starting_tokenizer(TEMPLATE)])
+def test_a_completion_of_a_rendered_chat_has_its_ids(tokenizer: Any, message: str) -> None:
+    """Clients that apply the template themselves write its control tokens, the begin token among them."""
+    maker = Prompts(tokenizer, MIN, "\n\n", 10**6, None, 50000)
+    plain = [{"role": "user", "content": message}]
+    text = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+    assert whole(maker.text(text)) == tokenizer.apply_chat_template(plain, add_generation_prompt=True)["input_ids"]
+
+
+def test_a_document_with_a_begin_token_is_not_the_one_without() -> None:
+    maker = Prompts(
+        starting_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"), MIN, "\n\n", 10**6, None, 999
+    )
+    chat, text = maker.chat([user(LONE)]), maker.text(LONE)
+    assert chat.key and whole(text) == [maker._tokenizer.bos_token_id, *whole(chat)]
 
 
 def test_smollm2s_prompts_are_the_templates_ids() -> None:
