@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 from urllib.parse import quote
@@ -38,7 +39,7 @@ OPEN_PATHS = ("/", "/health")  # need no key
 MIB = 2**20
 PROGRESS_EVERY_S = 0.5
 DONE = "[DONE]"
-LEFT = 499  # the status, in metrics and the log, of requests whose client left before
+LEFT = 499  # the status, in metrics and the log, of requests whose client left before their answer's end
 BROKEN = "The server had an error while processing your request."
 
 access = logging.getLogger("apb_ds.serving.access")
@@ -84,19 +85,20 @@ def create_app(backend: Backend, config: ServeConfig, metrics: Metrics) -> FastA
         ticket = await asyncio.to_thread(backend.submit, prompt, options, listener)
         response = kind(backend.tokenizer, backend.model_name, prompt)
         response.has_logprobs = options.top_logprobs is not None
-        told = _told(events, ticket, began, prompt.num_tokens, request.scope)
+        told = _told(events, ticket, began, prompt.num_tokens, request.scope["apb_ds"])
         if asked.stream:
-            body = _stream(told, response, asked.includes_usage, config)
+            body = _stream(told, response, asked.includes_usage, config, request.scope["apb_ds"])
             headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
             return _EventStream(ticket, body, media_type="text/event-stream", headers=headers)
         return await _whole(request, told, response)
 
     async def _told(
-        events: asyncio.Queue[Event], ticket: Ticket, began: float, num_prompt: int, scope: Scope
+        events: asyncio.Queue[Event], ticket: Ticket, began: float, num_prompt: int, facts: Facts
     ) -> AsyncIterator[Event | None]:
         """Yield a request's events until its end, and None where there is none for a while; then free it."""
         deadline = None if config.request_s is None else began + config.request_s
         latest: float | None = None
+        num_new = 0
         try:
             while True:
                 wait_s = config.keep_alive_s
@@ -104,6 +106,7 @@ def create_app(backend: Backend, config: ServeConfig, metrics: Metrics) -> FastA
                     wait_s = min(wait_s, deadline - time.perf_counter())
                     if wait_s <= 0:
                         why = f"The request took longer than {config.request_s:g} s (serve.request_s)."
+                        facts.status = 408
                         yield Failed(ApiError(408, why, kind="timeout", code="request_timeout"))
                         return
                 try:
@@ -119,14 +122,20 @@ def create_app(backend: Backend, config: ServeConfig, metrics: Metrics) -> FastA
                     else:
                         metrics.observe_gap(now - latest)
                     latest = now
+                    num_new += len(one.tokens)
                 if isinstance(one, Ended):
-                    metrics.count_tokens(num_prompt, one.cached_tokens, one.new_tokens)
-                    scope["apb_ds"]["tokens"] = (num_prompt, one.cached_tokens, one.new_tokens)
+                    facts.tokens = num_prompt, one.cached_tokens, one.new_tokens
+                elif isinstance(one, Failed):
+                    facts.status = one.error.status
                 yield one
                 if isinstance(one, (Ended, Failed)):
                     return
         finally:
             ticket.cancel()
+            if facts.tokens is None and num_new:
+                facts.tokens = num_prompt, ticket.cached_tokens, num_new
+            if facts.tokens is not None:
+                metrics.count_tokens(*facts.tokens)
 
     def _check_model(name: str) -> None:
         if name != backend.model_name:
@@ -179,6 +188,20 @@ class _Json(JSONResponse):
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
+@dataclass
+class Facts:
+    """What the log and the metrics say of a request.
+
+    Attributes
+    ----------
+    status : that its answer ended with, if that is not the response's: a stream begins with 200 whatever comes
+    tokens : of the prompt, of it cached, and new; None where no token came
+    """
+
+    status: int | None = None
+    tokens: tuple[int, int, int] | None = None
+
+
 class _EventStream(StreamingResponse):
     """A stream that frees its request, also where the client leaves before it begins."""
 
@@ -191,10 +214,11 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._ticket.cancel()
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
 
 
 async def _stream(
-    told: AsyncIterator[Event | None], response: Any, includes_usage: bool, config: ServeConfig
+    told: AsyncIterator[Event | None], response: Any, includes_usage: bool, config: ServeConfig, facts: Facts
 ) -> AsyncIterator[bytes]:
     """Yield an answer as server-sent events."""
     shown = 0.0
@@ -222,6 +246,7 @@ async def _stream(
                         yield event(response.usage_chunk(one))
         except Exception as error:
             logger.error("a stream failed", exc_info=error)
+            facts.status = 500
             yield event(failed(BROKEN).body)
         yield event(DONE)
 
@@ -298,15 +323,17 @@ class _Access:
             return
         began = time.perf_counter()
         number = secrets.token_hex(8)
-        scope["apb_ds"] = facts = {"tokens": None}
+        scope["apb_ds"] = facts = Facts()
         status = LEFT
+        is_complete = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_complete
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message.setdefault("headers", []).append((b"x-request-id", number.encode()))
             await send(message)
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             if scope["path"] not in OPEN_PATHS and not self._has_key(scope):
@@ -316,15 +343,20 @@ class _Access:
                 await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             pass  # within its body: nobody reads an answer
+        except asyncio.CancelledError:
+            facts.status = facts.status or 503  # the server has stopped
+            raise
         except Exception as error:
             logger.error("request %s failed", number, exc_info=error)
+            facts.status = 500
             if status != LEFT:
                 raise  # within a response: the connection is closed
             await _response_of(failed(BROKEN))(scope, receive, send_with_id)
         finally:
             route = scope.get("route")
+            status = facts.status or (status if is_complete else LEFT)
             self._metrics.count_request(getattr(route, "path", "other"), status)
-            tokens = "" if facts["tokens"] is None else " prompt={} cached={} new={}".format(*facts["tokens"])
+            tokens = "" if facts.tokens is None else " prompt={} cached={} new={}".format(*facts.tokens)
             seconds = time.perf_counter() - began
             path = quote(scope["path"])
             access.info('%s "%s %s" %d %.3fs%s', number, scope["method"], path, status, seconds, tokens)

@@ -135,7 +135,15 @@ Listener = Callable[[Event], None]
 
 
 class Ticket(Protocol):
-    """A request that was taken."""
+    """A request that was taken.
+
+    Attributes
+    ----------
+    cached_tokens : of the prompt, that were there already; known once the first token has come
+    """
+
+    @property
+    def cached_tokens(self) -> int: ...
 
     def cancel(self) -> None:
         """End it at the next step. It gets no further events."""

@@ -36,6 +36,8 @@ WAIT_S = 10.0
 
 
 class FakeTicket:
+    cached_tokens = 1
+
     def __init__(self) -> None:
         self.cancelled = threading.Event()
 
@@ -447,6 +449,38 @@ def test_access_log_has_no_content(caplog: pytest.LogCaptureFixture) -> None:
         assert not any(text in line for line in ours)
 
 
+def outcomes(metrics: Metrics) -> dict[str, float]:
+    """Return how many chats ended with each status."""
+    samples = [one for family in metrics.registry.collect() for one in family.samples]
+    return {
+        one.labels["status"]: one.value
+        for one in samples
+        if one.name == "apb_requests_total" and one.labels["path"] == CHATS
+    }
+
+
+BAD = Delta("a", (1,))
+object.__setattr__(BAD, "text", 5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("last", "status", "num_new"),
+    [((), 408, 2), ((Failed(unavailable("stopping")),), 503, 2), ((Failed(failed("no")),), 500, 2), ((BAD,), 500, 3)],
+)
+def test_answers_that_fail_are_counted_as_what_they_were(
+    stream: bool, last: tuple[Event, ...], status: int, num_new: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    metrics = Metrics()
+    client = client_of(FakeBackend(*ANSWER[:3], *last), metrics, request_s=0.2)
+    client.post(CHATS, json={**CHAT, "stream": stream})
+    assert outcomes(metrics) == {str(status): 1.0}
+    assert f'apb_tokens_total{{kind="new"}} {num_new}.0' in metrics.text().decode()
+    line = next(one.getMessage() for one in caplog.records if one.name == "apb_ds.serving.access")
+    assert f'" {status} ' in line and line.endswith(f" prompt=7 cached=1 new={num_new}")
+
+
 def test_request_ids_differ() -> None:
     client = client_of(FakeBackend())
     ids = {client.get("/health").headers["x-request-id"] for _ in range(5)}
@@ -540,8 +574,11 @@ def test_clients_that_leave_cancel_their_requests(stream: bool, events: tuple[Ev
         assert not backend.tickets[0].cancelled.is_set()
         connection.close()
         assert backend.tickets[0].cancelled.wait(0.4)
-        status = "200" if stream else "499"
-        wait_for(lambda: f'path="{CHATS}",status="{status}"' in metrics.text().decode())
+        wait_for(lambda: outcomes(metrics) == {"499": 1.0})
+        assert (
+            f'apb_tokens_total{{kind="new"}} {sum(isinstance(one, Delta) for one in events)}.0'
+            in metrics.text().decode()
+        )
         backend.events = ANSWER
         assert b"Hello" in read_until(connected(server), b"usage")  # others are served
 
@@ -570,8 +607,8 @@ def test_clients_that_leave_before_their_answer_begins(stream: bool) -> None:
 @pytest.mark.parametrize("blocks_at", ["http.response.start", "http.response.body"])
 def test_clients_that_leave_without_reading(blocks_at: str) -> None:
     """The answer's events are never looked at, as nothing can be sent."""
-    backend = FakeBackend(ANSWER[0])
-    app = create_app(backend, ServeConfig(), Metrics())
+    backend, metrics = FakeBackend(ANSWER[0]), Metrics()
+    app = create_app(backend, ServeConfig(), metrics)
     body = json.dumps({**CHAT, "stream": True}).encode()
     scope = {
         "type": "http",
@@ -607,6 +644,7 @@ def test_clients_that_leave_without_reading(blocks_at: str) -> None:
 
     asyncio.run(ask())
     assert backend.tickets[0].cancelled.is_set()
+    assert outcomes(metrics) == {"499": 1.0}
 
 
 def test_body_that_is_too_large_for_real() -> None:
@@ -727,8 +765,8 @@ def test_tokens_come_as_they_are_told() -> None:
 
 
 def test_stopping_ends_open_streams_in_time() -> None:
-    backend = FakeBackend(ANSWER[0])
-    with served(backend) as server:
+    backend, metrics = FakeBackend(ANSWER[0]), Metrics()
+    with served(backend, metrics) as server:
         connections = [connected(server, stream=True), connected(server)]
         read_until(connections[0], b"Hel")
         wait_for(lambda: len(backend.tickets) == 2)
@@ -739,6 +777,8 @@ def test_stopping_ends_open_streams_in_time() -> None:
             read_until(connection, b"never sent")  # ends
         for ticket in backend.tickets:
             assert ticket.cancelled.wait(1.0)
+        wait_for(lambda: outcomes(metrics) == {"503": 2.0})
+        assert 'apb_tokens_total{kind="new"} 2.0' in metrics.text().decode()
         with pytest.raises(OSError):
             connected(server)
 
