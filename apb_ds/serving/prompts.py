@@ -202,7 +202,7 @@ class Prompts:
                 code="context_length_exceeded",
             )
         if self._max_positions is not None and prompt.num_tokens >= self._max_positions:
-            raise too_long(self._max_positions, prompt.num_tokens, 1, param)
+            raise too_long(self._max_positions, prompt.num_tokens, None, param)
         return prompt
 
     def _ids_of(self, text: str, start: list[int]) -> Tensor:
@@ -256,12 +256,14 @@ def key_of(document: Tensor) -> str:
     return hashlib.sha256(document.numpy().tobytes()).hexdigest()
 
 
-def too_long(limit: int, num_prompt: int, num_new: int, param: str) -> ApiError:
-    """Return the refusal of a prompt that leaves no room for its answer."""
+def too_long(limit: int, num_prompt: int, num_asked: int | None, param: str) -> ApiError:
+    """Return the refusal of a prompt that leaves no room for its answer, or less than the tokens asked for."""
+    left = max(0, limit - num_prompt)
+    asked = "" if num_asked is None else f", and {num_asked} were asked for"
     return ApiError(
         400,
-        f"This model's maximum context length is {limit} tokens. The prompt has {num_prompt} tokens, and at least "
-        f"{num_new} are for the answer.",
+        f"This model's maximum context length is {limit} tokens. The prompt has {num_prompt}, so {left} are left for "
+        f"the answer{asked}.",
         param=param,
         code="context_length_exceeded",
     )

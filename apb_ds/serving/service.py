@@ -166,8 +166,9 @@ class Service:
         return self._prompts.text(text)
 
     def submit(self, prompt: Prompt, options: Options, listener: Listener) -> Request:
-        num_new = self._num_new(prompt, options)
-        self._check_memory(prompt, num_new)
+        param = "prompt" if options.continues else "messages"
+        num_new = self._num_new(prompt, options, param)
+        self._check_memory(prompt, num_new, param)
         if any(token >= self._vocab_size for token in options.logit_bias):
             raise ApiError(400, f"logit_bias has a token id above {self._vocab_size - 1}.", param="logit_bias")
         seed = secrets.randbits(63) if options.seed is None else options.seed % 2**63
@@ -216,25 +217,25 @@ class Service:
         with self._lock:
             return list(self._open.values())
 
-    def _num_new(self, prompt: Prompt, options: Options) -> int:
+    def _num_new(self, prompt: Prompt, options: Options, param: str) -> int:
         """Return how many tokens the answer may have."""
         asked = options.max_new_tokens
         wanted = self._config.default_new_tokens if asked is None else asked
         if self.max_positions is not None:
             left = self.max_positions - prompt.num_tokens
             if left < 1 or (asked is not None and asked > left):
-                raise too_long(self.max_positions, prompt.num_tokens, asked or 1, "max_tokens" if asked else "messages")
+                raise too_long(self.max_positions, prompt.num_tokens, asked, param if left < 1 else "max_tokens")
             wanted = min(wanted, left)
         return wanted
 
-    def _check_memory(self, prompt: Prompt, num_new: int) -> None:
+    def _check_memory(self, prompt: Prompt, num_new: int, param: str) -> None:
         """Refuse what would never fit."""
         num_document = len(prompt.document)
         try:
             if num_document:
                 check_reach(self._engine.module, self._reach(num_document), prompt.num_tokens + num_new)
         except ValueError as error:
-            raise ApiError(400, str(error), code="context_length_exceeded") from error
+            raise ApiError(400, str(error), param=param, code="context_length_exceeded") from error
         needed = self._engine.pool.bytes_for([len(prompt.rest)] + [1] * (num_new - 1))
         if needed > self._max_bytes:
             raise ApiError(
@@ -252,7 +253,7 @@ class Service:
                     f"A document of {num_document} tokens needs {needed / 2**20:.0f} MiB; of serve.device_gib, "
                     f"{self.documents.limits.device / 2**20:.0f} MiB are for documents, and the longest that fits has "
                     f"{self.longest_document} tokens.",
-                    param="messages",
+                    param=param,
                     code="context_length_exceeded",
                 )
 

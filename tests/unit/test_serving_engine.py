@@ -413,12 +413,20 @@ def test_what_never_fits_is_refused(engine: Any) -> None:
         assert sizes[0] <= limits.device < sizes[1]
         with pytest.raises(ApiError, match=f"the longest that fits has {longest} tokens") as raised:
             half.ask(BOOKS[0] * 15, QUESTIONS[0])
-        assert raised.value.code == "context_length_exceeded"
+        assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "messages")
+        with pytest.raises(ApiError, match="MiB are for documents") as raised:
+            half.service.submit(
+                half.service.text_prompt(f"{BOOKS[0] * 15}\n{QUESTIONS[0]}"), Options(continues=True), Client()
+            )
+        assert raised.value.param == "prompt"
         limit = half.service.max_positions
         assert limit is not None
-        with pytest.raises(ApiError, match="maximum context length"):
+        length = half.service.chat_prompt([Message("user", ("Hello",))]).num_tokens
+        said = f"has {length}, so {limit - length} are left for the answer, and {limit} were asked for"
+        with pytest.raises(ApiError, match=said) as raised:
             half.ask("Hello", options=Options(max_new_tokens=limit))
-        with pytest.raises(ApiError, match="maximum context length"):
+        assert raised.value.param == "max_tokens"
+        with pytest.raises(ApiError, match="so 0 are left"):
             half.ask("Hello " * limit)
         with pytest.raises(ApiError) as raised:
             half.ask("Hello", options=Options(logit_bias={10**6: 1.0}))
