@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import hmac
 import json
@@ -395,11 +396,21 @@ class HttpServer:
     Parameters
     ----------
     app : from `create_app`
-    config : where it listens
+    config : limits of its connections
+    bound : from `bind`
+
+    Raises
+    ------
+    ValueError
+        If another process has begun to listen at the port since it was bound.
     """
 
-    def __init__(self, app: FastAPI, config: ServeConfig) -> None:
-        self._socket = _listen(config.host, config.port)
+    def __init__(self, app: FastAPI, config: ServeConfig, bound: socket.socket) -> None:
+        self._socket = bound
+        try:
+            bound.listen()  # or another process could take the port before the server has started
+        except OSError as error:
+            raise _not_listening(config, error) from error
         protocol: Any = functools.partial(Connection, serve=config)
         self._server = uvicorn.Server(
             uvicorn.Config(app, http=protocol, log_config=None, access_log=False, lifespan="off")
@@ -425,20 +436,23 @@ class HttpServer:
         asyncio.run(self._server.serve(sockets=[self._socket]))
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound; ValueError, naming the setting, if that fails."""
+def bind(config: ServeConfig) -> socket.socket:
+    """Return a socket at the host and port, not listening yet; ValueError, naming the settings, if that fails."""
     made: socket.socket | None = None
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((host, port))
-        made.listen()  # or another process could take the port before the server has started
+        made.bind((config.host, config.port))
     except OSError as error:
         if made is not None:
             made.close()
-        raise ValueError(
-            f"cannot listen at serve.host={host} serve.port={port} ({error.strerror or error}); another process may "
-            "have the port: set serve.port, or 0 for any free one."
-        ) from error
+        raise _not_listening(config, error) from error
     return made
+
+
+def _not_listening(config: ServeConfig, error: OSError) -> ValueError:
+    said = f"cannot listen at serve.host={config.host} serve.port={config.port} ({error.strerror or error})"
+    if error.errno == errno.EADDRINUSE:
+        return ValueError(f"{said}: set serve.port to another one, or to 0 for any free one.")
+    return ValueError(f"{said}.")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,14 @@ def serve(values: dict[str, Any], watch: Watch, say: Callable[[str], None]) -> N
         comparison.facts = {**shared, **describe_software()}
     group.set_timeout(settings.engine.timeout_s)
     steps = Steps(group, debug=bool(values.get("debug")))
+    bound: socket.socket | None = None
+
+    def bind() -> None:
+        """Find out what would fail on the first rank, before the model is loaded."""
+        nonlocal bound
+        bound = _bind(config)
+
+    steps.from_first(bind)
     model = steps.together(lambda: ModelInUse(settings.engine.model), local=True)
     steps.together(lambda: model.load_heads(settings.engine), local=True)
     engine = steps.together(lambda: _engine(model, settings, group))
@@ -106,7 +115,7 @@ def serve(values: dict[str, Any], watch: Watch, say: Callable[[str], None]) -> N
     def open_server() -> None:
         """Make what only the first rank has."""
         nonlocal server
-        server = _open(engine, model, name, config, limits, max_bytes, cache_dir)
+        server = _open(engine, model, name, config, limits, max_bytes, cache_dir, bound)
 
     steps.from_first(open_server)
     worker = Worker(
@@ -191,6 +200,19 @@ def _model_name(config: ModelConfig) -> str:
     return Path(config.path).name.removesuffix(".gguf") if config.path else "model"
 
 
+def _bind(config: ServeConfig) -> socket.socket:
+    """Return a socket at the server's port; ValueError if that is taken, or a package is missing."""
+    try:
+        from apb_ds.serving.app import bind
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("apb_ds"):
+            raise
+        raise ValueError(
+            f"serving needs the package {error.name}; install the extra [serve], as in: pip install '.[serve]'"
+        ) from error
+    return bind(config)
+
+
 def _open(
     engine: APBEngine,
     model: ModelInUse,
@@ -199,16 +221,13 @@ def _open(
     limits: Limits,
     max_bytes: int,
     cache_dir: Path | None,
+    bound: Any,
 ) -> _Server:
     """Return the server on the first rank, listening; ValueError for settings that do not fit it or the model."""
-    try:
-        from apb_ds.serving.app import HttpServer, create_app
-        from apb_ds.serving.metrics import Metrics
-        from apb_ds.serving.service import Service, document_bytes
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("apb_ds"):
-            raise
-        raise ValueError(f"serving needs the package {error.name}: pip install apb_ds[serve]") from error
+    from apb_ds.serving.app import HttpServer, create_app
+    from apb_ds.serving.metrics import Metrics
+    from apb_ds.serving.service import Service, document_bytes
+
     tokenizer = model.loaded.tokenizer
     if tokenizer is None:
         raise ValueError("a server needs a tokenizer, and this model has none; set model.tokenizer.")
@@ -220,7 +239,7 @@ def _open(
     lock = None if cache_dir is None else take_over(cache_dir, documents, functools.partial(document_bytes, engine))
     metrics = Metrics()
     service = Service(engine, tokenizer, name, config, documents, max_bytes, metrics)
-    http = HttpServer(create_app(service, config, metrics), config)
+    http = HttpServer(create_app(service, config, metrics), config, bound)
     http.start()
     return _Server(service, http, lock)
 

@@ -317,7 +317,9 @@ def test_lm_evaluation_harness(server: ServerProcess, checkpoint: Path, tmp_path
     assert len(samples) == 4 and all(sample["resps"][0][0] is not None for sample in samples)
 
 
-def test_a_taken_port_is_named(checkpoint: Path) -> None:
+def test_a_taken_port_is_named_before_the_model_is_loaded(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "tiny")
+    (checkpoint / "model.safetensors").write_bytes(b"")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with (

@@ -135,11 +135,15 @@ TOKENIZER = byte_tokenizer()
 def opened(config: ServeConfig, tokenizer: Any = TOKENIZER) -> str:
     """Return why the server cannot be opened, as all ranks hear it."""
     model = SimpleNamespace(loaded=SimpleNamespace(tokenizer=tokenizer, source="tiny"))
-    group = SimpleNamespace(is_first=True, world_size=2, gather_objects=lambda one: [one, (None, None)])
-    arguments: Any = (None, model, "tiny", config, None, 0, None)
-    steps: Any = Steps
+    arguments: Any = (None, model, "tiny", config, None, 0, None, None)
+    return failure_of(lambda: run._open(*arguments))
+
+
+def failure_of(work: Any) -> str:
+    """Return why work of the first rank fails, as all ranks hear it."""
+    group: Any = SimpleNamespace(is_first=True, world_size=2, gather_objects=lambda one: [one, (None, None)])
     with pytest.raises(JobError) as caught:
-        steps(group).from_first(lambda: run._open(*arguments))
+        Steps(group).from_first(work)
     return str(caught.value)
 
 
@@ -150,7 +154,8 @@ def test_missing_packages(package: str, monkeypatch: pytest.MonkeyPatch) -> None
         if name.rpartition(".")[2] in ("app", "metrics", "service", "protocol"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    assert f"{package}: pip install apb_ds[serve]" in opened(ServeConfig())
+    said = failure_of(lambda: run._bind(ServeConfig()))
+    assert f"{package}; install the extra [serve]" in said and "pip install '.[serve]'" in said
 
 
 def test_the_packages_are_needed_by_the_first_rank_alone() -> None:

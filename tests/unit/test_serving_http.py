@@ -18,7 +18,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from apb_ds.serving.app import HttpServer, create_app
+from apb_ds.serving.app import HttpServer, bind, create_app
 from apb_ds.serving.config import ServeConfig
 from apb_ds.serving.errors import ApiError, busy, failed, unavailable
 from apb_ds.serving.metrics import Metrics
@@ -525,7 +525,7 @@ def test_metrics() -> None:
 @contextlib.contextmanager
 def served(backend: FakeBackend, metrics: Metrics | None = None, **settings: Any) -> Iterator[HttpServer]:
     config = ServeConfig(port=0, **settings)
-    server = HttpServer(create_app(backend, config, metrics or Metrics()), config)
+    server = HttpServer(create_app(backend, config, metrics or Metrics()), config, bind(config))
     server.start()
     try:
         yield server
@@ -800,17 +800,22 @@ def test_stopping_waits_for_answers_that_end() -> None:
 
 def test_taken_port_is_named() -> None:
     app = create_app(FakeBackend(), ServeConfig(), Metrics())
-    first = HttpServer(app, ServeConfig(port=0))  # not started yet
-    port = int(first.address.rpartition(":")[2])
-    with pytest.raises(ValueError, match=rf"serve\.port={port}"):
-        HttpServer(app, ServeConfig(port=port))
+    early = bind(ServeConfig(port=0))
+    taken = ServeConfig(port=early.getsockname()[1])
+    late = bind(taken)  # nobody listens yet
+    first = HttpServer(app, taken, early)  # not started yet
+    for fails in (lambda: bind(taken), lambda: HttpServer(app, taken, late)):
+        with pytest.raises(ValueError, match=rf"serve\.port={taken.port}.*in use.*0 for any free one"):
+            fails()
+    late.close()
     first.start()
     first.stop(1.0)
-    again = HttpServer(app, ServeConfig(port=port))
+    again = HttpServer(app, taken, bind(taken))
     again.start()
     again.stop(1.0)
 
 
 def test_unknown_host_is_named() -> None:
-    with pytest.raises(ValueError, match=r"serve\.host=no\.such\.host\.invalid"):
-        HttpServer(create_app(FakeBackend(), ServeConfig(), Metrics()), ServeConfig(host="no.such.host.invalid"))
+    with pytest.raises(ValueError, match=r"serve\.host=no\.such\.host\.invalid") as raised:
+        bind(ServeConfig(host="no.such.host.invalid"))
+    assert "free one" not in str(raised.value)
