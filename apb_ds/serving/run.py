@@ -22,6 +22,7 @@ from apb_ds.loading import ModelConfig
 from apb_ds.ops.memory import available_bytes
 from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.failure.ending import Watch
+from apb_ds.parallel.failure.reports import RESTART
 from apb_ds.parallel.groups import SequenceGroup, world_group
 from apb_ds.parallel.launcher import ranks_on_node
 from apb_ds.report.results import flatten
@@ -86,6 +87,8 @@ def serve(values: dict[str, Any], watch: Watch, say: Callable[[str], None]) -> N
     settings = read_serve_settings(values)
     config = settings.serve
     group = world_group(settings.engine.timeout_s, watch)
+    if group.board is not None:
+        group.board.advice = RESTART
     with shared_validation(group, "the server") as comparison:
         shared = {name: value for name, value in flatten(values).items() if name not in FIRST_RANKS_VALUES}
         comparison.facts = {**shared, **describe_software()}

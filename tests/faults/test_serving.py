@@ -43,3 +43,4 @@ def test_a_killed_rank_ends_the_server(tmp_path: Path, rank: int, state: str) ->
         assert time.monotonic() - began < 30
         if rank == 1:
             assert "rank 1 failed first" in server.said.lower()
+            assert "start the server again" in server.said and "rerun" not in server.said

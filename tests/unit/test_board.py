@@ -11,7 +11,7 @@ import torch
 from apb_ds.parallel.failure import board
 from apb_ds.parallel.failure.board import Board, LostRankError, lost_ranks_named
 from apb_ds.parallel.failure.progress import Progress
-from apb_ds.parallel.failure.reports import Kind, Report, diagnose
+from apb_ds.parallel.failure.reports import RESTART, Kind, Report, diagnose
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:55732. This is typically caused by a crash."  # noqa: E501
 WHERE = "prefill, round 2 of 4, layer 12"
@@ -59,6 +59,20 @@ def test_the_message_of_a_rank_whose_collective_fails(reports: Any, parts: tuple
     assert message.endswith("(Connection closed by peer [10.0.0.2]:55732)"), "neither gloo's source nor its advice"
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    "reports",
+    [without(2), {**without(2), 2: report(2, Kind.BUSY)}, {**LOST, 2: report(2, Kind.RAISED, "boom")}, None, {}],
+)
+def test_the_advice_is_the_boards(reports: Any) -> None:
+    first, _ = boards(2)
+    first.advice = RESTART
+    for message in (
+        diagnose(mine(1, Kind.LOST, GLOO), 4, reports, advice=RESTART),
+        first.diagnose(Kind.LOST, GLOO, grace_s=0),
+    ):
+        assert RESTART in message and "rerun" not in message
 
 
 def test_a_rank_that_raised_blames_no_other() -> None:

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from apb_ds.parallel.failure.progress import Progress
-from apb_ds.parallel.failure.reports import Kind, Report, diagnose, shortened
+from apb_ds.parallel.failure.reports import RERUN, Kind, Report, diagnose, shortened
 
 # How long a rank waits for the others' reports. The launcher leaves 30 s between SIGTERM and SIGKILL.
 GRACE_S = 2.0
@@ -51,12 +51,17 @@ class Board:
     store : torch Store that all ranks share
     rank, world_size : global
     progress : this rank's
+
+    Attributes
+    ----------
+    advice : what messages say to do once the cause is mended
     """
 
     def __init__(self, store: Any, rank: int, world_size: int, progress: Progress) -> None:
         self.rank = rank
         self.world_size = world_size
         self.progress = progress
+        self.advice = RERUN
         self._store = store
         # What `answer` has read: the first rank, and the board with it, may go before this rank's collective fails.
         self._remembered: dict[int, Report] = {}
@@ -136,7 +141,8 @@ class Board:
         reports = _within(grace_s + SERVER_STAYS_S + 1, exchange)
         if reports is None and self._others_had_time:
             reports = self._remembered
-        return diagnose(self._report(kind, why), self.world_size, reports, self._remembered)
+        mine = self._report(kind, why)
+        return diagnose(mine, self.world_size, reports, self._remembered, advice=self.advice)
 
     def _report(self, kind: Kind, why: str) -> Report:
         return Report(self.rank, kind, str(self.progress), why, socket.gethostname())
