@@ -181,7 +181,9 @@ class Prompts:
         return self._checked_prompt(document, rest, param)
 
     def _of_ids(self, ids: Sequence[int]) -> Prompt:
-        if not ids or min(ids) < 0 or max(ids) >= self._vocab_size:
+        if not ids:
+            raise ApiError(400, "prompt is empty; give it a text, or token ids.", param="prompt")
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
             raise ApiError(400, f"prompt must have token ids from 0 to {self._vocab_size - 1}.", param="prompt")
         found = torch.tensor(list(ids))
         cut = len(found) - LAST_IDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -67,13 +68,13 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Items[TextPart]
+    content: str | Items[TextPart] | None
     name: str | None = None
 
     @property
     def message(self) -> Message:
-        parts = (self.content,) if isinstance(self.content, str) else tuple(part.text for part in self.content)
-        return Message("system" if self.role == "developer" else self.role, parts)
+        texts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content or []]
+        return Message("system" if self.role == "developer" else self.role, tuple(texts))
 
 
 class StreamOptions(BaseModel):
@@ -160,6 +161,8 @@ class ChatRequest(_Request):
             said = sorted(name for name, value in (one.model_extra or {}).items() if value not in (None, [], {}))
             if said:
                 raise _unknown(f"messages[{index}].{said[0]}")
+            if one.content is None:
+                raise _invalid(f"messages[{index}].content", f"{SHOULD_BE}a valid string, or a valid list")
             if not one.message.parts:
                 raise _invalid(f"messages[{index}].content", "it has no parts")
 
@@ -222,7 +225,8 @@ def read_request(kind: type[Kind], values: Any) -> Kind:
             continue
         if name in ONLY:
             if value is not None and value not in ONLY[name]:
-                why = f"{_shown(value)} is not supported by this server"
+                accepted = "".join(f", or give {json.dumps(one)}" for one in ONLY[name])
+                why = f"{_shown(value)} is not supported by this server; leave it out{accepted}"
                 raise _refusal(f"Invalid value for '{name}': {why}.", name, "unsupported_value")
             continue
         if name not in kind.model_fields:
@@ -275,6 +279,10 @@ def _refusal(message: str, param: str | None, code: str | None = None) -> ApiErr
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, (list, dict)):  # it may be as large as a body, and as deep
-        return "[...]" if isinstance(value, list) else "{...}"
-    return repr(shortened(value, SHOWN_CHARACTERS) if isinstance(value, str) else value)
+    """Return the beginning of a value as JSON; it may be as large as a body, and as deep."""
+    text = ""
+    for piece in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+        text += piece
+        if len(text) > SHOWN_CHARACTERS:
+            break
+    return shortened(text, SHOWN_CHARACTERS)

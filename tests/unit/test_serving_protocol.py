@@ -203,6 +203,21 @@ def test_what_cannot_be_done_is_refused(field: str, value: Any) -> None:
     assert f"'{field}'" in error.message and "not supported" in error.message
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("response_format", {"type": "json_object"}, '{"type": "json_object"} is not supported'),
+        ("response_format", {"type": "json_object"}, 'leave it out, or give {"type": "text"}.'),
+        ("tools", [{"type": "function"}], '[{"type": "function"}] is not supported'),
+        ("tool_choice", "required", '"required" is not supported by this server; leave it out, or give "none", or'),
+        ("n", 2, "2 is not supported by this server; leave it out, or give 1."),
+        ("audio", {"voice": "x"}, '{"voice": "x"} is not supported by this server; leave it out.'),
+    ],
+)
+def test_refusals_show_what_was_given_and_name_what_is_accepted(field: str, value: Any, said: str) -> None:
+    assert said in refusal(chat, **{field: value}).message
+
+
 @pytest.mark.parametrize("make", [chat, completion])
 @pytest.mark.parametrize(
     ("field", "values"),
@@ -285,6 +300,11 @@ def test_wrong_combinations_and_places_are_refused(make: Any, fields: dict[str, 
             "Unrecognized",
         ),
         ([USER, {**ANSWER, "tool_calls": [{"id": "1"}]}], "messages[1].tool_calls", "Unrecognized"),
+        (
+            [USER, {**ANSWER, "content": None, "tool_calls": [{"id": "1"}]}],
+            "messages[1].tool_calls",
+            "Unrecognized",
+        ),
         ([USER, {**ANSWER, "refusal": "no"}], "messages[1].refusal", "Unrecognized"),
         ([{**USER, "name": 5}], "messages[0].name", "valid string"),
     ],
