@@ -21,6 +21,7 @@ INTEGERS = {
     "max_waiting": 0,
     "max_connections": 1,
 }
+OPTIONAL_TEXTS = {"api_key": "a text or @FILE", "model_name": "a text", "cache_dir": "a folder"}
 POSITIVE = ("body_mib", "body_s", "keep_alive_s")
 POSITIVE_OR_NONE = ("device_gib", "request_s")
 NOT_NEGATIVE = ("step_every_s", "stop_s")
@@ -110,10 +111,10 @@ class ServeConfig:
             )
 
     def _check_texts(self) -> None:
-        check_text("serve.host", self.host)
-        for name in ("api_key", "model_name", "cache_dir"):
+        check_text("serve.host", self.host, "a name or an address")
+        for name, accepted in OPTIONAL_TEXTS.items():
             if getattr(self, name) is not None:
-                check_text(f"serve.{name}", getattr(self, name))
+                check_text(f"serve.{name}", getattr(self, name), f"{accepted}, or null for none")
         if self.api_key == STANDARD_INPUT:
             raise ValueError("serve.api_key=- is not read from standard input; give a text or @FILE.")
         if self.api_key is not None:

@@ -35,6 +35,7 @@ from apb_ds.session.job import EngineSettings, read_engine_settings
 from apb_ds.session.model_in_use import ModelInUse
 from apb_ds.session.steps import Steps
 from apb_ds.tasks.template import with_template
+from apb_ds.tasks.text import expand_path
 
 SECTIONS = ("model", "method", "parallel", "serve", "seed", "debug")
 FIRST_RANKS_VALUES = ("serve.host", "serve.port", "serve.api_key", "debug")
@@ -108,9 +109,10 @@ def serve(values: dict[str, Any], watch: Watch, say: Callable[[str], None]) -> N
     name = config.model_name or _model_name(settings.engine.model)
     cache_dir = None
     if config.cache_dir is not None:
-        cache_dir = Path(config.cache_dir).expanduser().resolve() / f"apb_ds-{re.sub(r'[^0-9A-Za-z_.-]', '_', name)}"
+        parent = expand_path("serve.cache_dir", config.cache_dir).resolve()
+        cache_dir = parent / f"apb_ds-{re.sub(r'[^0-9A-Za-z_.-]', '_', name)}"
     if cache_dir is not None:
-        steps.from_first(functools.partial(cache_dir.mkdir, parents=True, exist_ok=True))
+        steps.from_first(functools.partial(make_folder, cache_dir))
     limits, max_bytes = steps.together(lambda: _limits(engine, config, cache_dir))
     control = group.on_cpu(settings.engine.timeout_s)
     server: _Server | None = None
@@ -247,6 +249,18 @@ def _open(
     return _Server(service, http, lock)
 
 
+def make_folder(cache_dir: Path) -> None:
+    """Make the folder for documents, readable by its owner alone, unless it is there; ValueError if that fails."""
+    try:
+        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_usable(cache_dir, error) from error
+
+
+def _not_usable(cache_dir: Path, error: OSError) -> ValueError:
+    return ValueError(f"serve.cache_dir={cache_dir.parent}: cannot use {cache_dir} ({error.strerror}).")
+
+
 def take_over(cache_dir: Path, documents: Documents, bytes_of: Callable[[int], int]) -> BaseFileLock:
     """Enter the documents that an earlier server left on disk, the latest first, and remove what has no room.
 
@@ -257,13 +271,15 @@ def take_over(cache_dir: Path, documents: Documents, bytes_of: Callable[[int], i
     Raises
     ------
     ValueError
-        If another server uses the folder.
+        If another server uses the folder, or nothing can be written there.
     """
     lock = FileLock(cache_dir / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ValueError(f"serve.cache_dir={cache_dir.parent} is used by another server of this model.") from error
+    except OSError as error:
+        raise _not_usable(cache_dir, error) from error
     ours = [path for path in cache_dir.iterdir() if path.is_dir() and OURS.fullmatch(path.name)]
     kept: list[tuple[str, int, int]] = []
     for path in sorted(ours, key=lambda path: path.stat().st_mtime, reverse=True):

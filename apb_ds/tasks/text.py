@@ -12,6 +12,7 @@ from apb_ds.tasks.jsonl import shortened
 
 FILE_MARK = "@"
 STANDARD_INPUT = "-"
+ANY_SOURCE = "a text, @FILE for a file's contents, or - for standard input"
 SHOWN_CHARACTERS = 100
 MAX_PATH = 255  # characters; longer texts are not taken for paths
 ESCAPE_HINT = "(A text that begins with @ is written with @@.)"
@@ -45,16 +46,19 @@ def clean(text: str, *, may_be_blank: bool = False) -> tuple[str, str | None]:
     return text, None
 
 
-def check_text(field: str, value: object) -> str:
-    """Return the setting as a string; ValueError if it is not a text, or cannot be used."""
+def check_text(field: str, value: object, accepted: str = ANY_SOURCE) -> str:
+    """Return the setting as a string; ValueError if it is not a text, or cannot be used.
+
+    Parameters
+    ----------
+    accepted : what the setting takes, for messages
+    """
     check_quoted(field, value)
     if isinstance(value, (list, tuple, dict)):
         raise ValueError(f"{field}={value!r} is not a text; it must be quoted, as in '{field}=\"a, b\"'.")
     text, problem = clean(value) if isinstance(value, str) else ("", None)
     if not text.strip():
-        raise ValueError(
-            f"{field}={value!r} is empty; give a text, @FILE for a file's contents, or - for standard input."
-        )
+        raise ValueError(f"{field}={value!r} is empty; give {accepted}.")
     if problem:
         raise ValueError(f"{field}={_shown(text)} {problem}.")
     return text

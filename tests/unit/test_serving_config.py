@@ -126,6 +126,20 @@ def test_unknown_setting_is_named() -> None:
         composed("+serve.max_sequence=5")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("api_key", "give a text or @FILE, or null"),
+        ("cache_dir", "give a folder"),
+        ("host", "give a name or an address"),
+    ],
+)
+def test_empty_texts_are_told_what_is_accepted(name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as raised:
+        ServeConfig(**{name: ""})
+    assert "standard input" not in str(raised.value)
+
+
 # --- what only the first rank checks ---------------------------------------------------------------------------------
 
 
@@ -179,3 +193,20 @@ def test_template_arguments_without_a_template() -> None:
 
 def test_model_without_a_tokenizer() -> None:
     assert "model.tokenizer" in opened(ServeConfig(), None)
+
+
+def test_the_folder_of_documents_is_its_owners(tmp_path: Path) -> None:
+    made, known = tmp_path / "new" / "apb_ds-tiny", tmp_path / "apb_ds-tiny"
+    known.mkdir(mode=0o755)
+    for folder in (made, known):
+        run.make_folder(folder)
+    assert [folder.stat().st_mode & 0o777 for folder in (made, known)] == [0o700, 0o755]
+
+
+def test_folders_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "apb_ds-tiny"
+    assert f"serve.cache_dir={tmp_path / 'file'}: " in failure_of(lambda: run.make_folder(folder))
+    (tmp_path / "lock").mkdir()
+    none: Any = None
+    assert f"serve.cache_dir={tmp_path.parent}: " in failure_of(lambda: run.take_over(tmp_path, none, none))
