@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from apb_ds.attention import check_available
 from apb_ds.config import APBConfig
 from apb_ds.engine.engine import APBEngine
+from apb_ds.engine.saved_facts import model_facts
 from apb_ds.engine.validation import settings_facts
 from apb_ds.hf.architecture import check_supported
 from apb_ds.loading import ModelConfig
@@ -24,6 +25,7 @@ from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, world_group
 from apb_ds.parallel.launcher import launched_world_size
 from apb_ds.plan import check_ranks
+from apb_ds.weights import ShardedWeights, check_shardable
 
 
 def load_model(
@@ -67,6 +69,7 @@ def init_inference(
     group: SequenceGroup | None = None,
     retaining_heads: HeadsSource | None = None,
     timeout_s: float | None = None,
+    shard_weights: bool = False,
 ) -> APBEngine:
     """Make an engine for a model, alone or over the ranks that ``deepspeed`` or ``torchrun`` started.
 
@@ -87,6 +90,9 @@ def init_inference(
     timeout_s : float, seconds
         How long a collective may take. By default 300 where the process group is made here; one that exists keeps its
         own.
+    shard_weights : bool
+        Keep one copy of the weights over all ranks, each a part: a prefill gathers them layer by layer, all else uses
+        them where they are. The model is changed for good: all ranks must call it together.
 
     Raises
     ------
@@ -109,13 +115,20 @@ def init_inference(
     with shared_validation(group, "init_inference") as comparison:
         _check_served(model, config, group.world_size)
         heads = heads_for(model, config, retaining_heads)
-        engine = APBEngine(model, config, group, heads)
+        if shard_weights:
+            check_shardable(model)
+        else:
+            engine = APBEngine(model, config, group, heads)
         comparison.facts = {
             **describe_software(),
             **settings_facts(config),
             "model": model,
             "retaining heads": heads,
+            "shard_weights": shard_weights,
         }
+    # Sharding and the engine's trial forward have messages of their own.
+    if shard_weights:
+        engine = APBEngine(model, config, group, heads, ShardedWeights(model, group, model_facts(model)))
     return engine
 
 

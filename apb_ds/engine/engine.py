@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -51,6 +51,7 @@ from apb_ds.parallel.consistency import describe_model, shared_validation
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.plan import Plan, check_ranks
 from apb_ds.suffixes import SuffixPool
+from apb_ds.weights import ShardedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class APBEngine(InferenceEngine):
         config: APBConfig,
         group: SequenceGroup,
         retaining_heads: RetainingHeads | None = None,
+        weights: ShardedWeights | None = None,
     ) -> None:
         check_supported(model)
         warn_of_rough_frequencies(model)
@@ -94,6 +96,7 @@ class APBEngine(InferenceEngine):
         self.module, self.config = model, model.config
         self.layers = probe_model(model)
         self.group = group
+        self._weights = weights
         self.pool = SuffixPool(self.layers, group.rank, group.world_size, self.device)
         self.stats = RequestStats()
         self._attached_to: tuple[InferenceEngine, dict[str, Any]] | None = None
@@ -254,7 +257,9 @@ class APBEngine(InferenceEngine):
         )
         if self._recorded is not None:
             self._recorded.lend_buffers(cache)
-        state = PrefillState(plan, cache, self.group.rank, progress=progress)
+        weights = self._weights
+        gatherer = None if weights is None else weights.gatherer
+        state = PrefillState(plan, cache, self.group.rank, progress=progress, weights=gatherer)
         sent_before, began = self.group.bytes_sent, self._now()
         longest = max(plan.num_forward_tokens(rank, 0) for rank in range(plan.world_size))
         with (
@@ -263,6 +268,7 @@ class APBEngine(InferenceEngine):
                 levers(plan, self.module.dtype, is_prefill=True),
             ),
             self._acceleration.in_prefill(longest),
+            nullcontext() if weights is None else weights.in_prefill(state.num_layers, len(plan.rounds)),
             apb_attention(self.module, request.attention, cache, Phase.PREFILL, request.max_positions, state),
         ):
             run_rounds(self.module, request.attention, state, request.document_ids, request.query_ids)
@@ -348,6 +354,8 @@ class APBEngine(InferenceEngine):
 
     def model_facts(self) -> dict[str, str]:
         """Return what a saved context's model must share with this one, read again when weights have changed."""
+        if self._weights is not None:
+            return self._weights.facts
         weights = [
             (parameter.data_ptr(), -1 if parameter.is_inference() else parameter._version)
             for parameter in self.module.parameters()
@@ -591,6 +599,10 @@ class APBEngine(InferenceEngine):
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
             get_accelerator().synchronize()
+
+    def _weights_in_place(self) -> AbstractContextManager[None]:
+        """Have sharded weights used in place, also inside a prefill."""
+        return nullcontext() if self._weights is None else self._weights.in_place()
 
     def _now(self) -> float:
         self._synchronize()

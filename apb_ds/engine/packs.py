@@ -70,6 +70,7 @@ def run_forward(engine: APBEngine, pack: Pack, kept: int | Tensor = 0) -> Tensor
     reaches = [(len(one.fed), one.reach) for one in pack.members]
     with (
         without_overrides(),  # of a prefill around it, such as linear layers for many tokens
+        engine._weights_in_place(),
         engine._acceleration.in_decoding(),
         packed_attention(engine.module, engine.attention, pack, reaches),
     ):

@@ -59,6 +59,8 @@ def _join_round(model: PreTrainedModel, attention: APBAttention, state: PrefillS
     """Join every layer's collectives without a token, since no forward may see zero tokens."""
     nothing = torch.empty((1, 1, 0, 1), dtype=model.dtype, device=next(model.parameters()).device)
     for layer_idx, layer in enumerate(state.cache.attention[: state.num_layers]):
+        if state.weights is not None:
+            state.weights.enter(layer_idx)
         queries = nothing.expand(1, layer.heads, 0, layer.head_dim)
         keys = nothing.expand(1, layer.kv_heads, 0, layer.head_dim)
         values = nothing.expand(1, layer.kv_heads, 0, layer.value_dim)

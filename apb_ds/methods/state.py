@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 from torch import Tensor
 
@@ -70,6 +71,16 @@ class Tools:
         return replace(self, sinks=self.sinks.chunk(self.group.world_size)[self.group.rank])
 
 
+class LayerWeights(Protocol):
+    """Weights that are brought together layer by layer; see `apb_ds.weights`."""
+
+    def enter(self, layer_idx: int) -> None:
+        """Have a layer compute with whole weights."""
+
+    def start_next(self) -> None:
+        """Start to bring the next layer's together."""
+
+
 @dataclass
 class PrefillState:
     """The state of one prefill on one rank.
@@ -86,6 +97,7 @@ class PrefillState:
     given_to_cache : what the model gave its cache in this layer, (1, kv_heads, tokens, channels) each, for the same
         tokens; None for the keys and values that are attended to. Taken likewise.
     progress : called as ``progress(done, total)`` after each layer of each round
+    weights : what brings the layers' weights together, or None where each rank has all of them
     """
 
     plan: Plan
@@ -93,6 +105,7 @@ class PrefillState:
     rank: int = 0
     round_index: int = 0
     progress: Callable[[int, int], None] | None = None
+    weights: LayerWeights | None = None
     projections: Sequence[Tensor] | None = None
     given_to_cache: Part | None = None
     _layers_done: int = 0
@@ -141,6 +154,8 @@ class PrefillState:
     def store_blocks(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """Cache this rank's blocks of the round; the write path of prefill.
 
+        What the layer sends to other ranks is under way by then, so the next layer's weights may follow it.
+
         Parameters
         ----------
         keys, values : (1, kv_heads, tokens, head_dim) of all the forward's tokens; what the model gave its cache is
@@ -151,6 +166,8 @@ class PrefillState:
         if sum(blocks) and self.cache.attention[layer_idx].stores:
             span = slice(first, first + sum(blocks))
             self.cache.layer(layer_idx).store_block(*(states[:, :, span] for states in given or (keys, values)))
+        if self.weights is not None:
+            self.weights.start_next()
 
     def store_tail(self, layer_idx: int, tail: Tensor) -> None:
         """Cache what a window still reaches after the document: keys and values, (2, kv_heads, tokens, head_dim).

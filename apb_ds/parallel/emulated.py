@@ -71,13 +71,14 @@ class EmulatedGroup(SequenceGroup):
             raise ValueError(f"rank={self.rank} must be below world_size={self.world_size}.")
 
     @profiling.belongs_to(profiling.COMMUNICATION)
-    def start_all_gather(self, tensor: Tensor) -> PendingGather:
+    def start_all_gather(self, tensor: Tensor, into: Tensor | None = None) -> PendingGather:
         if self.world_size == 1:
-            return super().start_all_gather(tensor)
+            return super().start_all_gather(tensor, into)
         tensor = tensor.contiguous()
         self._count(tensor)
         self.num_collectives += 1
-        gathered = self.peers.buffer(tensor, (self.world_size, *tensor.shape))
+        shape = self.world_size, *tensor.shape
+        gathered = self.peers.buffer(tensor, shape) if into is None else into.view(shape)
         return EmulatedGather(gathered, sent=tensor, rank=self.rank)
 
     @profiling.belongs_to(profiling.COMMUNICATION)

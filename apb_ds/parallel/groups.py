@@ -90,6 +90,17 @@ class SequenceGroup:
         made = torch.distributed.new_group(ranks, timeout=timeout, backend="gloo")
         return SequenceGroup(made, self.rank, self.world_size, progress=self.progress, _board=self._board)
 
+    def apart(self) -> SequenceGroup:
+        """Return these ranks as another group, whose messages and this one's do not wait for each other.
+
+        All of them call this together.
+        """
+        if self.world_size == 1:
+            return SequenceGroup()
+        ranks = torch.distributed.get_process_group_ranks(self.process_group)
+        made = torch.distributed.new_group(ranks)
+        return SequenceGroup(made, self.rank, self.world_size, progress=self.progress, _board=self._board)
+
     @property
     def board(self) -> Board | None:
         """Where all ranks report failures; None for a rank alone, and once ``torch.distributed`` has been shut down."""
@@ -104,13 +115,19 @@ class SequenceGroup:
         return self.rank == self.world_size - 1
 
     @profiling.belongs_to(profiling.COMMUNICATION)
-    def start_all_gather(self, tensor: Tensor) -> PendingGather:
-        """Start gathering `tensor` (same shape and dtype on every rank). It must not change until `wait`."""
+    def start_all_gather(self, tensor: Tensor, into: Tensor | None = None) -> PendingGather:
+        """Start gathering `tensor` (same shape and dtype on every rank). It must not change until `wait`.
+
+        Parameters
+        ----------
+        into : (world_size * tensor.shape[0], ...), contiguous, where it is gathered; by default a new tensor. A group
+            of one rank does not use it.
+        """
         if self.world_size == 1:
             return PendingGather(tensor.unsqueeze(0))
         tensor = tensor.contiguous()
         # Gloo joins the ranks' parts along the first dimension; a view separates them.
-        joined = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:]))
+        joined = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:])) if into is None else into
         with lost_ranks_named(self.board):
             work = _comm().all_gather_into_tensor(joined, tensor, group=self.process_group, async_op=True)
         self._count(tensor)

@@ -24,6 +24,7 @@ LAYERS = (
     "methods",
     "attention",
     "hf",
+    "weights",
     "loading",
     "engine",
     "tasks",

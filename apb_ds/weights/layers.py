@@ -1,0 +1,102 @@
+"""Linear layers of which each rank holds some output channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apb_ds.parallel.groups import SequenceGroup
+
+
+class ShardedLinear(nn.Linear):
+    """A linear layer of which a rank holds rows ``rank * rows`` to ``(rank + 1) * rows``.
+
+    All ranks call it together with the same input, unless its whole weight is there.
+
+    Parameters
+    ----------
+    linear : nn.Linear
+        The whole layer.
+    is_view : bool
+        Whether the rows stay a view of the whole weight, as those of a head that is tied to an embedding.
+
+    Attributes
+    ----------
+    in_features, out_features : of the whole layer
+    rows : output channels of every rank, rounded up
+    weight : (rows, in_features); rows beyond the last channel are zeros, or missing in a view
+    bias : (out_features,), whole, or None
+    whole : (out_features, in_features), the gathered weight while it is here, else None
+    """
+
+    def __init__(self, linear: nn.Linear, group: SequenceGroup, *, is_view: bool = False) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rows = -(-self.out_features // group.world_size)
+        mine = linear.weight.detach()[group.rank * self.rows : (group.rank + 1) * self.rows]
+        if not is_view:
+            kept = mine.new_zeros((self.rows, self.in_features))
+            kept[: len(mine)] = mine
+            mine = kept
+        self.weight = nn.Parameter(mine, requires_grad=False)
+        self.bias = linear.bias
+        self.whole: Tensor | None = None
+        self._group = group
+        self._joint = JointLinears([self], group)
+
+    def join(self, joint: JointLinears) -> None:
+        """Share messages with the layers that read the same input."""
+        self._joint = joint
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Compute (..., in_features) to (..., out_features)."""
+        if self.whole is not None:
+            return F.linear(states, self.whole, self.bias)
+        return self._joint.outputs_of(self, states)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rows={self.rows} of {self._group.world_size} ranks"
+
+
+class JointLinears:
+    """Layers that read the same input one after the other: what they compute in place goes in one message.
+
+    Parameters
+    ----------
+    linears : in the order in which they are called
+    """
+
+    def __init__(self, linears: Sequence[ShardedLinear], group: SequenceGroup) -> None:
+        self._linears = tuple(linears)
+        self._rows = [linear.rows for linear in linears]
+        self._numbers = {id(linear): number for number, linear in enumerate(linears)}
+        self._group = group
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def outputs_of(self, linear: ShardedLinear, states: Tensor) -> Tensor:
+        """Return what a layer computes; those after it find theirs if they read the same tensor."""
+        number = self._numbers[id(linear)]
+        if self._input is not states or number not in self._outputs:
+            self._compute(states)
+        output = self._outputs.pop(number)
+        if not self._outputs:
+            self._input = None
+        return output
+
+    def _compute(self, states: Tensor) -> None:
+        parts = [_padded(F.linear(states, linear.weight), linear.rows) for linear in self._linears]
+        everyone = self._group.all_gather(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
+        outputs = []
+        for linear, part in zip(self._linears, everyone.split(self._rows, dim=-1), strict=True):
+            whole = part.movedim(0, -2).flatten(-2)[..., : linear.out_features]
+            outputs.append(whole.contiguous() if linear.bias is None else whole + linear.bias)
+        self._input, self._outputs = states, dict(enumerate(outputs))
+
+
+def _padded(states: Tensor, channels: int) -> Tensor:
+    """Return (..., channels), with zeros where there are fewer."""
+    return states if states.shape[-1] == channels else F.pad(states, (0, channels - states.shape[-1]))
