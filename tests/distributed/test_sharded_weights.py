@@ -1,4 +1,4 @@
-"""Weights that are sharded over the ranks: the tokens of whole ones, the bytes that each rank holds, and what is sent."""
+"""Weights that are sharded over the ranks: the tokens of whole ones, what each rank holds, and what it sends."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from apb_ds.config import APBConfig
+from apb_ds.plan import plan_request
+from apb_ds.utils.sizes import num_prefilled
 from tests.models import FAMILIES, HYBRIDS, build_model, request_ids
 from tests.pool import Pools
 
 GIVEN: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5}
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
-    "idle ranks": ({"hosts": 8, "anchor_length": 0, "passing_length": 1, "schedule": "natural"}, 9),
+    "idle ranks": ({"hosts": 8, "anchor_length": 0, "passing_length": 1, "schedule": "natural"}, 5),
     "two rounds": ({"hosts": 8, "anchor_length": 12, "passing_length": 5, "hosts_per_round": 1}, 203),
     "anchor on every rank": ({**GIVEN, "shard_anchor": False}, 203),
     "random": ({**GIVEN, "compressor": "random"}, 203),
@@ -65,8 +68,13 @@ def answers(engine: Any, num_document: int) -> dict[str, Any]:
 
 def answer(rank: int, world_size: int, family: str, given: dict[str, Any], num_document: int) -> dict[str, Any]:
     engine = new_engine(family, given, shard_weights=True)
-    found = answers(engine, num_document)
     weights = engine._weights
+    context = engine.prefill(request_ids(num_document, 9)[0])
+    gathered = weights.gatherer._layers[: num_prefilled(engine.layers)]
+    in_layers = [linear.weight for linears in gathered for linear in linears]
+    sent = sum(weight.numel() * weight.element_size() for weight in in_layers) * (world_size - 1)
+    assert weights.num_gathered_bytes == sent * len(context.plan.rounds)
+    found = answers(engine, num_document)
     return {
         "answers": found,
         "is_gathering": weights.gatherer.is_gathering,
@@ -105,6 +113,33 @@ def test_sharded_weights_give_the_tokens_of_whole_ones(pool: Pools, family: str,
 @pytest.mark.parametrize("case", METHODS)
 def test_methods(pool: Pools, case: str) -> None:
     check(pool, 4 if case == "idle ranks" else 2, "llama", case)
+
+
+def refuse(rank: int, world_size: int, families: list[str]) -> list[str]:
+    refusals = []
+    for family in families:
+        with pytest.raises(ValueError, match="cannot be sharded") as raised:
+            new_engine(family, GIVEN, shard_weights=True)
+        refusals.append(str(raised.value))
+    return refusals
+
+
+def test_models_with_experts_are_refused_by_name(pool: Pools) -> None:
+    names = {"deepseek_v3": "DeepseekV3Experts", "gpt_oss": "GptOssTopKRouter"}
+    for refusals in pool(2).run(refuse, sorted(names)):
+        assert all(name in refusal for name, refusal in zip(names.values(), refusals, strict=True)), refusals
+
+
+def test_idle_ranks_have_no_tokens() -> None:
+    given, num_tokens = METHODS["idle ranks"]
+    plan = plan_request(APBConfig(**given), num_tokens, 0, 4)
+    assert not plan.exact and min(plan.num_forward_tokens(rank, 0) for rank in range(4)) == 0
+
+
+def test_one_rank_has_all_of_it() -> None:
+    engine = new_engine("llama", GIVEN, shard_weights=True)
+    assert answers(engine, 203) == expected("llama", "")
+    assert engine._weights.num_gathered_bytes == 0
 
 
 def save_and_load(rank: int, world_size: int, folder: str) -> list[Any]:
