@@ -70,6 +70,9 @@ class EmulatedGroup(SequenceGroup):
         if self.rank >= self.world_size:
             raise ValueError(f"rank={self.rank} must be below world_size={self.world_size}.")
 
+    def apart(self) -> SequenceGroup:
+        raise ValueError("emulated ranks have whole weights; use shard_weights=false.")
+
     @profiling.belongs_to(profiling.COMMUNICATION)
     def start_all_gather(self, tensor: Tensor, into: Tensor | None = None) -> PendingGather:
         if self.world_size == 1:

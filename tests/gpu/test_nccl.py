@@ -60,9 +60,9 @@ def nccl() -> Iterator[Pool]:
     pool.close()
 
 
-def answer_cases(rank: int, world_size: int) -> dict[str, tuple[Tensor, Any]]:
+def answer_cases(rank: int, world_size: int, shard_weights: bool) -> dict[str, tuple[Tensor, Any]]:
     """Return each case's logits as this rank computed them, and the tokens, on the CPU."""
-    engine = engine_with_heads(build_model("qwen2"))
+    engine = engine_with_heads(build_model("qwen2"), shard_weights=shard_weights)
     assert engine.device == torch.device("cuda", rank) and engine.group.world_size == world_size
     answers = {}
     for case in CASES:
@@ -74,8 +74,9 @@ def answer_cases(rank: int, world_size: int) -> dict[str, tuple[Tensor, Any]]:
     return answers
 
 
-def test_answers_are_the_reference_on_every_rank(nccl: Pool) -> None:
-    by_rank = nccl.run(answer_cases, timeout=240)
+@pytest.mark.parametrize("shard_weights", [False, True])
+def test_answers_are_the_reference_on_every_rank(nccl: Pool, shard_weights: bool) -> None:
+    by_rank = nccl.run(answer_cases, shard_weights, timeout=240)
     model = build_model("qwen2")
     for case in CASES:
         document, query = case.ids()

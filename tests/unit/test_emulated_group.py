@@ -67,6 +67,8 @@ def test_queries_are_refused() -> None:
 def test_a_rank_beyond_the_group() -> None:
     with pytest.raises(ValueError, match="rank=2 must be below world_size=2"):
         EmulatedGroup(rank=2, world_size=2)
+    with pytest.raises(ValueError, match="emulated ranks have whole weights"):
+        apb_ds.init_inference(build_model("llama"), group=EmulatedGroup(rank=0, world_size=2), shard_weights=True)
     with pytest.raises(ValueError, match="world_size=0"):
         EmulatedGroup(rank=0, world_size=0)
 
