@@ -25,7 +25,7 @@ from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, world_group
 from apb_ds.parallel.launcher import launched_world_size
 from apb_ds.plan import check_ranks
-from apb_ds.weights import ShardedWeights, check_shardable
+from apb_ds.weights import ShardedWeights, check_shardable, check_whole
 
 
 def load_model(
@@ -136,6 +136,7 @@ def _check_served(model: PreTrainedModel, config: APBConfig, world_size: int) ->
     """Raise ValueError or RuntimeError for settings or a model that cannot be served by so many ranks."""
     check_ranks(config, world_size)
     check_supported(model)
+    check_whole(model)
     check_available(config)
 
 

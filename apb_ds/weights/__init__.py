@@ -6,6 +6,6 @@
 
 from __future__ import annotations
 
-from apb_ds.weights.shards import ShardedWeights, check_shardable
+from apb_ds.weights.shards import ShardedWeights, check_shardable, check_whole
 
-__all__ = ["ShardedWeights", "check_shardable"]
+__all__ = ["ShardedWeights", "check_shardable", "check_whole"]

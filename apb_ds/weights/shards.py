@@ -82,6 +82,12 @@ class ShardedWeights:
         return make
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError if the model's weights are sharded already."""
+    if any(isinstance(module, ShardedLinear) for module in model.modules()):
+        raise ValueError("the model's weights are sharded, for the engine that was made with it; use that engine.")
+
+
 def check_shardable(model: PreTrainedModel) -> None:
     """Raise ValueError, naming the first, if decoder layers hold large weights of other layers than ``nn.Linear``."""
     for layer in decoder_layers(model):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import apb_ds
 from apb_ds.config import APBConfig
 from apb_ds.plan import plan_request
 from apb_ds.utils.sizes import num_prefilled
@@ -34,7 +35,6 @@ REFUSED = {"gpt_oss", "deepseek_v3"}
 
 
 def new_engine(family: str, given: dict[str, Any], **options: Any) -> Any:
-    import apb_ds
     from tests.heads import engine_with_heads
 
     if given.get("compressor") != "retaining_heads":
@@ -140,6 +140,9 @@ def test_one_rank_has_all_of_it() -> None:
     engine = new_engine("llama", GIVEN, shard_weights=True)
     assert answers(engine, 203) == expected("llama", "")
     assert engine._weights.num_gathered_bytes == 0
+    for options in ({}, {"shard_weights": True}):
+        with pytest.raises(ValueError, match="the model's weights are sharded, for the engine"):
+            apb_ds.init_inference(engine.module, APBConfig(**GIVEN), **options)
 
 
 def save_and_load(rank: int, world_size: int, folder: str) -> list[Any]:
