@@ -60,7 +60,7 @@ def run_bench(
     lengths = bench.lengths or _task_lengths(settings)
     group = world_group(settings.timeout_s, watch)
     cases = make_cases(bench, settings.method_for(1), lengths, group.world_size)
-    loaded = load_model(settings.model)
+    loaded = load_model(settings.model, group=group)
     runner = _make_runner(bench, settings, loaded, group, cases)
     results = []
     for case in cases:
@@ -97,7 +97,9 @@ def _make_runner(
     with_heads = [case.config for case in cases if case.config and needs_heads(case.config.compressor)]
     heads = heads_for(loaded.model, with_heads[0], settings.retaining_heads) if with_heads else None
     given = heads if needs_heads(config.compressor) else None
-    return Runner(init_inference(loaded.model, config, group=group, retaining_heads=given), group, bench, heads)
+    shards = settings.model.shard_weights
+    engine = init_inference(loaded.model, config, group=group, retaining_heads=given, shard_weights=shards)
+    return Runner(engine, group, bench, heads)
 
 
 def _measure_length(runner: Runner, results: Sequence[CaseResult], seed: int, keep_so_far: Callable[[], None]) -> None:

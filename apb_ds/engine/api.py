@@ -25,7 +25,7 @@ from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, world_group
 from apb_ds.parallel.launcher import launched_world_size
 from apb_ds.plan import check_ranks
-from apb_ds.weights import ShardedWeights, check_shardable, check_whole
+from apb_ds.weights import ShardedWeights, check_weights_for, is_sharded
 
 
 def load_model(
@@ -115,20 +115,23 @@ def init_inference(
     with shared_validation(group, "init_inference") as comparison:
         _check_served(model, config, group.world_size)
         heads = heads_for(model, config, retaining_heads)
-        if shard_weights:
-            check_shardable(model)
-        else:
+        check_weights_for(model, shard_weights)
+        if not shard_weights:
             engine = APBEngine(model, config, group, heads)
         comparison.facts = {
             **describe_software(),
             **settings_facts(config),
-            "model": model,
+            "model": None if is_sharded(model) else model,
             "retaining heads": heads,
             "shard_weights": shard_weights,
         }
     # Sharding and the engine's trial forward have messages of their own.
     if shard_weights:
-        engine = APBEngine(model, config, group, heads, ShardedWeights(model, group, model_facts(model)))
+        weights = ShardedWeights.of(model, group)
+        weights.facts = model_facts(model, weights.whole_weights())
+        with shared_validation(group, "init_inference") as comparison:
+            comparison.facts = weights.facts
+        engine = APBEngine(model, config, group, heads, weights)
     return engine
 
 
@@ -136,7 +139,6 @@ def _check_served(model: PreTrainedModel, config: APBConfig, world_size: int) ->
     """Raise ValueError or RuntimeError for settings or a model that cannot be served by so many ranks."""
     check_ranks(config, world_size)
     check_supported(model)
-    check_whole(model)
     check_available(config)
 
 

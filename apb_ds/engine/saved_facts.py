@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from apb_ds.attention import APBAttention
 from apb_ds.parallel.consistency import checksum, describe_model
@@ -23,9 +24,16 @@ OTHER_FIELDS = frozenset({
 })  # fmt: skip
 
 
-def model_facts(model: nn.Module) -> dict[str, str]:
-    """Return what must be the same for keys and values to be a model's: class, config, weights, rotary frequencies."""
-    described = describe_model(model)
+def model_facts(
+    model: nn.Module, elsewhere: Mapping[str, Callable[[], Tensor] | None] = MappingProxyType({})
+) -> dict[str, str]:
+    """Return what must be the same for keys and values to be a model's: class, config, weights, rotary frequencies.
+
+    Parameters
+    ----------
+    elsewhere : as of `describe_model`
+    """
+    described = describe_model(model, elsewhere)
     facts = {name: text for name, text in described.items() if name in ("class", "dtype")}
     facts |= {
         name: text

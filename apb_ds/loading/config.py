@@ -49,6 +49,8 @@ class ModelConfig:
         Where the tokenizer is, if not with the model.
     adapter : str or None
         A peft adapter to merge into the weights: a local directory, ``package://<package>/<directory>`` or a hub id.
+    shard_weights : bool
+        Keep one copy of the weights over all ranks, each a part; no rank ever has more than one weight whole.
     retaining_heads : str or None
         Default heads for ``compressor=retaining_heads``: a ``.pt`` or ``.safetensors`` file, a directory,
         ``package://<package>/<path>`` or a hub id.
@@ -71,6 +73,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     tokenizer: str | None = None
     adapter: str | None = None
+    shard_weights: bool = False
     retaining_heads: str | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +81,12 @@ class ModelConfig:
         check_choice("model.device", self.device, DEVICES)
         check_choice("model.load_format", self.load_format, LOAD_FORMATS)
         check_bool("model.trust_remote_code", self.trust_remote_code)
+        check_bool("model.shard_weights", self.shard_weights)
+        if self.shard_weights and self.adapter is not None:
+            raise ValueError(
+                f"model.shard_weights=true cannot merge model.adapter={self.adapter!r} into parts of weights; merge it "
+                "once with peft's merge_and_unload, save the model, and give that as model.path."
+            )
         for name, file in (
             ("path", ", a .gguf file"),
             ("tokenizer", ", a .gguf file"),

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ from apb_ds.loading.quiet import quiet_transformers
 from apb_ds.loading.source import find_model, weight_files
 from apb_ds.loading.tokenizer import available_tokenizer, read_tokenizer
 from apb_ds.ops.memory import explain_out_of_memory, is_out_of_memory
+from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.utils.text import first_line, kind_and_line, list_some
+from apb_ds.weights import is_sharded
+from apb_ds.weights.cut import cut_while_loading, make_cut
 
 DUMMY_SEED = 0
 
@@ -72,13 +76,18 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_model(config: ModelConfig, device: torch.device | None = None) -> LoadedModel:
+def load_model(
+    config: ModelConfig, device: torch.device | None = None, group: SequenceGroup | None = None
+) -> LoadedModel:
     """Load the model that `config` describes, or make a dummy of it.
 
     Parameters
     ----------
     device : torch.device, optional
         Instead of the config's.
+    group : SequenceGroup, optional
+        The ranks that share the weights where the config shards them; by default this one alone. What is read fits
+        their `apb_ds.init_inference(..., shard_weights=True)`; nothing is sent.
 
     Returns
     -------
@@ -96,12 +105,16 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Loade
     device = device or choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     start = time.perf_counter()
+    part = None
+    if config.shard_weights:
+        part = (0, 1) if group is None else (group.rank, group.world_size)
     doing = f"loading {config.path or 'the model'} to {device}"
     with quiet_transformers(), explain_out_of_memory(doing, _levers(dtype)):
         if config.is_dummy or config.path is None:
-            model, tokenizer, source, base_config = _make_dummy(config, device, dtype)
+            model, tokenizer, source, base_config = _make_dummy(config, device, dtype, part)
         else:
-            model, tokenizer, source, base_config = _read_model(config, config.path, device, dtype)
+            with nullcontext() if part is None else cut_while_loading(*part):
+                model, tokenizer, source, base_config = _read_model(config, config.path, device, dtype)
     model.eval().requires_grad_(False)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -128,18 +141,16 @@ def with_positions_of(loaded: LoadedModel, config: ModelConfig) -> LoadedModel |
     ValueError
         For overrides that transformers refuses.
     """
-    from accelerate import init_empty_weights
-
     start = time.perf_counter()
     model_config = _final_config(loaded.base_config, config)
     old, weights = loaded.model, loaded.model.state_dict(keep_vars=True)
     # Buffers that are saved with the weights may come from the config.
     has_weights_alone = set(weights) == {name for name, _ in old.named_parameters(remove_duplicate=False)}
-    if getattr(old, "hf_quantizer", None) or config.trust_remote_code or not has_weights_alone:
+    if getattr(old, "hf_quantizer", None) or config.trust_remote_code or not has_weights_alone or is_sharded(old):
         return None
     try:
-        with quiet_transformers(), init_empty_weights(include_buffers=False):
-            model = auto_class(model_config).from_config(model_config, dtype=loaded.dtype)
+        with quiet_transformers():
+            model = _without_weights(model_config, loaded.dtype)
         model.load_state_dict(weights, assign=True)
     except Exception:  # of many kinds: loading again says what is wrong
         return None
@@ -148,6 +159,14 @@ def with_positions_of(loaded: LoadedModel, config: ModelConfig) -> LoadedModel |
     # The weights are there already; buffers that are computed from the config are not.
     model.to(loaded.device).eval().requires_grad_(False)
     return replace(loaded, model=model, load_s=time.perf_counter() - start)
+
+
+def _without_weights(model_config: Any, dtype: torch.dtype) -> Any:
+    """Return a model whose weights have no data (device meta), and whose buffers do."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return auto_class(model_config).from_config(model_config, dtype=dtype)
 
 
 def _levers(dtype: torch.dtype) -> str:
@@ -245,16 +264,22 @@ def _describe_key(key: Any) -> str:
     return f"{name} is {tuple(stored)}, not {tuple(wanted)}"
 
 
-def _make_dummy(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str, Any]:
+def _make_dummy(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, part: tuple[int, int] | None
+) -> tuple[Any, Any, str, Any]:
     directory, base_config = _dummy_config(config)
     model_config = _final_config(base_config, config)
     geometry = "model.geometry" if directory is None else f"model.path={config.path!r}"
     # The same seed on every rank gives the same random weights. They are made on the device, in the dtype.
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), torch.device(device):
-            torch.manual_seed(DUMMY_SEED)
-            model = auto_class(model_config).from_config(model_config, dtype=dtype)
+        if part is not None:
+            model = _without_weights(model_config, dtype)
+            make_cut(model, device, *part)
+        else:
+            with torch.random.fork_rng(devices), torch.device(device):
+                torch.manual_seed(DUMMY_SEED)
+                model = auto_class(model_config).from_config(model_config, dtype=dtype)
     except Exception as error:  # of many kinds: whatever layers raise for sizes that do not fit together
         if is_out_of_memory(error):
             raise

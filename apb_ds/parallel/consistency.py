@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -157,13 +158,19 @@ def describe_software() -> dict[str, str | None]:
     return {f"version of {name}": version for name, version in found.items()} | {"source of apb_ds": source_digest()}
 
 
-def describe_model(model: nn.Module) -> dict[str, str]:
+def describe_model(
+    model: nn.Module, elsewhere: Mapping[str, Callable[[], Tensor] | None] = MappingProxyType({})
+) -> dict[str, str]:
     """Return a module's class, dtype, config (if it has one) and weights, by name.
 
     A tensor is described by its dtype, its shape and two checksums: its bits, read as a table of 64-bit integers, are
     summed along rows and along columns, weighted by position. Integer sums do not round, so they are the same on every
     device and for any number of threads. They detect a single flipped bit and any reordering of values, rows or
     columns; they do not detect weights constructed to collide.
+
+    Parameters
+    ----------
+    elsewhere : by name, what returns a tensor in place of the one that the module has; None to leave it out
     """
     config: Any = getattr(model, "config", None)
     values = {} if config is None else config.to_dict()
@@ -173,16 +180,18 @@ def describe_model(model: nn.Module) -> dict[str, str]:
     found = {"class": type(model).__name__, "dtype": ", ".join(dtypes)}
     found |= {f"config.{name}": json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
     seen: dict[tuple[int, ...], str] = {}
-    sums: list[tuple[str, Tensor]] = []
+    sums: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
+        get = elsewhere.get(name, lambda tensor=tensor: tensor)
         storage = (tensor.data_ptr(), tensor.numel())
-        if seen.setdefault(storage, name) == name or tensor.numel() == 0:  # tied weights are summed once
-            sums.append((f"weights {name}", tensor))
-    checksums = torch.stack([checksum(tensor) for _, tensor in sums]).tolist() if sums else []
-    for (name, tensor), pair in zip(sums, checksums, strict=True):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        hexadecimal = "".join(map(_hexadecimal, pair))
-        found[name] = f"{dtype} {tuple(tensor.shape)} {hexadecimal}"
+        # Tied weights are summed once.
+        if get is not None and (seen.setdefault(storage, name) == name or tensor.numel() == 0):
+            whole = get()
+            dtype = str(whole.dtype).removeprefix("torch.")
+            sums[f"weights {name}"] = f"{dtype} {tuple(whole.shape)}", checksum(whole)
+    checksums = torch.stack([pair for _, pair in sums.values()]).tolist() if sums else []
+    for (name, (shape, _)), pair in zip(sums.items(), checksums, strict=True):
+        found[name] = f"{shape} {''.join(map(_hexadecimal, pair))}"
     return found
 
 

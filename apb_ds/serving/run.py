@@ -103,7 +103,7 @@ def serve(values: dict[str, Any], watch: Watch, say: Callable[[str], None]) -> N
         bound = _bind(config)
 
     steps.from_first(bind)
-    model = steps.together(lambda: ModelInUse(settings.engine.model), local=True)
+    model = steps.together(lambda: ModelInUse(settings.engine.model, group=group), local=True)
     steps.together(lambda: model.load_heads(settings.engine), local=True)
     engine = steps.together(lambda: _engine(model, settings, group))
     name = config.model_name or _model_name(settings.engine.model)

@@ -20,14 +20,20 @@ from apb_ds.session.job import EngineSettings
 class ModelInUse:
     """A loaded model.
 
+    Parameters
+    ----------
+    group : the ranks that share the weights where the config shards them
+
     Attributes
     ----------
     loaded : the model and its tokenizer
     """
 
-    def __init__(self, config: ModelConfig, loaded: LoadedModel | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, loaded: LoadedModel | None = None, group: SequenceGroup | None = None
+    ) -> None:
         self.config = config
-        self.loaded: LoadedModel = loaded or load_model(config)
+        self.loaded: LoadedModel = loaded or load_model(config, group=group)
         self._heads: tuple[str, RetainingHeads | None] | None = None
         self._engine: Any = None
 
@@ -52,7 +58,12 @@ class ModelInUse:
         heads = self._heads[1] if self._heads is not None and needs_heads(method.compressor) else None
         if self._engine is None:
             self._engine = init_inference(
-                self.loaded.model, method, group=group, retaining_heads=heads, timeout_s=timeout_s
+                self.loaded.model,
+                method,
+                group=group,
+                retaining_heads=heads,
+                timeout_s=timeout_s,
+                shard_weights=self.config.shard_weights,
             )
         else:
             self._engine.configure(method, heads)

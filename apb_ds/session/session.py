@@ -217,7 +217,7 @@ class Session:
         if self._loaded is None or self._loaded.config != config:
             changed = None if self._loaded is None else self._loaded.with_config(config)
             self._drop_model()
-            self._loaded = changed or ModelInUse(config)
+            self._loaded = changed or ModelInUse(config, group=self.group)
         return self._loaded
 
     def _drop_model(self) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.weights.cut import cut_rows, rows_of
 
 
 class ShardedLinear(nn.Linear):
@@ -19,7 +20,7 @@ class ShardedLinear(nn.Linear):
     Parameters
     ----------
     linear : nn.Linear
-        The whole layer.
+        The layer, whole or with this rank's rows alone.
     is_view : bool
         Whether the rows stay a view of the whole weight, as those of a head that is tied to an embedding.
 
@@ -27,6 +28,7 @@ class ShardedLinear(nn.Linear):
     ----------
     in_features, out_features : of the whole layer
     rows : output channels of every rank, rounded up
+    is_view : as given
     weight : (rows, in_features); rows beyond the last channel are zeros, or missing in a view
     bias : (out_features,), whole, or None
     whole : (out_features, in_features), the gathered weight while it is here, else None
@@ -35,13 +37,14 @@ class ShardedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, group: SequenceGroup, *, is_view: bool = False) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.rows = -(-self.out_features // group.world_size)
-        mine = linear.weight.detach()[group.rank * self.rows : (group.rank + 1) * self.rows]
-        if not is_view:
-            kept = mine.new_zeros((self.rows, self.in_features))
-            kept[: len(mine)] = mine
-            mine = kept
-        self.weight = nn.Parameter(mine, requires_grad=False)
+        self.rows = rows_of(self.out_features, group.world_size)
+        self.is_view = is_view
+        weight = linear.weight.detach()
+        if is_view:
+            weight = weight[group.rank * self.rows : (group.rank + 1) * self.rows]
+        elif weight.shape[0] != self.rows:
+            weight = cut_rows(weight, group.rank, group.world_size)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias
         self.whole: Tensor | None = None
         self._group = group
@@ -56,6 +59,10 @@ class ShardedLinear(nn.Linear):
         if self.whole is not None:
             return F.linear(states, self.whole, self.bias)
         return self._joint.outputs_of(self, states)
+
+    def gather(self) -> Tensor:
+        """Return the whole weight, (out_features, in_features). All ranks call this together."""
+        return self._group.all_gather(self.weight.detach()).flatten(0, 1)[: self.out_features]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rows={self.rows} of {self._group.world_size} ranks"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apb_ds.hf.architecture import decoder_layers
 from apb_ds.hf.overrides import forward_override, overridden
 from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.weights.cut import check_shardable
 from apb_ds.weights.gatherer import Gatherer
 from apb_ds.weights.layers import JointLinears, ShardedLinear
+
+_of_models: weakref.WeakKeyDictionary[nn.Module, ShardedWeights] = weakref.WeakKeyDictionary()
 
 # Linear layers of one module that read the same input, in the order in which models call them.
 JOINT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -26,18 +30,19 @@ class ShardedWeights:
 
     Parameters
     ----------
-    model : transformers decoder, with all weights on every rank, and without gradients afterwards
+    model : transformers decoder, with all weights on every rank or cut already, and without gradients afterwards
     group : the ranks, which hold a part each
-    facts : what describes the whole model, for saved contexts
 
     Attributes
     ----------
     gatherer : brings layers together during a prefill
+    facts : what describes the whole model, for saved contexts
     """
 
-    def __init__(self, model: PreTrainedModel, group: SequenceGroup, facts: dict[str, str]) -> None:
+    def __init__(self, model: PreTrainedModel, group: SequenceGroup) -> None:
         check_shardable(model)
-        self.facts = facts
+        self.facts: dict[str, str] = {}
+        self._model: Any = weakref.ref(model)
         layers = [_cut(layer, group) for layer in decoder_layers(model)]
         head = model.get_output_embeddings()
         if type(head) is nn.Linear:
@@ -46,6 +51,18 @@ class ShardedWeights:
             _put(model, head, ShardedLinear(head, group, is_view=is_tied))
         self._layers = decoder_layers(model)
         self.gatherer = Gatherer(layers, group.apart())
+        _of_models[model] = self
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, group: SequenceGroup) -> ShardedWeights:
+        """Return a model's sharded weights, sharded now unless they are. All ranks call this together."""
+        return _of_models.get(model) or cls(model, group)
+
+    def whole_weights(self) -> dict[str, Callable[[], Tensor] | None]:
+        """Return, by name, what gathers each weight; None for one that is a view of another."""
+        modules = self._model().named_modules()
+        linears = ((name, module) for name, module in modules if isinstance(module, ShardedLinear))
+        return {f"{name}.weight": None if linear.is_view else linear.gather for name, linear in linears}
 
     @property
     def num_gathered_bytes(self) -> int:
@@ -82,22 +99,20 @@ class ShardedWeights:
         return make
 
 
-def check_whole(model: nn.Module) -> None:
-    """Raise ValueError if the model's weights are sharded already."""
-    if any(isinstance(module, ShardedLinear) for module in model.modules()):
-        raise ValueError("the model's weights are sharded, for the engine that was made with it; use that engine.")
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this rank holds parts of the model's weights already."""
+    return model in _of_models or any(
+        type(module) is nn.Linear and len(module.weight) != module.out_features for module in model.modules()
+    )
 
 
-def check_shardable(model: PreTrainedModel) -> None:
-    """Raise ValueError, naming the first, if decoder layers hold large weights of other layers than ``nn.Linear``."""
-    for layer in decoder_layers(model):
-        for name, module in layer.named_modules():
-            for kind, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() > 1 and type(module) is not nn.Linear:
-                    raise ValueError(
-                        f"weights of {type(model).__name__} cannot be sharded: {type(module).__name__} "
-                        f"({name}.{kind}) in a decoder layer is not a plain linear layer. Use shard_weights=false."
-                    )
+def check_weights_for(model: PreTrainedModel, shard_weights: bool) -> None:
+    """Raise ValueError if the model's weights cannot be used, or sharded, as asked for."""
+    if not is_sharded(model):
+        if shard_weights:
+            check_shardable(model)
+    elif not shard_weights:
+        raise ValueError("the model's weights are sharded over the ranks; use shard_weights=True.")
 
 
 def _cut(layer: nn.Module, group: SequenceGroup) -> list[ShardedLinear]:

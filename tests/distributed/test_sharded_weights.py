@@ -15,6 +15,7 @@ from apb_ds.plan import plan_request
 from apb_ds.utils.sizes import num_prefilled
 from tests.models import FAMILIES, HYBRIDS, build_model, request_ids
 from tests.pool import Pools
+from tests.tiny_checkpoint import byte_tokenizer
 
 GIVEN: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5}
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
@@ -140,9 +141,59 @@ def test_one_rank_has_all_of_it() -> None:
     engine = new_engine("llama", GIVEN, shard_weights=True)
     assert answers(engine, 203) == expected("llama", "")
     assert engine._weights.num_gathered_bytes == 0
-    for options in ({}, {"shard_weights": True}):
-        with pytest.raises(ValueError, match="the model's weights are sharded, for the engine"):
-            apb_ds.init_inference(engine.module, APBConfig(**GIVEN), **options)
+    with pytest.raises(ValueError, match="the model's weights are sharded over the ranks; use shard_weights=True"):
+        apb_ds.init_inference(engine.module, APBConfig(**GIVEN))
+    again = apb_ds.init_inference(engine.module, APBConfig(**GIVEN), shard_weights=True)
+    assert answers(again, 203) == expected("llama", "")
+
+
+def load_parts(rank: int, world_size: int, folders: dict[str, str]) -> dict[str, Any]:
+    """Load each model in parts; return its answers, the largest weight that was kept, and dummies' too."""
+    from apb_ds.loading import ModelConfig, load_model
+    from apb_ds.parallel.groups import world_group
+    from apb_ds.weights.layers import ShardedLinear
+
+    group = world_group()
+    found: dict[str, Any] = {}
+    for family, folder in folders.items():
+        rows = {}
+        for load_format in ("auto", "dummy"):
+            config = ModelConfig(path=folder, load_format=load_format, shard_weights=True, dtype="float32")
+            model = load_model(config, group=group).model
+            for name, module in model.named_modules():
+                if type(module) is torch.nn.Linear and "layers" in name:
+                    rows[name] = len(module.weight), module.out_features
+            engine = apb_ds.init_inference(model, APBConfig(**GIVEN), group=group, shard_weights=True)
+            found[f"{family} {load_format}"] = answers(engine, 203)
+            assert not any(type(module) is torch.nn.Linear for module in model.model.layers.modules())
+            assert any(isinstance(module, ShardedLinear) for module in model.modules())
+        assert rows and all(mine == -(-whole // world_size) for mine, whole in rows.values())
+        found[f"{family} facts"] = engine.model_facts()["weights"]
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_models_that_are_loaded_in_parts(pool: Pools, tmp_path: Path, world_size: int) -> None:
+    folders = {}
+    for family in ("llama", "qwen2", "phi3", "gemma3"):
+        folders[family] = str(tmp_path / family)
+        build_model(family).save_pretrained(folders[family])
+        byte_tokenizer().save_pretrained(folders[family])
+    for found in pool(world_size).run(load_parts, folders, timeout=240):
+        for family in folders:
+            assert found[f"{family} auto"] == expected(family, "")
+            assert found[f"{family} dummy"] != expected(family, "")
+
+
+def test_facts_of_parts_are_those_of_the_whole_model(pool: Pools) -> None:
+    whole = new_engine("llama", GIVEN).model_facts()
+    for found in pool(2).run(facts_of_parts):
+        assert found == whole
+
+
+def facts_of_parts(rank: int, world_size: int) -> dict[str, str]:
+    facts: dict[str, str] = new_engine("llama", GIVEN, shard_weights=True).model_facts()
+    return facts
 
 
 def save_and_load(rank: int, world_size: int, folder: str) -> list[Any]:
