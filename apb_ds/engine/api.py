@@ -42,7 +42,8 @@ def load_model(
     device : str
         ``auto`` (this rank's GPU if there is one), ``cpu`` or ``cuda``.
     **settings
-        Further fields of `apb_ds.loading.ModelConfig`, such as ``tokenizer``, ``adapter`` and ``overrides``.
+        Further fields of `apb_ds.loading.ModelConfig`, such as ``tokenizer``, ``adapter`` and ``overrides``. With
+        ``shard_weights=True`` each of all ranks reads its part alone, for ``init_inference(..., shard_weights=True)``.
 
     Returns
     -------
@@ -57,7 +58,8 @@ def load_model(
         raise ValueError(f"path must be a path or an id, got {type(path).__name__}.")
     named = str(dtype).removeprefix("torch.")
     values = {"path": os.fspath(path), "dtype": named, "device": str(device), **settings}
-    loaded = load_described(ModelConfig.from_dict(values))
+    config = ModelConfig.from_dict(values)
+    loaded = load_described(config, group=world_group() if config.shard_weights else None)
     return loaded.model, loaded.tokenizer
 
 
