@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,28 @@ def test_a_killed_rank(tmp_path: Path, ask: list[str], fault_times: FaultTimes, 
         timeout_s=TIMEOUT_S,
         says=last_error(ended[others[-1]]),
         codes=[ended[other].code for other in others],
+    )
+
+
+@pytest.mark.parametrize("phase", list(WHERE))
+def test_a_killed_rank_that_has_a_part_of_the_weights(
+    tmp_path: Path, ask: list[str], fault_times: FaultTimes, phase: str
+) -> None:
+    fault = Fault("kill", 2, phase, moment=str(tmp_path / "moment"))
+    ended = die(tmp_path, [*ask, "model.shard_weights=true"], fault)
+    others = [ended[other] for other in range(WORLD_SIZE) if other != 2]
+    for other in others:
+        said = last_error(other)
+        # Who waits for rank 2 notices at once; who waits for another one is told by that.
+        assert other.code in (LOST, STOPPED), said
+        assert re.search(rf"(cannot continue|was stopped) in {phase},.* layer \d[.:]", said) and "Rank 2 " in said, said
+        assert "failed first" in said and "Traceback" not in other.stderr
+    fault_times.add(
+        f"rank 2 of 4, with a part of the weights, killed at {phase}",
+        [other.seconds for other in others],
+        timeout_s=TIMEOUT_S,
+        says=last_error(others[-1]),
+        codes=[other.code for other in others],
     )
 
 
