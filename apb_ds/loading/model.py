@@ -28,7 +28,7 @@ from apb_ds.ops.memory import explain_out_of_memory, is_out_of_memory
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.utils.text import first_line, kind_and_line, list_some
 from apb_ds.weights import is_sharded
-from apb_ds.weights.cut import cut_while_loading, make_cut
+from apb_ds.weights.cut import check_shardable, cut_while_loading, make_cut
 
 DUMMY_SEED = 0
 
@@ -189,6 +189,8 @@ def _read_model(config: ModelConfig, path: str, device: torch.device, dtype: tor
     model_config = _final_config(base_config, config)
     # `_check_keys` refuses tensors of another shape, together with the other keys that do not fit.
     options: dict[str, Any] = {"ignore_mismatched_sizes": True}
+    if config.shard_weights:
+        check_shardable(_without_weights(model_config, dtype))
     if device.type == "cuda" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # tensor by tensor, without a copy of the model on the host
     try:

@@ -116,18 +116,26 @@ def test_methods(pool: Pools, case: str) -> None:
     check(pool, 4 if case == "idle ranks" else 2, "llama", case)
 
 
-def refuse(rank: int, world_size: int, families: list[str]) -> list[str]:
+def refuse(rank: int, world_size: int, families: list[str], folder: str) -> list[str]:
+    from apb_ds.loading import ModelConfig, load_model
+
     refusals = []
     for family in families:
-        with pytest.raises(ValueError, match="cannot be sharded") as raised:
-            new_engine(family, GIVEN, shard_weights=True)
+        for attempt in (
+            lambda family=family: new_engine(family, GIVEN, shard_weights=True),
+            lambda family=family: load_model(ModelConfig(path=f"{folder}/{family}", shard_weights=True)),
+        ):
+            with pytest.raises(ValueError, match=r"^weights of \w+ cannot be sharded") as raised:
+                attempt()
         refusals.append(str(raised.value))
     return refusals
 
 
-def test_models_with_experts_are_refused_by_name(pool: Pools) -> None:
+def test_models_with_experts_are_refused_by_name(pool: Pools, tmp_path: Path) -> None:
     names = {"deepseek_v3": "DeepseekV3Experts", "gpt_oss": "GptOssTopKRouter"}
-    for refusals in pool(2).run(refuse, sorted(names)):
+    for family in names:
+        build_model(family).save_pretrained(tmp_path / family)
+    for refusals in pool(2).run(refuse, sorted(names), str(tmp_path)):
         assert all(name in refusal for name, refusal in zip(names.values(), refusals, strict=True)), refusals
 
 
