@@ -70,7 +70,7 @@ def answers(engine: Any, num_document: int) -> dict[str, Any]:
 def answer(rank: int, world_size: int, family: str, given: dict[str, Any], num_document: int) -> dict[str, Any]:
     engine = new_engine(family, given, shard_weights=True)
     weights = engine._weights
-    context = engine.prefill(request_ids(num_document, 9)[0])
+    context = engine.prefill(*request_ids(num_document, 9))
     gathered = weights.gatherer._layers[: num_prefilled(engine.layers)]
     in_layers = [linear.weight for linears in gathered for linear in linears]
     sent = sum(weight.numel() * weight.element_size() for weight in in_layers) * (world_size - 1)
