@@ -150,6 +150,7 @@ def create_app(backend: Backend, config: ServeConfig, metrics: Metrics) -> FastA
 
     def _card() -> dict[str, Any]:
         card = {"id": backend.model_name, "object": "model", "created": backend.created, "owned_by": "apb_ds"}
+        card["min_document"] = config.min_document
         return card if backend.max_positions is None else {**card, "max_model_len": backend.max_positions}
 
     @app.get("/v1/models")

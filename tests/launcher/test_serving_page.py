@@ -59,8 +59,11 @@ def page(address: str, browser: Browser) -> Iterator[Page]:
 
 @pytest.fixture
 def connected(page: Page) -> Page:
-    page.wait("!document.querySelector('#error').hidden")
+    page.wait("document.querySelector('#settings').open")
+    assert page.evaluate("document.querySelector('#error').hidden && document.activeElement.id === 'key'")
+    assert page.text("#model") == "Enter the server's API key."
     page.type("#key", KEY)
+    page.evaluate("document.querySelector('#key').form.requestSubmit()")  # does not leave the page
     page.press("Tab")
     page.wait("document.querySelector('#model').textContent.startsWith('tiny')")
     _expect_refusals(page, 401)
@@ -124,18 +127,39 @@ def test_a_second_question_about_a_document_finds_it_in_the_cache(connected: Pag
     assert page.text(".question") == "Who keeps <b>the light</b>?"
     assert page.text(".answer p")
     assert page.evaluate("document.querySelector('#document').readOnly")
+    assert "to change it, press New document" in page.text("#size")
 
     second = _ask(page, "And who pays?", 2)
     assert int(second["Cache hit"].replace(",", "")) >= len(DOCUMENT)
     assert page.text("#hits") == "Cache hits: 1 of 2"
     assert _posts(page) == 2
 
+    page.evaluate("window.asked = []; window.confirm = (text) => (asked.push(text), asked.length > 1)")
     page.click("#new")
+    assert page.text("#talk")
+    page.click("#new")
+    assert page.evaluate("asked.length") == 2
     assert page.evaluate("[...document.querySelectorAll('textarea')].map((one) => one.value + one.readOnly)") == [
         "false",
         "false",
     ]
     assert page.text("#talk") == ""
+    page.click("#new")  # nothing would be lost
+    assert page.evaluate("asked.length") == 2
+
+
+def test_a_document_that_is_too_short_is_told(connected: Page) -> None:
+    page = connected
+    _shorten(page, 5)
+    page.evaluate("document.querySelector('#temperature').value = ''")
+    page.evaluate(
+        "(() => { const real = fetch; window.fetch = (path, options) => {"
+        "if (options.body) window.sent = JSON.parse(options.body); return real(path, options); }; })()"
+    )
+    page.type("#document", "A short one.")
+    first = _ask(page, "Who?", 1)
+    assert first["Cached"] == f"0 (the server keeps documents of {MIN_DOCUMENT} tokens and more)"
+    assert page.evaluate("sent.temperature") == 0
 
 
 def test_stop_ends_an_answer_at_the_server_too(connected: Page, address: str) -> None:
@@ -171,7 +195,7 @@ def test_stop_ends_an_answer_at_the_server_too(connected: Page, address: str) ->
 
 
 def test_a_wrong_key_is_told(page: Page) -> None:
-    page.wait("!document.querySelector('#error').hidden")
+    page.wait("document.querySelector('#settings').open")
     page.type("#key", "another-key")
     page.press("Tab")
     page.wait("!document.querySelector('#error').hidden")

@@ -216,7 +216,8 @@ def test_text_of_any_kind_is_passed_on() -> None:
 
 def test_models() -> None:
     client = client_of(FakeBackend())
-    card = {"id": MODEL, "object": "model", "created": 1_700_000_000, "owned_by": "apb_ds", "max_model_len": 4096}
+    card = {"id": MODEL, "object": "model", "created": 1_700_000_000, "owned_by": "apb_ds"}
+    card |= {"min_document": 2048, "max_model_len": 4096}
     assert client.get("/v1/models").json() == {"object": "list", "data": [card]}
     assert client.get(f"/v1/models/{MODEL}").json() == card
     assert client.get("/v1/models/tiny%2Fmodel").json() == card
