@@ -372,12 +372,7 @@ class _Access:
 
 
 def _response_of(error: ApiError) -> Response:
-    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    if error.status == 408:
-        headers["x-should-retry"] = "false"  # OpenAI's clients would send the same request twice more
-    return _Json(error.body, error.status, headers)
+    return _Json(error.body, error.status, error.headers)
 
 
 async def _on_api_error(request: Request, error: Any) -> Response:

@@ -85,10 +85,9 @@ class Connection(H11Protocol):
     def _write(self, error: ApiError) -> None:
         """Answer with an error, of no request."""
         body = json.dumps(error.body).encode()
-        head = (
-            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
+        headers = {"content-type": "application/json", "content-length": len(body), "connection": "close"}
+        lines = [f"{name}: {value}" for name, value in (headers | error.headers).items()]
+        head = "\r\n".join([f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", *lines, "", ""])
         self.transport.write(head.encode() + body)
 
 

@@ -41,6 +41,16 @@ class ApiError(Exception):
         """The response's body."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """The response's further headers."""
+        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        if self.status == 408:
+            headers["x-should-retry"] = "false"  # OpenAI's clients would send the same request twice more
+        return headers
+
 
 def busy(message: str, retry_after_s: int) -> ApiError:
     """Return the refusal of a request that finds the queue full."""
