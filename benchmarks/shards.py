@@ -29,6 +29,7 @@ from apb_ds.report.record import environment, write_json
 from apb_ds.serving.host_memory import return_freed_memory
 from apb_ds.session.model_in_use import free_memory
 from benchmarks import common
+from benchmarks.serving import save_tokenizer
 
 SAMPLED_S = 0.002
 
@@ -85,9 +86,7 @@ def save_model(folder: Path, arguments: Any) -> None:
     )
     model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="200MB")
-    from tests.tiny_checkpoint import byte_tokenizer
-
-    byte_tokenizer().save_pretrained(folder)
+    save_tokenizer(folder, arguments.vocab_size)
 
 
 def measure(path: str, group: SequenceGroup, arguments: Any, shard_weights: bool) -> dict[str, Any]:
