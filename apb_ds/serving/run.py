@@ -141,14 +141,10 @@ def serve(values: dict[str, Any], watch: Watch, say: Callable[[str], None]) -> N
             ranks = f"{group.world_size} rank{'s' if group.world_size > 1 else ''}"
             say(f"Serving {server.service.model_name} at {server.address}, on {ranks}. Ctrl-C ends it.")
             say(_describe(server.service, limits, max_bytes))
-
-        def stop() -> None:
-            """Have the server end; said once, where a signal comes to the first rank."""
-            if server is not None and server.service.health()["status"] == "ok":
-                say(f"Ending; what is under way has {config.stop_s:g} s (serve.stop_s). Ctrl-C again ends at once.")
-            worker.stop()
-
-        with watch.ending_gracefully(stop, config.stop_s + LEAVING_S):
+            server.service.on_stop = functools.partial(
+                say, f"Ending; what is under way has {config.stop_s:g} s (serve.stop_s). Ctrl-C again ends at once."
+            )
+        with watch.ending_gracefully(worker.stop, config.stop_s + LEAVING_S):
             worker.run()
     except BaseException:
         if server is not None:

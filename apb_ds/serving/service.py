@@ -105,6 +105,7 @@ class Service:
         max_bytes: int,
         metrics: Metrics,
     ) -> None:
+        self.on_stop: Callable[[], None] | None = None  # called once, when the server begins to end
         self.model_name = name
         self.created = int(time.time())
         self.tokenizer = tokenizer
@@ -199,9 +200,12 @@ class Service:
     def stop(self) -> None:
         """Take no further requests, and end when those under way have ended, or after the time that they get."""
         with self._lock:
-            if self._stop_at is None:
+            is_first = self._stop_at is None
+            if is_first:
                 self._stop_at = time.monotonic() + self._config.stop_s
         self._wake.set()
+        if is_first and self.on_stop is not None:
+            self.on_stop()
 
     def fail(self, error: ApiError) -> None:
         """End all requests with an error: the engine is gone."""
