@@ -65,9 +65,9 @@ def test_a_sweep_over_positions_loads_its_model_once(
     """And answers as jobs do that load it themselves."""
     loads: list[ModelConfig] = []
 
-    def load(config: ModelConfig) -> LoadedModel:
+    def load(config: ModelConfig, **given: Any) -> LoadedModel:
         loads.append(config)
-        return load_model(config)
+        return load_model(config, **given)
 
     monkeypatch.setattr("apb_ds.session.model_in_use.load_model", load)
     asked = ("task=prompt", f"task.document='{DOCUMENT}'", "task.query=hi", "task.max_new_tokens=8")
