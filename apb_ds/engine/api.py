@@ -127,7 +127,7 @@ def init_inference(
             "retaining heads": heads,
             "shard_weights": shard_weights,
         }
-    # Sharding and the engine's trial forward have messages of their own.
+    # Outside of the comparison: sharding and the engine's trial forward send messages.
     if shard_weights:
         weights = ShardedWeights.of(model, group)
         weights.facts = model_facts(model, weights.whole_weights())

@@ -162,7 +162,7 @@ def with_positions_of(loaded: LoadedModel, config: ModelConfig) -> LoadedModel |
 
 
 def _without_weights(model_config: Any, dtype: torch.dtype) -> Any:
-    """Return a model whose weights have no data (device meta), and whose buffers do."""
+    """Return a model whose buffers are real and whose weights are on the meta device."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
