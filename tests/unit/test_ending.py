@@ -138,6 +138,25 @@ def test_signals_are_as_before_afterwards() -> None:
     assert done.stdout == "ready False True\n", done.stderr
 
 
+def test_no_thread_is_left_in_the_store_when_the_interpreter_goes() -> None:
+    code = (
+        "import time, types, torch\nfrom apb_ds.parallel.failure import ending\n"
+        "ending.POLL_S = 0.01\nstore = torch.distributed.TCPStore('127.0.0.1', 0, 1, True, wait_for_workers=False)\n"
+        "def has_reports():\n"
+        "    until = time.monotonic() + 2\n"
+        "    while time.monotonic() < until:\n"
+        "        store.check(['any'])\n"
+        "    return False\n"
+        "with ending.Watch() as watch:\n"
+        "    watch.follow(types.SimpleNamespace(board=types.SimpleNamespace(has_reports=has_reports)))\n"
+        "    time.sleep(0.5)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | RANK, capture_output=True, text=True, timeout=END_S, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_closed_pipe_is_no_traceback() -> None:
     code = (
         "from apb_ds.parallel.failure import ending\n"

@@ -72,9 +72,12 @@ class Watch:
                 os.set_blocking(end, False)
             self._before = signal.signal(signal.SIGTERM, self._handle), signal.set_wakeup_fd(self._pipe[1])
             self._ancestors = _ancestors()
-            self._thread = threading.Thread(target=self._look_after, daemon=True, name="apb_ds watch")
-            self._thread.start()
-            threading.Thread(target=self._listen, daemon=True, name="apb_ds board").start()
+            self._threads = [
+                threading.Thread(target=work, daemon=True, name=f"apb_ds {name}")
+                for name, work in (("watch", self._look_after), ("board", self._listen))
+            ]
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(
@@ -86,7 +89,9 @@ class Watch:
         signal.set_wakeup_fd(self._before[1])
         signal.signal(signal.SIGTERM, self._before[0])
         os.write(self._pipe[1], b"\0")  # wakes the thread
-        self._thread.join()
+        # One that is in C++ while the interpreter goes would abort the process.
+        for thread in self._threads:
+            thread.join(MAIN_THREAD_S)  # a store beyond a broken link does not answer
         for end in self._pipe:
             os.close(end)
 
