@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apb_ds.engine.context import Context
+from apb_ds.engine.decoding import RequestStats
 from apb_ds.report.figures import draw_scores
 from apb_ds.report.record import environment, write_json
 from apb_ds.report.results import FIGURE_NAME, SAMPLES_NAME, SUMMARY_NAME
@@ -71,7 +72,7 @@ class Evaluation(QuestionSeries):
         for index in left:
             self._serve_sample(index)
         self._answer_asked()
-        used = usage.metrics()
+        used = usage.metrics() | self._answer_times()
         summary = job.steps.from_first(lambda: self._finish(used))
         numbers = summary["all"]
         failed = numbers["failed"]
@@ -148,6 +149,11 @@ class Evaluation(QuestionSeries):
         write_json(self.output / SUMMARY_NAME, content)
         draw_scores(self.output / FIGURE_NAME, f"{self.task.name}: {self._method_name}", summary["cells"])
         return {**summary, "output": str(self.output), "resumed": resumed}
+
+    def _answer_times(self) -> dict[str, float]:
+        """Return the seconds of all queries' forwards and of all decode steps on this rank."""
+        stats = RequestStats() if self._opened is None else self._opened.stats
+        return {"query_s": stats.query_s, "decode_s": stats.decode_s}
 
     # --- what all ranks do together ----------------------------------------------------------------------------------
 

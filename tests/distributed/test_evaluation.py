@@ -68,6 +68,9 @@ def test_a_grid(pool: Pools, model_path: Path, tmp_path: Path, world_size: int) 
     assert (flops["slowest_rank"] == flops["total"]) == (world_size == 1)
     assert summary["cells"][2]["prefill_flops"]["total"] > summary["cells"][0]["prefill_flops"]["total"]
     assert "prefill TFLOP" in ended[0].stdout
+    shares = sum(sample["seconds"] - sample["prefill_s"] for sample in found)
+    assert 0 < summary["usage"]["decode_s"] < shares
+    assert ended[0].records[0]["metrics"]["query_s"] == summary["usage"]["query_s"] > 0
     assert summary["settings"]["method"]["hosts"] == 2 and summary["versions"]["torch"]
     assert f"Results: {output}" in ended[0].stdout and "600" in ended[0].stdout
     assert (output / "scores.png").exists()

@@ -597,6 +597,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         flash_attn._flash_attn_3.cache_clear()
         flash_attn._flash_attn_3_build.cache_clear()
         flash_attn._flash_attn_3_operator.cache_clear()
+        flash_attn._flash_attn_3_with_cache.cache_clear()
 
     yield put
     forget()

@@ -192,6 +192,7 @@ def _flash_attn_3_module() -> str | None:
     return next((name for name in FLASH_ATTN_3_MODULES if importlib.util.find_spec(name)), None)
 
 
+@cache
 def _flash_attn_3_with_cache() -> Any:
     name = _flash_attn_3_module()
     assert name is not None
