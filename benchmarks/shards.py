@@ -112,7 +112,7 @@ def measure(path: str, group: SequenceGroup, arguments: Any, shard_weights: bool
         )
         prefill_s.append(context.prefill_s)
         ms_per_token.append(engine.stats.decode_s / (arguments.num_new - 1) * 1000)
-    sent = 0 if engine._weights is None else engine._weights.num_gathered_bytes
+    sent = 0 if engine.weights is None else engine.weights.num_gathered_bytes
     found |= {
         "prefill_s": prefill_s[1:],
         "ms_per_token": ms_per_token[1:],

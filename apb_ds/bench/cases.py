@@ -57,13 +57,16 @@ class Case:
         return ", ".join(parts)
 
 
-def make_cases(bench: BenchConfig, method: APBConfig, lengths: tuple[int, ...], world_size: int) -> list[Case]:
+def make_cases(
+    bench: BenchConfig, method: APBConfig, lengths: tuple[int, ...], world_size: int, *, shards: bool = False
+) -> list[Case]:
     """Return the grid, by length, method, hosts and kernel.
 
     Parameters
     ----------
     method : the settings under ``method``
     world_size : number of real ranks; an emulation needs a single one
+    shards : whether weights are sharded over the ranks
 
     Raises
     ------
@@ -76,6 +79,10 @@ def make_cases(bench: BenchConfig, method: APBConfig, lengths: tuple[int, ...], 
             "run without a launcher, or leave it out."
         )
     for name in ONE_RANK_METHODS:
+        if name in bench.methods and shards and (name in PLAIN_METHODS or bench.emulate_ranks is not None):
+            raise ValueError(
+                f"bench.methods: {name} needs whole weights, and model.shard_weights=true; leave one of them out."
+            )
         if name in bench.methods and world_size > 1:
             raise ValueError(
                 f"bench.methods: {name} runs on one rank, and there are {world_size}; measure it without a launcher, "

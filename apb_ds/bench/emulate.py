@@ -27,7 +27,8 @@ class EmulatedTimes:
     ----------
     round_s : seconds of computation in each round
     round_collectives : number of collectives in each round
-    bytes_sent : what a real rank would send
+    bytes_sent : what a real rank would send, without weights
+    gathered_bytes, num_gathers : of sharded weights
     peak_memory_bytes : of this rank alone
     plan : how the document was split
     """
@@ -36,6 +37,8 @@ class EmulatedTimes:
     round_s: tuple[float, ...]
     round_collectives: tuple[int, ...]
     bytes_sent: int
+    gathered_bytes: int
+    num_gathers: int
     peak_memory_bytes: int
     plan: Plan
 
@@ -53,6 +56,9 @@ def time_emulated_rank(engine: APBEngine, document_ids: Tensor, query_ids: Tenso
     group = engine.group
     assert isinstance(group, EmulatedGroup)
     num_layers = num_prefilled(engine.layers)
+    gathers = None if engine.weights is None else engine.weights.gatherer.group
+    assert gathers is None or isinstance(gathers, EmulatedGroup)
+    before = (0, 0) if gathers is None else (gathers.bytes_sent, gathers.num_collectives)
     collectives = [group.num_collectives]
     reset_peak_memory(engine.device)
     watch = Stopwatch(engine.device)
@@ -68,26 +74,38 @@ def time_emulated_rank(engine: APBEngine, document_ids: Tensor, query_ids: Tenso
         round_s=tuple(watch.laps()),
         round_collectives=tuple(after - before for before, after in itertools.pairwise(collectives)),
         bytes_sent=context.bytes_sent,
+        gathered_bytes=0 if gathers is None else gathers.bytes_sent - before[0],
+        num_gathers=0 if gathers is None else gathers.num_collectives - before[1],
         peak_memory_bytes=peak_memory_bytes(engine.device),
         plan=context.plan,
     )
 
 
-def communication_s(bench: BenchConfig, times: EmulatedTimes) -> float:
+def sending_s(bench: BenchConfig, num_bytes: int, num_collectives: int) -> float:
     """Return the seconds of sending by the link model: every byte over the link, and a latency per collective."""
-    return times.bytes_sent / (bench.link_gb_per_s * 1e9) + times.num_collectives * bench.link_latency_us / 1e6
+    return num_bytes / (bench.link_gb_per_s * 1e9) + num_collectives * bench.link_latency_us / 1e6
+
+
+def communication_s(bench: BenchConfig, times: EmulatedTimes) -> float:
+    """Return the seconds of sending all but weights."""
+    return sending_s(bench, times.bytes_sent, times.num_collectives)
+
+
+def gather_s(bench: BenchConfig, times: EmulatedTimes) -> float:
+    """Return the seconds of gathering weights."""
+    return sending_s(bench, times.gathered_bytes, times.num_gathers)
 
 
 def in_step_s(ranks: Sequence[EmulatedTimes]) -> float:
     """Return the seconds of computation of one prefill in which collectives keep the ranks in step.
 
-    A round with collectives has some in every layer, so it starts when all ranks are there and takes as long as its
-    slowest rank. In a round without any, each rank goes on by itself.
+    A round with collectives, those that gather weights included, has some in every layer, so it starts when all ranks
+    are there and takes as long as its slowest rank. In a round without any, each rank goes on by itself.
     """
     clocks = [0.0] * len(ranks)
     for index in range(len(ranks[0].round_s)):
         times = [rank.round_s[index] for rank in ranks]
-        if any(rank.round_collectives[index] for rank in ranks):
+        if any(rank.round_collectives[index] or rank.num_gathers for rank in ranks):
             clocks = [max(clocks) + max(times)] * len(ranks)
         else:
             clocks = [clock + time for clock, time in zip(clocks, times, strict=True)]
@@ -98,7 +116,8 @@ def summarise_ranks(bench: BenchConfig, repeats: Sequence[Sequence[EmulatedTimes
     """Return the record of an emulated case.
 
     ``prefill``: the slowest rank's computation, in each repeat. ``in_step``: see `in_step_s`. ``estimate_s``: the time
-    of a prefill that hides all communication behind computation, and of one that hides none.
+    of a prefill that hides all communication behind computation, and of one that hides none. ``gathers``: what sharded
+    weights add, part of the latter estimate.
 
     Parameters
     ----------
@@ -106,11 +125,14 @@ def summarise_ranks(bench: BenchConfig, repeats: Sequence[Sequence[EmulatedTimes
     """
     in_step = spread([in_step_s(ranks) for ranks in repeats], "s")
     sending = [communication_s(bench, times) for times in repeats[-1]]
+    last = repeats[-1][0]
+    gathering = gather_s(bench, last)
     return {
         "prefill": spread([max(times.compute_s for times in ranks) for ranks in repeats], "s"),
         "in_step": in_step,
         "communication_s": max(sending),
-        "estimate_s": [in_step["median_s"], in_step["median_s"] + max(sending)],
+        "gathers": {"number": last.num_gathers, "bytes_sent": last.gathered_bytes, "s": gathering},
+        "estimate_s": [in_step["median_s"], in_step["median_s"] + max(sending) + gathering],
         "prefill_bytes_sent": [times.bytes_sent for times in repeats[-1]],
         "peak_memory_bytes": max(times.peak_memory_bytes for ranks in repeats for times in ranks),
         "emulated_ranks": [

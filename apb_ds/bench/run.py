@@ -22,6 +22,7 @@ from apb_ds.hf.architecture import check_positions
 from apb_ds.loading import LoadedModel, load_model
 from apb_ds.loading.heads import heads_for
 from apb_ds.ops.memory import is_out_of_memory
+from apb_ds.parallel.emulated import EmulatedGroup
 from apb_ds.parallel.failure.ending import Watch
 from apb_ds.parallel.groups import SequenceGroup, world_group
 from apb_ds.session import Settings, read_settings
@@ -59,9 +60,12 @@ def run_bench(
     settings = read_settings(values)
     lengths = bench.lengths or _task_lengths(settings)
     group = world_group(settings.timeout_s, watch)
-    cases = make_cases(bench, settings.method_for(1), lengths, group.world_size)
-    loaded = load_model(settings.model, group=group)
-    runner = _make_runner(bench, settings, loaded, group, cases)
+    shards = settings.model.shard_weights
+    cases = make_cases(bench, settings.method_for(1), lengths, group.world_size, shards=shards)
+    # Emulated ranks all compute with the first one's part of the weights.
+    holders = EmulatedGroup(world_size=bench.emulate_ranks, copies=True) if shards and bench.emulate_ranks else group
+    loaded = load_model(settings.model, group=holders)
+    runner = _make_runner(bench, settings, loaded, group, holders, cases)
     results = []
     for case in cases:
         results.append(CaseResult(case, runner.set_up(case)))  # refuses what cannot be served
@@ -90,15 +94,20 @@ def _task_lengths(settings: Settings) -> tuple[int, ...]:
 
 
 def _make_runner(
-    bench: BenchConfig, settings: Settings, loaded: LoadedModel, group: SequenceGroup, cases: Sequence[Case]
+    bench: BenchConfig,
+    settings: Settings,
+    loaded: LoadedModel,
+    group: SequenceGroup,
+    holders: SequenceGroup,
+    cases: Sequence[Case],
 ) -> Runner:
     configs = [case.config for case in cases if case.config is not None and not case.emulated]
-    config = configs[0] if configs else APBConfig(hosts=group.world_size)
+    config = configs[0] if configs else APBConfig(hosts=holders.world_size)
     with_heads = [case.config for case in cases if case.config and needs_heads(case.config.compressor)]
     heads = heads_for(loaded.model, with_heads[0], settings.retaining_heads) if with_heads else None
     given = heads if needs_heads(config.compressor) else None
     shards = settings.model.shard_weights
-    engine = init_inference(loaded.model, config, group=group, retaining_heads=given, shard_weights=shards)
+    engine = init_inference(loaded.model, config, group=holders, retaining_heads=given, shard_weights=shards)
     return Runner(engine, group, bench, heads)
 
 

@@ -72,6 +72,7 @@ class APBEngine(InferenceEngine):
     group : the ranks that share a request
     layers : how each layer attends
     pool : where the suffixes of batches and branches are stored
+    weights : how they are sharded over the ranks, or None
     stats : where the time of the last `prefill` or `generate` went
     """
 
@@ -96,7 +97,7 @@ class APBEngine(InferenceEngine):
         self.module, self.config = model, model.config
         self.layers = probe_model(model)
         self.group = group
-        self._weights = weights
+        self.weights = weights
         self.pool = SuffixPool(self.layers, group.rank, group.world_size, self.device)
         self.stats = RequestStats()
         self._attached_to: tuple[InferenceEngine, dict[str, Any]] | None = None
@@ -257,7 +258,7 @@ class APBEngine(InferenceEngine):
         )
         if self._recorded is not None:
             self._recorded.lend_buffers(cache)
-        weights = self._weights
+        weights = self.weights
         gatherer = None if weights is None else weights.gatherer
         state = PrefillState(plan, cache, self.group.rank, progress=progress, weights=gatherer)
         sent_before, began = self.group.bytes_sent, self._now()
@@ -354,8 +355,8 @@ class APBEngine(InferenceEngine):
 
     def model_facts(self) -> dict[str, str]:
         """Return what a saved context's model must share with this one, read again when weights have changed."""
-        if self._weights is not None:
-            return self._weights.facts
+        if self.weights is not None:
+            return self.weights.facts
         weights = [
             (parameter.data_ptr(), -1 if parameter.is_inference() else parameter._version)
             for parameter in self.module.parameters()
@@ -602,7 +603,7 @@ class APBEngine(InferenceEngine):
 
     def _weights_in_place(self) -> AbstractContextManager[None]:
         """Have sharded weights used in place, also inside a prefill."""
-        return nullcontext() if self._weights is None else self._weights.in_place()
+        return nullcontext() if self.weights is None else self._weights.in_place()
 
     def _now(self) -> float:
         self._synchronize()

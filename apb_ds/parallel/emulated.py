@@ -3,12 +3,16 @@
 Every collective returns at once: this rank's part is real, the other ranks' parts are random numbers of the right
 shape and dtype. Bytes are counted as in a real group. Only prefill can run, because its work does not depend on values;
 anything that ends in a broadcast (queries, decoding) is refused.
+
+Where ranks hold parts of the weights, the other parts are copies of this rank's, and gathered weights are written while
+others are used, as a real gather does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,17 +56,34 @@ class EmulatedGather(PendingGather):
 
 
 @dataclass
+class CopiedGather(PendingGather):
+    """An all-gather in which every rank's part is a copy of this rank's, made on another stream."""
+
+    copied: torch.cuda.Event | None = None
+
+    @profiling.belongs_to(profiling.COMMUNICATION)
+    def wait(self) -> Tensor:
+        if self.copied is not None:
+            self.copied.wait()
+            self.copied = self.sent = None
+        return self.gathered
+
+
+@dataclass
 class EmulatedGroup(SequenceGroup):
     """Rank `rank` of `world_size` emulated ranks, alone in its process.
 
     Attributes
     ----------
     peers : what the other ranks send; the ranks of one emulation may share it
-    num_collectives : so far, of all prefills
+    num_collectives : so far
+    copies : whether the other ranks' parts are copies of this rank's. Queries and decoding then run, too, for their
+        time: their answers mean nothing.
     """
 
     peers: Peers = field(default_factory=Peers, compare=False, repr=False)
     num_collectives: int = field(default=0, compare=False)
+    copies: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         check_integer("world_size", self.world_size, 1)
@@ -71,7 +92,7 @@ class EmulatedGroup(SequenceGroup):
             raise ValueError(f"rank={self.rank} must be below world_size={self.world_size}.")
 
     def apart(self) -> SequenceGroup:
-        raise ValueError("emulated ranks have whole weights; use shard_weights=false.")
+        return EmulatedGroup(rank=self.rank, world_size=self.world_size, copies=self.copies, _made_from=self)
 
     @profiling.belongs_to(profiling.COMMUNICATION)
     def start_all_gather(self, tensor: Tensor, into: Tensor | None = None) -> PendingGather:
@@ -81,8 +102,11 @@ class EmulatedGroup(SequenceGroup):
         self._count(tensor)
         self.num_collectives += 1
         shape = self.world_size, *tensor.shape
-        gathered = self.peers.buffer(tensor, shape) if into is None else into.view(shape)
-        return EmulatedGather(gathered, sent=tensor, rank=self.rank)
+        if into is not None:
+            return _copied(tensor, into.view(shape))
+        if self.copies:
+            return PendingGather(tensor.expand(shape).contiguous())
+        return EmulatedGather(self.peers.buffer(tensor, shape), sent=tensor, rank=self.rank)
 
     @profiling.belongs_to(profiling.COMMUNICATION)
     def start_shift(self, tensor: Tensor) -> PendingShift:
@@ -112,14 +136,14 @@ class EmulatedGroup(SequenceGroup):
         return exchange
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Refuse, unless this rank is alone.
+        """Refuse, unless this rank is alone or the others' parts are copies.
 
         Raises
         ------
         RuntimeError
             Queries and decoding depend on the other ranks' keys and values, which do not exist.
         """
-        if self.world_size == 1:
+        if self.world_size == 1 or self.copies:
             return tensor
         raise RuntimeError("an emulated group only runs prefills: the other ranks' keys and values are random.")
 
@@ -145,6 +169,24 @@ class EmulatedGroup(SequenceGroup):
 
     def _own(self, share: int) -> slice:
         return slice(self.rank * share, (self.rank + 1) * share)
+
+
+def _copied(tensor: Tensor, into: Tensor) -> PendingGather:
+    """Copy a rank's part into every rank's place."""
+    if tensor.device.type != "cuda":
+        into.copy_(tensor.expand_as(into))
+        return PendingGather(into)
+    stream, copied = _copying_stream(tensor.device), torch.cuda.Event()
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        into.copy_(tensor.expand_as(into))
+        copied.record(stream)
+    return CopiedGather(into, sent=tensor, copied=copied)
+
+
+@cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def emulated_groups(world_size: int) -> list[EmulatedGroup]:

@@ -42,7 +42,8 @@ class SequenceGroup:
     Attributes
     ----------
     rank : this process's rank within the group
-    bytes_sent : payload bytes that this rank has sent to other ranks so far (an all-gather sends to each of them)
+    bytes_sent : payload bytes that this rank has sent to other ranks so far (an all-gather sends to each of them), also
+        through what `apart` made
     progress : how far this rank has got, for failure reports
     """
 
@@ -52,6 +53,7 @@ class SequenceGroup:
     bytes_sent: int = field(default=0, compare=False)
     progress: Progress = field(default_factory=Progress, compare=False, repr=False)
     _board: Board | None = field(default=None, compare=False, repr=False)
+    _made_from: SequenceGroup | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, process_group: Any) -> SequenceGroup:
@@ -93,13 +95,14 @@ class SequenceGroup:
     def apart(self) -> SequenceGroup:
         """Return these ranks as another group, whose messages and this one's do not wait for each other.
 
-        All of them call this together.
+        All of them call this together. What it sends counts here, too.
         """
         if self.world_size == 1:
             return SequenceGroup()
         ranks = torch.distributed.get_process_group_ranks(self.process_group)
         made = torch.distributed.new_group(ranks)
-        return SequenceGroup(made, self.rank, self.world_size, progress=self.progress, _board=self._board)
+        size, progress = self.world_size, self.progress
+        return SequenceGroup(made, self.rank, size, progress=progress, _board=self._board, _made_from=self)
 
     @property
     def board(self) -> Board | None:
@@ -184,6 +187,8 @@ class SequenceGroup:
     def count_bytes(self, number: int) -> None:
         """Count payload bytes that this rank has sent without this group's methods."""
         self.bytes_sent += number
+        if self._made_from is not None:
+            self._made_from.count_bytes(number)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Return ``(world_size, *tensor.shape)``, the ranks' tensors in rank order."""
@@ -245,7 +250,7 @@ class SequenceGroup:
         self.count_bytes(sent * (self.world_size - 1) // self.world_size)
 
     def _count(self, tensor: Tensor) -> None:
-        self.bytes_sent += tensor.numel() * tensor.element_size() * (self.world_size - 1)
+        self.count_bytes(tensor.numel() * tensor.element_size() * (self.world_size - 1))
 
 
 def share_cpu_cores() -> None:

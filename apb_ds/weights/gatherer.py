@@ -22,11 +22,15 @@ class Gatherer:
     ----------
     layers : the sharded linear layers of each decoder layer
     group : for these messages alone, so that they do not delay others
+
+    Attributes
+    ----------
+    group : as given
     """
 
     def __init__(self, layers: Sequence[Sequence[ShardedLinear]], group: SequenceGroup) -> None:
         self._layers = layers
-        self._group = group
+        self.group = group
         self._buffers: list[dict[torch.dtype, Tensor]] = []
         self._order: list[int] = []  # the layers that are still to be gathered
         self._entered: int | None = None
@@ -74,10 +78,10 @@ class Gatherer:
         offsets = dict.fromkeys(buffer, 0)
         started = []
         for linear in self._layers[layer_idx]:
-            dtype, size = linear.weight.dtype, linear.weight.numel() * self._group.world_size
+            dtype, size = linear.weight.dtype, linear.weight.numel() * self.group.world_size
             into = buffer[dtype][offsets[dtype] : offsets[dtype] + size].view(-1, linear.in_features)
             offsets[dtype] += size
-            started.append((linear, self._group.start_all_gather(linear.weight.detach(), into)))
+            started.append((linear, self.group.start_all_gather(linear.weight.detach(), into)))
         self._pending = layer_idx, started
 
     @contextmanager
@@ -108,7 +112,7 @@ class Gatherer:
         for linears in self._layers:
             of_layer: dict[torch.dtype, int] = {}
             for linear in linears:
-                size = linear.weight.numel() * self._group.world_size
+                size = linear.weight.numel() * self.group.world_size
                 of_layer[linear.weight.dtype] = of_layer.get(linear.weight.dtype, 0) + size
             for dtype, size in of_layer.items():
                 sizes[dtype] = max(sizes.get(dtype, 0), size)

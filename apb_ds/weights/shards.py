@@ -67,7 +67,7 @@ class ShardedWeights:
     @property
     def num_gathered_bytes(self) -> int:
         """Bytes of weights that this rank has sent to others so far in prefills."""
-        return self.gatherer._group.bytes_sent
+        return self.gatherer.group.bytes_sent
 
     @contextmanager
     def in_prefill(self, num_layers: int, num_rounds: int) -> Iterator[None]:

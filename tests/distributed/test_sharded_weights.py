@@ -69,7 +69,7 @@ def answers(engine: Any, num_document: int) -> dict[str, Any]:
 
 def answer(rank: int, world_size: int, family: str, given: dict[str, Any], num_document: int) -> dict[str, Any]:
     engine = new_engine(family, given, shard_weights=True)
-    weights = engine._weights
+    weights = engine.weights
     context = engine.prefill(*request_ids(num_document, 9))
     gathered = weights.gatherer._layers[: num_prefilled(engine.layers)]
     in_layers = [linear.weight for linears in gathered for linear in linears]
@@ -148,7 +148,7 @@ def test_idle_ranks_have_no_tokens() -> None:
 def test_one_rank_has_all_of_it() -> None:
     engine = new_engine("llama", GIVEN, shard_weights=True)
     assert answers(engine, 203) == expected("llama", "")
-    assert engine._weights.num_gathered_bytes == 0
+    assert engine.weights.num_gathered_bytes == 0
     with pytest.raises(ValueError, match="the model's weights are sharded over the ranks; use shard_weights=True"):
         apb_ds.init_inference(engine.module, APBConfig(**GIVEN))
     again = apb_ds.init_inference(engine.module, APBConfig(**GIVEN), shard_weights=True)

@@ -67,10 +67,35 @@ def test_queries_are_refused() -> None:
 def test_a_rank_beyond_the_group() -> None:
     with pytest.raises(ValueError, match="rank=2 must be below world_size=2"):
         EmulatedGroup(rank=2, world_size=2)
-    with pytest.raises(ValueError, match="emulated ranks have whole weights"):
-        apb_ds.init_inference(build_model("llama"), group=EmulatedGroup(rank=0, world_size=2), shard_weights=True)
     with pytest.raises(ValueError, match="world_size=0"):
         EmulatedGroup(rank=0, world_size=0)
+
+
+def test_weights_are_gathered_as_copies_and_answers_take_their_time() -> None:
+    group = EmulatedGroup(world_size=4, copies=True)
+    given = apb_ds.APBConfig(hosts=8, anchor_length=12, passing_length=5)
+    engine = apb_ds.init_inference(build_model("llama"), given, group=group, shard_weights=True)
+    assert engine.weights is not None
+    document, query = request_ids(203, 5)
+    before = group.bytes_sent
+    context = engine.prefill(document, query)
+    linears = [linear for layer in engine.weights.gatherer._layers for linear in layer]
+    gathered = len(context.plan.rounds) * sum(linear.weight.numel() * 4 * 3 for linear in linears)
+    gathers = engine.weights.gatherer.group
+    assert isinstance(gathers, EmulatedGroup)
+    assert gathers.num_collectives == len(context.plan.rounds) * len(linears)
+    assert engine.weights.num_gathered_bytes == gathered and context.bytes_sent == group.bytes_sent - before > gathered
+    assert engine.generate(query_ids=query, context=context, max_new_tokens=3).shape == (1, 3)
+
+
+def test_a_gather_of_copies() -> None:
+    group = EmulatedGroup(rank=1, world_size=3, copies=True)
+    mine, into = torch.arange(4).view(2, 2), torch.zeros(6, 2, dtype=torch.int64)
+    expected = mine.expand(3, 2, 2)
+    assert torch.equal(group.all_gather(mine), expected)
+    assert torch.equal(group.start_all_gather(mine, into).wait(), expected) and torch.equal(into, mine.repeat(3, 1))
+    assert torch.equal(group.broadcast(mine), mine)
+    assert group.apart().all_gather(mine).shape == (3, 2, 2) and group.bytes_sent == 3 * 4 * 8 * 2
 
 
 def test_cached_keys_do_not_depend_on_the_other_ranks() -> None:
