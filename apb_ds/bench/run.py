@@ -60,7 +60,7 @@ def run_bench(
     lengths = bench.lengths or _task_lengths(settings)
     group = world_group(settings.timeout_s, watch)
     cases = make_cases(bench, settings.method_for(1), lengths, group.world_size)
-    loaded = load_model(settings.model, group=group)
+    loaded = load_model(settings.model, group=group.part(settings.shard_ranks))
     runner = _make_runner(bench, settings, loaded, group, cases)
     results = []
     for case in cases:
@@ -98,7 +98,14 @@ def _make_runner(
     heads = heads_for(loaded.model, with_heads[0], settings.retaining_heads) if with_heads else None
     given = heads if needs_heads(config.compressor) else None
     shards = settings.model.shard_weights
-    engine = init_inference(loaded.model, config, group=group, retaining_heads=given, shard_weights=shards)
+    engine = init_inference(
+        loaded.model,
+        config,
+        group=group,
+        retaining_heads=given,
+        shard_weights=shards,
+        shard_ranks=settings.shard_ranks,
+    )
     return Runner(engine, group, bench, heads)
 
 

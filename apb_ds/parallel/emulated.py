@@ -70,7 +70,7 @@ class EmulatedGroup(SequenceGroup):
         if self.rank >= self.world_size:
             raise ValueError(f"rank={self.rank} must be below world_size={self.world_size}.")
 
-    def apart(self) -> SequenceGroup:
+    def _new_group(self, ranks: range) -> SequenceGroup:
         raise ValueError("emulated ranks have whole weights; use shard_weights=false.")
 
     @profiling.belongs_to(profiling.COMMUNICATION)

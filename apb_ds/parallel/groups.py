@@ -42,7 +42,8 @@ class SequenceGroup:
     Attributes
     ----------
     rank : this process's rank within the group
-    bytes_sent : payload bytes that this rank has sent to other ranks so far (an all-gather sends to each of them)
+    bytes_sent : payload bytes that this rank has sent to other ranks so far (an all-gather sends to each of them), also
+        through groups made from this one by `apart` and `part`
     progress : how far this rank has got, for failure reports
     """
 
@@ -52,6 +53,9 @@ class SequenceGroup:
     bytes_sent: int = field(default=0, compare=False)
     progress: Progress = field(default_factory=Progress, compare=False, repr=False)
     _board: Board | None = field(default=None, compare=False, repr=False)
+    _made_from: SequenceGroup | None = field(default=None, compare=False, repr=False)
+    _made: list[SequenceGroup] = field(default_factory=list, compare=False, repr=False)
+    _parts: dict[int, SequenceGroup] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, process_group: Any) -> SequenceGroup:
@@ -84,10 +88,9 @@ class SequenceGroup:
         """
         if self.world_size == 1:
             return self
-        ranks = torch.distributed.get_process_group_ranks(self.process_group)
-        timeout = datetime.timedelta(seconds=timeout_s)
         choose_gloo_interface()
-        made = torch.distributed.new_group(ranks, timeout=timeout, backend="gloo")
+        timeout = datetime.timedelta(seconds=timeout_s)
+        made = self._new_process_group(range(self.world_size), timeout=timeout, backend="gloo")
         return SequenceGroup(made, self.rank, self.world_size, progress=self.progress, _board=self._board)
 
     def apart(self) -> SequenceGroup:
@@ -95,11 +98,50 @@ class SequenceGroup:
 
         All of them call this together.
         """
-        if self.world_size == 1:
+        return self._new_group(range(self.world_size))
+
+    def part(self, num_ranks: int | None) -> SequenceGroup:
+        """Return the part of this group that this rank belongs to: each has `num_ranks` ranks that follow each other.
+
+        All ranks of the group call this together. The same part is returned each time.
+
+        Parameters
+        ----------
+        num_ranks : a divisor of `world_size`; None for all ranks, which are this group
+        """
+        if num_ranks is None or num_ranks == self.world_size:
+            return self
+        if num_ranks not in self._parts:
+            first = self.rank - self.rank % num_ranks
+            self._parts[num_ranks] = self._new_group(range(first, first + num_ranks))
+        return self._parts[num_ranks]
+
+    def _new_group(self, ranks: range) -> SequenceGroup:
+        """Return some of these ranks, this one among them, as a group with its own messages."""
+        if len(ranks) == 1:
             return SequenceGroup()
-        ranks = torch.distributed.get_process_group_ranks(self.process_group)
-        made = torch.distributed.new_group(ranks)
-        return SequenceGroup(made, self.rank, self.world_size, progress=self.progress, _board=self._board)
+        made = SequenceGroup(
+            self._new_process_group(ranks, timeout=self._timeout()),
+            self.rank - ranks.start,
+            len(ranks),
+            progress=self.progress,
+            _board=self._board,
+            _made_from=self,
+        )
+        self._made.append(made)
+        return made
+
+    def _new_process_group(self, ranks: range, **options: Any) -> Any:
+        """Make a process group of these ranks. They alone call this, together: others may be in groups of their own."""
+        everyone = torch.distributed.get_process_group_ranks(self.process_group)
+        members = [everyone[rank] for rank in ranks]
+        return torch.distributed.new_group(members, use_local_synchronization=True, **options)
+
+    def _timeout(self) -> datetime.timedelta:
+        """Return after what time this group's collectives fail."""
+        device = self.process_group._device_types[0]
+        timeout: datetime.timedelta = self.process_group._get_backend(device).options._timeout
+        return timeout
 
     @property
     def board(self) -> Board | None:
@@ -184,6 +226,8 @@ class SequenceGroup:
     def count_bytes(self, number: int) -> None:
         """Count payload bytes that this rank has sent without this group's methods."""
         self.bytes_sent += number
+        if self._made_from is not None:
+            self._made_from.count_bytes(number)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Return ``(world_size, *tensor.shape)``, the ranks' tensors in rank order."""
@@ -230,7 +274,12 @@ class SequenceGroup:
                 _comm().barrier(group=self.process_group)
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Make each later collective of the group fail on this rank after so many seconds, whoever made the group."""
+        """Make each later collective of the group fail on this rank after so many seconds, whoever made the group.
+
+        It holds for what `apart` and `part` made, too.
+        """
+        for made in self._made:
+            made.set_timeout(timeout_s)
         if self.world_size > 1:
             torch.distributed.distributed_c10d._set_pg_timeout(
                 datetime.timedelta(seconds=timeout_s), self.process_group
@@ -245,7 +294,7 @@ class SequenceGroup:
         self.count_bytes(sent * (self.world_size - 1) // self.world_size)
 
     def _count(self, tensor: Tensor) -> None:
-        self.bytes_sent += tensor.numel() * tensor.element_size() * (self.world_size - 1)
+        self.count_bytes(tensor.numel() * tensor.element_size() * (self.world_size - 1))
 
 
 def share_cpu_cores() -> None:
