@@ -70,7 +70,7 @@ class EmulatedGroup(SequenceGroup):
         if self.rank >= self.world_size:
             raise ValueError(f"rank={self.rank} must be below world_size={self.world_size}.")
 
-    def _new_group(self, ranks: range) -> SequenceGroup:
+    def _new_group(self, parts: list[list[int]]) -> SequenceGroup:
         raise ValueError("emulated ranks have whole weights; use shard_weights=false.")
 
     @profiling.belongs_to(profiling.COMMUNICATION)
@@ -134,6 +134,9 @@ class EmulatedGroup(SequenceGroup):
 
     def set_timeout(self, timeout_s: float) -> None:
         """Do nothing: no collective waits."""
+
+    def _members(self) -> list[int]:
+        return list(range(self.world_size))
 
     def _with_all_tokens(self, states: Tensor, kind: str) -> Tensor:
         """Return (1, tokens W, heads / W, head_dim), in which this rank's tokens are real."""

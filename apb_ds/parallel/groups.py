@@ -54,6 +54,7 @@ class SequenceGroup:
     progress: Progress = field(default_factory=Progress, compare=False, repr=False)
     _board: Board | None = field(default=None, compare=False, repr=False)
     _made_from: SequenceGroup | None = field(default=None, compare=False, repr=False)
+    _made_with: list[list[int]] = field(default_factory=list, compare=False, repr=False)  # global ranks of all parts
     _made: list[SequenceGroup] = field(default_factory=list, compare=False, repr=False)
     _parts: dict[int, SequenceGroup] = field(default_factory=dict, compare=False, repr=False)
 
@@ -90,7 +91,7 @@ class SequenceGroup:
             return self
         choose_gloo_interface()
         timeout = datetime.timedelta(seconds=timeout_s)
-        made = self._new_process_group(range(self.world_size), timeout=timeout, backend="gloo")
+        made = self._new_process_group([self._members()], timeout=timeout, backend="gloo")
         return SequenceGroup(made, self.rank, self.world_size, progress=self.progress, _board=self._board)
 
     def apart(self) -> SequenceGroup:
@@ -98,7 +99,7 @@ class SequenceGroup:
 
         All of them call this together.
         """
-        return self._new_group(range(self.world_size))
+        return SequenceGroup() if self.world_size == 1 else self._new_group(self._made_with or [self._members()])
 
     def part(self, num_ranks: int | None) -> SequenceGroup:
         """Return the part of this group that this rank belongs to: each has `num_ranks` ranks that follow each other.
@@ -112,30 +113,46 @@ class SequenceGroup:
         if num_ranks is None or num_ranks == self.world_size:
             return self
         if num_ranks not in self._parts:
-            first = self.rank - self.rank % num_ranks
-            self._parts[num_ranks] = self._new_group(range(first, first + num_ranks))
+            members = self._members()
+            parts = [members[first : first + num_ranks] for first in range(0, self.world_size, num_ranks)]
+            self._parts[num_ranks] = self._new_group(parts)
         return self._parts[num_ranks]
 
-    def _new_group(self, ranks: range) -> SequenceGroup:
-        """Return some of these ranks, this one among them, as a group with its own messages."""
-        if len(ranks) == 1:
+    def _new_group(self, parts: list[list[int]]) -> SequenceGroup:
+        """Return the part that this rank is in, as a group with its own messages.
+
+        Parameters
+        ----------
+        parts : global ranks of each, no rank in two of them; their ranks call this together
+        """
+        me = self._members()[self.rank]
+        mine = next(ranks for ranks in parts if me in ranks)
+        if len(mine) == 1:
             return SequenceGroup()
         made = SequenceGroup(
-            self._new_process_group(ranks, timeout=self._timeout()),
-            self.rank - ranks.start,
-            len(ranks),
+            self._new_process_group(parts, timeout=self._timeout()),
+            mine.index(me),
+            len(mine),
             progress=self.progress,
             _board=self._board,
             _made_from=self,
+            _made_with=parts,
         )
         self._made.append(made)
         return made
 
-    def _new_process_group(self, ranks: range, **options: Any) -> Any:
-        """Make a process group of these ranks. They alone call this, together: others may be in groups of their own."""
-        everyone = torch.distributed.get_process_group_ranks(self.process_group)
-        members = [everyone[rank] for rank in ranks]
-        return torch.distributed.new_group(members, use_local_synchronization=True, **options)
+    def _new_process_group(self, parts: list[list[int]], **options: Any) -> Any:
+        """Return a new process group of the part that this rank is in; `parts` as of `_new_group`."""
+        me = self._members()[self.rank]
+        if sum(map(len, parts)) < torch.distributed.get_world_size():  # the others call nothing, or have other parts
+            mine = next(ranks for ranks in parts if me in ranks)
+            return torch.distributed.new_group(mine, use_local_synchronization=True, **options)
+        made = [torch.distributed.new_group(ranks, **options) for ranks in parts]
+        return next(group for group, ranks in zip(made, parts, strict=True) if me in ranks)
+
+    def _members(self) -> list[int]:
+        """Return the global ranks of this group."""
+        return torch.distributed.get_process_group_ranks(self.process_group)
 
     def _timeout(self) -> datetime.timedelta:
         """Return after what time this group's collectives fail."""
