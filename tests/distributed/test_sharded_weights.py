@@ -145,8 +145,6 @@ def test_methods(pool: Pools, case: str) -> None:
     [
         ("llama", "", 1),
         ("llama", "", 2),
-        ("llama", "", 4),
-        ("gemma3", "", 1),
         ("gemma3", "", 2),
         ("gemma3", "two rounds", 2),
         ("llama", "two rounds", 2),
@@ -154,10 +152,8 @@ def test_methods(pool: Pools, case: str) -> None:
         ("llama", "retaining heads", 2),
         ("llama", "star", 2),
         ("llama", "ring", 2),
-        ("gemma3", "ring", 2),
         (FOUR_KV_HEADS, "ulysses", 2),
         ("llama", "idle ranks", 2),
-        ("llama", "a short document", 2),
     ],
 )
 def test_several_copies(pool: Pools, family: str, case: str, shard_ranks: int) -> None:
