@@ -64,7 +64,7 @@ def run_bench(
     cases = make_cases(bench, settings.method_for(1), lengths, group.world_size, shards=shards)
     # Emulated ranks all compute with the first one's part of the weights.
     holders = EmulatedGroup(world_size=bench.emulate_ranks, copies=True) if shards and bench.emulate_ranks else group
-    loaded = load_model(settings.model, group=holders)
+    loaded = load_model(settings.model, group=holders.part(settings.shard_ranks))
     runner = _make_runner(bench, settings, loaded, group, holders, cases)
     results = []
     for case in cases:
@@ -107,7 +107,14 @@ def _make_runner(
     heads = heads_for(loaded.model, with_heads[0], settings.retaining_heads) if with_heads else None
     given = heads if needs_heads(config.compressor) else None
     shards = settings.model.shard_weights
-    engine = init_inference(loaded.model, config, group=holders, retaining_heads=given, shard_weights=shards)
+    engine = init_inference(
+        loaded.model,
+        config,
+        group=holders,
+        retaining_heads=given,
+        shard_weights=shards,
+        shard_ranks=settings.shard_ranks,
+    )
     return Runner(engine, group, bench, heads)
 
 

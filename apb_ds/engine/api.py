@@ -25,11 +25,16 @@ from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, world_group
 from apb_ds.parallel.launcher import launched_world_size
 from apb_ds.plan import check_ranks
-from apb_ds.weights import ShardedWeights, check_weights_for, is_sharded
+from apb_ds.weights import ShardedWeights, check_shard_ranks, check_weights_for, is_sharded
 
 
 def load_model(
-    path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str = "auto", **settings: Any
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    shard_ranks: int | None = None,
+    **settings: Any,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and its tokenizer, as the command line does.
 
@@ -41,6 +46,8 @@ def load_model(
         ``auto`` (bfloat16 on CUDA, float32 on CPU), ``float32``, ``bfloat16`` or ``float16``.
     device : str
         ``auto`` (this rank's GPU if there is one), ``cpu`` or ``cuda``.
+    shard_ranks : int
+        With ``shard_weights=True``, as in `init_inference`. All ranks call this together.
     **settings
         Further fields of `apb_ds.loading.ModelConfig`, such as ``tokenizer``, ``adapter`` and ``overrides``. With
         ``shard_weights=True`` each of all ranks reads its part alone, for ``init_inference(..., shard_weights=True)``.
@@ -53,13 +60,18 @@ def load_model(
     ------
     ValueError
         If something is missing or does not fit, or a setting is unknown. Settings are named ``model.dtype`` and so on.
+        If ranks that share weights have other `shard_ranks` than each other.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"path must be a path or an id, got {type(path).__name__}.")
     named = str(dtype).removeprefix("torch.")
     values = {"path": os.fspath(path), "dtype": named, "device": str(device), **settings}
     config = ModelConfig.from_dict(values)
-    loaded = load_described(config, group=world_group() if config.shard_weights else None)
+    group = world_group() if config.shard_weights else SequenceGroup()
+    with shared_validation(group, "load_model") as comparison:
+        check_shard_ranks(shard_ranks, config.shard_weights, group.world_size)
+        comparison.facts = {"shard_ranks": shard_ranks or group.world_size}
+    loaded = load_described(config, group=group.part(shard_ranks))
     return loaded.model, loaded.tokenizer
 
 
@@ -72,6 +84,7 @@ def init_inference(
     retaining_heads: HeadsSource | None = None,
     timeout_s: float | None = None,
     shard_weights: bool = False,
+    shard_ranks: int | None = None,
 ) -> APBEngine:
     """Make an engine for a model, alone or over the ranks that ``deepspeed`` or ``torchrun`` started.
 
@@ -95,6 +108,9 @@ def init_inference(
     shard_weights : bool
         Keep one copy of the weights over all ranks, each a part: a prefill gathers them layer by layer, all else uses
         them where they are. The model is changed for good: all ranks must call it together.
+    shard_ranks : int
+        With `shard_weights`, how many ranks hold a copy together: ranks that follow each other, such as those of a
+        node. A divisor of the number of ranks, which is the default.
 
     Raises
     ------
@@ -117,7 +133,8 @@ def init_inference(
     with shared_validation(group, "init_inference") as comparison:
         _check_served(model, config, group.world_size)
         heads = heads_for(model, config, retaining_heads)
-        check_weights_for(model, shard_weights)
+        check_shard_ranks(shard_ranks, shard_weights, group.world_size)
+        check_weights_for(model, shard_weights, shard_ranks or group.world_size)
         if not shard_weights:
             engine = APBEngine(model, config, group, heads)
         comparison.facts = {
@@ -126,10 +143,11 @@ def init_inference(
             "model": None if is_sharded(model) else model,
             "retaining heads": heads,
             "shard_weights": shard_weights,
+            "shard_ranks": shard_ranks or group.world_size,
         }
     # Outside of the comparison: sharding and the engine's trial forward send messages.
     if shard_weights:
-        weights = ShardedWeights.of(model, group)
+        weights = ShardedWeights.of(model, group.part(shard_ranks))
         weights.facts = model_facts(model, weights.whole_weights())
         with shared_validation(group, "init_inference") as comparison:
             comparison.facts = weights.facts

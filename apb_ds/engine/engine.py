@@ -603,7 +603,7 @@ class APBEngine(InferenceEngine):
 
     def _weights_in_place(self) -> AbstractContextManager[None]:
         """Have sharded weights used in place, also inside a prefill."""
-        return nullcontext() if self.weights is None else self._weights.in_place()
+        return nullcontext() if self.weights is None else self.weights.in_place()
 
     def _now(self) -> float:
         self._synchronize()

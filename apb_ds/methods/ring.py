@@ -28,13 +28,14 @@ def prefill(tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, ke
     (1, heads, early + late, head_dim) in ``query.dtype``. Zeros in the last layer, whose output is not used.
     """
     plan, group = state.plan, tools.group
-    state.store_blocks(layer_idx, key, value)
     if state.is_last_layer(layer_idx):
+        state.store_blocks(layer_idx, key, value)
         state.finish_layer(layer_idx)
         return torch.zeros_like(query)
     travelling = _Travelling(plan)
     early = plan.block_length(group.rank)
     pending = group.start_shift(travelling.pack(group.rank, key, value))
+    state.store_blocks(layer_idx, key, value)
     running = _Running(query)
     # The early block precedes the late one, so that together they attend causally like one.
     running.attend(tools, key, value, causal=True)

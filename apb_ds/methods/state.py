@@ -154,7 +154,7 @@ class PrefillState:
     def store_blocks(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """Cache this rank's blocks of the round; the write path of prefill.
 
-        What the layer sends to other ranks is under way by then, so the next layer's weights may follow it.
+        What the layer sends to other ranks is under way by then, so the next layer's weights follow it.
 
         Parameters
         ----------
@@ -166,6 +166,10 @@ class PrefillState:
         if sum(blocks) and self.cache.attention[layer_idx].stores:
             span = slice(first, first + sum(blocks))
             self.cache.layer(layer_idx).store_block(*(states[:, :, span] for states in given or (keys, values)))
+        self.start_next_weights()
+
+    def start_next_weights(self) -> None:
+        """Start to bring the next layer's weights together, behind what this layer sends."""
         if self.weights is not None:
             self.weights.start_next()
 

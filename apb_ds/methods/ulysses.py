@@ -33,15 +33,16 @@ def prefill(tools: Tools, state: PrefillState, layer_idx: int, query: Tensor, ke
     """
     group = tools.group
     check_heads(query.shape[1], key.shape[1], group.world_size)
-    state.store_blocks(layer_idx, key, value)
     if state.is_last_layer(layer_idx):
+        state.store_blocks(layer_idx, key, value)
         state.finish_layer(layer_idx)
         return torch.zeros_like(query)
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
         """Attend causally: all tokens, some heads, (1, tokens, heads, head_dim)."""
-        query, key, value = (states.transpose(1, 2).contiguous() for states in (queries, keys, values))
-        output, _lse = tools.of_own_heads().attend_causally(query, key, value)
+        state.store_blocks(layer_idx, key, value)
+        queries, keys, values = (states.transpose(1, 2).contiguous() for states in (queries, keys, values))
+        output, _lse = tools.of_own_heads().attend_causally(queries, keys, values)
         return output.transpose(1, 2).contiguous()
 
     tokens_first = [states.transpose(1, 2) for states in (query, key, value)]

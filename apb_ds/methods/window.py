@@ -32,6 +32,7 @@ def prefill(
     anchor, *blocks, _ = parts
     halo = state.halo(layer_idx, key, window)
     arrives = halo.start(tools.group, state.round_index, anchor[1:], [block[1:] for block in blocks])
+    state.start_next_weights()
     if state.is_last_layer(layer_idx):
         output = torch.zeros_like(query)
         arrives()

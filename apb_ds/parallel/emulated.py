@@ -91,8 +91,11 @@ class EmulatedGroup(SequenceGroup):
         if self.rank >= self.world_size:
             raise ValueError(f"rank={self.rank} must be below world_size={self.world_size}.")
 
-    def apart(self) -> SequenceGroup:
-        return EmulatedGroup(rank=self.rank, world_size=self.world_size, copies=self.copies, _made_from=self)
+    def _new_group(self, parts: list[list[int]]) -> SequenceGroup:
+        mine = next(ranks for ranks in parts if self.rank in ranks)
+        return EmulatedGroup(
+            rank=mine.index(self.rank), world_size=len(mine), copies=self.copies, _made_from=self, _made_with=parts
+        )
 
     @profiling.belongs_to(profiling.COMMUNICATION)
     def start_all_gather(self, tensor: Tensor, into: Tensor | None = None) -> PendingGather:
@@ -158,6 +161,9 @@ class EmulatedGroup(SequenceGroup):
 
     def set_timeout(self, timeout_s: float) -> None:
         """Do nothing: no collective waits."""
+
+    def _members(self) -> list[int]:
+        return list(range(self.world_size))
 
     def _with_all_tokens(self, states: Tensor, kind: str) -> Tensor:
         """Return (1, tokens W, heads / W, head_dim), in which this rank's tokens are real."""

@@ -43,7 +43,7 @@ class SequenceGroup:
     ----------
     rank : this process's rank within the group
     bytes_sent : payload bytes that this rank has sent to other ranks so far (an all-gather sends to each of them), also
-        through what `apart` made
+        through groups made from this one by `apart` and `part`
     progress : how far this rank has got, for failure reports
     """
 
@@ -54,6 +54,9 @@ class SequenceGroup:
     progress: Progress = field(default_factory=Progress, compare=False, repr=False)
     _board: Board | None = field(default=None, compare=False, repr=False)
     _made_from: SequenceGroup | None = field(default=None, compare=False, repr=False)
+    _made_with: list[list[int]] = field(default_factory=list, compare=False, repr=False)  # global ranks of all parts
+    _made: list[SequenceGroup] = field(default_factory=list, compare=False, repr=False)
+    _parts: dict[int, SequenceGroup] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, process_group: Any) -> SequenceGroup:
@@ -86,10 +89,9 @@ class SequenceGroup:
         """
         if self.world_size == 1:
             return self
-        ranks = torch.distributed.get_process_group_ranks(self.process_group)
-        timeout = datetime.timedelta(seconds=timeout_s)
         choose_gloo_interface()
-        made = torch.distributed.new_group(ranks, timeout=timeout, backend="gloo")
+        timeout = datetime.timedelta(seconds=timeout_s)
+        made = self._new_process_group([self._members()], timeout=timeout, backend="gloo")
         return SequenceGroup(made, self.rank, self.world_size, progress=self.progress, _board=self._board)
 
     def apart(self) -> SequenceGroup:
@@ -97,12 +99,66 @@ class SequenceGroup:
 
         All of them call this together. What it sends counts here, too.
         """
-        if self.world_size == 1:
+        return SequenceGroup() if self.world_size == 1 else self._new_group(self._made_with or [self._members()])
+
+    def part(self, num_ranks: int | None) -> SequenceGroup:
+        """Return the part of this group that this rank belongs to: each has `num_ranks` ranks that follow each other.
+
+        All ranks of the group call this together. The same part is returned each time.
+
+        Parameters
+        ----------
+        num_ranks : a divisor of `world_size`; None for all ranks, which are this group
+        """
+        if num_ranks is None or num_ranks == self.world_size:
+            return self
+        if num_ranks not in self._parts:
+            members = self._members()
+            parts = [members[first : first + num_ranks] for first in range(0, self.world_size, num_ranks)]
+            self._parts[num_ranks] = self._new_group(parts)
+        return self._parts[num_ranks]
+
+    def _new_group(self, parts: list[list[int]]) -> SequenceGroup:
+        """Return the part that this rank is in, as a group with its own messages.
+
+        Parameters
+        ----------
+        parts : global ranks of each, no rank in two of them; their ranks call this together
+        """
+        me = self._members()[self.rank]
+        mine = next(ranks for ranks in parts if me in ranks)
+        if len(mine) == 1:
             return SequenceGroup()
-        ranks = torch.distributed.get_process_group_ranks(self.process_group)
-        made = torch.distributed.new_group(ranks)
-        size, progress = self.world_size, self.progress
-        return SequenceGroup(made, self.rank, size, progress=progress, _board=self._board, _made_from=self)
+        made = SequenceGroup(
+            self._new_process_group(parts, timeout=self._timeout()),
+            mine.index(me),
+            len(mine),
+            progress=self.progress,
+            _board=self._board,
+            _made_from=self,
+            _made_with=parts,
+        )
+        self._made.append(made)
+        return made
+
+    def _new_process_group(self, parts: list[list[int]], **options: Any) -> Any:
+        """Return a new process group of the part that this rank is in; `parts` as of `_new_group`."""
+        me = self._members()[self.rank]
+        if sum(map(len, parts)) < torch.distributed.get_world_size():  # the others call nothing, or have other parts
+            mine = next(ranks for ranks in parts if me in ranks)
+            return torch.distributed.new_group(mine, use_local_synchronization=True, **options)
+        made = [torch.distributed.new_group(ranks, **options) for ranks in parts]
+        return next(group for group, ranks in zip(made, parts, strict=True) if me in ranks)
+
+    def _members(self) -> list[int]:
+        """Return the global ranks of this group."""
+        return torch.distributed.get_process_group_ranks(self.process_group)
+
+    def _timeout(self) -> datetime.timedelta:
+        """Return after what time this group's collectives fail."""
+        device = self.process_group._device_types[0]
+        timeout: datetime.timedelta = self.process_group._get_backend(device).options._timeout
+        return timeout
 
     @property
     def board(self) -> Board | None:
@@ -235,7 +291,12 @@ class SequenceGroup:
                 _comm().barrier(group=self.process_group)
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Make each later collective of the group fail on this rank after so many seconds, whoever made the group."""
+        """Make each later collective of the group fail on this rank after so many seconds, whoever made the group.
+
+        It holds for what `apart` and `part` made, too.
+        """
+        for made in self._made:
+            made.set_timeout(timeout_s)
         if self.world_size > 1:
             torch.distributed.distributed_c10d._set_pg_timeout(
                 datetime.timedelta(seconds=timeout_s), self.process_group

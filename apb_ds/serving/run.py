@@ -103,7 +103,8 @@ def serve(values: dict[str, Any], watch: Watch, say: Callable[[str], None]) -> N
         bound = _bind(config)
 
     steps.from_first(bind)
-    model = steps.together(lambda: ModelInUse(settings.engine.model, group=group), local=True)
+    holders = group.part(settings.engine.shard_ranks)
+    model = steps.together(lambda: ModelInUse(settings.engine.model, group=holders), local=True)
     steps.together(lambda: model.load_heads(settings.engine), local=True)
     engine = steps.together(lambda: _engine(model, settings, group))
     name = config.model_name or _model_name(settings.engine.model)

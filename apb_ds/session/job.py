@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from apb_ds.parallel.launcher import launched_world_size
 from apb_ds.plan import check_ranks
 from apb_ds.tasks import TaskConfig, build_task_config
 from apb_ds.tasks.checks import check_optional_text
+from apb_ds.weights import check_shard_ranks
 
 SECTIONS = ("model", "method", "task", "parallel", "eval", "objective", "seed", "debug")
 HEADS_KEY = "retaining_heads"  # next to APBConfig's fields: it names files, which APBConfig does not read
-PARALLEL_KEYS = ("timeout_s",)
+PARALLEL_KEYS = ("timeout_s", "shard_ranks")
 MAX_SEED = 2**63 - 1  # torch accepts 64 bits, and a batch adds a number to it for each line
 
 
@@ -78,6 +79,7 @@ class EngineSettings:
     Attributes
     ----------
     retaining_heads : where the heads are, if the compressor needs them
+    shard_ranks : how many ranks hold a copy of the weights together, where these are sharded; None for all of them
     """
 
     model: ModelConfig
@@ -85,6 +87,7 @@ class EngineSettings:
     timeout_s: float
     seed: int
     retaining_heads: str | None = None
+    shard_ranks: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +158,24 @@ def read_engine_settings(values: dict[str, Any], sections: Sequence[str]) -> Eng
         raise ValueError(f"seed={seed} must be an integer of at most {MAX_SEED}.")
     model = ModelConfig.from_dict(dict(values.get("model") or {}))
     return EngineSettings(
-        model=model, method=method, timeout_s=timeout_s, seed=seed, retaining_heads=_heads_of(method, heads, model)
+        model=model,
+        method=method,
+        timeout_s=timeout_s,
+        seed=seed,
+        retaining_heads=_heads_of(method, heads, model),
+        shard_ranks=read_shard_ranks(parallel, model),
     )
+
+
+def read_shard_ranks(parallel: Mapping[str, Any], model: ModelConfig) -> int | None:
+    """Return ``parallel.shard_ranks``, which fits the launched ranks; ValueError if it does not."""
+    shard_ranks: int | None = parallel.get("shard_ranks")
+    try:
+        check_shard_ranks(shard_ranks, model.shard_weights, launched_world_size())
+    except ValueError as error:
+        named = str(error).replace("shard_ranks", "parallel.shard_ranks")
+        raise ValueError(named.replace("shard_weights", "model.shard_weights")) from error
+    return shard_ranks
 
 
 def _read_method(values: dict[str, Any]) -> APBConfig:

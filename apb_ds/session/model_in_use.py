@@ -22,7 +22,7 @@ class ModelInUse:
 
     Parameters
     ----------
-    group : the ranks that share the weights where the config shards them
+    group : the ranks that hold the weights together where the config shards them
 
     Attributes
     ----------
@@ -33,16 +33,22 @@ class ModelInUse:
         self, config: ModelConfig, loaded: LoadedModel | None = None, group: SequenceGroup | None = None
     ) -> None:
         self.config = config
+        self.group = group
         self.loaded: LoadedModel = loaded or load_model(config, group=group)
         self._heads: tuple[str, RetainingHeads | None] | None = None
         self._engine: Any = None
 
-    def with_config(self, config: ModelConfig) -> ModelInUse | None:
-        """Return the same weights with another config, in place of this object; None if they must be loaded again."""
+    def with_config(self, config: ModelConfig, group: SequenceGroup) -> ModelInUse | None:
+        """Return the same weights with another config, in place of this object; None if they must be loaded again.
+
+        Parameters
+        ----------
+        group : as above
+        """
         if not config.shares_weights_with(self.config):
             return None
         loaded = with_positions_of(self.loaded, config)
-        return None if loaded is None else ModelInUse(config, loaded)
+        return None if loaded is None else ModelInUse(config, loaded, group)
 
     def load_heads(self, settings: EngineSettings) -> None:
         """Load the retaining heads that a job needs, unless they are loaded."""
@@ -64,6 +70,7 @@ class ModelInUse:
                 retaining_heads=heads,
                 timeout_s=timeout_s,
                 shard_weights=self.config.shard_weights,
+                shard_ranks=self.group.world_size if self.group is not None and self.config.shard_weights else None,
             )
         else:
             self._engine.configure(method, heads)

@@ -192,7 +192,8 @@ class Session:
         group.set_timeout(settings.timeout_s)  # jobs of a sweep may differ
         steps = Steps(group, debug=job.debug)
         steps.from_first(settings.task.check_sources)
-        model = steps.together(lambda: self._model_for(settings.model), local=True)
+        holders = group.part(settings.shard_ranks)
+        model = steps.together(lambda: self._model_for(settings.model, holders), local=True)
         steps.together(lambda: model.load_heads(settings), local=True)
         loaded = model.loaded
         active = ActiveJob(job, settings, steps, model, self.error_console, self.stdin)
@@ -213,11 +214,11 @@ class Session:
             **environment(loaded.device),
         }
 
-    def _model_for(self, config: ModelConfig) -> ModelInUse:
-        if self._loaded is None or self._loaded.config != config:
-            changed = None if self._loaded is None else self._loaded.with_config(config)
+    def _model_for(self, config: ModelConfig, holders: SequenceGroup) -> ModelInUse:
+        if self._loaded is None or self._loaded.config != config or self._loaded.group is not holders:
+            changed = None if self._loaded is None else self._loaded.with_config(config, holders)
             self._drop_model()
-            self._loaded = changed or ModelInUse(config, group=self.group)
+            self._loaded = changed or ModelInUse(config, group=holders)
         return self._loaded
 
     def _drop_model(self) -> None:

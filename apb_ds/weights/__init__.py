@@ -6,6 +6,6 @@ weight, `gatherer` brings whole layers together just in time, and `shards` puts 
 
 from __future__ import annotations
 
-from apb_ds.weights.shards import ShardedWeights, check_weights_for, is_sharded
+from apb_ds.weights.shards import ShardedWeights, check_shard_ranks, check_weights_for, is_sharded
 
-__all__ = ["ShardedWeights", "check_weights_for", "is_sharded"]
+__all__ = ["ShardedWeights", "check_shard_ranks", "check_weights_for", "is_sharded"]

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from apb_ds.config import check_integer
 from apb_ds.hf.architecture import decoder_layers
 from apb_ds.hf.overrides import forward_override, overridden
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.weights.cut import check_shardable
+from apb_ds.weights.cut import check_shardable, rows_of
 from apb_ds.weights.gatherer import Gatherer
 from apb_ds.weights.layers import JointLinears, ShardedLinear
 
@@ -31,7 +32,7 @@ class ShardedWeights:
     Parameters
     ----------
     model : transformers decoder, with all weights on every rank or cut already, and without gradients afterwards
-    group : the ranks, which hold a part each
+    group : the ranks that hold one copy of the weights together, a part each
 
     Attributes
     ----------
@@ -55,7 +56,7 @@ class ShardedWeights:
 
     @classmethod
     def of(cls, model: PreTrainedModel, group: SequenceGroup) -> ShardedWeights:
-        """Return a model's sharded weights, sharded now unless they are. All ranks call this together."""
+        """Return a model's sharded weights, sharded now unless they are. The group's ranks call this together."""
         return _of_models.get(model) or cls(model, group)
 
     def whole_weights(self) -> dict[str, Callable[[], Tensor] | None]:
@@ -106,13 +107,48 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
-def check_weights_for(model: PreTrainedModel, shard_weights: bool) -> None:
-    """Raise ValueError if the model's weights cannot be used, or sharded, as asked for."""
+def check_weights_for(model: PreTrainedModel, shard_weights: bool, shard_ranks: int) -> None:
+    """Raise ValueError if the model's weights cannot be used, or sharded, as asked for.
+
+    Parameters
+    ----------
+    shard_ranks : how many ranks hold one copy of the weights together
+    """
     if not is_sharded(model):
         if shard_weights:
             check_shardable(model)
-    elif not shard_weights:
+        return
+    if not shard_weights:
         raise ValueError("the model's weights are sharded over the ranks; use shard_weights=True.")
+    for module in model.modules():
+        if isinstance(module, ShardedLinear):
+            rows = module.rows
+        elif type(module) is nn.Linear and len(module.weight) != module.out_features:
+            rows = len(module.weight)
+        else:
+            continue
+        if rows != rows_of(module.out_features, shard_ranks):
+            raise ValueError(
+                f"the model's weights are in parts already, of {rows} rows where shard_ranks={shard_ranks} makes "
+                f"{rows_of(module.out_features, shard_ranks)}; use the same shard_ranks in load_model and "
+                "init_inference, or load the model again."
+            )
+
+
+def check_shard_ranks(shard_ranks: int | None, shard_weights: bool, world_size: int) -> None:
+    """Raise ValueError unless so many ranks can hold one copy of the weights together; None stands for all ranks.
+
+    Parameters
+    ----------
+    world_size : of all ranks
+    """
+    if shard_ranks is None:
+        return
+    check_integer("shard_ranks", shard_ranks, 1)
+    if not shard_weights:
+        raise ValueError(f"shard_ranks={shard_ranks} needs shard_weights=true; set that, or leave shard_ranks out.")
+    if world_size % shard_ranks:
+        raise ValueError(f"shard_ranks={shard_ranks} must be a divisor of the number of ranks ({world_size}).")
 
 
 def _cut(layer: nn.Module, group: SequenceGroup) -> list[ShardedLinear]:

@@ -112,6 +112,36 @@ def test_the_group_of_an_mpu(pool: Pools) -> None:
     assert pool(4).run(gather_in_pairs) == expected
 
 
+def gather_in_parts(rank: int, world_size: int) -> list[Any]:
+    from apb_ds.parallel.groups import world_group
+
+    group = world_group()
+    assert group.part(None) is group and group.part(world_size) is group
+    found: list[Any] = []
+    for num_ranks in (1, 2):
+        part = group.part(num_ranks)
+        assert group.part(num_ranks) is part
+        for parts in (part, part.apart()):
+            before = group.bytes_sent
+            gathered = parts.all_gather(torch.tensor([rank])).flatten().tolist()
+            assert (parts.rank, parts.world_size) == (rank % num_ranks, num_ranks)
+            found.append((gathered, group.bytes_sent - before))
+    assert group.part(2).board is group.board and group.part(2).progress is group.progress
+    timeouts = []
+    for timeout_s in (250, 300):
+        group.set_timeout(timeout_s)
+        made = group.part(2), group.part(2).apart(), group.apart()
+        timeouts.append([one._timeout().total_seconds() for one in made])
+    return [*found, timeouts]
+
+
+def test_parts_of_a_group(pool: Pools) -> None:
+    for rank, (*found, timeouts) in enumerate(pool(4).run(gather_in_parts)):
+        pair = [rank - rank % 2, rank - rank % 2 + 1]
+        assert found == [([rank], 0), ([rank], 0), (pair, 8), (pair, 8)]
+        assert timeouts == [[250] * 3, [300] * 3]
+
+
 def group_of_one(rank: int, world_size: int) -> tuple[int, int, int]:
     from apb_ds.parallel.groups import SequenceGroup
 

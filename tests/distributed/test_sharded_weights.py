@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import apb_ds
 from apb_ds.config import APBConfig
 from apb_ds.plan import plan_request
 from apb_ds.utils.sizes import num_prefilled
-from tests.models import FAMILIES, HYBRIDS, build_model, request_ids
+from tests.launch_in_process import run_infer
+from tests.models import FAMILIES, HYBRIDS, build_model, llama, request_ids
 from tests.pool import Pools
-from tests.tiny_checkpoint import byte_tokenizer
+from tests.tiny_checkpoint import byte_tokenizer, save_checkpoint
 
 GIVEN: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5}
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
@@ -35,11 +37,18 @@ NEW = 5
 REFUSED = {"gpt_oss", "deepseek_v3"}
 
 
+FOUR_KV_HEADS = "llama with 4 KV heads"
+
+
+def new_model(family: str) -> Any:
+    return llama(num_key_value_heads=4) if family == FOUR_KV_HEADS else build_model(family)
+
+
 def new_engine(family: str, given: dict[str, Any], **options: Any) -> Any:
     from tests.heads import engine_with_heads
 
     if given.get("compressor") != "retaining_heads":
-        return apb_ds.init_inference(build_model(family), apb_ds.APBConfig(**given), **options)
+        return apb_ds.init_inference(new_model(family), apb_ds.APBConfig(**given), **options)
     engine = engine_with_heads(build_model(family), **options)
     engine.configure(apb_ds.APBConfig(**given))
     return engine
@@ -67,17 +76,27 @@ def answers(engine: Any, num_document: int) -> dict[str, Any]:
     return {name: tokens.tolist() for name, tokens in found.items()}
 
 
-def answer(rank: int, world_size: int, family: str, given: dict[str, Any], num_document: int) -> dict[str, Any]:
-    engine = new_engine(family, given, shard_weights=True)
+def answer(
+    rank: int,
+    world_size: int,
+    family: str,
+    given: dict[str, Any],
+    num_document: int,
+    shard_ranks: int | None = None,
+) -> dict[str, Any]:
+    engine = new_engine(family, given, shard_weights=True, shard_ranks=shard_ranks)
     weights = engine.weights
     context = engine.prefill(*request_ids(num_document, 9))
     gathered = weights.gatherer._layers[: num_prefilled(engine.layers)]
     in_layers = [linear.weight for linears in gathered for linear in linears]
-    sent = sum(weight.numel() * weight.element_size() for weight in in_layers) * (world_size - 1)
+    sent = sum(weight.numel() * weight.element_size() for weight in in_layers)
+    sent *= (shard_ranks or world_size) - 1
     assert weights.num_gathered_bytes == sent * len(context.plan.rounds)
     found = answers(engine, num_document)
     return {
         "answers": found,
+        "facts": engine.model_facts(),
+        "mine": hashlib.sha256(b"".join(weight.detach().numpy().tobytes() for weight in in_layers)).hexdigest(),
         "is_gathering": weights.gatherer.is_gathering,
         "rows": sum(module.weight.numel() for module in engine.module.modules() if hasattr(module, "whole")),
         "whole": any(module.whole is not None for module in engine.module.modules() if hasattr(module, "whole")),
@@ -92,17 +111,22 @@ def expected(family: str, case: str) -> dict[str, Any]:
     return answers(new_engine(family, given), num_document)
 
 
-def check(pool: Pools, world_size: int, family: str, case: str = "") -> None:
+def check(pool: Pools, world_size: int, family: str, case: str = "", shard_ranks: int | None = None) -> None:
     given, num_document = METHODS.get(case, (GIVEN, 203))
     num_rows = sum(
         module.weight.numel()
-        for name, module in build_model(family).named_modules()
+        for name, module in new_model(family).named_modules()
         if type(module) is torch.nn.Linear and ("layers" in name or name == "lm_head")
     )
-    for found in pool(world_size).run(answer, family, given, num_document, timeout=180):
+    by_rank = pool(world_size).run(answer, family, given, num_document, shard_ranks, timeout=180)
+    for found in by_rank:
         assert found["answers"] == expected(family, case), (family, case)
         assert not found["is_gathering"] and not found["whole"]
-        assert found["rows"] < 1.25 * num_rows / world_size
+        assert found["facts"] == by_rank[0]["facts"]
+        assert found["rows"] < 1.25 * num_rows / (shard_ranks or world_size)
+    parts = [found["mine"] for found in by_rank]
+    part = parts[: shard_ranks or world_size]
+    assert len(set(part)) == len(part) and parts == part * (world_size // len(part)), "equal copies, of different parts"
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -114,6 +138,26 @@ def test_sharded_weights_give_the_tokens_of_whole_ones(pool: Pools, family: str,
 @pytest.mark.parametrize("case", METHODS)
 def test_methods(pool: Pools, case: str) -> None:
     check(pool, 4 if case == "idle ranks" else 2, "llama", case)
+
+
+@pytest.mark.parametrize(
+    ("family", "case", "shard_ranks"),
+    [
+        ("llama", "", 1),
+        ("llama", "", 2),
+        ("gemma3", "", 2),
+        ("gemma3", "two rounds", 2),
+        ("llama", "two rounds", 2),
+        ("llama", "random", 2),
+        ("llama", "retaining heads", 2),
+        ("llama", "star", 2),
+        ("llama", "ring", 2),
+        (FOUR_KV_HEADS, "ulysses", 2),
+        ("llama", "idle ranks", 2),
+    ],
+)
+def test_several_copies(pool: Pools, family: str, case: str, shard_ranks: int) -> None:
+    check(pool, 4, family, case, shard_ranks)
 
 
 def refuse(rank: int, world_size: int, families: list[str], folder: str) -> list[str]:
@@ -155,39 +199,43 @@ def test_one_rank_has_all_of_it() -> None:
     assert answers(again, 203) == expected("llama", "")
 
 
-def load_parts(rank: int, world_size: int, folders: dict[str, str]) -> dict[str, Any]:
+def load_parts(rank: int, world_size: int, folders: dict[str, str], shard_ranks: int | None = None) -> dict[str, Any]:
     """Load each model in parts; return its answers, the largest weight that was kept, and dummies' too."""
     from apb_ds.loading import ModelConfig, load_model
     from apb_ds.parallel.groups import world_group
     from apb_ds.weights.layers import ShardedLinear
 
     group = world_group()
+    part = group.part(shard_ranks)
     found: dict[str, Any] = {}
     for family, folder in folders.items():
         rows = {}
         for load_format in ("auto", "dummy"):
             config = ModelConfig(path=folder, load_format=load_format, shard_weights=True, dtype="float32")
-            model = load_model(config, group=group).model
+            model = load_model(config, group=part).model
             for name, module in model.named_modules():
                 if type(module) is torch.nn.Linear and "layers" in name:
                     rows[name] = len(module.weight), module.out_features
-            engine = apb_ds.init_inference(model, APBConfig(**GIVEN), group=group, shard_weights=True)
+            options: Any = {"shard_weights": True, "shard_ranks": shard_ranks}
+            engine = apb_ds.init_inference(model, APBConfig(**GIVEN), group=group, **options)
             found[f"{family} {load_format}"] = answers(engine, 203)
             assert not any(type(module) is torch.nn.Linear for module in model.model.layers.modules())
             assert any(isinstance(module, ShardedLinear) for module in model.modules())
-        assert rows and all(mine == -(-whole // world_size) for mine, whole in rows.values())
+        assert rows and all(mine == -(-whole // part.world_size) for mine, whole in rows.values())
         found[f"{family} facts"] = engine.model_facts()["weights"]
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_models_that_are_loaded_in_parts(pool: Pools, tmp_path: Path, world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "shard_ranks"), [(1, None), (2, None), (4, None), (4, 2)])
+def test_models_that_are_loaded_in_parts(pool: Pools, tmp_path: Path, world_size: int, shard_ranks: int | None) -> None:
     folders = {}
-    for family in ("llama", "qwen2", "phi3", "gemma3"):
+    for family in ("llama", "gemma3") if shard_ranks else ("llama", "qwen2", "phi3", "gemma3"):
         folders[family] = str(tmp_path / family)
         build_model(family).save_pretrained(folders[family])
         byte_tokenizer().save_pretrained(folders[family])
-    for found in pool(world_size).run(load_parts, folders, timeout=240):
+    by_rank = pool(world_size).run(load_parts, folders, shard_ranks, timeout=240)
+    for found in by_rank:
+        assert found == by_rank[0]
         for family in folders:
             assert found[f"{family} auto"] == expected(family, "")
             assert found[f"{family} dummy"] != expected(family, "")
@@ -205,18 +253,80 @@ def facts_of_parts(rank: int, world_size: int) -> dict[str, str]:
 
 
 def save_and_load(rank: int, world_size: int, folder: str) -> list[Any]:
-    """Answers about documents that sharded and whole weights have saved, loaded by the others."""
+    """Answers about documents that sharded and whole weights have saved, each loaded by the next."""
     document, query = request_ids(203, 9)
     found = []
-    for shards in (True, False):
-        engine = new_engine("llama", GIVEN, shard_weights=shards)
-        engine.prefill(document).save(Path(folder) / str(shards))
-        other = new_engine("llama", GIVEN, shard_weights=not shards)
-        context = other.load_context(Path(folder) / str(shards))
+    options: list[dict[str, Any]] = [
+        {"shard_weights": False},
+        {"shard_weights": True},
+        {"shard_weights": True, "shard_ranks": 1},
+    ]
+    for number, given in enumerate(options):
+        engine = new_engine("llama", GIVEN, **given)
+        engine.prefill(document).save(Path(folder) / str(number))
+        other = new_engine("llama", GIVEN, **options[number - 1])
+        context = other.load_context(Path(folder) / str(number))
         found.append(other.generate(query_ids=query, context=context, max_new_tokens=NEW, do_sample=False)[0].tolist())
     return found
 
 
 def test_contexts_are_saved_for_whole_weights_and_loaded_by_sharded_ones(pool: Pools, tmp_path: Path) -> None:
-    for first, second in pool(2).run(save_and_load, str(tmp_path)):
-        assert first == second
+    for answers in pool(2).run(save_and_load, str(tmp_path)):
+        assert answers == [answers[0]] * 3
+
+
+def ways_to_load(rank: int, world_size: int, folder: str) -> list[Any]:
+    """Answers of a model that is loaded and sharded through the package's own functions, and what they refuse."""
+    options: dict[str, Any] = {"shard_weights": True, "shard_ranks": 2}
+    model, _ = apb_ds.load_model(folder, dtype="float32", **options)
+    with pytest.raises(ValueError, match=r"in parts already, of 32 rows where shard_ranks=4 makes 16"):
+        apb_ds.init_inference(model, APBConfig(**GIVEN), shard_weights=True)
+    engine = apb_ds.init_inference(model, APBConfig(**GIVEN), **options)
+    with pytest.raises(ValueError, match=r"in parts already, of 32 rows where shard_ranks=1 makes 64"):
+        apb_ds.init_inference(model, APBConfig(**GIVEN), shard_weights=True, shard_ranks=1)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"shard_ranks": 2}, "shard_ranks=2 needs shard_weights=true"),
+        ({**options, "shard_ranks": 3}, r"shard_ranks=3 must be a divisor of the number of ranks \(4\)"),
+        ({**options, "shard_ranks": 0}, "shard_ranks=0 must be an integer of at least 1"),
+        ({**options, "shard_ranks": True}, "shard_ranks=True must be an integer"),
+        ({**options, "shard_ranks": 4 if rank == 3 else 2}, "shard_ranks is 2 on ranks 0, 1, 2, 4 on rank 3"),
+    ]
+    for given, message in refused:
+        with pytest.raises(ValueError, match=message):
+            apb_ds.load_model(folder, **given)
+        with pytest.raises(ValueError, match=message):
+            new_engine("llama", GIVEN, **given)
+    return [answers(engine, 203), engine.weights.gatherer._layers[0][0].weight.detach().tolist()]
+
+
+def test_models_are_loaded_for_several_copies(pool: Pools, tmp_path: Path) -> None:
+    build_model("llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    whole = build_model("llama").model.layers[0].self_attn.q_proj.weight.tolist()
+    for rank, (found, rows) in enumerate(pool(4).run(ways_to_load, str(tmp_path), timeout=120)):
+        assert found == expected("llama", "")
+        assert rows == whole[32 * (rank % 2) : 32 * (rank % 2 + 1)]
+
+
+def answers_in_pairs(rank: int, world_size: int) -> dict[str, Any]:
+    """Answers of two groups that do not know of each other, in which the weights are sharded."""
+    from tests.distributed.test_groups import PairsMpu
+
+    return answers(new_engine("llama", GIVEN, mpu=PairsMpu(rank, world_size), shard_weights=True), 203)
+
+
+def test_groups_of_an_mpu_share_weights_among_themselves(pool: Pools) -> None:
+    assert pool(4).run(answers_in_pairs, timeout=120) == [expected("llama", "")] * 4
+
+
+def test_a_sweep_of_copies(pool: Pools, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "model")
+    given = ["task=prompt", "task.document=A lamp stands on the pier.", "task.query=Where?", "task.max_new_tokens=4"]
+    model = [f"model.path={path}", "model.device=cpu", "method.hosts=4", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    sweep = ["-m", *given, *model, "model.shard_weights=true", "parallel.shard_ranks=1,2,4,3"]
+    for ended in pool(4).run(run_infer, sweep, timeout=120):
+        *served, refused = ended.records
+        assert len({record["task"]["prediction"] for record in served}) == 1 and ended.errors[:3] == [None] * 3
+        assert "parallel.shard_ranks=3 must be a divisor of the number of ranks (4)" in refused["error"]
+        sent = [max(record["metrics"]["bytes_sent"]) for record in served]
+        assert sent[0] < sent[1] < sent[2], sent  # in place

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.faults
 TIMEOUT_S = 20
 SLACK_S = 10  # after the timeout
 SHORT_TIMEOUT_S = 6
+PAIRS = ["parallel.shard_ranks=2"]
 WORLD_SIZE = 4
 LOST, CRASHED, FAILED, STOPPED = 3, 1, 2, 143
 WHERE = {"prefill": "prefill, round 1 of 1, layer 2", "query": "query, layer 2", "decode": "decode, layer 2"}
@@ -72,12 +73,14 @@ def test_a_killed_rank(tmp_path: Path, ask: list[str], fault_times: FaultTimes, 
     )
 
 
-@pytest.mark.parametrize("phase", list(WHERE))
+@pytest.mark.parametrize(
+    ("phase", "options"), [*((phase, []) for phase in WHERE), ("prefill", PAIRS), ("decode", PAIRS)]
+)
 def test_a_killed_rank_that_has_a_part_of_the_weights(
-    tmp_path: Path, ask: list[str], fault_times: FaultTimes, phase: str
+    tmp_path: Path, ask: list[str], fault_times: FaultTimes, phase: str, options: list[str]
 ) -> None:
     fault = Fault("kill", 2, phase, moment=str(tmp_path / "moment"))
-    ended = die(tmp_path, [*ask, "model.shard_weights=true"], fault)
+    ended = die(tmp_path, [*ask, "model.shard_weights=true", *options], fault)
     others = [ended[other] for other in range(WORLD_SIZE) if other != 2]
     for other in others:
         said = last_error(other)
@@ -86,7 +89,7 @@ def test_a_killed_rank_that_has_a_part_of_the_weights(
         assert re.search(rf"(cannot continue|was stopped) in {phase},.* layer \d[.:]", said) and "Rank 2 " in said, said
         assert "failed first" in said and "Traceback" not in other.stderr
     fault_times.add(
-        f"rank 2 of 4, with a part of the weights, killed at {phase}",
+        f"rank 2 of 4, with a part of the weights{', two copies' if options else ''}, killed at {phase}",
         [other.seconds for other in others],
         timeout_s=TIMEOUT_S,
         says=last_error(others[-1]),

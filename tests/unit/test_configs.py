@@ -176,6 +176,8 @@ def test_a_given_query_position_wins_over_the_template() -> None:
         ("model.num_layers=2", ("model.num_layers=2", "dummy")),
         ("model.path=null", ("model.path is missing",)),
         ("parallel.timeout_s=-1", ("parallel.timeout_s=-1",)),
+        ("parallel.shard_ranks=1", ("parallel.shard_ranks=1 needs model.shard_weights=true",)),
+        ("parallel.shard_ranks=two", ("parallel.shard_ranks='two' must be an integer",)),
         ("seed=-1", ("seed=-1",)),
         ("+sead=1", ("config key='sead'", "'seed'")),
     ],

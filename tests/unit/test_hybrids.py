@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,12 @@ from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
 import apb_ds
 from apb_ds.cache import WindowCacheLayer
+from apb_ds.engine.engine import APBEngine
 from apb_ds.hf.probe import probe_model
+from apb_ds.methods.state import PrefillState, Tools
 from apb_ds.ops.kernels.torch_kernels import CPUFlashKernel
+from apb_ds.parallel.emulated import EmulatedGroup
+from apb_ds.parallel.pending import PendingGather, PendingShift
 from tests.conformance.builder import build as build_tiny
 from tests.conformance.checks import request_ids as ordinary_ids
 from tests.engine_cases import TOLERANCE, Case
@@ -246,3 +252,71 @@ def forward_with_wide_values(
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     output, _ = attend(attention, query, key, value, None, scaling=attention.scaling, sliding_window=WINDOW)
     return attention.o_proj(output.reshape(*tokens, -1)), None
+
+
+class RecordingGroup(EmulatedGroup):
+    """An emulated rank that tells when its layers send something."""
+
+    def tell(self) -> None:
+        """Called before each message."""
+
+    def start_all_gather(self, tensor: Tensor, into: Tensor | None = None) -> PendingGather:
+        self.tell()
+        return super().start_all_gather(tensor, into)
+
+    def start_shift(self, tensor: Tensor) -> PendingShift:
+        self.tell()
+        return super().start_shift(tensor)
+
+    def share_heads(self, attend: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def sent(*states: Any) -> Tensor:
+            self.tell()
+            return attend(*states)
+
+        return super().share_heads(sent)
+
+
+@pytest.mark.parametrize("num_document", [203, 5])  # the last ranks of the second have no tokens
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"hosts": 8, "hosts_per_round": 1},
+        {"hosts": 8, "compressor": "query", "hosts_per_round": 1},
+        {"method": "star", "hosts": 4},
+        {"method": "ring"},
+        {"method": "ulysses"},
+    ],
+    ids=str,
+)
+def test_every_layer_starts_the_next_ones_weights_behind_its_messages_and_before_it_attends(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], num_document: int
+) -> None:
+    events: list[str] = []
+    weights: Any = SimpleNamespace(enter=lambda layer_idx: None, start_next=lambda: events.append("weights"))
+    attend_causally = Tools.attend_causally
+
+    def attend(self: Tools, *states: Any) -> Any:
+        events.append("attention")
+        return attend_causally(self, *states)
+
+    def new_state(*arguments: Any, **keywords: Any) -> PrefillState:
+        return PrefillState(*arguments, **{**keywords, "weights": weights})
+
+    monkeypatch.setattr("apb_ds.engine.engine.PrefillState", new_state)
+    monkeypatch.setattr(Tools, "attend_causally", attend)
+    for rank in range(2):
+        group = RecordingGroup(rank=rank, world_size=2)
+        monkeypatch.setattr(group, "tell", lambda: events.append("message"))
+        engine = APBEngine(build_model("gemma3"), apb_ds.APBConfig(**given), group)
+        events.clear()
+        context = engine.prefill(*request_ids(num_document, 3), progress=lambda *_: events.append("done"))
+        layers = [layer.split() for layer in " ".join(events).split("done")]
+        assert layers.pop() == [] and len(layers) == len(engine.layers) * len(context.plan.rounds)
+        for number, layer in enumerate(layers):
+            before, after = layer[: layer.index("weights")], layer[layer.index("weights") + 1 :]
+            assert "weights" not in after and "attention" not in before, (number, layer)
+            if given.get("method") == "ring" and engine.layers[number].window is None:
+                assert before == ["message"], (number, layer)  # the first of those that go around
+            else:
+                assert "message" not in after, (number, layer)
+        assert sum("message" in layer for layer in layers) >= len(layers) * 3 / 4, layers

@@ -19,7 +19,7 @@ from apb_ds.tasks.synthetic import Recipe, generate
 from apb_ds.tasks.synthetic.draws import Draws
 from apb_ds.training.answer_loss import AnswerLoss
 from apb_ds.training.batches import Batches, Lengths
-from apb_ds.training.config import InstrumentConfig
+from apb_ds.training.config import InstrumentConfig, read_settings
 from apb_ds.training.conversations import GeneratedConversations, make_conversation
 from apb_ds.training.mixture import Mixture
 from apb_ds.training.output import TrainingLog, read_lines
@@ -210,6 +210,12 @@ def test_bad_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as raised:
         from_mapping(InstrumentConfig, {"output": "x", **values}, "train")
     assert message in str(raised.value)
+
+
+def test_copies_of_sharded_weights_are_for_inference() -> None:
+    values = {"train": {"output": "x"}, "model": {"path": "x"}, "parallel": {"shard_ranks": 1}}
+    with pytest.raises(ValueError, match=r"parallel\.shard_ranks=1 needs model\.shard_weights=true"):
+        read_settings(InstrumentConfig, values)
 
 
 def test_a_dtype_that_the_device_does_not_train_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
