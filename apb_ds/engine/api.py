@@ -174,7 +174,10 @@ def attach(
         raise ValueError("engine has APB attached already; detach that first, or use its configure(config).")
     settings = engine._config
     if settings.tensor_parallel.tp_size > 1:
-        raise ValueError(f"tp_size={settings.tensor_parallel.tp_size} is not supported; use tp_size=1.")
+        raise ValueError(
+            f"tp_size={settings.tensor_parallel.tp_size} shards the model's weights, which APB does not support; use "
+            "tp_size=1, or apb_ds.init_inference(model, config, shard_weights=True), which shards them itself."
+        )
     if settings.replace_with_kernel_inject or settings.enable_cuda_graph:
         raise ValueError(
             "replace_with_kernel_inject and enable_cuda_graph replace the attention that APB runs in; switch them off."
