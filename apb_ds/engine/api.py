@@ -18,6 +18,7 @@ from apb_ds.engine.engine import APBEngine
 from apb_ds.engine.saved_facts import model_facts
 from apb_ds.engine.validation import settings_facts
 from apb_ds.hf.architecture import check_supported
+from apb_ds.hf.zero3 import check_partition, is_partitioned
 from apb_ds.loading import ModelConfig
 from apb_ds.loading import load_model as load_described
 from apb_ds.loading.heads import HeadsSource, heads_for
@@ -114,11 +115,14 @@ def init_inference(
         group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s or DEFAULT_TIMEOUT_S)
     if timeout_s is not None:
         group.set_timeout(timeout_s)
+    weights = None
     with shared_validation(group, "init_inference") as comparison:
         _check_served(model, config, group.world_size)
         heads = heads_for(model, config, retaining_heads)
+        check_partition(model, group, shard_weights)
         check_weights_for(model, shard_weights)
-        if not shard_weights:
+        sends = shard_weights or is_partitioned(model)
+        if not sends:
             engine = APBEngine(model, config, group, heads)
         comparison.facts = {
             **describe_software(),
@@ -127,12 +131,13 @@ def init_inference(
             "retaining heads": heads,
             "shard_weights": shard_weights,
         }
-    # Outside of the comparison: sharding and the engine's trial forward send messages.
+    # Outside of the comparison: sharding and the engine's trial forward send messages, also if ZeRO-3 gathers for it.
     if shard_weights:
         weights = ShardedWeights.of(model, group)
         weights.facts = model_facts(model, weights.whole_weights())
         with shared_validation(group, "init_inference") as comparison:
             comparison.facts = weights.facts
+    if sends:
         engine = APBEngine(model, config, group, heads, weights)
     return engine
 

@@ -150,10 +150,10 @@ def check_weights(model: nn.Module) -> None:
             _refuse_sharded(name, by, tensor.data.device_mesh.size())
         if hasattr(tensor, "_fsdp_flattened"):
             _refuse_sharded(name, "FSDP", torch.distributed.get_world_size())
-        if hasattr(tensor, "ds_id"):
+        if hasattr(tensor, "ds_id") and not hasattr(model, "ds_id"):
             raise ValueError(
-                f"{name} is partitioned by DeepSpeed ZeRO-3, so its data is on other ranks. Load the model outside of "
-                "ZeRO-3 (without HfDeepSpeedConfig or deepspeed.zero.Init)."
+                f"{name} is partitioned by DeepSpeed ZeRO-3, but the model is not one that deepspeed.initialize has "
+                "prepared to gather it. Pass deepspeed.initialize(model=model, config=...)[0].module."
             )
         if tensor.is_meta:
             raise ValueError(

@@ -19,6 +19,13 @@ GIVEN: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5}
 CONFIG = apb_ds.APBConfig(**GIVEN)
 
 
+def launched() -> Any:
+    """What launchers tell a process, as a patch of the environment."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    return mock.patch.dict(os.environ, told)
+
+
 def deepspeed_engine(tp_size: int) -> Any:
     import deepspeed
 
@@ -33,8 +40,7 @@ def auto_tp(world_size: int, folder: str) -> nn.Module:
 def tp_plan(world_size: int, folder: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    launched = {"RANK": str(torch.distributed.get_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
-    with mock.patch.dict(os.environ, launched):
+    with launched():
         model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32)
     return model
 
@@ -103,3 +109,170 @@ def attach(rank: int, world_size: int) -> list[list[int]]:
 def test_attach_refuses_tensor_parallelism_and_serves_engines_without(pool: Pools) -> None:
     for attached, whole in pool(2).run(attach):
         assert attached == whole
+
+
+METHODS: dict[str, tuple[dict[str, Any], int]] = {
+    "apb": (GIVEN, 203),
+    "idle ranks": ({"hosts": 8, "anchor_length": 0, "passing_length": 1, "schedule": "natural"}, 5),
+    "several rounds": ({"hosts": 8, "anchor_length": 12, "passing_length": 5, "hosts_per_round": 1}, 203),
+    "one anchor": ({**GIVEN, "shard_anchor": True}, 203),
+    "retaining heads": ({**GIVEN, "compressor": "retaining_heads"}, 203),
+    "random": ({**GIVEN, "compressor": "random"}, 203),
+    "star": ({"method": "star", "hosts": 4}, 203),
+    "ring": ({"method": "ring"}, 203),
+    "ulysses": ({"method": "ulysses"}, 203),
+    "a short document": (GIVEN, 9),
+}
+
+
+def zero3(model: Any, threshold: int = 0, **settings: Any) -> Any:
+    """DeepSpeed's engine over a model that ZeRO-3 partitions; weights of at most `threshold` numbers stay gathered."""
+    import deepspeed
+
+    zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **settings}
+    return deepspeed.initialize(model=model, config=config)[0]
+
+
+def answers(engine: Any, num_document: int) -> dict[str, torch.Tensor]:
+    """Logits and answers, alone and together, kept turns, and a document prefilled while others are answered."""
+    document, query = request_ids(num_document, 9)
+    reach = {"max_positions": num_document + 100}
+    given = {"max_new_tokens": 5, "do_sample": False}
+    context = engine.prefill(document, query, **reach)
+    found = {"logits": engine.query_logits(query, context=context)}
+    found["alone"] = engine.generate(query_ids=query, context=context, **given)
+    queries = [request_ids(20, 3 + index, seed=index)[1] for index in range(3)]
+    found["together"] = torch.cat(engine.generate(query_ids=queries, context=context, **given))
+    with engine.batch(step_every_s=0.0) as batch:
+        handles = [batch.submit(one, context=context, max_new_tokens=20, do_sample=False) for one in queries]
+        batch.step()
+        other = batch.prefill(request_ids(num_document, 5, seed=7)[0], query, **reach)
+        batch.run()
+    found["inside a prefill"] = torch.cat([handle.result() for handle in handles])
+    found["turn"] = engine.generate(query_ids=query, context=other, append=True, **given)
+    found["logits after a turn"] = engine.query_logits(query, context=other)
+    return found
+
+
+def answer(rank: int, world_size: int, family: str, case: str, threshold: int) -> list[str]:
+    """Names of what differs, to the bit, from whole weights, where oneDNN orders sums otherwise than torch's BLAS."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    from tests.heads import engine_with_heads
+
+    given, num_document = METHODS[case]
+    make = engine_with_heads if case == "retaining heads" else apb_ds.init_inference
+    found = []
+    with launched(), torch.backends.mkldnn.flags(enabled=False):
+        model = zero3(build_model(family), threshold).module
+        depth = len(FWD_MODULE_STACK)
+        for engine in (make(build_model(family)), make(model)):
+            engine.configure(apb_ds.APBConfig(**given))
+            found.append(answers(engine, num_document))
+        engine.prefill(request_ids(num_document, 9)[0])
+    assert len(FWD_MODULE_STACK) == depth
+    assert not any(parameter.ds_active_sub_modules for parameter in model.parameters())
+    for parameter in model.parameters():
+        assert parameter.ds_persist or parameter.numel() == 0
+    assert any(parameter.ds_persist for parameter in model.parameters()) == bool(threshold)
+    return [name for name in found[0] if not torch.equal(found[0][name], found[1][name])]
+
+
+def check(pool: Pools, world_size: int, family: str, case: str, threshold: int = 0) -> None:
+    for differing in pool(world_size).run(answer, family, case, threshold, timeout=120):
+        assert differing == []
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma3", "gpt_oss", "deepseek_v3"])
+def test_weights_that_zero3_partitions_give_the_logits_of_whole_ones(pool: Pools, family: str) -> None:
+    check(pool, 2, family, "apb")
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_methods(pool: Pools, case: str) -> None:
+    check(pool, 4 if case == "idle ranks" else 2, "llama", case)
+
+
+def test_small_weights_that_stay(pool: Pools) -> None:
+    check(pool, 2, "llama", "apb", threshold=100)
+
+
+def test_one_rank(pool: Pools) -> None:
+    check(pool, 1, "llama", "apb")
+
+
+def refuse_partitioned(rank: int, world_size: int, folder: str) -> None:
+    """Refuse what ZeRO-3 does not allow, without a message that another rank would wait for."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from apb_ds.parallel.groups import SequenceGroup
+
+    with launched():
+        model = zero3(build_model("llama")).module
+        with pytest.raises(ValueError, match=r"ZeRO-3 partitions the model's weights already; leave shard_weights out"):
+            apb_ds.init_inference(model, CONFIG, shard_weights=True)
+        with pytest.raises(ValueError, match=rf"over ranks \[0, 1\], but ranks \[{rank}\] share a request"):
+            apb_ds.init_inference(model, CONFIG, group=SequenceGroup())
+        with pytest.raises(ValueError, match=r"mlp_tile=64 would gather an MLP's weights"):
+            apb_ds.init_inference(model, apb_ds.APBConfig(**GIVEN, mlp_tile=64))
+        partitions = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        del partitions  # only as long as it lives
+        with pytest.raises(ValueError, match=r"embed_tokens\.weight is partitioned by DeepSpeed ZeRO-3.*initialize\("):
+            apb_ds.init_inference(model, CONFIG)
+
+
+def test_what_zero3_does_not_allow_is_refused(pool: Pools, tmp_path: Path) -> None:
+    build_model("llama").save_pretrained(tmp_path)
+    pool(2).run(refuse_partitioned, str(tmp_path))
+
+
+def save_and_load(rank: int, world_size: int, folder: str) -> None:
+    """Contexts of partitioned weights are those of whole ones, and of no others."""
+    document, query = request_ids(203, 9)
+    with launched():
+        model = zero3(build_model("qwen2", tie_word_embeddings=True)).module
+        partitioned = apb_ds.init_inference(model, CONFIG)
+        whole = apb_ds.init_inference(build_model("qwen2", tie_word_embeddings=True), CONFIG)
+        other = apb_ds.init_inference(zero3(build_model("qwen2", seed=1, tie_word_embeddings=True)).module, CONFIG)
+        assert partitioned.model_facts() == whole.model_facts()
+        tokens = []
+        for saves, loads in ((partitioned, whole), (whole, partitioned)):
+            saves.prefill(document).save(folder)
+            context = loads.load_context(folder)
+            tokens.append(loads.generate(query_ids=query, context=context, max_new_tokens=5, do_sample=False).tolist())
+            with pytest.raises(ValueError, match="another model: weights"):
+                other.load_context(folder)
+        assert tokens[0] == tokens[1]
+
+
+def test_contexts_are_saved_and_loaded(pool: Pools, tmp_path: Path) -> None:
+    pool(2).run(save_and_load, str(tmp_path / "context"))
+
+
+def train(rank: int, world_size: int, serves: bool) -> list[float]:
+    """Losses of three training steps, with an answer between them or not."""
+    optimizer = {"type": "Adam", "params": {"lr": 1e-2, "torch_adam": True}}
+    document, query = request_ids(203, 9)
+    with launched():
+        engine = zero3(build_model("llama").train().requires_grad_(True), optimizer=optimizer)
+        losses, answered = [], []
+        for _ in range(3):
+            loss = engine(input_ids=document, labels=document).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(loss))
+            if serves:
+                served = apb_ds.init_inference(engine.module, CONFIG)
+                answered.append(served.query_logits(query, context=served.prefill(document)))
+                served.detach()
+                assert engine.module.training
+        if serves:
+            assert not torch.equal(answered[0], answered[1])
+    return losses
+
+
+def test_training_goes_on_to_the_bit(pool: Pools) -> None:
+    assert pool(2).run(train, True) == pool(2).run(train, False)
