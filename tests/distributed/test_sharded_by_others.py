@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,11 +15,14 @@ import torch
 from torch import nn
 
 import apb_ds
-from tests.models import build_model, request_ids
+from tests.models import build_model, qwen2, request_ids
 from tests.pool import Pools
+from tests.tiny_checkpoint import save_checkpoint
 
 GIVEN: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5}
 CONFIG = apb_ds.APBConfig(**GIVEN)
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "zero3_script.py"
+QUESTION = "What colour is the sky?"
 
 
 def launched() -> Any:
@@ -156,27 +162,30 @@ def answers(engine: Any, num_document: int) -> dict[str, torch.Tensor]:
 
 
 def answer(rank: int, world_size: int, family: str, case: str, threshold: int) -> list[str]:
-    """Names of what differs, to the bit, from whole weights, where oneDNN orders sums otherwise than torch's BLAS."""
+    """Names of what differs, to the bit, from whole weights without oneDNN, which orders sums otherwise."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     from tests.heads import engine_with_heads
 
     given, num_document = METHODS[case]
     make = engine_with_heads if case == "retaining heads" else apb_ds.init_inference
-    found = []
-    with launched(), torch.backends.mkldnn.flags(enabled=False):
+    whole = make(build_model(family))
+    whole.configure(apb_ds.APBConfig(**given))
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected = answers(whole, num_document)
+    with launched(), mock.patch("apb_ds.hf.tiled_mlps.CPU_TILE", 16):
         model = zero3(build_model(family), threshold).module
         depth = len(FWD_MODULE_STACK)
-        for engine in (make(build_model(family)), make(model)):
-            engine.configure(apb_ds.APBConfig(**given))
-            found.append(answers(engine, num_document))
+        engine = make(model)
+        engine.configure(apb_ds.APBConfig(**given))
+        found = answers(engine, num_document)
         engine.prefill(request_ids(num_document, 9)[0])
     assert len(FWD_MODULE_STACK) == depth
     assert not any(parameter.ds_active_sub_modules for parameter in model.parameters())
     for parameter in model.parameters():
         assert parameter.ds_persist or parameter.numel() == 0
     assert any(parameter.ds_persist for parameter in model.parameters()) == bool(threshold)
-    return [name for name in found[0] if not torch.equal(found[0][name], found[1][name])]
+    return [name for name in expected if not torch.equal(expected[name], found[name])]
 
 
 def check(pool: Pools, world_size: int, family: str, case: str, threshold: int = 0) -> None:
@@ -200,6 +209,21 @@ def test_small_weights_that_stay(pool: Pools) -> None:
 
 def test_one_rank(pool: Pools) -> None:
     check(pool, 1, "llama", "apb")
+
+
+def switched_off(rank: int, world_size: int) -> tuple[bool, bool]:
+    """Whether steps are recorded and layers fused, where a device could."""
+    with (
+        launched(),
+        mock.patch("apb_ds.engine.acceleration.can_record", return_value=True),
+        mock.patch("apb_ds.engine.acceleration.fused_layers", return_value=None) as fused_layers,
+    ):
+        engine = apb_ds.init_inference(zero3(build_model("llama")).module, apb_ds.APBConfig(**GIVEN, fused=True))
+    return engine._acceleration.recorded is not None, fused_layers.call_args.args[1]
+
+
+def test_what_keeps_weights_is_off(pool: Pools) -> None:
+    assert pool(1).run(switched_off) == [(False, False)]
 
 
 def refuse_partitioned(rank: int, world_size: int, folder: str) -> None:
@@ -232,11 +256,12 @@ def test_what_zero3_does_not_allow_is_refused(pool: Pools, tmp_path: Path) -> No
 def save_and_load(rank: int, world_size: int, folder: str) -> None:
     """Contexts of partitioned weights are those of whole ones, and of no others."""
     document, query = request_ids(203, 9)
+    tied = {"tie_word_embeddings": True}
     with launched():
-        model = zero3(build_model("qwen2", tie_word_embeddings=True)).module
+        model = zero3(qwen2(**tied)).module
         partitioned = apb_ds.init_inference(model, CONFIG)
-        whole = apb_ds.init_inference(build_model("qwen2", tie_word_embeddings=True), CONFIG)
-        other = apb_ds.init_inference(zero3(build_model("qwen2", seed=1, tie_word_embeddings=True)).module, CONFIG)
+        whole = apb_ds.init_inference(qwen2(**tied), CONFIG)
+        other = apb_ds.init_inference(zero3(qwen2(seed=1, **tied)).module, CONFIG)
         assert partitioned.model_facts() == whole.model_facts()
         tokens = []
         for saves, loads in ((partitioned, whole), (whole, partitioned)):
@@ -276,3 +301,29 @@ def train(rank: int, world_size: int, serves: bool) -> list[float]:
 
 def test_training_goes_on_to_the_bit(pool: Pools) -> None:
     assert pool(2).run(train, True) == pool(2).run(train, False)
+
+
+def run_script(rank: int, world_size: int, folder: str) -> tuple[str, list[bool]]:
+    """Run the example; return what it printed, and whether each weight is partitioned."""
+    arguments = [str(SCRIPT), f"--local_rank={rank}", folder, f"{folder}/text.txt", QUESTION]
+    with launched(), mock.patch("sys.argv", arguments), contextlib.redirect_stdout(io.StringIO()) as printed:
+        names = runpy.run_path(str(SCRIPT), run_name="__main__")
+    return printed.getvalue(), [hasattr(parameter, "ds_id") for parameter in names["model"].parameters()]
+
+
+def test_the_example(pool: Pools, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) <= 40
+    save_checkpoint(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = "The grass is green. The sky is blue. " * 8
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    document, query = (tokenizer(part, return_tensors="pt").input_ids for part in (text, f"\n\n{QUESTION}\n"))
+    engine = apb_ds.init_inference(AutoModelForCausalLM.from_pretrained(tmp_path), apb_ds.APBConfig(hosts=8))
+    assert not engine.prefill(document, query).plan.exact
+    expected = tokenizer.decode(engine.generate(document, query, max_new_tokens=16, do_sample=False)[0])
+    (printed, parts), (nothing, others) = pool(2).run(run_script, str(tmp_path))
+    assert printed.endswith(f"Answer: {expected}\n")
+    assert "Answer" not in nothing
+    assert all(parts + others)
