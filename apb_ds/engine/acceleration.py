@@ -15,6 +15,7 @@ from apb_ds.hf.architecture import text_decoder
 from apb_ds.hf.fused_layers import fused_layers
 from apb_ds.hf.onednn_linears import bound_primitive_caches, onednn_linears
 from apb_ds.hf.tiled_mlps import default_tile, tiled_mlps
+from apb_ds.hf.zero3 import is_partitioned
 from apb_ds.ops.kernels import KernelChoice
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.utils.sizes import LayerAttention
@@ -48,12 +49,15 @@ class Acceleration:
         device = next(model.parameters()).device
         if device.type == "cpu":
             bound_primitive_caches()
-        records = settings.cuda_graph and can_record(model, kernels.values())
+        # Weights that ZeRO-3 partitions are gathered by each module's own forward, to another place each time.
+        self._is_partitioned = is_partitioned(model)
+        records = settings.cuda_graph and not self._is_partitioned and can_record(model, kernels.values())
         self.recorded = RecordedSteps(model, group) if records else None
         self.packed = PackedGraphs(model, group) if records and can_record_packs(kernels.values(), layers) else None
-        self.fused = fused_layers(model, settings.fused, device)
+        self.fused = fused_layers(model, settings.fused and not self._is_partitioned, device)
         self._model = (model,)  # not a submodule of anything
-        self._tile = default_tile(device) if settings.mlp_tile is None else settings.mlp_tile
+        default = None if self._is_partitioned else default_tile(device)
+        self._tile = default if settings.mlp_tile is None else settings.mlp_tile
         self._made_for = _key(settings, group, kernels)
 
     def serves(self, settings: MethodSettings, group: SequenceGroup, kernels: Mapping[str, KernelChoice]) -> bool:
@@ -63,10 +67,11 @@ class Acceleration:
     @contextmanager
     def in_prefill(self, num_tokens: int) -> Iterator[None]:
         """Have the model compute forwards of about `num_tokens` tokens; restore it on leaving."""
-        with (
-            onednn_linears(text_decoder(self._model[0]), min(num_tokens, self._tile or num_tokens)),
-            self.in_decoding(),
-        ):
+        with ExitStack() as stack:
+            if not self._is_partitioned:
+                decoder = text_decoder(self._model[0])
+                stack.enter_context(onednn_linears(decoder, min(num_tokens, self._tile or num_tokens)))
+            stack.enter_context(self.in_decoding())
             yield
 
     @contextmanager

@@ -18,6 +18,7 @@ from apb_ds.engine.engine import APBEngine
 from apb_ds.engine.saved_facts import model_facts
 from apb_ds.engine.validation import settings_facts
 from apb_ds.hf.architecture import check_supported
+from apb_ds.hf.zero3 import check_partition, is_partitioned
 from apb_ds.loading import ModelConfig
 from apb_ds.loading import load_model as load_described
 from apb_ds.loading.heads import HeadsSource, heads_for
@@ -130,12 +131,15 @@ def init_inference(
         group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s or DEFAULT_TIMEOUT_S)
     if timeout_s is not None:
         group.set_timeout(timeout_s)
+    weights = None
     with shared_validation(group, "init_inference") as comparison:
         _check_served(model, config, group.world_size)
         heads = heads_for(model, config, retaining_heads)
         check_shard_ranks(shard_ranks, shard_weights, group.world_size)
+        check_partition(model, group, shard_weights)
         check_weights_for(model, shard_weights, shard_ranks or group.world_size)
-        if not shard_weights:
+        sends = shard_weights or is_partitioned(model)
+        if not sends:
             engine = APBEngine(model, config, group, heads)
         comparison.facts = {
             **describe_software(),
@@ -145,12 +149,13 @@ def init_inference(
             "shard_weights": shard_weights,
             "shard_ranks": shard_ranks or group.world_size,
         }
-    # Outside of the comparison: sharding and the engine's trial forward send messages.
+    # Outside of the comparison: sharding and the engine's trial forward send messages, also if ZeRO-3 gathers for it.
     if shard_weights:
         weights = ShardedWeights.of(model, group.part(shard_ranks))
         weights.facts = model_facts(model, weights.whole_weights())
         with shared_validation(group, "init_inference") as comparison:
             comparison.facts = weights.facts
+    if sends:
         engine = APBEngine(model, config, group, heads, weights)
     return engine
 
@@ -192,7 +197,10 @@ def attach(
         raise ValueError("engine has APB attached already; detach that first, or use its configure(config).")
     settings = engine._config
     if settings.tensor_parallel.tp_size > 1:
-        raise ValueError(f"tp_size={settings.tensor_parallel.tp_size} is not supported; use tp_size=1.")
+        raise ValueError(
+            f"tp_size={settings.tensor_parallel.tp_size} shards the model's weights, which APB does not support; use "
+            "tp_size=1, or apb_ds.init_inference(model, config, shard_weights=True), which shards them itself."
+        )
     if settings.replace_with_kernel_inject or settings.enable_cuda_graph:
         raise ValueError(
             "replace_with_kernel_inject and enable_cuda_graph replace the attention that APB runs in; switch them off."

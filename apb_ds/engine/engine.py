@@ -43,6 +43,7 @@ from apb_ds.hf.interface import apb_attention
 from apb_ds.hf.probe import probe_model
 from apb_ds.hf.rotary import warn_of_rough_frequencies
 from apb_ds.hf.tiled_mlps import check_tile
+from apb_ds.hf.zero3 import is_partitioned, whole_weights
 from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.methods.state import PrefillState
 from apb_ds.ops.kernels import KernelChoice
@@ -90,6 +91,11 @@ class APBEngine(InferenceEngine):
         warn_of_rough_frequencies(model)
         if group.is_first:
             warn_of_overrides(model)
+            if is_partitioned(model):
+                logger.info(
+                    "DeepSpeed ZeRO-3 partitions the model's weights: each forward gathers them, also that of a new "
+                    "token; oneDNN's and fused layers, tiled MLPs and recorded steps are off."
+                )
         _move_to_accelerator(model)
         # DeepSpeed's constructor converts, moves and empties the module that it is given, so it gets an empty one.
         dtype = model.dtype if model.dtype in get_accelerator().supported_dtypes() else torch.float32
@@ -318,10 +324,11 @@ class APBEngine(InferenceEngine):
             The first on the rank that runs out of memory, the other elsewhere.
         """
         with exclusive_call(self.module):
+            facts = self.model_facts()
             with shared_validation(self.group, "load_context", self.device) as comparison:
                 check_choice("place", place, PLACES)
                 saved = read_manifest(path)
-                saved.check_model(self.model_facts(), self.layers)
+                saved.check_model(facts, self.layers)
                 plan = self._validator.plan(saved.document_tokens, saved.anchor_query_length)
                 saved.check_settings(self.attention, plan)
                 check_positions(self.module, saved.max_positions)
@@ -354,9 +361,14 @@ class APBEngine(InferenceEngine):
             )
 
     def model_facts(self) -> dict[str, str]:
-        """Return what a saved context's model must share with this one, read again when weights have changed."""
+        """Return what a saved context's model must share with this one, read again when weights have changed.
+
+        All ranks call this together: weights that ZeRO-3 partitions are gathered, one after the other.
+        """
         if self.weights is not None:
             return self.weights.facts
+        if is_partitioned(self.module):
+            return model_facts(self.module, whole_weights(self.module))
         weights = [
             (parameter.data_ptr(), -1 if parameter.is_inference() else parameter._version)
             for parameter in self.module.parameters()

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from apb_ds.attention import APBAttention, Phase
 from apb_ds.hf.architecture import text_decoder
 from apb_ds.hf.interface import PassingCache, PrefillComplete
+from apb_ds.hf.zero3 import is_partitioned, releasing
 from apb_ds.methods.state import PrefillState
 
 
@@ -44,12 +45,16 @@ def run_round(
     query_ids : (1, q), int64, global, or None where the anchor embeds none
     """
     ids, positions = round_inputs(state, document_ids, query_ids)
-    if ids.shape[1] == 0:
+    if ids.shape[1] == 0 and is_partitioned(model):
+        # Its weights' collectives are those of modules, so they run, with a token that stands in for none.
+        ids, positions = document_ids[:, :1], torch.zeros_like(document_ids[:, :1])
+    elif ids.shape[1] == 0:
         _join_round(model, attention, state)
         return
     try:
-        cache = PassingCache(state.take_from_cache)
-        text_decoder(model)(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        with releasing(model):
+            cache = PassingCache(state.take_from_cache)
+            text_decoder(model)(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
     except PrefillComplete:
         return
     raise RuntimeError("the last layer's attention was never called: the model does not use the engine's attention.")

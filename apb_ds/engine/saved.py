@@ -58,6 +58,7 @@ def save_context(
         with shared_validation(group, "save", device) as comparison:
             target = _checked_target(path)
             comparison.facts = {"path": str(target), "context": context.facts}
+        facts = context.engine.model_facts()
         token = group.gather_objects(secrets.token_hex(4))[0]
         unfinished = target.with_name(f".{target.name}.{token}{PARTIAL}")
         try:
@@ -73,7 +74,7 @@ def save_context(
             files = group.gather_objects(written)
             with shared_outcome(group):
                 if group.is_first:
-                    _write_manifest(unfinished / MANIFEST, _manifest(context, files))
+                    _write_manifest(unfinished / MANIFEST, _manifest(context, facts, files))
                     _replace(target, unfinished)
         except BaseException:
             if group.is_first:
@@ -139,10 +140,10 @@ def _write_shard(context: Context, file: Path) -> dict[str, Any]:
     }
 
 
-def _manifest(context: Context, files: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(context: Context, facts: dict[str, str], files: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "software": versions(),
-        "model": context.engine.model_facts(),
+        "model": facts,
         "settings": content_facts(context.attention, context.plan),
         "layers": describe_layers(context.cache.attention),
         "chunk_tokens": CHUNK_TOKENS,

@@ -6,9 +6,11 @@ import inspect
 import itertools
 import os
 from collections import Counter
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
+import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -134,21 +136,24 @@ def _check_class(model: Any) -> None:
     if hasattr(model, "_orig_mod"):
         raise ValueError(f"model={name} is compiled; pass model._orig_mod.")
     if isinstance(getattr(model, "module", None), nn.Module):
+        check_weights(model)
         raise ValueError(f"model={name} wraps a model; pass model.module.")
     raise ValueError(f"model={name} must be a transformers PreTrainedModel.")
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise ValueError, naming the first, if weights are without data or partitioned over other processes."""
+    """Raise ValueError, naming the first, if weights are without data or sharded over other processes."""
+    by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if hasattr(tensor, "ds_id"):
-            raise ValueError(
-                f"{name} is partitioned by DeepSpeed ZeRO-3, so its data is on other ranks. Load the model outside of "
-                "ZeRO-3 (without HfDeepSpeedConfig or deepspeed.zero.Init)."
-            )
         if isinstance(tensor.data, DTensor):
+            by = "FSDP (fully_shard)" if by_fsdp else "DTensors, as transformers' tp_plan makes them,"
+            _refuse_sharded(name, by, tensor.data.device_mesh.size())
+        if hasattr(tensor, "_fsdp_flattened"):
+            _refuse_sharded(name, "FSDP", torch.distributed.get_world_size())
+        if hasattr(tensor, "ds_id") and not hasattr(model, "ds_id"):
             raise ValueError(
-                f"{name} is a DTensor, sharded over other processes. Load the model without tp_plan or FSDP."
+                f"{name} is partitioned by DeepSpeed ZeRO-3, but the model is not one that deepspeed.initialize has "
+                "prepared to gather it. Pass deepspeed.initialize(model=model, config=...)[0].module."
             )
         if tensor.is_meta:
             raise ValueError(
@@ -157,10 +162,15 @@ def check_weights(model: nn.Module) -> None:
             )
     for name, module in model.named_modules():
         if type(module).__module__.startswith("deepspeed.module_inject"):
-            raise ValueError(
-                f"{name} ({type(module).__name__}) holds a part of its weights: DeepSpeed's tensor parallelism split "
-                "the model. Load it without tensor_parallel."
-            )
+            num_ranks = getattr(module, "tp_world_size", "other")
+            _refuse_sharded(f"{name}, {type(module).__name__}", "DeepSpeed's tensor_parallel", num_ranks)
+
+
+def _refuse_sharded(name: str, by: str, num_ranks: int | str) -> NoReturn:
+    raise ValueError(
+        f"the model's weights are sharded by {by} over {num_ranks} ranks ({name}), which APB does not support. Pass a "
+        "model with whole weights; shard_weights=True then shards them over the ranks."
+    )
 
 
 def _check_inputs(name: str, model: PreTrainedModel) -> None:

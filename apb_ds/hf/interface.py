@@ -114,6 +114,9 @@ class ActiveCall:
         if self.state is not None:
             # Handed over, not shared: projections live only until the layer's scores are made.
             self.state.projections, self.projections = self.projections or None, []
+        stands_in = self.state is not None and not sum(self.state.lengths)
+        if stands_in:  # one token for none, on a rank that has none in this round
+            query, key, value = query[:, :, :0], key[:, :, :0], value[:, :, :0]
         layer = self._cache.attention[layer_idx]
         num_keys = self._num_keys.get(layer.window)
         cached = self._cache.layer(layer_idx)
@@ -135,7 +138,7 @@ class ActiveCall:
         )
         if self._phase is Phase.PREFILL and self.state is not None and self.state.is_last_layer(layer_idx):
             raise PrefillComplete
-        return output
+        return output.new_zeros((*output.shape[:2], 1, output.shape[-1])) if stands_in else output
 
 
 class PackedCall:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apb_ds.hf.overrides import forward_override, overridden
+from apb_ds.hf.zero3 import is_partitioned
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -40,8 +41,13 @@ def check_tile(model: nn.Module, tile: int | None) -> None:
     Raises
     ------
     ValueError
-        If a tile is given and the model has no gated MLP.
+        If a tile is given and the model has no gated MLP, or partitioned weights.
     """
+    if tile is not None and is_partitioned(model):
+        raise ValueError(
+            f"mlp_tile={tile} would gather an MLP's weights, which DeepSpeed ZeRO-3 partitions, for each tile, and on "
+            "ranks with more tokens more often than on others. Leave mlp_tile out."
+        )
     if tile is not None and not mlp_modules(model):
         raise ValueError(
             f"mlp_tile={tile} needs MLPs with gate_proj, up_proj and down_proj, or gate_up_proj and down_proj; "

@@ -103,7 +103,8 @@ class ShardedWeights:
 def is_sharded(model: nn.Module) -> bool:
     """Whether this rank holds parts of the model's weights already."""
     return model in _of_models or any(
-        type(module) is nn.Linear and len(module.weight) != module.out_features for module in model.modules()
+        type(module) is nn.Linear and module.weight.dim() == 2 and len(module.weight) != module.out_features
+        for module in model.modules()
     )
 
 
