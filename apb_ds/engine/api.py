@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from apb_ds.attention import check_available
 from apb_ds.config import APBConfig
-from apb_ds.engine.engine import APBEngine
+from apb_ds.engine.engine import APBEngine, move_to_accelerator
 from apb_ds.engine.saved_facts import model_facts
 from apb_ds.engine.validation import settings_facts
 from apb_ds.hf.architecture import check_supported
@@ -152,6 +152,7 @@ def init_inference(
     # Outside of the comparison: sharding and the engine's trial forward send messages, also if ZeRO-3 gathers for it.
     if shard_weights:
         weights = ShardedWeights.of(model, group.part(shard_ranks))
+        move_to_accelerator(model)  # cut first: whole weights may not fit there
         weights.facts = model_facts(model, weights.whole_weights())
         with shared_validation(group, "init_inference") as comparison:
             comparison.facts = weights.facts

@@ -96,7 +96,7 @@ class APBEngine(InferenceEngine):
                     "DeepSpeed ZeRO-3 partitions the model's weights: each forward gathers them, also that of a new "
                     "token; oneDNN's and fused layers, tiled MLPs and recorded steps are off."
                 )
-        _move_to_accelerator(model)
+        move_to_accelerator(model)
         # DeepSpeed's constructor converts, moves and empties the module that it is given, so it gets an empty one.
         dtype = model.dtype if model.dtype in get_accelerator().supported_dtypes() else torch.float32
         super().__init__(nn.Module(), DeepSpeedInferenceConfig(dtype=dtype, max_out_tokens=NO_TOKEN_LIMIT))
@@ -622,7 +622,7 @@ class APBEngine(InferenceEngine):
         return time.perf_counter()
 
 
-def _move_to_accelerator(model: PreTrainedModel) -> None:
+def move_to_accelerator(model: PreTrainedModel) -> None:
     """Move a model that is whole on another device to this rank's, unless a device map or a quantiser placed it."""
     target = torch.device(get_accelerator().current_device_name())
     devices = {parameter.device for parameter in model.parameters()}
