@@ -148,7 +148,7 @@ def test_what_moves_to_the_ranks_device(mark: str, moves: bool, monkeypatch: pyt
     model = build_model("llama")
     if mark:
         setattr(model, mark, {"": "cpu"})
-    engine_module._move_to_accelerator(model)
+    engine_module.move_to_accelerator(model)
     assert {parameter.is_meta for parameter in model.parameters()} == {moves}
 
 
