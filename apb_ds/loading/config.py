@@ -82,11 +82,6 @@ class ModelConfig:
         check_choice("model.load_format", self.load_format, LOAD_FORMATS)
         check_bool("model.trust_remote_code", self.trust_remote_code)
         check_bool("model.shard_weights", self.shard_weights)
-        if self.shard_weights and self.adapter is not None:
-            raise ValueError(
-                f"model.shard_weights=true cannot merge model.adapter={self.adapter!r} into parts of weights; merge it "
-                "once with peft's merge_and_unload, save the model, and give that as model.path."
-            )
         for name, file in (
             ("path", ", a .gguf file"),
             ("tokenizer", ", a .gguf file"),

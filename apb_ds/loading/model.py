@@ -113,8 +113,7 @@ def load_model(
         if config.is_dummy or config.path is None:
             model, tokenizer, source, base_config = _make_dummy(config, device, dtype, part)
         else:
-            with nullcontext() if part is None else cut_while_loading(*part):
-                model, tokenizer, source, base_config = _read_model(config, config.path, device, dtype)
+            model, tokenizer, source, base_config = _read_model(config, config.path, device, dtype, part)
     model.eval().requires_grad_(False)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -183,25 +182,28 @@ def _final_config(base_config: Any, config: ModelConfig) -> Any:
     return model_config
 
 
-def _read_model(config: ModelConfig, path: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str, Any]:
+def _read_model(
+    config: ModelConfig, path: str, device: torch.device, dtype: torch.dtype, part: tuple[int, int] | None
+) -> tuple[Any, Any, str, Any]:
     directory = find_model(path)
     base_config = read_config(directory, config)
     model_config = _final_config(base_config, config)
     # `_check_keys` refuses tensors of another shape, together with the other keys that do not fit.
     options: dict[str, Any] = {"ignore_mismatched_sizes": True}
-    if config.shard_weights:
+    if part is not None:
         check_shardable(_without_weights(model_config, dtype))
     if device.type == "cuda" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # tensor by tensor, without a copy of the model on the host
     try:
-        loaded: Any = auto_class(model_config).from_pretrained(
-            directory,
-            config=model_config,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        with nullcontext() if part is None else cut_while_loading(*part):
+            loaded: Any = auto_class(model_config).from_pretrained(
+                directory,
+                config=model_config,
+                dtype=dtype,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:  # of many kinds, from transformers, safetensors, torch and pickle
         if is_out_of_memory(error):
             raise
@@ -211,7 +213,7 @@ def _read_model(config: ModelConfig, path: str, device: torch.device, dtype: tor
     tokenizer = read_tokenizer(config, directory, model.get_input_embeddings().num_embeddings)
     model, source = model.to(device), path
     if config.adapter is not None:
-        model, source = merge_adapter(model, config.adapter), f"{source} with {config.adapter}"
+        model, source = merge_adapter(model, config.adapter, part), f"{source} with {config.adapter}"
     return model, tokenizer, source, base_config
 
 

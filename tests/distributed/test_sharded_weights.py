@@ -241,6 +241,32 @@ def test_models_that_are_loaded_in_parts(pool: Pools, tmp_path: Path, world_size
             assert found[f"{family} dummy"] != expected(family, "")
 
 
+def load_adapted(rank: int, world_size: int, values: dict[str, Any]) -> dict[str, Any]:
+    """Answers of a model that this rank has loaded and merged an adapter into, in parts if the values say so."""
+    from apb_ds.loading import ModelConfig, load_model
+    from apb_ds.parallel.groups import world_group
+
+    config = ModelConfig(dtype="float32", device="cpu", **values)
+    shards = {"shard_weights": bool(config.shard_weights)}
+    model = load_model(config, group=world_group()).model
+    return answers(apb_ds.init_inference(model, APBConfig(**GIVEN), **shards), 203)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_an_adapter_is_merged_by_rows(pool: Pools, tmp_path: Path, world_size: int) -> None:
+    peft = pytest.importorskip("peft")
+    build_model("qwen2").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    lora = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    peft.get_peft_model(build_model("qwen2"), peft.LoraConfig(**lora)).save_pretrained(tmp_path / "adapter")
+    values = {"path": str(tmp_path / "model"), "adapter": str(tmp_path / "adapter")}
+    whole = load_adapted(0, 1, values)
+    assert whole != expected("qwen2", "")
+    for found in pool(world_size).run(load_adapted, {**values, "shard_weights": True}, timeout=180):
+        assert found == whole
+
+
 def test_facts_of_parts_are_those_of_the_whole_model(pool: Pools) -> None:
     whole = new_engine("llama", GIVEN).model_facts()
     for found in pool(2).run(facts_of_parts):
