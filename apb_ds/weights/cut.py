@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -58,16 +59,55 @@ def _is_tied(model: Any, head: nn.Module) -> bool:
     return head.weight is getattr(model.get_input_embeddings(), "weight", None) or not tied.isdisjoint(names)
 
 
-def check_shardable(model: PreTrainedModel) -> None:
-    """Raise ValueError, naming the first, if decoder layers hold large weights of other layers than ``nn.Linear``."""
+def why_not_shardable(model: PreTrainedModel) -> str | None:
+    """Return why a model's weights cannot be sharded, or None.
+
+    They cannot if decoder layers hold large weights of other layers than ``nn.Linear``; the first one is named.
+    """
     for layer in decoder_layers(model):
         for name, module in layer.named_modules():
             for kind, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() > 1 and type(module) is not nn.Linear:
-                    raise ValueError(
+                    return (
                         f"weights of {type(model).__name__} cannot be sharded: {type(module).__name__} "
-                        f"({name}.{kind}) in a decoder layer is not a plain linear layer. Use shard_weights=false."
+                        f"({name}.{kind}) in a decoder layer is not a plain linear layer."
                     )
+    return None
+
+
+def check_shardable(model: PreTrainedModel) -> None:
+    """Raise ValueError, with the reason, if a model's weights cannot be sharded."""
+    why = why_not_shardable(model)
+    if why is not None:
+        raise ValueError(f"{why} Use shard_weights=false.")
+
+
+@dataclass(frozen=True)
+class WeightSizes:
+    """Bytes of a model's weights.
+
+    Attributes
+    ----------
+    whole : of a copy
+    part : what each rank has of the layers that are cut, padding included
+    replicated : what every rank has: embeddings with tied heads, norms, biases
+    gathered : what a prefill has besides, for two decoder layers
+    """
+
+    whole: int
+    part: int
+    replicated: int
+    gathered: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, world_size: int) -> WeightSizes:
+        """Measure a model whose weights are whole, with or without data, for so many ranks."""
+        whole = sum(parameter.nbytes for parameter in model.parameters())
+        cut = linears_to_cut(model)
+        parts = {id(linear): linear.weight[0].nbytes * rows_of(linear.out_features, world_size) for linear in cut}
+        layers = [sum(parts.get(id(module), 0) for module in layer.modules()) for layer in decoder_layers(model)]
+        replicated = whole - sum(linear.weight.nbytes for linear in cut)
+        return cls(whole, sum(parts.values()), replicated, 2 * max(layers) * world_size)
 
 
 @contextmanager
