@@ -60,7 +60,7 @@ def run_bench(
     settings = read_settings(values)
     lengths = bench.lengths or _task_lengths(settings)
     group = world_group(settings.timeout_s, watch)
-    shards = settings.model.shard_weights
+    shards = settings.model.shard_weights is True  # auto shards nothing for a real rank alone
     cases = make_cases(bench, settings.method_for(1), lengths, group.world_size, shards=shards)
     # Emulated ranks all compute with the first one's part of the weights.
     holders = EmulatedGroup(world_size=bench.emulate_ranks, copies=True) if shards and bench.emulate_ranks else group
@@ -106,14 +106,14 @@ def _make_runner(
     with_heads = [case.config for case in cases if case.config and needs_heads(case.config.compressor)]
     heads = heads_for(loaded.model, with_heads[0], settings.retaining_heads) if with_heads else None
     given = heads if needs_heads(config.compressor) else None
-    shards = settings.model.shard_weights
+    shards = loaded.shard_weights
     engine = init_inference(
         loaded.model,
         config,
         group=holders,
         retaining_heads=given,
         shard_weights=shards,
-        shard_ranks=settings.shard_ranks,
+        shard_ranks=settings.shard_ranks if shards else None,
     )
     return Runner(engine, group, bench, heads)
 

@@ -21,6 +21,7 @@ from apb_ds.hf.architecture import check_supported
 from apb_ds.hf.zero3 import check_partition, is_partitioned
 from apb_ds.loading import ModelConfig
 from apb_ds.loading import load_model as load_described
+from apb_ds.loading.config import check_shard_weights
 from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, world_group
@@ -48,10 +49,11 @@ def load_model(
     device : str
         ``auto`` (this rank's GPU if there is one), ``cpu`` or ``cuda``.
     shard_ranks : int
-        With ``shard_weights=True``, as in `init_inference`. All ranks call this together.
+        With `shard_weights`, as in `init_inference`. All ranks call this together.
     **settings
         Further fields of `apb_ds.loading.ModelConfig`, such as ``tokenizer``, ``adapter`` and ``overrides``. With
-        ``shard_weights=True`` each of all ranks reads its part alone, for ``init_inference(..., shard_weights=True)``.
+        ``shard_weights=True`` each of all ranks reads its part alone, for ``init_inference(..., shard_weights=True)``;
+        with ``"auto"``, for which all ranks call this together, they do where a copy does not fit on every rank.
 
     Returns
     -------
@@ -84,7 +86,7 @@ def init_inference(
     group: SequenceGroup | None = None,
     retaining_heads: HeadsSource | None = None,
     timeout_s: float | None = None,
-    shard_weights: bool = False,
+    shard_weights: bool | str = False,
     shard_ranks: int | None = None,
 ) -> APBEngine:
     """Make an engine for a model, alone or over the ranks that ``deepspeed`` or ``torchrun`` started.
@@ -106,9 +108,10 @@ def init_inference(
     timeout_s : float, seconds
         How long a collective may take. By default 300 where the process group is made here; one that exists keeps its
         own.
-    shard_weights : bool
+    shard_weights : bool or str
         Keep one copy of the weights over all ranks, each a part: a prefill gathers them layer by layer, all else uses
-        them where they are. The model is changed for good: all ranks must call it together.
+        them where they are. The model is changed for good: all ranks must call it together. ``"auto"``: if
+        `load_model` has loaded this rank's part alone.
     shard_ranks : int
         With `shard_weights`, how many ranks hold a copy together: ranks that follow each other, such as those of a
         node. A divisor of the number of ranks, which is the default.
@@ -135,7 +138,9 @@ def init_inference(
     with shared_validation(group, "init_inference") as comparison:
         _check_served(model, config, group.world_size)
         heads = heads_for(model, config, retaining_heads)
+        check_shard_weights("shard_weights", shard_weights)
         check_shard_ranks(shard_ranks, shard_weights, group.world_size)
+        shard_weights = is_sharded(model) if shard_weights == "auto" else bool(shard_weights)
         check_partition(model, group, shard_weights)
         check_weights_for(model, shard_weights, shard_ranks or group.world_size)
         sends = shard_weights or is_partitioned(model)

@@ -16,6 +16,12 @@ PACKAGE_SCHEME = "package://"
 LOCAL_PREFIXES = ("/", ".", "~")  # of a path that cannot be a hub id
 
 
+def check_shard_weights(field: str, value: object) -> None:
+    """Raise ValueError unless `value` is true, false or ``auto``."""
+    if not isinstance(value, bool) and value != "auto":
+        raise ValueError(f"{field}={value!r} must be true, false or auto.")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model, in which dtype, on which device.
@@ -49,8 +55,9 @@ class ModelConfig:
         Where the tokenizer is, if not with the model.
     adapter : str or None
         A peft adapter to merge into the weights: a local directory, ``package://<package>/<directory>`` or a hub id.
-    shard_weights : bool
-        Keep one copy of the weights over all ranks, each a part; no rank ever has more than one weight whole.
+    shard_weights : bool or str
+        Keep one copy of the weights over all ranks, each a part; no rank ever has more than one weight whole. ``auto``:
+        where a copy does not fit on every rank.
     retaining_heads : str or None
         Default heads for ``compressor=retaining_heads``: a ``.pt`` or ``.safetensors`` file, a directory,
         ``package://<package>/<path>`` or a hub id.
@@ -73,7 +80,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     tokenizer: str | None = None
     adapter: str | None = None
-    shard_weights: bool = False
+    shard_weights: bool | str = False
     retaining_heads: str | None = None
 
     def __post_init__(self) -> None:
@@ -81,12 +88,7 @@ class ModelConfig:
         check_choice("model.device", self.device, DEVICES)
         check_choice("model.load_format", self.load_format, LOAD_FORMATS)
         check_bool("model.trust_remote_code", self.trust_remote_code)
-        check_bool("model.shard_weights", self.shard_weights)
-        if self.shard_weights and self.adapter is not None:
-            raise ValueError(
-                f"model.shard_weights=true cannot merge model.adapter={self.adapter!r} into parts of weights; merge it "
-                "once with peft's merge_and_unload, save the model, and give that as model.path."
-            )
+        check_shard_weights("model.shard_weights", self.shard_weights)
         for name, file in (
             ("path", ", a .gguf file"),
             ("tokenizer", ", a .gguf file"),

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from apb_ds.loading.adapter import merge_adapter
 from apb_ds.loading.config import ModelConfig
 from apb_ds.loading.damage import find_damage
 from apb_ds.loading.geometry import auto_class, keep_layers, make_config, override_config, read_config
+from apb_ds.loading.parts import choose_shards, log_sizes
 from apb_ds.loading.quiet import quiet_transformers
 from apb_ds.loading.source import find_model, weight_files
 from apb_ds.loading.tokenizer import available_tokenizer, read_tokenizer
 from apb_ds.ops.memory import explain_out_of_memory, is_out_of_memory
+from apb_ds.parallel.consistency import shared_outcome
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.utils.text import first_line, kind_and_line, list_some
 from apb_ds.weights import is_sharded
@@ -47,6 +50,7 @@ class LoadedModel:
     source : where the weights came from, for display
     device, dtype : of the weights
     base_config : the model's config without `ModelConfig.overrides`
+    shard_weights : whether each rank has its part of the weights alone
     """
 
     model: Any
@@ -56,6 +60,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     base_config: Any
+    shard_weights: bool = False
 
 
 def choose_device(name: str) -> torch.device:
@@ -87,7 +92,8 @@ def load_model(
         Instead of the config's.
     group : SequenceGroup, optional
         The ranks that share the weights where the config shards them; by default this one alone. What is read fits
-        their `apb_ds.init_inference(..., shard_weights=True)`; nothing is sent.
+        their `apb_ds.init_inference(..., shard_weights=True)`. With ``shard_weights=auto`` all ranks that the group is
+        a part of call this together; otherwise nothing is sent.
 
     Returns
     -------
@@ -102,23 +108,32 @@ def load_model(
     # Not part of loading: what transformers imports on first use.
     for module in ("modeling_utils", "activations", "generation", "models.auto"):
         importlib.import_module(f"transformers.{module}")
-    device = device or choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
     start = time.perf_counter()
-    part = None
-    if config.shard_weights:
-        part = (0, 1) if group is None else (group.rank, group.world_size)
-    doing = f"loading {config.path or 'the model'} to {device}"
-    with quiet_transformers(), explain_out_of_memory(doing, _levers(dtype)):
-        if config.is_dummy or config.path is None:
-            model, tokenizer, source, base_config = _make_dummy(config, device, dtype, part)
-        else:
-            with nullcontext() if part is None else cut_while_loading(*part):
-                model, tokenizer, source, base_config = _read_model(config, config.path, device, dtype)
+    group = group or SequenceGroup()
+    shards = config.shard_weights is True
+    decides = config.shard_weights == "auto" and group.world_size > 1
+    # Ranks that decide together must all get that far.
+    with shared_outcome(group.all_ranks) if decides else nullcontext(), quiet_transformers():
+        device = device or choose_device(config.device)
+        dtype = choose_dtype(config.dtype, device)
+        explained = partial(explain_out_of_memory, f"loading {config.path or 'the model'} to {device}", _levers(dtype))
+        with explained():
+            found = _find(config)
+            empty: Any = _empty(found, config, dtype) if shards or decides else None
+    with explained(), quiet_transformers():
+        if decides:
+            shards = choose_shards(empty, device, group)
+        if shards:
+            check_shardable(empty)
+            log_sizes(empty, group)
+        part = (group.rank, group.world_size) if shards else None
+        read = _make_dummy if config.is_dummy else _read_model
+        model, tokenizer, source = read(config, found, device, dtype, part)
     model.eval().requires_grad_(False)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return LoadedModel(model, tokenizer, time.perf_counter() - start, source, device, dtype, base_config)
+    load_s = time.perf_counter() - start
+    return LoadedModel(model, tokenizer, load_s, source, device, dtype, found.base_config, shards)
 
 
 def with_positions_of(loaded: LoadedModel, config: ModelConfig) -> LoadedModel | None:
@@ -161,12 +176,50 @@ def with_positions_of(loaded: LoadedModel, config: ModelConfig) -> LoadedModel |
     return replace(loaded, model=model, load_s=time.perf_counter() - start)
 
 
-def _without_weights(model_config: Any, dtype: torch.dtype) -> Any:
+@dataclass(frozen=True)
+class _Found:
+    """What describes a model before it has weights.
+
+    Attributes
+    ----------
+    directory : of the model; None for a dummy made from `ModelConfig.geometry`
+    base_config : as of `LoadedModel`
+    model_config : what the model is made with
+    named : the setting that it comes from
+    """
+
+    directory: Path | None
+    base_config: Any
+    model_config: Any
+    named: str
+
+
+def _find(config: ModelConfig) -> _Found:
+    if config.is_dummy or config.path is None:
+        directory, base_config = _dummy_config(config)
+    else:
+        directory = find_model(config.path)
+        base_config = read_config(directory, config)
+    named = "model.geometry" if directory is None else f"model.path={config.path!r}"
+    return _Found(directory, base_config, _final_config(base_config, config), named)
+
+
+def _empty(found: _Found, config: ModelConfig, dtype: torch.dtype) -> Any:
+    """Return the model without weights; ValueError if transformers cannot build it."""
+    try:
+        return _without_weights(found.model_config, dtype, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # of many kinds: whatever layers raise for sizes that do not fit together
+        raise ValueError(f"{found.named}: {_explain(None, found.model_config, error)}") from error
+
+
+def _without_weights(model_config: Any, dtype: torch.dtype, **options: Any) -> Any:
     """Return a model whose buffers are real and whose weights are on the meta device."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        return auto_class(model_config).from_config(model_config, dtype=dtype)
+        model = auto_class(model_config).from_config(model_config, dtype=dtype, **options)
+    model.tie_weights()
+    return model
 
 
 def _levers(dtype: torch.dtype) -> str:
@@ -183,25 +236,26 @@ def _final_config(base_config: Any, config: ModelConfig) -> Any:
     return model_config
 
 
-def _read_model(config: ModelConfig, path: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str, Any]:
-    directory = find_model(path)
-    base_config = read_config(directory, config)
-    model_config = _final_config(base_config, config)
+def _read_model(
+    config: ModelConfig, found: _Found, device: torch.device, dtype: torch.dtype, part: tuple[int, int] | None
+) -> tuple[Any, Any, str]:
+    directory, model_config = found.directory, found.model_config
+    assert config.path is not None and directory is not None
+    path = config.path
     # `_check_keys` refuses tensors of another shape, together with the other keys that do not fit.
     options: dict[str, Any] = {"ignore_mismatched_sizes": True}
-    if config.shard_weights:
-        check_shardable(_without_weights(model_config, dtype))
     if device.type == "cuda" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # tensor by tensor, without a copy of the model on the host
     try:
-        loaded: Any = auto_class(model_config).from_pretrained(
-            directory,
-            config=model_config,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        with nullcontext() if part is None else cut_while_loading(*part):
+            loaded: Any = auto_class(model_config).from_pretrained(
+                directory,
+                config=model_config,
+                dtype=dtype,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:  # of many kinds, from transformers, safetensors, torch and pickle
         if is_out_of_memory(error):
             raise
@@ -211,8 +265,8 @@ def _read_model(config: ModelConfig, path: str, device: torch.device, dtype: tor
     tokenizer = read_tokenizer(config, directory, model.get_input_embeddings().num_embeddings)
     model, source = model.to(device), path
     if config.adapter is not None:
-        model, source = merge_adapter(model, config.adapter), f"{source} with {config.adapter}"
-    return model, tokenizer, source, base_config
+        model, source = merge_adapter(model, config.adapter, part), f"{source} with {config.adapter}"
+    return model, tokenizer, source
 
 
 def _explain(directory: Path | None, model_config: Any, error: Exception) -> str:
@@ -267,11 +321,9 @@ def _describe_key(key: Any) -> str:
 
 
 def _make_dummy(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, part: tuple[int, int] | None
-) -> tuple[Any, Any, str, Any]:
-    directory, base_config = _dummy_config(config)
-    model_config = _final_config(base_config, config)
-    geometry = "model.geometry" if directory is None else f"model.path={config.path!r}"
+    config: ModelConfig, found: _Found, device: torch.device, dtype: torch.dtype, part: tuple[int, int] | None
+) -> tuple[Any, Any, str]:
+    directory, model_config = found.directory, found.model_config
     # The same seed on every rank gives the same random weights. They are made on the device, in the dtype.
     devices = [device] if device.type == "cuda" else []
     try:
@@ -285,11 +337,11 @@ def _make_dummy(
     except Exception as error:  # of many kinds: whatever layers raise for sizes that do not fit together
         if is_out_of_memory(error):
             raise
-        raise ValueError(f"{geometry}: {_explain(None, model_config, error)}") from error
+        raise ValueError(f"{found.named}: {_explain(None, model_config, error)}") from error
     tokenizer = available_tokenizer(config, directory, model.get_input_embeddings().num_embeddings)
     shape = f"{model_config.model_type}, {model_config.get_text_config().num_hidden_layers} layers"
-    source = f"random weights ({shape}; {geometry if directory is None else config.path})"
-    return model, tokenizer, source, base_config
+    source = f"random weights ({shape}; {found.named if directory is None else config.path})"
+    return model, tokenizer, source
 
 
 def _dummy_config(config: ModelConfig) -> tuple[Path | None, Any]:

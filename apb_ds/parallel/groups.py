@@ -166,6 +166,11 @@ class SequenceGroup:
         return self._board if torch.distributed.is_initialized() else None
 
     @property
+    def all_ranks(self) -> SequenceGroup:
+        """The group that this one is a part of, else itself."""
+        return self if self._made_from is None else self._made_from.all_ranks
+
+    @property
     def is_first(self) -> bool:
         return self.rank == 0
 

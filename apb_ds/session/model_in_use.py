@@ -69,8 +69,8 @@ class ModelInUse:
                 group=group,
                 retaining_heads=heads,
                 timeout_s=timeout_s,
-                shard_weights=self.config.shard_weights,
-                shard_ranks=self.group.world_size if self.group is not None and self.config.shard_weights else None,
+                shard_weights=self.loaded.shard_weights,
+                shard_ranks=self.group.world_size if self.group is not None and self.loaded.shard_weights else None,
             )
         else:
             self._engine.configure(method, heads)

@@ -171,7 +171,7 @@ def load_to_train(model_config: ModelConfig, max_length: int) -> tuple[LoadedMod
     ValueError
         If it has no tokenizer, or too few positions for conversations of `max_length` tokens.
     """
-    if model_config.shard_weights:
+    if model_config.shard_weights is True:  # auto shards nothing without a group
         raise ValueError("model.shard_weights=true is for inference; training needs whole weights on every rank.")
     loaded = load_model(model_config)
     if loaded.tokenizer is None or loaded.tokenizer.eos_token_id is None:

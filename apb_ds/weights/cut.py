@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -25,31 +26,88 @@ def rows_of(num_channels: int, world_size: int) -> int:
     return -(-num_channels // world_size)
 
 
+def own_rows(tensor: Tensor, rank: int, world_size: int) -> Tensor:
+    """Return a rank's rows of a tensor, a view without padding: the last ranks may have fewer than the others."""
+    rows = rows_of(len(tensor), world_size)
+    return tensor[rank * rows : (rank + 1) * rows]
+
+
 def cut_rows(weight: Tensor, rank: int, world_size: int) -> Tensor:
     """Return a rank's rows of a weight as a new tensor, (rows, channels), with zeros beyond the last row."""
-    rows = rows_of(weight.shape[0], world_size)
-    mine = weight[rank * rows : (rank + 1) * rows]
-    cut = mine.new_zeros((rows, weight.shape[1]))
-    cut[: len(mine)] = mine
-    return cut
+    return _padded(own_rows(weight, rank, world_size), rows_of(len(weight), world_size))
 
 
-def linears_in_layers(model: PreTrainedModel) -> list[nn.Linear]:
-    """Return the linear layers of the model's decoder layers that can be cut."""
-    modules = (module for layer in decoder_layers(model) for module in layer.modules())
+def _padded(weight: Tensor, rows: int) -> Tensor:
+    padded = weight.new_zeros((rows, weight.shape[1]))
+    padded[: len(weight)] = weight
+    return padded
+
+
+def linears_to_cut(model: PreTrainedModel) -> list[nn.Linear]:
+    """Return the linear layers of which each rank has its rows alone: those of decoder layers, and an untied head."""
+    modules = [module for layer in decoder_layers(model) for module in layer.modules()]
+    head = model.get_output_embeddings()
+    if head is not None and not _is_tied(model, head):
+        modules.append(head)
     return [module for module in modules if type(module) is nn.Linear]
 
 
-def check_shardable(model: PreTrainedModel) -> None:
-    """Raise ValueError, naming the first, if decoder layers hold large weights of other layers than ``nn.Linear``."""
+def _is_tied(model: Any, head: nn.Module) -> bool:
+    """Whether the head's weight is the embedding's, or will be once it has been loaded."""
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    names = (f"{path}.weight" for path, module in model.named_modules() if module is head)
+    return head.weight is getattr(model.get_input_embeddings(), "weight", None) or not tied.isdisjoint(names)
+
+
+def why_not_shardable(model: PreTrainedModel) -> str | None:
+    """Return why a model's weights cannot be sharded, or None.
+
+    They cannot if decoder layers hold large weights of other layers than ``nn.Linear``; the first one is named.
+    """
     for layer in decoder_layers(model):
         for name, module in layer.named_modules():
             for kind, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() > 1 and type(module) is not nn.Linear:
-                    raise ValueError(
+                    return (
                         f"weights of {type(model).__name__} cannot be sharded: {type(module).__name__} "
-                        f"({name}.{kind}) in a decoder layer is not a plain linear layer. Use shard_weights=false."
+                        f"({name}.{kind}) in a decoder layer is not a plain linear layer."
                     )
+    return None
+
+
+def check_shardable(model: PreTrainedModel) -> None:
+    """Raise ValueError, with the reason, if a model's weights cannot be sharded."""
+    why = why_not_shardable(model)
+    if why is not None:
+        raise ValueError(f"{why} Use shard_weights=false.")
+
+
+@dataclass(frozen=True)
+class WeightSizes:
+    """Bytes of a model's weights.
+
+    Attributes
+    ----------
+    whole : of a copy
+    part : what each rank has of the layers that are cut, padding included
+    replicated : what every rank has: embeddings with tied heads, norms, biases
+    gathered : what a prefill has besides, for two decoder layers
+    """
+
+    whole: int
+    part: int
+    replicated: int
+    gathered: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, world_size: int) -> WeightSizes:
+        """Measure a model whose weights are whole, with or without data, for so many ranks."""
+        whole = sum(parameter.nbytes for parameter in model.parameters())
+        cut = linears_to_cut(model)
+        parts = {id(linear): linear.weight[0].nbytes * rows_of(linear.out_features, world_size) for linear in cut}
+        layers = [sum(parts.get(id(module), 0) for module in layer.modules()) for layer in decoder_layers(model)]
+        replicated = whole - sum(linear.weight.nbytes for linear in cut)
+        return cls(whole, sum(parts.values()), replicated, 2 * max(layers) * world_size)
 
 
 @contextmanager
@@ -66,8 +124,7 @@ def cut_while_loading(rank: int, world_size: int) -> Iterator[None]:
         path, _, kind = target_name.rpartition(".")
         if id(model) not in to_cut:
             check_shardable(model)
-            head = model.get_output_embeddings()
-            to_cut[id(model)] = {id(linear) for linear in [*linears_in_layers(model), head]}
+            to_cut[id(model)] = {id(linear) for linear in linears_to_cut(model)}
         module: Any = model.get_submodule(path)
         if kind == "weight" and id(module) in to_cut[id(model)] and not module.weight.is_meta:
             weight = nn.Parameter(cut_rows(module.weight.detach(), rank, world_size), requires_grad=False)
@@ -81,15 +138,38 @@ def cut_while_loading(rank: int, world_size: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def rows_as_whole(model: PreTrainedModel, rank: int, world_size: int) -> Iterator[dict[str, int]]:
+    """Have the layers that are cut look like smaller whole ones in this context: with this rank's rows, not padded.
+
+    They may be replaced in it. After an error the model is of no use.
+
+    Yields
+    ------
+    By name, how many output channels each of these layers has on all ranks together
+    """
+    channels = {}
+    cut = {id(linear) for linear in linears_to_cut(model)} if world_size > 1 else set()
+    for name, linear in model.named_modules():
+        if id(linear) in cut and len(linear.weight) == rows_of(linear.out_features, world_size):
+            channels[name] = linear.out_features
+            mine = len(range(linear.out_features)[rank * len(linear.weight) :][: len(linear.weight)])
+            linear.weight.data, linear.out_features = linear.weight.data[:mine], mine
+    yield channels
+    for name, number in channels.items():
+        module: Any = model.get_submodule(name)
+        if len(module.weight) < rows_of(number, world_size):
+            module.weight.data = _padded(module.weight.data, rows_of(number, world_size))
+        module.out_features = number
+
+
 def make_cut(model: Any, device: torch.device, rank: int, world_size: int) -> None:
     """Give a model without data (device meta) random weights, of its linear layers only this rank's rows.
 
     What is drawn depends on a weight's name, and in linear layers on rank and number of ranks.
     """
     check_shardable(model)
-    head = model.get_output_embeddings()
-    is_tied = head is not None and head.weight is getattr(model.get_input_embeddings(), "weight", None)
-    cut = {id(linear) for linear in linears_in_layers(model)} | (set() if is_tied else {id(head)})
+    cut = {id(linear) for linear in linears_to_cut(model)}
     made: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
         for kind, parameter in list(module.named_parameters(recurse=False)):

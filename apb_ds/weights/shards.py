@@ -136,7 +136,7 @@ def check_weights_for(model: PreTrainedModel, shard_weights: bool, shard_ranks: 
             )
 
 
-def check_shard_ranks(shard_ranks: int | None, shard_weights: bool, world_size: int) -> None:
+def check_shard_ranks(shard_ranks: int | None, shard_weights: bool | str, world_size: int) -> None:
     """Raise ValueError unless so many ranks can hold one copy of the weights together; None stands for all ranks.
 
     Parameters

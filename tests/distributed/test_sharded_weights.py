@@ -6,6 +6,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -239,6 +240,84 @@ def test_models_that_are_loaded_in_parts(pool: Pools, tmp_path: Path, world_size
         for family in folders:
             assert found[f"{family} auto"] == expected(family, "")
             assert found[f"{family} dummy"] != expected(family, "")
+
+
+def load_where_memory_is(
+    rank: int, world_size: int, folder: str, rooms: list[int], shard_ranks: int | None
+) -> dict[str, Any]:
+    """Load with ``auto`` where ranks have so much memory; return answers, what is held, and what was to be held."""
+    from apb_ds.loading import ModelConfig, load_model, parts
+    from apb_ds.parallel.groups import world_group
+    from apb_ds.weights.cut import WeightSizes
+
+    config = ModelConfig(path=folder, dtype="float32", device="cpu", shard_weights="auto")
+    with mock.patch.object(parts, "available_bytes", lambda _: rooms[rank]):
+        loaded = load_model(config, group=world_group().part(shard_ranks))
+    engine = apb_ds.init_inference(
+        loaded.model, APBConfig(**GIVEN), group=world_group(), shard_weights="auto", shard_ranks=shard_ranks
+    )
+    found: dict[str, Any] = {"shards": loaded.shard_weights, "answers": answers(engine, 203)}
+    if loaded.shard_weights:
+        sizes = WeightSizes.of(build_model("qwen2"), shard_ranks or world_size)
+        gatherer = engine.weights.gatherer
+        with gatherer.gathering([0]):
+            gathered = sum(buffer.nbytes for buffers in gatherer._buffers for buffer in buffers.values())
+        found["held"] = sum(parameter.nbytes for parameter in engine.module.parameters()), gathered
+        found["to be held"] = sizes.part + sizes.replicated, sizes.gathered
+    return found
+
+
+def test_auto_is_what_the_rank_with_least_memory_needs(pool: Pools, tmp_path: Path) -> None:
+    folder = str(tmp_path / "model")
+    build_model("qwen2").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    enough, short = [10**9] * 4, [10**9, 10**9, 10**5, 10**9]
+    for rooms, shard_ranks, shards in ((enough, 2, False), (short, None, True), (short, 2, True)):
+        for found in pool(4).run(load_where_memory_is, folder, rooms, shard_ranks, timeout=180):
+            assert found["shards"] == shards and found["answers"] == expected("qwen2", "")
+            assert found.get("held") == found.get("to be held") and ("held" in found) == shards
+
+
+def load_without_files(rank: int, world_size: int, folder: str) -> str:
+    from apb_ds.loading import ModelConfig, load_model
+    from apb_ds.parallel.groups import world_group
+
+    path = folder if rank == 0 else f"{folder}/nowhere"
+    with pytest.raises(ValueError, match="nowhere") as raised:
+        load_model(ModelConfig(path=path, device="cpu", shard_weights="auto"), group=world_group())
+    return str(raised.value)
+
+
+def test_a_rank_without_files_fails_all_before_they_decide(pool: Pools, tmp_path: Path) -> None:
+    build_model("qwen2").save_pretrained(tmp_path)
+    first, second = pool(2).run(load_without_files, str(tmp_path))
+    assert first == f"rank 1: {second}"
+
+
+def load_adapted(rank: int, world_size: int, values: dict[str, Any]) -> dict[str, Any]:
+    """Answers of a model that this rank has loaded and merged an adapter into, in parts if the values say so."""
+    from apb_ds.loading import ModelConfig, load_model
+    from apb_ds.parallel.groups import world_group
+
+    config = ModelConfig(dtype="float32", device="cpu", **values)
+    shards = {"shard_weights": bool(config.shard_weights)}
+    model = load_model(config, group=world_group()).model
+    return answers(apb_ds.init_inference(model, APBConfig(**GIVEN), **shards), 203)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_an_adapter_is_merged_by_rows(pool: Pools, tmp_path: Path, world_size: int) -> None:
+    peft = pytest.importorskip("peft")
+    build_model("qwen2").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    lora = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    peft.get_peft_model(build_model("qwen2"), peft.LoraConfig(**lora)).save_pretrained(tmp_path / "adapter")
+    values = {"path": str(tmp_path / "model"), "adapter": str(tmp_path / "adapter")}
+    whole = load_adapted(0, 1, values)
+    assert whole != expected("qwen2", "")
+    for found in pool(world_size).run(load_adapted, {**values, "shard_weights": True}, timeout=180):
+        assert found == whole
 
 
 def test_facts_of_parts_are_those_of_the_whole_model(pool: Pools) -> None:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from apb_ds.loading import ModelConfig, load_model
 from apb_ds.loading.adapter import merge_adapter
 from apb_ds.loading.source import package_path
+from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.weights.cut import cut_rows, linears_to_cut
 from tests import tiny_checkpoint
 
 peft = pytest.importorskip("peft")
@@ -41,8 +43,9 @@ def save_adapter(checkpoint: Path, directory: Path, **config: Any) -> Path:
     return directory
 
 
-def load(checkpoint: Path, adapter: Path | str | None = None, **values: Any) -> Any:
-    return load_model(ModelConfig(path=str(checkpoint), device="cpu", adapter=adapter and str(adapter), **values))
+def load(checkpoint: Path, adapter: Path | str | None = None, group: Any = None, **values: Any) -> Any:
+    config = ModelConfig(path=str(checkpoint), device="cpu", adapter=adapter and str(adapter), **values)
+    return load_model(config, group=group)
 
 
 @torch.no_grad()
@@ -173,3 +176,94 @@ def test_messages_say_where_an_adapter_was_looked_for(
 def test_dummy_weights_take_no_adapter() -> None:
     with pytest.raises(ValueError, match=r"model\.adapter='x' needs real weights"):
         ModelConfig(path="x", load_format="dummy", adapter="x")
+
+
+# Sizes that 2 and 4 do not divide; on 4 ranks the last has no row of `gate_proj` and `up_proj`.
+ODD = {"extra": 1, "hidden_size": 38, "intermediate_size": 9, "num_attention_heads": 2, "num_key_value_heads": 1}
+HEAD = ["q_proj", "v_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"]
+BY_ROWS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 3}},
+    "dora": {"use_dora": True},
+    "head and embedding": {"target_modules": HEAD},
+    "dora of the head": {"target_modules": ["lm_head", "o_proj"], "use_dora": True},
+    "biases": {"target_modules": ["q_proj", "o_proj"], "lora_bias": True, "bias": "all"},
+    "whole modules": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "a whole MLP": {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 5]}},
+}
+
+
+@pytest.fixture(scope="module", params=["own head", "tied"])
+def odd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = {**ODD, "tie_word_embeddings": request.param == "tied", "attention_bias": True, "head_dim": 14}
+    return tiny_checkpoint.save_checkpoint(tmp_path_factory.mktemp("odd"), **shape)
+
+
+@pytest.mark.parametrize("case", BY_ROWS)
+def test_ranks_merge_the_rows_that_they_have(odd: Path, tmp_path: Path, case: str) -> None:
+    adapter = save_adapter(odd, tmp_path, **BY_ROWS[case])
+    whole = load(odd, adapter).model
+    plain = load(odd).model.state_dict()
+    assert any(not torch.equal(tensor, plain[name]) for name, tensor in whole.state_dict().items())
+    for world_size in (1, 2, 4):
+        for rank in range(world_size):
+            group = SequenceGroup(rank=rank, world_size=world_size)
+            model = load(odd, adapter, group, shard_weights=True).model
+            cut = {f"{name}.weight" for name, module in model.named_modules() if module in linears_to_cut(model)}
+            mine = model.state_dict()
+            assert set(mine) == set(whole.state_dict())
+            for name, tensor in whole.state_dict().items():
+                expected = cut_rows(tensor, rank, world_size) if name in cut else tensor
+                assert torch.equal(mine[name], expected), (name, rank, world_size)
+                assert name not in cut or model.get_submodule(name.removesuffix(".weight")).out_features == len(tensor)
+
+
+def test_a_damaged_tensor_is_not_cut_to_fit(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(adapter, tmp_path / "damaged")
+    file = damaged / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if "lora_B" in name)
+    save_file({**tensors, name: tensors[name][:-1].contiguous()}, file)
+    with pytest.raises(ValueError, match=r"model\.adapter=.*cannot apply"):
+        load(checkpoint, damaged, SequenceGroup(rank=0, world_size=2), shard_weights=True)
+
+
+NOT_BY_ROWS: dict[str, tuple[Any, str]] = {
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa decomposes whole weights"),
+    "layers": ({"layer_replication": [(0, 2), (1, 3)]}, "layer_replication adds layers"),
+    "tokens of the head": (
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3]}},
+        "lm_head would be changed by TrainableTokensWrapper",
+    ),
+    "parameters": (
+        {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+        "q_proj would be changed by ParamWrapper",
+    ),
+    "kasa": ({"kasa_config": {}}, "would be changed by KasaLinearVariant"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_BY_ROWS)
+def test_what_is_not_by_rows_is_refused_by_name(
+    checkpoint: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, reason = NOT_BY_ROWS[case]
+    refuse(checkpoint, save_adapter(checkpoint, tmp_path, **config), reason, monkeypatch)
+
+
+def test_other_kinds_of_adapters_are_refused_by_name(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = peft.LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["v_proj"])
+    peft.get_peft_model(load(checkpoint).model, config).save_pretrained(tmp_path)
+    refuse(checkpoint, tmp_path, "v_proj would be changed by Linear of the type LOHA", monkeypatch)
+
+
+def refuse(checkpoint: Path, adapter: Path, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that it is refused with this reason, and that nothing has been merged by then."""
+    merged: list[Any] = []
+    monkeypatch.setattr(peft.PeftModel, "merge_and_unload", lambda *_, **__: merged.append(1), raising=False)
+    with pytest.raises(ValueError, match=rf"model\.adapter=.*{reason}.*merge_and_unload"):
+        load(checkpoint, adapter, SequenceGroup(rank=1, world_size=2), shard_weights=True)
+    assert not merged

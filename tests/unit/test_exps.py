@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -123,3 +126,31 @@ def test_training_without_an_experiment() -> None:
     values = OmegaConf.to_container(compose("train_instrument"), resolve=True)
     assert isinstance(values, dict)
     assert Mixture(from_mapping(InstrumentConfig, values["train"], "train").mixture).parts
+
+
+@pytest.mark.parametrize(
+    ("exp", "layer", "others"),
+    [  # numbers in a layer's linear weights, and in embeddings and norms
+        ("yi_34b_128k", 7168 * (2 * 7168 + 2 * 1024 + 3 * 20480), 7168 * (64000 + 2 * 60 + 1)),
+        ("llama33_70b_128k", 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672), 8192 * (128256 + 2 * 80 + 1)),
+    ],
+)
+def test_what_each_rank_will_hold_of_large_models(
+    exp: str, layer: int, others: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make_nothing(*_: Any) -> None:
+        raise ValueError("made without weights")
+
+    caplog.set_level(logging.INFO, "apb_ds")
+    monkeypatch.setattr("apb_ds.loading.model.make_cut", make_nothing)
+    values = composed(f"+exp={exp}", "model.shard_weights=true")["model"]
+    config = ModelConfig.from_dict({**values, "path": None, "load_format": "dummy", "dtype": "bfloat16"})
+    with pytest.raises(ValueError, match="made without weights"):
+        load_model(config, torch.device("cpu"), SequenceGroup(rank=0, world_size=8))
+    layers, vocab, hidden = (config.geometry[name] for name in ("num_hidden_layers", "vocab_size", "hidden_size"))
+    part = 2 * (layers * layer + vocab * hidden) / 8
+    expected = [part + 2 * others, part, 2 * others, 2 * 2 * layer]
+    (message,) = caplog.messages
+    found = [float(number) for number in re.findall(r"([\d.]+) GiB", message)]
+    assert found == [pytest.approx(number / 2**30, rel=5e-3) for number in expected]
+    assert "one of 8 parts" in message
