@@ -28,19 +28,19 @@ class EmulatedTimes:
     round_s : seconds of computation in each round
     round_collectives : number of collectives in each round
     bytes_sent : what a real rank would send, without weights
-    gathered_bytes, num_gathers : of sharded weights
     peak_memory_bytes : of this rank alone
     plan : how the document was split
+    gathered_bytes, num_gathers : of sharded weights
     """
 
     rank: int
     round_s: tuple[float, ...]
     round_collectives: tuple[int, ...]
     bytes_sent: int
-    gathered_bytes: int
-    num_gathers: int
     peak_memory_bytes: int
     plan: Plan
+    gathered_bytes: int = 0
+    num_gathers: int = 0
 
     @property
     def compute_s(self) -> float:
