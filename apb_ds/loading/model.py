@@ -116,7 +116,11 @@ def load_model(
     with shared_outcome(group.all_ranks) if decides else nullcontext(), quiet_transformers():
         device = device or choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
-        explained = partial(explain_out_of_memory, f"loading {config.path or 'the model'} to {device}", _levers(dtype))
+        explained = partial(
+            explain_out_of_memory,
+            f"loading {config.path or 'the model'} to {device}",
+            _levers(dtype, config.shard_weights),
+        )
         with explained():
             found = _find(config)
             empty: Any = _empty(found, config, dtype) if shards or decides else None
@@ -222,10 +226,11 @@ def _without_weights(model_config: Any, dtype: torch.dtype, **options: Any) -> A
     return model
 
 
-def _levers(dtype: torch.dtype) -> str:
+def _levers(dtype: torch.dtype, shard_weights: bool | str) -> str:
     """Return what helps if a model of this dtype does not fit into memory."""
-    half = "model.dtype=bfloat16, which halves the weights, or " if dtype.itemsize > 2 else ""
-    return f"What helps: {half}a device with more memory, fewer ranks on one machine, or a smaller model."
+    half = "model.dtype=bfloat16, which halves the weights, " if dtype.itemsize > 2 else ""
+    shards = "" if shard_weights else "model.shard_weights=true, which keeps one copy over all ranks, "
+    return f"What helps: {half}{shards}a device with more memory, fewer ranks on one machine, or a smaller model."
 
 
 def _final_config(base_config: Any, config: ModelConfig) -> Any:

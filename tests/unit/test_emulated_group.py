@@ -88,6 +88,22 @@ def test_weights_are_gathered_as_copies_and_answers_take_their_time() -> None:
     assert engine.generate(query_ids=query, context=context, max_new_tokens=3).shape == (1, 3)
 
 
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_a_token_takes_five_collectives_a_layer_and_one_for_the_head(num_queries: int) -> None:
+    """Of queries, keys and values; the ranks' results; their projection; gate and up; down. One token or a pack."""
+    group = EmulatedGroup(world_size=4, copies=True)
+    engine = apb_ds.init_inference(build_model("llama"), apb_ds.APBConfig(hosts=4), group=group, shard_weights=True)
+    queries = [request_ids(20, 3 + index, seed=index)[1] for index in range(num_queries)]
+    context = engine.prefill(request_ids(203, 5)[0])
+    counts = []
+    for num_new in (2, 5):
+        before = group.num_collectives
+        given = {"context": context, "max_new_tokens": num_new, "do_sample": False, "eos_token_id": None}
+        engine.generate(query_ids=queries[0] if num_queries == 1 else queries, **given)
+        counts.append(group.num_collectives - before)
+    assert counts[1] - counts[0] == 3 * (5 * len(engine.layers) + 1)
+
+
 def test_a_gather_of_copies() -> None:
     group = EmulatedGroup(rank=1, world_size=3, copies=True)
     mine, into = torch.arange(4).view(2, 2), torch.zeros(6, 2, dtype=torch.int64)
