@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,28 +113,58 @@ class WeightSizes:
 
 @contextmanager
 def cut_while_loading(rank: int, world_size: int) -> Iterator[None]:
-    """Have transformers' ``from_pretrained`` keep this rank's rows of each weight as soon as it has been read.
+    """Have transformers' ``from_pretrained`` read and keep this rank's rows of each weight.
 
-    At no time is more than one of these weights whole. The layers stay ``nn.Linear``, to be sharded next.
+    Weights that are converted on the way are read whole, one at a time, and cut at once. The layers stay ``nn.Linear``,
+    to be sharded next.
     """
+    convert, copy = core_model_loading.WeightRenaming.convert, core_model_loading._materialize_copy
     set_whole = core_model_loading.set_param_for_module
-    to_cut: dict[int, set[int]] = {}  # by the id of a model, of which there may be parts
+    to_cut: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+    needed: torch.Size | None = None  # while a weight is read of which rows are enough: its shape
+    has_rows = False  # whether what has been read last are rows alone
 
-    def set_and_cut(model: Any, target_name: str, *arguments: Any, **keywords: Any) -> None:
-        set_whole(model, target_name, *arguments, **keywords)
-        path, _, kind = target_name.rpartition(".")
-        if id(model) not in to_cut:
+    def is_cut(model: Any, name: str) -> bool:
+        if model not in to_cut:
             check_shardable(model)
-            to_cut[id(model)] = {id(linear) for linear in linears_to_cut(model)}
-        module: Any = model.get_submodule(path)
-        if kind == "weight" and id(module) in to_cut[id(model)] and not module.weight.is_meta:
-            weight = nn.Parameter(cut_rows(module.weight.detach(), rank, world_size), requires_grad=False)
-            weight._is_hf_initialized = True  # type: ignore[attr-defined]
-            module.weight = weight
+            cut = {id(linear) for linear in linears_to_cut(model)}
+            to_cut[model] = {f"{path}.weight" for path, module in model.named_modules() if id(module) in cut}
+        return name in to_cut[model]
+
+    def convert_rows(mapping: Any, name: str, model: Any = None, **keywords: Any) -> Any:
+        nonlocal needed
+        if is_cut(model, name) and mapping.quantization_operation is None:
+            needed = model.get_parameter(name).shape
+        try:
+            return convert(mapping, name, model=model, **keywords)
+        finally:
+            needed = None
+
+    def copy_rows(tensor: Any, *arguments: Any, **keywords: Any) -> Tensor:
+        nonlocal has_rows
+        shape = tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape  # of a slice of a file, a tensor
+        has_rows = tuple(shape) == needed
+        if has_rows:
+            rows = rows_of(shape[0], world_size)
+            tensor = tensor[rank * rows : (rank + 1) * rows]
+        return copy(tensor, *arguments, **keywords)
+
+    def set_rows(model: Any, name: str, value: Tensor, *arguments: Any, **keywords: Any) -> None:
+        if is_cut(model, name):
+            module: Any = model.get_submodule(name.removesuffix(".weight"))
+            if has_rows or value.shape == module.weight.shape:  # transformers reports other shapes
+                rows = rows_of(module.out_features, world_size)
+                value = value.detach() if has_rows else own_rows(value.detach(), rank, world_size)
+                if len(value) < rows or value.untyped_storage().nbytes() > value.nbytes:  # a view keeps all of it
+                    value = _padded(value, rows)
+                module.weight = nn.Parameter(module.weight[:1].expand_as(value), requires_grad=False)
+        set_whole(model, name, value, *arguments, **keywords)
 
     with (
         mock.patch.dict(os.environ, {ONE_BY_ONE: "1"}),
-        mock.patch.object(core_model_loading, "set_param_for_module", set_and_cut),
+        mock.patch.object(core_model_loading.WeightRenaming, "convert", convert_rows),
+        mock.patch.object(core_model_loading, "_materialize_copy", copy_rows),
+        mock.patch.object(core_model_loading, "set_param_for_module", set_rows),
     ):
         yield
 

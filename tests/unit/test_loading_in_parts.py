@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import core_model_loading, modeling_utils
 
 import apb_ds
 from apb_ds.loading import LoadedModel, ModelConfig, load_model, parts
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.training.loop import load_to_train
+from apb_ds.weights.cut import cut_rows, own_rows
 from tests.models import build_model
 from tests.tiny_checkpoint import byte_tokenizer, save_checkpoint
 
@@ -32,6 +35,64 @@ def test_a_tied_head_stays_whole_wherever_it_is_stored(tmp_path: Path, stored: t
     model = load_model(config, group=SequenceGroup(rank=1, world_size=2)).model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, embedding)
+
+
+@pytest.mark.parametrize("stored", ["safetensors", "bfloat16", "bin", "another name"])
+def test_a_rank_reads_its_rows_alone(tmp_path: Path, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = save_checkpoint(tmp_path, extra=1, intermediate_size=9) / WEIGHTS  # sizes that 4 does not divide
+    tensors = load_file(file)
+    if stored == "bin":
+        file.unlink()
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    if stored == "bfloat16":
+        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    if stored == "another name":  # as a base model has been saved
+        renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        save_file(renamed, file, metadata={"format": "pt"})
+    copy, read = core_model_loading._materialize_copy, []
+
+    def recorded(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        tensor = copy(*arguments, **keywords)
+        read.append(tensor.numel())
+        return tensor
+
+    config = ModelConfig(path=str(tmp_path), device="cpu", dtype="float32")
+    whole = load_model(config).model
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", recorded)
+    for rank in range(4):
+        read.clear()
+        group = SequenceGroup(rank=rank, world_size=4)
+        model = load_model(replace(config, shard_weights=True), group=group).model
+        held = 0
+        for name, module in model.named_modules():
+            linear = type(module) is torch.nn.Linear
+            for kind, parameter in module.named_parameters(recurse=False):
+                expected = whole.get_parameter(f"{name}.{kind}")
+                mine = own_rows(expected, rank, 4) if linear else expected
+                assert torch.equal(parameter, cut_rows(expected, rank, 4) if linear else expected), (name, rank)
+                held += mine.numel()
+                assert not linear or parameter.untyped_storage().nbytes() == parameter.nbytes, "no more is kept"
+        assert sum(read) == held
+
+
+def test_converted_weights_are_cut_once_they_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint has each layer's gate and up projections in one tensor, and transformers splits it."""
+    file = save_checkpoint(tmp_path, intermediate_size=9) / WEIGHTS
+    whole = load_model(ModelConfig(path=str(tmp_path), device="cpu")).model
+    tensors = load_file(file)
+    for layer in range(len(whole.model.layers)):
+        names = [f"model.layers.{layer}.mlp.{kind}_proj.weight" for kind in ("gate", "up")]
+        tensors[f"model.layers.{layer}.mlp.both.weight"] = torch.cat([tensors.pop(name) for name in names])
+    save_file(tensors, file, metadata={"format": "pt"})
+    targets = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    splits = core_model_loading.WeightConverter("mlp.both.weight", targets, [core_model_loading.Chunk(dim=0)])
+    monkeypatch.setattr(modeling_utils, "get_model_conversion_mapping", lambda *_: [splits])
+    for rank in range(4):
+        config = ModelConfig(path=str(tmp_path), device="cpu", shard_weights=True)
+        model = load_model(config, group=SequenceGroup(rank=rank, world_size=4)).model
+        for name in ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"):
+            weight = model.get_submodule(name).weight
+            assert torch.equal(weight, cut_rows(whole.get_submodule(name).weight, rank, 4))
 
 
 def test_a_tied_head_of_random_weights_is_the_embedding(tmp_path: Path) -> None:
