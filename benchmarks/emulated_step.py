@@ -2,8 +2,8 @@
 
     python benchmarks/emulated_step.py --out outputs/emulated_step.json
 
-Random weights of Llama-3.3-70B's sizes. The rank's shard, cache and kernels are real; the other ranks' parts of each
-message are copies of its own, which cost no link. So this is the computation of one rank, not the time of several.
+Random weights of Llama-3.3-70B's sizes. The rank's shard, cache and kernels are real. What other ranks would send is
+copied from its own part and crosses no link, so this times what one rank computes, not several ranks together.
 """
 
 from __future__ import annotations
