@@ -18,6 +18,7 @@ from apb_ds.engine.engine import APBEngine, move_to_accelerator
 from apb_ds.engine.saved_facts import model_facts
 from apb_ds.engine.validation import settings_facts
 from apb_ds.hf.architecture import check_supported
+from apb_ds.hf.stages import Stage, check_stage_of, stage_of
 from apb_ds.hf.zero3 import check_partition, is_partitioned
 from apb_ds.loading import ModelConfig
 from apb_ds.loading import load_model as load_described
@@ -26,6 +27,7 @@ from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, world_group
 from apb_ds.parallel.launcher import launched_world_size
+from apb_ds.parallel.pipeline import check_stages
 from apb_ds.plan import check_ranks
 from apb_ds.weights import ShardedWeights, check_shard_ranks, check_weights_for, is_sharded
 
@@ -88,6 +90,7 @@ def init_inference(
     timeout_s: float | None = None,
     shard_weights: bool | str = False,
     shard_ranks: int | None = None,
+    stages: int = 1,
 ) -> APBEngine:
     """Make an engine for a model, alone or over the ranks that ``deepspeed`` or ``torchrun`` started.
 
@@ -114,7 +117,10 @@ def init_inference(
         `load_model` has loaded this rank's part alone.
     shard_ranks : int
         With `shard_weights`, how many ranks hold a copy together: ranks that follow each other, such as those of a
-        node. A divisor of the number of ranks, which is the default.
+        node. A divisor of the number of ranks, or of those of a stage, which is the default.
+    stages : int
+        Cut the model into so many stages of a pipeline, a divisor of the number of ranks: those that follow each other
+        have some of its layers, and share the document. The model is changed for good.
 
     Raises
     ------
@@ -124,45 +130,62 @@ def init_inference(
     """
     config = APBConfig.of(config)
     if isinstance(model, PipelineModule):
-        raise ValueError("model is a DeepSpeed PipelineModule; APB does not run in a pipeline.")
+        raise ValueError(
+            "model is a DeepSpeed PipelineModule, whose layers' attention is their own. Pass the transformers model and "
+            "stages=S, or use apb_ds.APBAttention in the layers: see docs/integration.md."
+        )
     if isinstance(model, InferenceEngine):
         raise ValueError("model is an inference engine already; use apb_ds.attach(engine, config).")
     if group is None and mpu is None and not torch.distributed.is_initialized():
-        _check_served(model, config, launched_world_size())  # before the ranks meet
+        check_stages(stages, launched_world_size())  # before the ranks meet
+        _check_served(model, config, launched_world_size() // stages)
         retaining_heads = heads_for(model, config, retaining_heads)
     if group is None:
         group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s or DEFAULT_TIMEOUT_S)
     if timeout_s is not None:
         group.set_timeout(timeout_s)
     weights = None
+    stage = None
     with shared_validation(group, "init_inference") as comparison:
-        _check_served(model, config, group.world_size)
+        check_stages(stages, group.world_size)
+        num_sharing = group.world_size // stages
+        _check_served(model, config, num_sharing)
+        check_stage_of(model, stages, group)
         heads = heads_for(model, config, retaining_heads)
         check_shard_weights("shard_weights", shard_weights)
-        check_shard_ranks(shard_ranks, shard_weights, group.world_size)
+        check_shard_ranks(shard_ranks, shard_weights, num_sharing)
         shard_weights = is_sharded(model) if shard_weights == "auto" else bool(shard_weights)
         check_partition(model, group, shard_weights)
-        check_weights_for(model, shard_weights, shard_ranks or group.world_size)
-        sends = shard_weights or is_partitioned(model)
+        check_weights_for(model, shard_weights, shard_ranks or num_sharing)
+        sends = shard_weights or is_partitioned(model) or stages > 1
         if not sends:
             engine = APBEngine(model, config, group, heads)
         comparison.facts = {
             **describe_software(),
             **settings_facts(config),
-            "model": None if is_sharded(model) else model,
+            "model": None if is_sharded(model) or stage_of(model) is not None else model,
             "retaining heads": heads,
             "shard_weights": shard_weights,
-            "shard_ranks": shard_ranks or group.world_size,
+            "shard_ranks": shard_ranks or num_sharing,
+            "stages": stages,
         }
     # Outside of the comparison: sharding and the engine's trial forward send messages, also if ZeRO-3 gathers for it.
+    sharing = group
+    if stages > 1:
+        was_cut = stage_of(model) is not None
+        stage = Stage.of(model, group, stages)
+        group, sharing = stage.pipeline.group, stage.pipeline.ranks
+        if was_cut and not shard_weights:
+            with shared_validation(sharing, "init_inference") as comparison:
+                comparison.facts = {"model": model}
     if shard_weights:
-        weights = ShardedWeights.of(model, group.part(shard_ranks))
+        weights = ShardedWeights.of(model, sharing.part(shard_ranks))
         move_to_accelerator(model)  # cut first: whole weights may not fit there
         weights.facts = model_facts(model, weights.whole_weights())
-        with shared_validation(group, "init_inference") as comparison:
+        with shared_validation(sharing, "init_inference") as comparison:
             comparison.facts = weights.facts
     if sends:
-        engine = APBEngine(model, config, group, heads, weights)
+        engine = APBEngine(model, config, group, heads, weights, stage)
     return engine
 
 

@@ -28,12 +28,12 @@ from apb_ds.engine.calls import ended_after_errors, exclusive_call
 from apb_ds.engine.choosing import prepare
 from apb_ds.engine.context import DEVICE, HOST, PLACES, Branch, Context
 from apb_ds.engine.cuda_graph import RecordedSteps
-from apb_ds.engine.decoding import LockstepDecoder, RequestStats
+from apb_ds.engine.decoding import LockstepDecoder, RequestStats, forward_new
 from apb_ds.engine.generation_settings import warn_of_overrides
 from apb_ds.engine.loaded import read_manifest
 from apb_ds.engine.packs import query_logits_together
 from apb_ds.engine.prefill import run_rounds
-from apb_ds.engine.saved_facts import model_facts
+from apb_ds.engine.saved_facts import check_whole, model_facts
 from apb_ds.engine.saved_files import beside
 from apb_ds.engine.sequences import OnProgress
 from apb_ds.engine.together import answer_alone, generate_all
@@ -42,6 +42,7 @@ from apb_ds.hf.architecture import check_positions, check_supported
 from apb_ds.hf.interface import apb_attention
 from apb_ds.hf.probe import probe_model
 from apb_ds.hf.rotary import warn_of_rough_frequencies
+from apb_ds.hf.stages import Stage, probe_stage
 from apb_ds.hf.tiled_mlps import check_tile
 from apb_ds.hf.zero3 import is_partitioned, whole_weights
 from apb_ds.loading.heads import HeadsSource, heads_for
@@ -70,7 +71,8 @@ class APBEngine(InferenceEngine):
     Attributes
     ----------
     apb_config : the options in force; change them with `configure`
-    group : the ranks that share a request
+    group : the ranks that share a request, of all stages
+    stage : what this rank computes of the model in a pipeline, or None
     layers : how each layer attends
     pool : where the suffixes of batches and branches are stored
     weights : how they are sharded over the ranks, or None
@@ -86,6 +88,7 @@ class APBEngine(InferenceEngine):
         group: SequenceGroup,
         retaining_heads: RetainingHeads | None = None,
         weights: ShardedWeights | None = None,
+        stage: Stage | None = None,
     ) -> None:
         check_supported(model)
         warn_of_rough_frequencies(model)
@@ -101,10 +104,12 @@ class APBEngine(InferenceEngine):
         dtype = model.dtype if model.dtype in get_accelerator().supported_dtypes() else torch.float32
         super().__init__(nn.Module(), DeepSpeedInferenceConfig(dtype=dtype, max_out_tokens=NO_TOKEN_LIMIT))
         self.module, self.config = model, model.config
-        self.layers = probe_model(model)
         self.group = group
         self.weights = weights
-        self.pool = SuffixPool(self.layers, group.rank, group.world_size, self.device)
+        self.stage = stage
+        self.layers = probe_model(model) if stage is None else probe_stage(model, stage)
+        self._sharing = group if stage is None else stage.pipeline.ranks
+        self.pool = SuffixPool(self.layers, self._sharing.rank, self._sharing.world_size, self.device)
         self.stats = RequestStats()
         self._attached_to: tuple[InferenceEngine, dict[str, Any]] | None = None
         self._training = [(module, module.training) for module in model.modules()]
@@ -112,7 +117,9 @@ class APBEngine(InferenceEngine):
         self._heads_facts: dict[str, str] | None = None
         self._model_facts: tuple[list[tuple[int, int]], dict[str, str]] | None = None
         attention, heads = self._build_attention(config, retaining_heads)
-        self._acceleration = Acceleration(self.module, config.settings, group, self._kernels_of(attention), self.layers)
+        self._acceleration = Acceleration(
+            self.module, config.settings, self._sharing, self._kernels_of(attention), self.layers
+        )
         self._put_in_force(config, attention, heads)
         self.module.eval()
 
@@ -136,15 +143,15 @@ class APBEngine(InferenceEngine):
         with exclusive_call(self.module):
             attention, heads = self._build_attention(config, retaining_heads)
             kernels = self._kernels_of(attention)
-            if not self._acceleration.serves(config.settings, self.group, kernels):
-                self._acceleration = Acceleration(self.module, config.settings, self.group, kernels, self.layers)
+            if not self._acceleration.serves(config.settings, self._sharing, kernels):
+                self._acceleration = Acceleration(self.module, config.settings, self._sharing, kernels, self.layers)
             self._put_in_force(config, attention, heads)
 
     def _build_attention(
         self, config: APBConfig, retaining_heads: HeadsSource | None
     ) -> tuple[APBAttention, RetainingHeads | None]:
         """Validate settings against model and group, and build what they need."""
-        check_ranks(config, self.group.world_size)
+        check_ranks(config, self._sharing.world_size)
         check_available(config)  # before files are looked for
         check_tile(self.module, config.settings.mlp_tile)
         if retaining_heads is None and needs_heads(config.compressor):
@@ -152,7 +159,7 @@ class APBEngine(InferenceEngine):
         heads = heads_for(self.module, config, retaining_heads)
         if heads is not None and heads not in self._heads:
             heads = heads.placed(self.device, self.module.dtype)
-        attention = APBAttention(config, self.group, heads)
+        attention = APBAttention(config, self._sharing, heads)
         for heads_of_layer in {(layer.heads, layer.kv_heads) for layer in self.layers if layer.window is None}:
             attention.check_heads(*heads_of_layer)
         return attention, heads
@@ -256,9 +263,9 @@ class APBEngine(InferenceEngine):
         self._warn_if_exact(plan)
         cache = ShardedCache(
             self.layers,
-            self.group.rank,
-            self.group.world_size,
-            plan.shard_length(self.group.rank),
+            self._sharing.rank,
+            self._sharing.world_size,
+            plan.shard_length(self._sharing.rank),
             new_tokens=new_tokens,
             query_tokens=0 if request.query_ids is None else request.query_ids.shape[1],
         )
@@ -266,7 +273,7 @@ class APBEngine(InferenceEngine):
             self._recorded.lend_buffers(cache)
         weights = self.weights
         gatherer = None if weights is None else weights.gatherer
-        state = PrefillState(plan, cache, self.group.rank, progress=progress, weights=gatherer)
+        state = PrefillState(plan, cache, self._sharing.rank, progress=progress, weights=gatherer)
         sent_before, began = self.group.bytes_sent, self._now()
         longest = max(plan.num_forward_tokens(rank, 0) for rank in range(plan.world_size))
         with (
@@ -275,11 +282,13 @@ class APBEngine(InferenceEngine):
                 levers(plan, self.module.dtype, is_prefill=True),
             ),
             self._acceleration.in_prefill(longest),
-            nullcontext() if weights is None else weights.in_prefill(state.num_layers, len(plan.rounds)),
+            nullcontext() if weights is None else weights.in_prefill(state.layers, len(plan.rounds)),
             apb_attention(self.module, request.attention, cache, Phase.PREFILL, request.max_positions, state),
         ):
             run_rounds(self.module, request.attention, state, request.document_ids, request.query_ids)
         self.group.progress.leave_model()
+        if self.stage is not None:
+            self.group.barrier()  # the prefill ends with the last stage
         cache.set_length(num_tokens)
         prefill_s = self._now() - began
         self.stats = RequestStats(prefill_s=prefill_s)
@@ -326,6 +335,7 @@ class APBEngine(InferenceEngine):
         with exclusive_call(self.module):
             facts = self.model_facts()
             with shared_validation(self.group, "load_context", self.device) as comparison:
+                check_whole(self.stage)
                 check_choice("place", place, PLACES)
                 saved = read_manifest(path)
                 saved.check_model(facts, self.layers)
@@ -503,22 +513,14 @@ class APBEngine(InferenceEngine):
         cached = context.num_cached
         context.release_prefix()
         context.cache.forget_unreachable()
-        fed = torch.cat([context.token_ids[:, cached:], query_ids], dim=-1)
-        positions = torch.arange(cached, cached + fed.shape[1], device=self.device).unsqueeze(0)
+        ids = torch.cat([context.token_ids, query_ids], dim=-1)
         try:
             with (
                 self._explaining_memory(context, num_query),
                 self._acceleration.in_decoding(),
                 apb_attention(self.module, self.attention, context.cache, Phase.QUERY, context.max_positions),
             ):
-                output = self.module(
-                    input_ids=fed,
-                    position_ids=positions,
-                    past_key_values=context.cache,
-                    use_cache=True,
-                    logits_to_keep=num_query,
-                )
-                return output.logits[:, -num_query:].float().contiguous()
+                return forward_new(self.module, ids, cached, context.cache, num_query).contiguous()
         finally:
             context.cache.crop_to(cached)
 

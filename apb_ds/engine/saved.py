@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apb_ds.engine.calls import exclusive_call
-from apb_ds.engine.saved_facts import content_facts, describe_layers
+from apb_ds.engine.saved_facts import check_whole, content_facts, describe_layers
 from apb_ds.engine.saved_files import (
     CODES,
     Chunk,
@@ -56,6 +56,7 @@ def save_context(
     group, device = context.group, context.engine.device
     with exclusive_call(context.model):
         with shared_validation(group, "save", device) as comparison:
+            check_whole(context.engine.stage)
             target = _checked_target(path)
             comparison.facts = {"path": str(target), "context": context.facts}
         facts = context.engine.model_facts()

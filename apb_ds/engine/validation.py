@@ -132,8 +132,10 @@ class Validator:
 
     def plan(self, num_tokens: int, num_query: int) -> Plan:
         """Return how a document is split; see `plan_request`."""
-        forward_tokens = None if self._module.device.type == "cpu" else FORWARD_TOKENS
-        return plan_request(self._config, num_tokens, num_query, self._group.world_size, forward_tokens)
+        # Stages of a pipeline compute different rounds at a time, so there should be several.
+        is_staged = self._attention.group is not self._group
+        forward_tokens = None if self._module.device.type == "cpu" or is_staged else FORWARD_TOKENS
+        return plan_request(self._config, num_tokens, num_query, self._attention.group.world_size, forward_tokens)
 
     def generate(self, call: GenerateCall) -> QueryRequest:
         """Validate `APBEngine.generate`'s arguments."""

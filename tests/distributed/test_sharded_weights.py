@@ -88,7 +88,7 @@ def answer(
     engine = new_engine(family, given, shard_weights=True, shard_ranks=shard_ranks)
     weights = engine.weights
     context = engine.prefill(*request_ids(num_document, 9))
-    gathered = weights.gatherer._layers[: num_prefilled(engine.layers)]
+    gathered = [weights.gatherer._layers[layer_idx] for layer_idx in range(num_prefilled(engine.layers))]
     in_layers = [linear.weight for linears in gathered for linear in linears]
     sent = sum(weight.numel() * weight.element_size() for weight in in_layers)
     sent *= (shard_ranks or world_size) - 1
