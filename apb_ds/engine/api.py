@@ -27,7 +27,7 @@ from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, world_group
 from apb_ds.parallel.launcher import launched_world_size
-from apb_ds.parallel.pipeline import check_stages
+from apb_ds.parallel.pipeline import Pipeline, check_stages
 from apb_ds.plan import check_ranks
 from apb_ds.weights import ShardedWeights, check_shard_ranks, check_weights_for, is_sharded
 
@@ -38,6 +38,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     shard_ranks: int | None = None,
+    stages: int = 1,
     **settings: Any,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and its tokenizer, as the command line does.
@@ -52,6 +53,8 @@ def load_model(
         ``auto`` (this rank's GPU if there is one), ``cpu`` or ``cuda``.
     shard_ranks : int
         With `shard_weights`, as in `init_inference`. All ranks call this together.
+    stages : int
+        As in `init_inference`: this rank loads its stage's layers alone. All ranks call this together.
     **settings
         Further fields of `apb_ds.loading.ModelConfig`, such as ``tokenizer``, ``adapter`` and ``overrides``. With
         ``shard_weights=True`` each of all ranks reads its part alone, for ``init_inference(..., shard_weights=True)``;
@@ -72,11 +75,15 @@ def load_model(
     named = str(dtype).removeprefix("torch.")
     values = {"path": os.fspath(path), "dtype": named, "device": str(device), **settings}
     config = ModelConfig.from_dict(values)
-    group = world_group() if config.shard_weights else SequenceGroup()
+    group = world_group() if config.shard_weights or stages != 1 else SequenceGroup()
     with shared_validation(group, "load_model") as comparison:
-        check_shard_ranks(shard_ranks, config.shard_weights, group.world_size)
-        comparison.facts = {"shard_ranks": shard_ranks or group.world_size}
-    loaded = load_described(config, group=group.part(shard_ranks))
+        check_stages(stages, group.world_size)
+        num_sharing = group.world_size // stages
+        check_shard_ranks(shard_ranks, config.shard_weights, num_sharing)
+        comparison.facts = {"shard_ranks": shard_ranks or num_sharing, "stages": stages}
+    pipeline = Pipeline(group, stages) if stages > 1 else None
+    sharing = group if pipeline is None else pipeline.ranks
+    loaded = load_described(config, group=sharing.part(shard_ranks), pipeline=pipeline)
     return loaded.model, loaded.tokenizer
 
 
@@ -131,8 +138,8 @@ def init_inference(
     config = APBConfig.of(config)
     if isinstance(model, PipelineModule):
         raise ValueError(
-            "model is a DeepSpeed PipelineModule, whose layers' attention is their own. Pass the transformers model and "
-            "stages=S, or use apb_ds.APBAttention in the layers: see docs/integration.md."
+            "model is a DeepSpeed PipelineModule, whose layers attend as they were written to. Pass the transformers "
+            "model and stages=S, or use apb_ds.APBAttention in the layers: see docs/integration.md."
         )
     if isinstance(model, InferenceEngine):
         raise ValueError("model is an inference engine already; use apb_ds.attach(engine, config).")

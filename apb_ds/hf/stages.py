@@ -64,6 +64,12 @@ class Stage:
             replace_module(model, head, _OtherStagesHead(head))
         _of_models[model] = self
 
+    @property
+    def description(self) -> str:
+        """Which layers this stage has."""
+        first, last = self.layers.start + 1, self.layers.stop
+        return f"stage {self.pipeline.stage + 1} of {self.pipeline.num_stages}, layers {first} to {last}"
+
     @classmethod
     def of(cls, model: PreTrainedModel, group: SequenceGroup, num_stages: int) -> Stage:
         """Return a model's stage: the one that it has been cut to, else it is cut now. All ranks call this together."""

@@ -159,10 +159,8 @@ class PendingReceive:
         return self.received
 
 
-def check_stages(stages: int | None, world_size: int) -> None:
-    """Raise ValueError unless so many ranks can be a pipeline of so many stages; None stands for one."""
-    if stages is None:
-        return
-    check_integer("stages", stages, 1)
+def check_stages(stages: int, world_size: int, name: str = "stages") -> None:
+    """Raise ValueError, calling it `name`, unless so many ranks can be a pipeline of so many stages."""
+    check_integer(name, stages, 1)
     if world_size % stages:
-        raise ValueError(f"stages={stages} must be a divisor of the number of ranks ({world_size}).")
+        raise ValueError(f"{name}={stages} must be a divisor of the number of ranks ({world_size}).")
