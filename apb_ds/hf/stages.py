@@ -37,6 +37,7 @@ class Stage:
     ----------
     model : transformers decoder, whole, with or without data; other stages' layers, embeddings and head are dropped
     pipeline : the ranks
+    mine : the decoder layers of this stage, by default as `stage_layers` says
 
     Attributes
     ----------
@@ -45,12 +46,12 @@ class Stage:
     num_layers : of the whole model
     """
 
-    def __init__(self, model: PreTrainedModel, pipeline: Pipeline) -> None:
+    def __init__(self, model: PreTrainedModel, pipeline: Pipeline, mine: range | None = None) -> None:
         check_stageable(model, pipeline.num_stages)
         layers = decoder_layers(model)
         self.pipeline = pipeline
         self.num_layers = len(layers)
-        self.layers = stage_layers(model, pipeline.num_stages)[pipeline.stage]
+        self.layers = mine or stage_layers(model, pipeline.num_stages)[pipeline.stage]
         self._hidden_size: int = text_config(model).hidden_size
         self._is_probed = False
         self._messages: _Messages | None = None
@@ -63,6 +64,10 @@ class Stage:
         if not pipeline.is_last:
             replace_module(model, head, _OtherStagesHead(head))
         _of_models[model] = self
+
+    def like(self, model: PreTrainedModel) -> Stage:
+        """Cut another model to the same layers, whatever parts of its weights are here."""
+        return Stage(model, self.pipeline, self.layers)
 
     @property
     def description(self) -> str:
@@ -267,7 +272,10 @@ def probe_stage(model: PreTrainedModel, stage: Stage) -> tuple[LayerAttention, .
         On every rank, for a model that cannot be served in stages.
     """
     with shared_outcome(stage.pipeline.group), stage.probed():
-        mine = probe_model(model)
+        try:
+            mine = probe_model(model)
+        except ValueError as error:
+            raise ValueError(f"as {stage.description}: {error}") from error
     return stage.all_layers(mine)
 
 

@@ -133,14 +133,14 @@ def load_model(
             found = _find(config)
             needs_empty = shards or decides or pipeline is not None
             empty: Any = _empty(found, config, dtype) if needs_empty else None
-            absent = frozenset() if pipeline is None else _cut_to_stage(empty, pipeline, config)
+            stage, absent = (None, frozenset()) if pipeline is None else _cut_to_stage(empty, pipeline, config)
     with explained(), quiet_transformers():
         if decides:
             shards = choose_shards(empty, device, group)
         if shards:
             check_shardable(empty)
             log_sizes(empty, group)
-        share = _Share((group.rank, group.world_size) if shards else None, pipeline, absent)
+        share = _Share((group.rank, group.world_size) if shards else None, stage, absent)
         read = _make_dummy if config.is_dummy else _read_model
         model, tokenizer, source = read(config, found, device, dtype, share)
     model.eval().requires_grad_(False)
@@ -219,25 +219,25 @@ class _Share:
     Attributes
     ----------
     part : which of how many parts of the linear layers; None for whole ones
-    pipeline : of which it has a stage
+    stage : that it has, of the model without data
     absent : names of the weights of other stages
     """
 
     part: tuple[int, int] | None
-    pipeline: Pipeline | None
+    stage: Stage | None
     absent: frozenset[str]
 
 
-def _cut_to_stage(empty: Any, pipeline: Pipeline, config: ModelConfig) -> frozenset[str]:
-    """Cut a model without data to this rank's stage; return the names of the weights that it no longer has."""
+def _cut_to_stage(empty: Any, pipeline: Pipeline, config: ModelConfig) -> tuple[Stage, frozenset[str]]:
+    """Cut a model without data to this rank's stage; return that, and the names of the weights that are gone."""
     if config.adapter is not None:
         raise ValueError(
             f"model.adapter={config.adapter!r} needs the whole model; merge it into the weights, or use stages=1."
         )
     weights = dict(empty.named_parameters(remove_duplicate=False))
-    Stage(empty, pipeline)
+    stage = Stage(empty, pipeline)
     kept = {id(weight) for weight in empty.parameters()}  # a tied head's weight also has the embedding's name
-    return frozenset(name for name, weight in weights.items() if id(weight) not in kept)
+    return stage, frozenset(name for name, weight in weights.items() if id(weight) not in kept)
 
 
 def _find(config: ModelConfig) -> _Found:
@@ -311,8 +311,8 @@ def _read_model(
     model, info = loaded
     _check_keys(path, info, config.ignore_keys)
     tokenizer = read_tokenizer(config, directory, model.get_input_embeddings().num_embeddings)
-    if share.pipeline is not None:
-        Stage(model, share.pipeline)
+    if share.stage is not None:
+        share.stage.like(model)
     model, source = model.to(device), path
     if config.adapter is not None:
         model, source = merge_adapter(model, config.adapter, share.part), f"{source} with {config.adapter}"
@@ -377,10 +377,10 @@ def _make_dummy(
     # The same seed on every rank gives the same random weights. They are made on the device, in the dtype.
     devices = [device] if device.type == "cuda" else []
     try:
-        if share.part is not None or share.pipeline is not None:
+        if share.part is not None or share.stage is not None:
             model = _without_weights(model_config, dtype)
-            if share.pipeline is not None:
-                Stage(model, share.pipeline)
+            if share.stage is not None:
+                share.stage.like(model)
             make_cut(model, device, *(share.part or (0, 1)))
         else:
             with torch.random.fork_rng(devices), torch.device(device):

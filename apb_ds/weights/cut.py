@@ -48,7 +48,7 @@ def linears_to_cut(model: PreTrainedModel) -> list[nn.Linear]:
     """Return the linear layers of which each rank has its rows alone: those of decoder layers, and an untied head."""
     modules = [module for layer in decoder_layers(model) for module in layer.modules()]
     head = model.get_output_embeddings()
-    if head is not None and not _is_tied(model, head):
+    if type(head) is nn.Linear and not _is_tied(model, head):
         modules.append(head)
     return [module for module in modules if type(module) is nn.Linear]
 
