@@ -44,6 +44,7 @@ def plan_metrics(context: Context, group: SequenceGroup) -> dict[str, Any]:
         "document_tokens": num_tokens,
         "hosts": plan.hosts,
         "ranks": plan.world_size,
+        "stages": group.world_size // plan.world_size,
         "rounds": len(plan.rounds),
         "block_length": max(plan.block_length(host) for host in range(plan.hosts)),
         "anchor_length": plan.anchor_length,

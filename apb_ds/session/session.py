@@ -210,7 +210,6 @@ class Session:
                 "load_s": loaded.load_s,
                 "dtype": str(loaded.dtype).removeprefix("torch."),
                 "config": asdict(settings.model),
-                "stages": settings.stages,
             },
             "settings": {"method": method, "seed": settings.seed, "memory": peak_memory_kind(loaded.device)},
             "kernels": {} if active.engine is None else active.engine.kernel_names,

@@ -222,7 +222,7 @@ def test_the_command_line(pool: Pools, tmp_path: Path) -> None:
         *served, too_many, refused = ended.records
         assert len({record["task"]["prediction"] for record in served}) == 1 and ended.errors[:2] == [None] * 2
         assert [record["metrics"]["ranks"] for record in served] == [4, 2]
-        assert [record["model"]["stages"] for record in served] == [1, 2]
+        assert [record["metrics"]["stages"] for record in served] == [1, 2]
         assert "stages=4 is more than the 3 decoder layers" in too_many["error"]
         assert "parallel.stages=3 must be a divisor of the number of ranks (4)" in refused["error"]
 
