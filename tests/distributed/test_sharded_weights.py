@@ -407,5 +407,6 @@ def test_a_sweep_of_copies(pool: Pools, tmp_path: Path) -> None:
         *served, refused = ended.records
         assert len({record["task"]["prediction"] for record in served}) == 1 and ended.errors[:3] == [None] * 3
         assert "parallel.shard_ranks=3 must be a divisor of the number of ranks (4)" in refused["error"]
+        assert all(record["model"]["shard_weights"] is True for record in served)
         sent = [max(record["metrics"]["bytes_sent"]) for record in served]
         assert sent[0] < sent[1] < sent[2], sent  # in place
