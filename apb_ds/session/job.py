@@ -114,8 +114,12 @@ class Settings(EngineSettings):
         return replace(self.method, query_position=query_position)
 
 
-def read_settings(values: dict[str, Any]) -> Settings:
+def read_settings(values: dict[str, Any], num_ranks: int | None = None) -> Settings:
     """Validate a composed config, as far as possible without a model. The result is the same on every rank.
+
+    Parameters
+    ----------
+    num_ranks : over which weights are sharded, where these are emulated; by default those launched
 
     Raises
     ------
@@ -123,7 +127,7 @@ def read_settings(values: dict[str, Any]) -> Settings:
         For an unknown key or name, a value out of its range, hosts that do not divide over the ranks, or a kernel
         that is not installed.
     """
-    engine = read_engine_settings(values, SECTIONS)
+    engine = read_engine_settings(values, SECTIONS, num_ranks)
     task = build_task_config(dict(values.get("task") or {}))
     evaluation = None
     if "eval" in values:
@@ -138,12 +142,15 @@ def read_settings(values: dict[str, Any]) -> Settings:
     )
 
 
-def read_engine_settings(values: dict[str, Any], sections: Sequence[str]) -> EngineSettings:
+def read_engine_settings(
+    values: dict[str, Any], sections: Sequence[str], num_ranks: int | None = None
+) -> EngineSettings:
     """Validate what a composed config says of the engine; see `read_settings`.
 
     Parameters
     ----------
     sections : that the config may have
+    num_ranks : as in `read_settings`
     """
     for key in values:
         check_choice("config key", key, sections)
@@ -169,7 +176,7 @@ def read_engine_settings(values: dict[str, Any], sections: Sequence[str]) -> Eng
         timeout_s=timeout_s,
         seed=seed,
         retaining_heads=_heads_of(method, heads, model),
-        shard_ranks=read_shard_ranks(parallel, model, num_sharing),
+        shard_ranks=read_shard_ranks(parallel, model, num_ranks or num_sharing),
         stages=stages,
     )
 

@@ -209,6 +209,7 @@ class Session:
                 "source": loaded.source,
                 "load_s": loaded.load_s,
                 "dtype": str(loaded.dtype).removeprefix("torch."),
+                "shard_weights": loaded.shard_weights,
                 "config": asdict(settings.model),
             },
             "settings": {"method": method, "seed": settings.seed, "memory": peak_memory_kind(loaded.device)},
