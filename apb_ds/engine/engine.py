@@ -38,6 +38,7 @@ from apb_ds.engine.saved_files import beside
 from apb_ds.engine.sequences import OnProgress
 from apb_ds.engine.together import answer_alone, generate_all
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator, check_ids
+from apb_ds.hf.adapters import adapters_in_force
 from apb_ds.hf.architecture import check_positions, check_supported
 from apb_ds.hf.interface import apb_attention
 from apb_ds.hf.probe import probe_model
@@ -293,6 +294,7 @@ class APBEngine(InferenceEngine):
             engine=self,
             attention=request.attention,
             key=key,
+            adapters=adapters_in_force(self.module),
         )
 
     def load_context(
@@ -357,6 +359,7 @@ class APBEngine(InferenceEngine):
                 engine=self,
                 attention=self.attention,
                 key=comparison.digest,
+                adapters=adapters_in_force(self.module),
                 place=place,
             )
 
@@ -375,7 +378,8 @@ class APBEngine(InferenceEngine):
         ]
         if self._model_facts is None or self._model_facts[0] != weights:
             self._model_facts = weights, model_facts(self.module)
-        return self._model_facts[1]
+        adapters = adapters_in_force(self.module)  # switching one changes no weights
+        return self._model_facts[1] | ({"adapters": ", ".join(adapters)} if adapters else {})
 
     def generate(
         self,
