@@ -21,7 +21,7 @@ from apb_ds.attention import APBAttention, Phase, check_available
 from apb_ds.cache import ShardedCache
 from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
-from apb_ds.config import APBConfig, check_choice
+from apb_ds.config import APBConfig, check_choice, config_and_heads
 from apb_ds.engine.acceleration import Acceleration
 from apb_ds.engine.batch import MAX_SEQUENCES, STEP_EVERY_S, Batch
 from apb_ds.engine.calls import ended_after_errors, exclusive_call
@@ -133,7 +133,7 @@ class APBEngine(InferenceEngine):
             For settings that do not fit the group or the model, or name something that is not installed. Nothing is
             changed then.
         """
-        config = APBConfig.of(config)
+        config, retaining_heads = config_and_heads(config, retaining_heads)
         with exclusive_call(self.module):
             attention, heads = self._build_attention(config, retaining_heads)
             kernels = self._kernels_of(attention)
