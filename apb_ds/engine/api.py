@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from apb_ds.attention import check_available
-from apb_ds.config import APBConfig
+from apb_ds.config import APBConfig, config_and_heads
 from apb_ds.engine.engine import APBEngine, move_to_accelerator
 from apb_ds.engine.saved_facts import model_facts
 from apb_ds.engine.validation import settings_facts
@@ -107,7 +107,8 @@ def init_inference(
         A decoder whose attention goes through transformers' AttentionInterface. Its dtype is kept; it is moved to the
         accelerator of this rank.
     config : APBConfig or mapping
-        By default all defaults. A mapping holds fields of `APBConfig`, as DeepSpeed's configs do.
+        By default all defaults. A mapping holds fields of `APBConfig`, as DeepSpeed's configs do, or is the section
+        ``method`` of a config that Hydra composed, whose ``retaining_heads`` count unless they are given here.
     mpu : object
         A Megatron-style object; its sequence-parallel group is used. By default all ranks share a request.
     group : SequenceGroup
@@ -135,7 +136,7 @@ def init_inference(
         For a model, settings or a group that cannot be served, on every rank before anything is computed; where ranks
         have other settings, weights or versions than the others, saying which rank has what.
     """
-    config = APBConfig.of(config)
+    config, retaining_heads = config_and_heads(config, retaining_heads)
     if isinstance(model, PipelineModule):
         raise ValueError(
             "model is a DeepSpeed PipelineModule, whose layers attend as they were written to. Pass the transformers "

@@ -21,7 +21,7 @@ from apb_ds.attention import APBAttention, Phase, check_available
 from apb_ds.cache import ShardedCache
 from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
-from apb_ds.config import APBConfig, check_choice
+from apb_ds.config import APBConfig, check_choice, config_and_heads
 from apb_ds.engine.acceleration import Acceleration
 from apb_ds.engine.batch import MAX_SEQUENCES, STEP_EVERY_S, Batch
 from apb_ds.engine.calls import ended_after_errors, exclusive_call
@@ -38,6 +38,7 @@ from apb_ds.engine.saved_files import beside
 from apb_ds.engine.sequences import OnProgress
 from apb_ds.engine.together import answer_alone, generate_all
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator, check_ids
+from apb_ds.hf.adapters import adapters_in_force
 from apb_ds.hf.architecture import check_positions, check_supported
 from apb_ds.hf.interface import apb_attention
 from apb_ds.hf.probe import probe_model
@@ -139,7 +140,7 @@ class APBEngine(InferenceEngine):
             For settings that do not fit the group or the model, or name something that is not installed. Nothing is
             changed then.
         """
-        config = APBConfig.of(config)
+        config, retaining_heads = config_and_heads(config, retaining_heads)
         with exclusive_call(self.module):
             attention, heads = self._build_attention(config, retaining_heads)
             kernels = self._kernels_of(attention)
@@ -302,6 +303,7 @@ class APBEngine(InferenceEngine):
             engine=self,
             attention=request.attention,
             key=key,
+            adapters=adapters_in_force(self.module),
         )
 
     def load_context(
@@ -367,6 +369,7 @@ class APBEngine(InferenceEngine):
                 engine=self,
                 attention=self.attention,
                 key=comparison.digest,
+                adapters=adapters_in_force(self.module),
                 place=place,
             )
 
@@ -385,7 +388,8 @@ class APBEngine(InferenceEngine):
         ]
         if self._model_facts is None or self._model_facts[0] != weights:
             self._model_facts = weights, model_facts(self.module)
-        return self._model_facts[1]
+        adapters = adapters_in_force(self.module)  # switching one changes no weights
+        return self._model_facts[1] | ({"adapters": ", ".join(adapters)} if adapters else {})
 
     def generate(
         self,

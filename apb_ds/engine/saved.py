@@ -36,6 +36,7 @@ from apb_ds.engine.saved_files import (
     synchronize,
     write_all,
 )
+from apb_ds.hf.adapters import check_adapters
 from apb_ds.parallel.consistency import shared_outcome, shared_validation
 from apb_ds.utils.versions import versions
 
@@ -58,6 +59,7 @@ def save_context(
         with shared_validation(group, "save", device) as comparison:
             check_whole(context.engine.stage)
             target = _checked_target(path)
+            check_adapters(context.model, context.adapters)
             comparison.facts = {"path": str(target), "context": context.facts}
         facts = context.engine.model_facts()
         token = group.gather_objects(secrets.token_hex(4))[0]

@@ -18,6 +18,7 @@ from apb_ds.attention import APBAttention
 from apb_ds.config import APBConfig
 from apb_ds.engine.context import Branch, Context
 from apb_ds.engine.generation_settings import check_generate_arguments, count_new_tokens
+from apb_ds.hf.adapters import adapters_in_force, check_adapters
 from apb_ds.hf.architecture import check_positions
 from apb_ds.hf.rotary import check_reach
 from apb_ds.parallel.groups import SequenceGroup
@@ -128,6 +129,7 @@ class Validator:
         check_positions(self._module, max_positions)
         facts = settings_facts(self._config)
         facts |= {"document_ids": document_ids, "query_ids": query_ids, "max_positions": max_positions}
+        facts |= {"adapters": adapters_in_force(self._module)}
         return PrefillRequest(document_ids, query_ids, plan, self._attention, max_positions, facts)
 
     def plan(self, num_tokens: int, num_query: int) -> Plan:
@@ -196,6 +198,7 @@ class Validator:
     def _check_context(self, context: Context | Branch, num_positions: int) -> None:
         if context.model is not self._module or context.group != self._group:
             raise ValueError("context belongs to another engine: its keys and values are another model's or group's.")
+        check_adapters(self._module, context.adapters)
         check_reach(self._module, context.max_positions, num_positions)
 
     def _query_facts(self, query_ids: Tensor, context: Context | Branch, num_new: int) -> dict[str, Any]:

@@ -145,7 +145,10 @@ def _check_class(model: Any) -> None:
     if isinstance(model, (str, os.PathLike)):
         raise ValueError(f"model={str(model)!r} is a path or an id; load it with AutoModelForCausalLM.from_pretrained.")
     if hasattr(model, "merge_and_unload"):
-        raise ValueError(f"model={name} holds an adapter; pass model.merge_and_unload().")
+        raise ValueError(
+            f"model={name} holds an adapter; pass model.merge_and_unload(), or model.get_base_model() to switch "
+            "adapters between requests."
+        )
     if hasattr(model, "_orig_mod"):
         raise ValueError(f"model={name} is compiled; pass model._orig_mod.")
     if isinstance(getattr(model, "module", None), nn.Module):

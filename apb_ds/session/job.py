@@ -9,7 +9,7 @@ from typing import Any
 
 from apb_ds.attention import check_available
 from apb_ds.compressors.base import names_with_heads, needs_heads
-from apb_ds.config import APBConfig, check_bool, check_choice, check_integer, from_mapping, name_keys
+from apb_ds.config import HEADS_KEY, APBConfig, check_bool, check_choice, check_integer, from_mapping, name_keys
 from apb_ds.loading import ModelConfig
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S
 from apb_ds.parallel.launcher import launched_world_size
@@ -20,7 +20,6 @@ from apb_ds.tasks.checks import check_optional_text
 from apb_ds.weights import check_shard_ranks
 
 SECTIONS = ("model", "method", "task", "parallel", "eval", "objective", "seed", "debug")
-HEADS_KEY = "retaining_heads"  # next to APBConfig's fields: it names files, which APBConfig does not read
 PARALLEL_KEYS = ("timeout_s", "shard_ranks", "stages")
 MAX_SEED = 2**63 - 1  # torch accepts 64 bits, and a batch adds a number to it for each line
 

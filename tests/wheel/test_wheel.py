@@ -228,6 +228,19 @@ def test_a_sweep(installed: Environment, experiments: Path, demo_model: None) ->
     assert statuses[0] == "ok" and statuses[1] != "ok", done.output
 
 
+def test_another_application_composes_its_configs(installed: Environment) -> None:
+    folder = installed.cwd / "application"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("defaults: [apb_ds/method: star]\n")
+    code = (
+        "from hydra import compose, initialize_config_dir\n"
+        f"with initialize_config_dir({str(folder)!r}, version_base='1.3'):\n"
+        "    print(compose('config').apb_ds.method.method)"
+    )
+    done = installed.run("python", "-c", code)
+    assert (done.code, done.stdout) == (0, "star\n"), done.output
+
+
 def test_an_editable_installation(sources: Path, tmp_path: Path) -> None:
     environment = make_environment(tmp_path, "--editable", str(sources))
     code = (
