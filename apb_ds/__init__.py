@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from apb_ds.engine.context import Branch, Context
     from apb_ds.engine.engine import APBEngine
     from apb_ds.engine.sequences import Cancelled, Handle
+    from apb_ds.engine.split import Split
     from apb_ds.tasks.lm_eval.model import HarnessModel
     from apb_ds.tasks.prompts import EncodedChat, encode_chat, encode_turn
 
@@ -35,6 +36,7 @@ __all__ = [
     "Phase",
     "Plan",
     "ShardedCache",
+    "Split",
     "attach",
     "detach",
     "encode_chat",
@@ -59,6 +61,7 @@ _LAZY = {
     "APBEngine": "apb_ds.engine.engine",
     "Cancelled": "apb_ds.engine.sequences",
     "Handle": "apb_ds.engine.sequences",
+    "Split": "apb_ds.engine.split",
     "HarnessModel": "apb_ds.tasks.lm_eval.model",
     "EncodedChat": "apb_ds.tasks.prompts",
     "encode_chat": "apb_ds.tasks.prompts",

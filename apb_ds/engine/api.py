@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from deepspeed.inference.engine import InferenceEngine
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,6 +20,7 @@ from apb_ds.attention import check_available
 from apb_ds.config import APBConfig, config_and_heads
 from apb_ds.engine.engine import APBEngine, move_to_accelerator
 from apb_ds.engine.saved_facts import model_facts
+from apb_ds.engine.split import Split
 from apb_ds.engine.validation import settings_facts
 from apb_ds.hf.architecture import check_supported
 from apb_ds.hf.stages import Stage, check_stage_of, stage_of
@@ -98,6 +103,7 @@ def init_inference(
     shard_weights: bool | str = False,
     shard_ranks: int | None = None,
     stages: int = 1,
+    split: Split | Mapping[str, Any] | None = None,
 ) -> APBEngine:
     """Make an engine for a model, alone or over the ranks that ``deepspeed`` or ``torchrun`` started.
 
@@ -129,6 +135,8 @@ def init_inference(
     stages : int
         Cut the model into so many stages of a pipeline, a divisor of the number of ranks: those that follow each other
         have some of its layers, and share the document. The model is changed for good.
+    split : Split or mapping
+        Where `APBEngine.generate` cuts prompts of which it is not told how long the query is.
 
     Raises
     ------
@@ -137,13 +145,14 @@ def init_inference(
         have other settings, weights or versions than the others, saying which rank has what.
     """
     config, retaining_heads = config_and_heads(config, retaining_heads)
+    split = Split.of(split)
     if isinstance(model, PipelineModule):
         raise ValueError(
             "model is a DeepSpeed PipelineModule, whose layers attend as they were written to. Pass the transformers "
             "model and stages=S, or use apb_ds.APBAttention in the layers: see docs/integration.md."
         )
-    if isinstance(model, InferenceEngine):
-        raise ValueError("model is an inference engine already; use apb_ds.attach(engine, config).")
+    if isinstance(model, (InferenceEngine, DeepSpeedEngine)):
+        raise ValueError("model is an engine of DeepSpeed's already; use apb_ds.attach(engine, config).")
     if group is None and mpu is None and not torch.distributed.is_initialized():
         check_stages(stages, launched_world_size())  # before the ranks meet
         _check_served(model, config, launched_world_size() // stages)
@@ -194,6 +203,7 @@ def init_inference(
             comparison.facts = weights.facts
     if sends:
         engine = APBEngine(model, config, group, heads, weights, stage)
+    engine.split = split
     return engine
 
 
@@ -205,17 +215,18 @@ def _check_served(model: PreTrainedModel, config: APBConfig, world_size: int) ->
 
 
 def attach(
-    engine: InferenceEngine,
+    engine: InferenceEngine | DeepSpeedEngine,
     config: APBConfig | Mapping[str, Any] | None = None,
     *,
     mpu: Any = None,
     retaining_heads: HeadsSource | None = None,
+    split: Split | Mapping[str, Any] | None = None,
 ) -> APBEngine:
-    """Put APB into an engine that ``deepspeed.init_inference`` made.
+    """Put APB into an engine of DeepSpeed's, from ``deepspeed.init_inference`` or ``deepspeed.initialize``.
 
-    The engine's ``generate`` becomes APB's, so code that holds the engine gains APB, too;
-    ``generate(input_ids=..., query_length=q)`` splits off the last q tokens as the query. The parameters are those of
-    `init_inference`.
+    The engine's ``generate`` becomes APB's, so code that holds the engine gains APB unchanged: of prompts, `split` says
+    which part is the document, unless a call gives ``query_length``. A training engine can go on training; between its
+    steps all ranks ask the same. The parameters are those of `init_inference`.
 
     Returns
     -------
@@ -224,14 +235,30 @@ def attach(
     Raises
     ------
     ValueError
-        For an engine with tensor parallelism, kernel injection, CUDA graphs or a pipeline.
+        For an engine with tensor parallelism, kernel injection, CUDA graphs, compiled modules, parameters that ZeRO
+        offloads, or a pipeline.
     """
-    if not isinstance(engine, InferenceEngine):
-        raise ValueError(f"engine={type(engine).__name__} must be a deepspeed.InferenceEngine.")
     if isinstance(engine, APBEngine):
         raise ValueError("engine is an APBEngine already; change its settings with engine.configure(config).")
-    if isinstance(getattr(engine.__dict__.get("generate"), "__self__", None), APBEngine):
+    if not isinstance(engine, (InferenceEngine, DeepSpeedEngine)):
+        raise ValueError(
+            f"engine={type(engine).__name__} must be a deepspeed.InferenceEngine or deepspeed.DeepSpeedEngine."
+        )
+    if _attached_to(engine) is not None:
         raise ValueError("engine has APB attached already; detach that first, or use its configure(config).")
+    if isinstance(engine, InferenceEngine):
+        _check_inference_engine(engine)
+    else:
+        _check_training_engine(engine)
+    attached = init_inference(engine.module, config, mpu=mpu, retaining_heads=retaining_heads, split=split)
+    before = {"generate": engine.__dict__["generate"]} if "generate" in engine.__dict__ else {}
+    attached._attached_to = (engine, before)
+    engine.__dict__["generate"] = attached.generate
+    return attached
+
+
+def _check_inference_engine(engine: InferenceEngine) -> None:
+    """Raise ValueError if an engine has replaced what APB needs."""
     settings = engine._config
     if settings.tensor_parallel.tp_size > 1:
         raise ValueError(
@@ -242,13 +269,33 @@ def attach(
         raise ValueError(
             "replace_with_kernel_inject and enable_cuda_graph replace the attention that APB runs in; switch them off."
         )
-    attached = init_inference(engine.module, config, mpu=mpu, retaining_heads=retaining_heads)
-    before = {"generate": engine.__dict__["generate"]} if "generate" in engine.__dict__ else {}
-    attached._attached_to = (engine, before)
-    engine.__dict__["generate"] = attached.generate
-    return attached
 
 
-def detach(engine: APBEngine) -> InferenceEngine | nn.Module:
-    """Undo `attach`; see `APBEngine.detach`."""
-    return engine.detach()
+def _check_training_engine(engine: DeepSpeedEngine) -> None:
+    """Raise ValueError if a training engine's model cannot be asked between its steps."""
+    if isinstance(engine, DeepSpeedHybridEngine):
+        raise ValueError("hybrid_engine replaces the attention that APB runs in; switch it off.")
+    if isinstance(engine, PipelineEngine):
+        raise ValueError("engine is a DeepSpeed PipelineEngine; APB does not run in its pipeline.")
+    offload = engine.zero_offload_param()
+    if offload is not None and offload.device != OffloadDeviceEnum.none:
+        raise ValueError(
+            f"offload_param to {offload.device.value} keeps parameters off their device, which APB does not support; "
+            "leave it out. offload_optimizer is supported."
+        )
+    if engine.is_compiled:
+        raise ValueError("engine.compile() has compiled the attention that APB replaces; leave it out.")
+
+
+def _attached_to(engine: Any) -> APBEngine | None:
+    """Return the engine whose `generate` an engine of DeepSpeed's has, if `attach` gave it one."""
+    found = getattr(vars(engine).get("generate"), "__self__", None)
+    return found if isinstance(found, APBEngine) else None
+
+
+def detach(engine: APBEngine | InferenceEngine | DeepSpeedEngine) -> nn.Module:
+    """Undo `attach`, given the engine that it returned or the one that it was called with; see `APBEngine.detach`."""
+    attached = engine if isinstance(engine, APBEngine) else _attached_to(engine)
+    if attached is None:
+        raise ValueError(f"engine={type(engine).__name__} has no APB attached.")
+    return attached.detach()

@@ -150,9 +150,7 @@ class Batch:
             Likewise, if the batch was closed.
         """
         engine = self._engine
-        call = GenerateCall(
-            document_ids, query_ids, max_new_tokens, context, append, None, None, seed, generate_arguments
-        )
+        call = GenerateCall(document_ids, query_ids, max_new_tokens, context, append, seed, generate_arguments)
         streamer = generate_arguments.get("streamer") if self._group.is_first else None
         with (
             exclusive_call(engine.module),

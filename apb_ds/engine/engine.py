@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.engine import InferenceEngine
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from apb_ds.attention import APBAttention, Phase, check_available
 from apb_ds.cache import ShardedCache
@@ -33,14 +33,17 @@ from apb_ds.engine.generation_settings import warn_of_overrides
 from apb_ds.engine.loaded import read_manifest
 from apb_ds.engine.packs import query_logits_together
 from apb_ds.engine.prefill import run_rounds
+from apb_ds.engine.prompts import answer_prompts
 from apb_ds.engine.saved_facts import check_whole, model_facts
 from apb_ds.engine.saved_files import beside
 from apb_ds.engine.sequences import OnProgress
+from apb_ds.engine.split import Split
 from apb_ds.engine.together import answer_alone, generate_all
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator, check_ids
 from apb_ds.hf.adapters import adapters_in_force
 from apb_ds.hf.architecture import check_positions, check_supported
 from apb_ds.hf.interface import apb_attention
+from apb_ds.hf.pipelines import known_to_pipelines
 from apb_ds.hf.probe import probe_model
 from apb_ds.hf.rotary import warn_of_rough_frequencies
 from apb_ds.hf.stages import Stage, probe_stage
@@ -77,6 +80,7 @@ class APBEngine(InferenceEngine):
     layers : how each layer attends
     pool : where the suffixes of batches and branches are stored
     weights : how they are sharded over the ranks, or None
+    split : where `generate` cuts prompts
     stats : where the time of the last `prefill` or `generate` went
     """
 
@@ -112,8 +116,10 @@ class APBEngine(InferenceEngine):
         self._sharing = group if stage is None else stage.pipeline.ranks
         self.pool = SuffixPool(self.layers, self._sharing.rank, self._sharing.world_size, self.device)
         self.stats = RequestStats()
-        self._attached_to: tuple[InferenceEngine, dict[str, Any]] | None = None
-        self._training = [(module, module.training) for module in model.modules()]
+        self.split = Split()
+        self._told_split: set[bool] = set()
+        self._attached_to: tuple[nn.Module, dict[str, Any]] | None = None
+        self._training = [module for module in model.modules() if module.training]
         self._heads: list[RetainingHeads] = []  # a list, which keeps them out of this module's tree
         self._heads_facts: dict[str, str] | None = None
         self._model_facts: tuple[list[tuple[int, int]], dict[str, str]] | None = None
@@ -177,6 +183,31 @@ class APBEngine(InferenceEngine):
             "kernels": self.kernel_names,
             "retaining heads": self._heads_facts if heads is not None else None,
         }
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the model's attribute where the engine has none, as DeepSpeed's training engine does."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self._modules.get("module")
+            if model is None or not hasattr(model, name):
+                raise
+            return getattr(model, name)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The model's; assigning one changes the model's."""
+        config: GenerationConfig = self.module.generation_config
+        return config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self.module.generation_config = config
+
+    def can_generate(self) -> bool:
+        """Return True; transformers' pipelines ask that before they look at the model's class."""
+        known_to_pipelines(type(self).__name__)
+        return True
 
     @property
     def device(self) -> torch.device:
@@ -400,6 +431,7 @@ class APBEngine(InferenceEngine):
         context: Context | Branch | Sequence[Context | Branch] | None = None,
         append: bool = False,
         input_ids: Tensor | None = None,
+        inputs: Tensor | None = None,
         query_length: int | None = None,
         seed: int | None = None,
         settings: Sequence[Mapping[str, Any]] | None = None,
@@ -409,14 +441,18 @@ class APBEngine(InferenceEngine):
         """Answer a query about a document, with transformers' own `generate` arguments; or many at once.
 
         Three forms: ``generate(document_ids, query_ids)``; ``generate(query_ids=..., context=...)`` with a document
-        prefilled before; ``generate(input_ids=..., query_length=q)``, whose last q tokens are the query.
+        prefilled before; ``generate(input_ids)`` with whole prompts, as transformers' own is called. Of these, the last
+        `query_length` tokens are the query, or else what the engine's `split` says. So ids that come alone, without a
+        query and a context, are prompts, also by position or as ``inputs=``.
 
         With a list of queries, in the first two forms, their answers are decoded together: queries about one context,
         or as many contexts or documents as queries. See `batch` for queries that come and go.
 
         Parameters
         ----------
-        document_ids, query_ids, input_ids : (1, tokens), int64, the same on every rank
+        document_ids, query_ids : (1, tokens), int64, the same on every rank
+        input_ids, inputs : (rows, tokens), int64, the same on every rank
+            Rows may be padded on the left, where ``attention_mask`` has zeros. They are answered together.
         context : Context or Branch
         max_new_tokens : int
             As in transformers; also from ``generation_config`` or ``max_length``.
@@ -435,27 +471,31 @@ class APBEngine(InferenceEngine):
 
         Returns
         -------
-        (1, new_tokens), int64, the same on every rank. In the `input_ids` form, as in transformers, the prompt comes
-        first: (1, tokens + new_tokens). With a list of queries, a list of such answers in their order; in place of one
-        that failed, the exception, for bad input, too. The others do not depend on it.
+        (1, new_tokens), int64, the same on every rank. Whole prompts come first, as in transformers, and rows that
+        ended early are padded on the right: (rows, tokens + new_tokens). With a list of queries, a list of
+        such answers in their order; in place of one that failed, the exception, for bad input, too. The others do not
+        depend on it.
 
         Raises
         ------
         ValueError
-            For ids of several rows, beams, several return sequences, assisted decoding, ``use_cache=False`` and bad
-            input, on every rank before anything is sent.
+            For documents or queries of several rows, prompts padded on the right, beams, several return sequences,
+            assisted decoding, ``use_cache=False`` and bad input, on every rank before anything is sent.
         """
         if isinstance(query_ids, (list, tuple)):
             given = {"max_new_tokens": max_new_tokens, "append": append, "seed": seed, "progress": progress}
-            refused = {"input_ids": input_ids, "query_length": query_length}
+            refused = {"input_ids": input_ids, "inputs": inputs, "query_length": query_length}
             return generate_all(
                 self, query_ids, context, document_ids, settings, refused, {**given, **generate_arguments}
             )
         if settings is not None:
             raise ValueError("settings is for each query of a list; pass a single query's arguments by name.")
-        call = GenerateCall(
-            document_ids, query_ids, max_new_tokens, context, append, input_ids, query_length, seed, generate_arguments
-        )
+        ids: dict[str, Any] = {"input_ids": input_ids, "inputs": inputs}
+        if any(given is not None for given in (*ids.values(), query_length)) or (query_ids is None and context is None):
+            ids |= {"document_ids": document_ids, "query_ids": query_ids, "context": context}
+            given = {"max_new_tokens": max_new_tokens, "append": append, "seed": seed, "progress": progress}
+            return answer_prompts(self, ids, query_length, {**given, **generate_arguments})
+        call = GenerateCall(document_ids, query_ids, max_new_tokens, context, append, seed, generate_arguments)
         streamer = generate_arguments.get("streamer") if self.group.is_first else None
         with exclusive_call(self.module), ended_after_errors(streamer):
             with shared_validation(self.group, "generate", self.device) as comparison:
@@ -468,7 +508,7 @@ class APBEngine(InferenceEngine):
                 prefill_s = source.prefill_s
             tokens = answer_alone(self, request) if isinstance(source, Branch) else self._decode(request, source)
             self.stats.prefill_s = prefill_s
-            return tokens if input_ids is None else torch.cat([input_ids.to(tokens.device), tokens], dim=-1)
+            return tokens
 
     def query_logits(
         self,
@@ -544,10 +584,10 @@ class APBEngine(InferenceEngine):
         """Free what `destroy` frees; the engine can be used again."""
         self.destroy()
 
-    def detach(self) -> InferenceEngine | nn.Module:
+    def detach(self) -> nn.Module:
         """Undo `attach` and return the engine it was called with, its `generate` restored; else return the model."""
-        for module, training in self._training:
-            module.training = training
+        for module in self._training:
+            module.training = True
         if self._attached_to is None:
             return self.module
         engine, before = self._attached_to

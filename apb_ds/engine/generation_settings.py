@@ -35,6 +35,8 @@ FIXED_SETTINGS: dict[str, Any] = {
     "guidance_scale": 1.0,
     "token_healing": False,
 }
+# Nothing is hidden, and ranks always go on until all have ended.
+DROPPED_ARGUMENTS = ("attention_mask", "synced_gpus")
 KNOWN_ARGUMENTS = (
     "generation_config",
     "logits_processor",
@@ -42,7 +44,7 @@ KNOWN_ARGUMENTS = (
     "prefix_allowed_tokens_fn",
     "streamer",
     "tokenizer",
-    "attention_mask",
+    *DROPPED_ARGUMENTS,
 )
 # Overriding these changes answers, so it is logged.
 ANSWERS_DEPEND_ON = (
@@ -54,7 +56,7 @@ ANSWERS_DEPEND_ON = (
     "guidance_scale",
     "token_healing",
 )
-FIXED_ARGUMENTS = ("assistant_model", "past_key_values", "custom_generate", "synced_gpus", "inputs_embeds", "inputs")
+FIXED_ARGUMENTS = ("assistant_model", "past_key_values", "custom_generate", "inputs_embeds")
 
 
 def check_generate_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def check_generate_arguments(model: PreTrainedModel, arguments: dict[str, Any]) 
         if name not in known:
             raise ValueError(f"{name} is not an argument of generate that the engine knows.{suggest(name, known)}")
     _check_stop_strings(model, arguments)
-    return {name: value for name, value in arguments.items() if name != "attention_mask"} | _overrides(model)
+    return {name: value for name, value in arguments.items() if name not in DROPPED_ARGUMENTS} | _overrides(model)
 
 
 def _check_stop_strings(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
@@ -159,3 +161,16 @@ def count_new_tokens(model: PreTrainedModel, max_new_tokens: int | None, argumen
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer of at least 1.")
     return max_new_tokens
+
+
+def padding_token(model: PreTrainedModel, arguments: dict[str, Any]) -> int | None:
+    """Return the token with which `generate` fills rows that ended early: an end token if there is no other."""
+    token = _setting(model, arguments, "pad_token_id")
+    ends = end_tokens(model, arguments)
+    return ends[0] if token is None and ends else token
+
+
+def end_tokens(model: PreTrainedModel, arguments: dict[str, Any]) -> list[int]:
+    """Return the tokens that end an answer."""
+    ends = _setting(model, arguments, "eos_token_id")
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

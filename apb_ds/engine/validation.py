@@ -79,8 +79,6 @@ class GenerateCall:
     max_new_tokens: int | None
     context: Any
     append: bool
-    input_ids: Tensor | None
-    query_length: int | None
     seed: int | None
     arguments: dict[str, Any]
 
@@ -141,13 +139,13 @@ class Validator:
 
     def generate(self, call: GenerateCall) -> QueryRequest:
         """Validate `APBEngine.generate`'s arguments."""
-        document_ids, query_ids = self._document_and_query(call)
+        self._check_form(call)
         arguments = check_generate_arguments(self._module, call.arguments)
-        query_ids = check_ids(self._module, "query_ids", query_ids)
+        query_ids = check_ids(self._module, "query_ids", call.query_ids)
         check_seed(call.seed)
         given = {"append": call.append, "seed": call.seed}
         if call.context is None:
-            document_ids = check_ids(self._module, "document_ids", document_ids)
+            document_ids = check_ids(self._module, "document_ids", call.document_ids)
             known = document_ids.shape[1] + query_ids.shape[1]
             num_new = count_new_tokens(self._module, call.max_new_tokens, arguments, known)
             prefill = self.prefill(document_ids, query_ids, known + num_new)
@@ -174,26 +172,18 @@ class Validator:
             requests.append(QueryRequest(ids, context, facts=self._query_facts(ids, context, 0)))
         return requests
 
-    def _document_and_query(self, call: GenerateCall) -> tuple[Tensor | None, Tensor]:
-        """Return document and query of whichever of `generate`'s forms was used."""
+    def _check_form(self, call: GenerateCall) -> None:
+        """Raise ValueError unless the call is in one of `generate`'s forms."""
         if not isinstance(call.append, bool):
             raise ValueError(f"append={call.append!r} must be True or False.")
         if call.context is not None:
             _check_is_usable(call.context)
-        document_ids, query_ids = call.document_ids, call.query_ids
-        if call.input_ids is not None:
-            if document_ids is not None or query_ids is not None or call.context is not None:
-                raise ValueError("input_ids holds document and query; give it alone, with query_length.")
-            document_ids, query_ids = split_query(self._module, call.input_ids, call.query_length)
-        elif call.query_length is not None:
-            raise ValueError("query_length belongs to input_ids, which is missing.")
-        if query_ids is None:
+        if call.query_ids is None:
             raise ValueError("query_ids is missing: the tokens after the document, at least one.")
-        if (call.context is None) == (document_ids is None):
+        if (call.context is None) == (call.document_ids is None):
             raise ValueError("give document_ids, or context=engine.prefill(document_ids), and not both.")
         if call.append and call.context is None:
             raise ValueError("append=True keeps the turn in a context; pass context=engine.prefill(...).")
-        return document_ids, query_ids
 
     def _check_context(self, context: Context | Branch, num_positions: int) -> None:
         if context.model is not self._module or context.group != self._group:
@@ -243,20 +233,3 @@ def check_ids(model: PreTrainedModel, name: str, ids: Tensor | None) -> Tensor:
             "Does the tokenizer belong to this model?"
         )
     return ids.to(next(model.parameters()).device, copy=True)  # the caller may change its own later
-
-
-def split_query(model: PreTrainedModel, input_ids: Tensor, query_length: int | None) -> tuple[Tensor, Tensor]:
-    """Split off the last `query_length` tokens: (1, n) document and (1, query_length) query.
-
-    Raises
-    ------
-    ValueError
-        For bad ids, or a length that leaves document or query empty.
-    """
-    input_ids = check_ids(model, "input_ids", input_ids)
-    if query_length is None or not 1 <= query_length < input_ids.shape[1]:
-        raise ValueError(
-            f"query_length={query_length!r} must say how many of the last input_ids are the query: from 1 to "
-            f"{input_ids.shape[1] - 1} of these {input_ids.shape[1]} tokens."
-        )
-    return input_ids[:, :-query_length], input_ids[:, -query_length:]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apb_ds.config import check_bool, check_integer, is_number
+from apb_ds.engine.split import MIN_DOCUMENT, SPLIT_TEXT
 from apb_ds.tasks.template import check_arguments
 from apb_ds.tasks.text import STANDARD_INPUT, check_quoted, check_text, check_text_source, clean
 
@@ -69,8 +70,8 @@ class ServeConfig:
     port: int = 8000
     api_key: str | None = None
     model_name: str | None = None
-    min_document: int = 2048
-    split: str = "\n\n"
+    min_document: int = MIN_DOCUMENT
+    split: str = SPLIT_TEXT
     max_rest: int = 16384
     default_new_tokens: int = 1024
     template: dict[str, Any] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apb_ds.engine.split import document_length, question_places
 from apb_ds.serving.errors import ApiError
 from apb_ds.serving.requests import Message, Prompt
 from apb_ds.tasks.control import mask
@@ -26,10 +27,6 @@ from apb_ds.tasks.text import clean
 from apb_ds.utils.text import first_line
 
 JOINT = "\n\n"  # between the parts of a message
-# Where a prompt without the split text is cut: before its last line, else so many characters from its end.
-LINE = "\n"
-LAST_CHARACTERS = 1000
-LAST_IDS = 256  # the same for a prompt of ids
 # A text of so many characters for each token of a limit almost certainly reaches it; if not, all of it is counted.
 CHARACTERS_PER_TOKEN = 8
 CACHED_TEXTS = 64
@@ -139,13 +136,9 @@ class Prompts:
         needed : tokens that must come before it
         """
         needed = self._min_document if needed is None else needed
-        stripped = text.rstrip()
-        for place in (stripped.rfind(self._split), stripped.rfind(LINE)):
-            if place > 0 and self._count(text[place:], self._min_document) < self._min_document:
-                break
-        else:
-            place = max(0, len(stripped) - LAST_CHARACTERS)
-            place = max(place, stripped.find(" ", place, place + LAST_CHARACTERS // 2))
+        limit = self._min_document
+        *places, last = question_places(text, self._split)
+        place = next((place for place in places if self._count(text[place:], limit) < limit), last)
         return place if place and self._count(text[:place], needed) >= needed else 0
 
     def _end_of(self, whole: list[dict[str, str]], index: int, text: str) -> int:
@@ -186,9 +179,7 @@ class Prompts:
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             raise ApiError(400, f"prompt must have token ids from 0 to {self._vocab_size - 1}.", param="prompt")
         found = torch.tensor(list(ids))
-        cut = len(found) - LAST_IDS
-        if cut < self._min_document:
-            cut = 0
+        cut = document_length(len(found), self._min_document)
         return self._checked_prompt(found[:cut], found[cut:], "prompt")
 
     def _checked_prompt(self, document: Tensor, rest: Tensor, param: str) -> Prompt:

@@ -113,6 +113,7 @@ def _eos_of(plain: Any) -> int:
         {"logits_processor": LogitsProcessorList([lambda ids, scores: scores.roll(1, dims=-1)])},
         {"stopping_criteria": StoppingCriteriaList([StopAfter(94)])},
         {"attention_mask": torch.ones(1, 89, dtype=torch.int64)},
+        {"synced_gpus": True},
     ],
     ids=lambda arguments: ", ".join(arguments) or "plain",
 )
@@ -310,19 +311,30 @@ REFUSED_IDS = [
     ({**IDS, "query_ids": QUERY.tolist()}, ["query_ids", "list"]),
     ({**IDS, "document_ids": DOCUMENT + VOCAB_SIZE}, ["document_ids", str(VOCAB_SIZE - 1)]),
     ({**IDS, "query_ids": -1 - QUERY}, ["query_ids", "-"]),
-    ({"document_ids": DOCUMENT}, ["query_ids"]),
     ({"query_ids": QUERY}, ["document_ids", "context"]),
     ({**IDS, "input_ids": DOCUMENT, "query_length": 3}, ["input_ids"]),
     ({**IDS, "query_length": 3}, ["query_length", "input_ids"]),
-    ({"input_ids": DOCUMENT}, ["query_length"]),
+    ({}, ["document_ids", "none of them"]),
+    ({"query_ids": QUERY, "query_length": 3}, ["query_length", "query_ids"]),
+    ({"input_ids": DOCUMENT, "inputs": DOCUMENT}, ["input_ids, inputs"]),
+    ({"input_ids": DOCUMENT[0]}, ["input_ids", "(rows, tokens)", "(83,)"]),
+    ({"inputs": DOCUMENT.tolist()}, ["inputs", "list"]),
+    ({"input_ids": DOCUMENT[:, :1]}, ["input_ids", "two"]),
+    ({"input_ids": DOCUMENT[:, :0]}, ["input_ids", "empty"]),
+    ({"input_ids": torch.cat([DOCUMENT, DOCUMENT + VOCAB_SIZE])}, ["input_ids[1]", "vocabulary"]),
+    ({"input_ids": DOCUMENT, "append": True}, ["append"]),
     ({"input_ids": DOCUMENT, "query_length": 0}, ["query_length=0", "82"]),
     ({"input_ids": DOCUMENT, "query_length": -1}, ["query_length=-1"]),
     ({"input_ids": DOCUMENT, "query_length": 83}, ["query_length=83", "82"]),
-    ({"input_ids": DOCUMENT.expand(2, -1), "query_length": 3}, ["input_ids", "batch of 2"]),
     ({**IDS, "append": True}, ["append", "context"]),
     ({**IDS, "append": "no"}, ["append='no'"]),
     ({"query_ids": QUERY, "context": DOCUMENT}, ["context", "engine.prefill", "Tensor"]),
     ({**IDS, "attention_mask": torch.tensor([[0] + [1] * 88])}, ["attention_mask"]),
+    ({"input_ids": DOCUMENT, "attention_mask": torch.tensor([[1] * 82 + [0]])}, ["right of row 0", "padding_side"]),
+    ({"input_ids": DOCUMENT, "attention_mask": torch.tensor([[0, 1, 0] + [1] * 80])}, ["between", "row 0"]),
+    ({"input_ids": DOCUMENT, "attention_mask": torch.zeros_like(DOCUMENT)}, ["input_ids", "empty"]),
+    ({"input_ids": DOCUMENT, "attention_mask": torch.ones(1, 82)}, ["attention_mask", "(1, 83)"]),
+    ({"input_ids": DOCUMENT, "attention_mask": 2 * torch.ones_like(DOCUMENT)}, ["attention_mask", "zeros and ones"]),
     ({**IDS, "max_new_tokens": 0}, ["max_new_tokens=0"]),
     ({**IDS, "max_new_tokens": -2}, ["max_new_tokens=-2"]),
     ({**IDS, "max_new_tokens": 2.5}, ["max_new_tokens=2.5"]),
@@ -407,7 +419,7 @@ def test_new_tokens_of_the_models_own_generation_config() -> None:
     assert config.max_new_tokens is None
 
 
-@pytest.mark.parametrize("name", ["past_key_values", "custom_generate", "synced_gpus", "inputs_embeds", "inputs"])
+@pytest.mark.parametrize("name", ["past_key_values", "custom_generate", "inputs_embeds", "inputs"])
 def test_refuses_arguments_that_are_the_engines_own(approximate: Any, name: str) -> None:
     assert_refused(approximate, {**IDS, name: True}, [name])
 

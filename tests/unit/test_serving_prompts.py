@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from apb_ds.engine.split import LAST_CHARACTERS, LAST_IDS
 from apb_ds.serving.errors import ApiError
-from apb_ds.serving.prompts import LAST_CHARACTERS, LAST_IDS, Prompts
+from apb_ds.serving.prompts import Prompts
 from apb_ds.serving.requests import Message, Prompt
 from tests.tiny_checkpoint import TEMPLATE, byte_tokenizer
 from tests.unit.smollm2 import smollm2_tokenizer
