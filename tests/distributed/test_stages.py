@@ -16,24 +16,35 @@ from torch import Tensor
 import apb_ds
 from apb_ds.config import APBConfig
 from apb_ds.plan import plan_request
-from tests.distributed.test_sharded_weights import GIVEN, METHODS, NEW, answers, expected, new_engine, new_model
+from tests.distributed.test_sharded_weights import (
+    GIVEN,
+    IN_EVERY_WAY,
+    METHODS,
+    NEW,
+    answers,
+    expected,
+    first_answer,
+    new_engine,
+    new_model,
+)
 from tests.launch_in_process import run_infer
 from tests.models import request_ids
 from tests.pool import Pools
 from tests.tiny_checkpoint import byte_tokenizer, save_checkpoint
 
+pytestmark = pytest.mark.whole_weights("says itself where weights are sharded")
+
 HIDDEN_BYTES = 4 * 64  # of a token, in the tests' models
 
 
-def answer(
-    rank: int, world_size: int, family: str, given: dict[str, Any], num_document: int, options: dict[str, Any]
-) -> Any:
-    return answers(new_engine(family, given, **options), num_document)
+def answer(rank: int, world_size: int, family: str, case: str, options: dict[str, Any]) -> Any:
+    given, num_document = METHODS.get(case, (GIVEN, 203))
+    engine = new_engine(family, given, **options)
+    return (answers if case in IN_EVERY_WAY else first_answer)(engine, num_document)
 
 
 def check(pool: Pools, world_size: int, family: str, case: str = "", **options: Any) -> None:
-    given, num_document = METHODS.get(case, (GIVEN, 203))
-    for found in pool(world_size).run(answer, family, given, num_document, options, timeout=180):
+    for found in pool(world_size).run(answer, family, case, options, timeout=180):
         assert found == expected(family, case), (family, case)
 
 

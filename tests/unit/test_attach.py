@@ -88,12 +88,6 @@ def test_the_old_engine_takes_long_prompts(engine: Any) -> None:
     assert answer.shape == (1, 1202)
 
 
-def test_the_old_engine_needs_to_know_the_query(engine: Any) -> None:
-    apb_ds.attach(engine, CONFIG)
-    with pytest.raises(ValueError, match="query_length"):
-        engine.generate(input_ids=distinct_ids(50), max_new_tokens=2)
-
-
 def test_engines_are_deepspeeds(engine: Any) -> None:
     attached = apb_ds.attach(engine, CONFIG)
     alone = apb_ds.init_inference(build_model("llama"), CONFIG)
