@@ -142,7 +142,7 @@ def print_help(config_name: str) -> int:
 
     try:
         text = help_text(config_name, command_line.for_hydra(sys.argv[1:]))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         return say_once(describe(error))
     if rank() == 0:
         try:
