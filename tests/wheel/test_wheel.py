@@ -174,7 +174,7 @@ def test_the_environment_does_not_see_the_repository(installed: Environment) -> 
 def test_version_and_help(installed: Environment, command: str) -> None:
     done = installed.run(command, "--version")
     assert (done.code, done.stdout) == (0, VERSION), done.output
-    done = installed.run(command, "--help")
+    done = installed.run(command, "--help", "all")
     assert done.code == 0, done.output
     names = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
     assert "model=smollm2" in names and "llama3_8b_1m_128k," in done.stdout.split()
