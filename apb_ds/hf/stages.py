@@ -117,6 +117,7 @@ class Stage:
         if self._is_probed:
             made_up = torch.linspace(-1, 1, self._hidden_size, dtype=hidden.dtype, device=hidden.device)
             return made_up.expand(*hidden.shape[:-1], -1)
+        self.pipeline.group.progress.await_stage(self.pipeline.stage - 1)
         return self._connection.receive()
 
     def _send(self, hidden: Tensor) -> Tensor:
