@@ -225,8 +225,8 @@ def attach(
     """Put APB into an engine of DeepSpeed's, from ``deepspeed.init_inference`` or ``deepspeed.initialize``.
 
     The engine's ``generate`` becomes APB's, so code that holds the engine gains APB unchanged: of prompts, `split` says
-    which part is the document, unless a call gives ``query_length``. A training engine can go on training; between its
-    steps all ranks ask the same. The parameters are those of `init_inference`.
+    which part is the document, unless a call gives ``query_length``. A training engine stays in training mode, to go on
+    training; between its steps all ranks ask the same. The parameters are those of `init_inference`.
 
     Returns
     -------
@@ -253,6 +253,8 @@ def attach(
     attached = init_inference(engine.module, config, mpu=mpu, retaining_heads=retaining_heads, split=split)
     before = {"generate": engine.__dict__["generate"]} if "generate" in engine.__dict__ else {}
     attached._attached_to = (engine, before)
+    if isinstance(engine, DeepSpeedEngine):
+        attached.restore_training()
     engine.__dict__["generate"] = attached.generate
     return attached
 
@@ -278,9 +280,10 @@ def _check_training_engine(engine: DeepSpeedEngine) -> None:
     if isinstance(engine, PipelineEngine):
         raise ValueError("engine is a DeepSpeed PipelineEngine; APB does not run in its pipeline.")
     offload = engine.zero_offload_param()
-    if offload is not None and offload.device != OffloadDeviceEnum.none:
+    place = OffloadDeviceEnum.none if offload is None else OffloadDeviceEnum(offload.device)
+    if place != OffloadDeviceEnum.none:
         raise ValueError(
-            f"offload_param to {offload.device.value} keeps parameters off their device, which APB does not support; "
+            f"offload_param to {place.value} keeps parameters off their device, which APB does not support; "
             "leave it out. offload_optimizer is supported."
         )
     if engine.is_compiled:

@@ -584,10 +584,15 @@ class APBEngine(InferenceEngine):
         """Free what `destroy` frees; the engine can be used again."""
         self.destroy()
 
-    def detach(self) -> nn.Module:
-        """Undo `attach` and return the engine it was called with, its `generate` restored; else return the model."""
+    def restore_training(self) -> None:
+        """Put modules back into training mode that were in it before; calls of the engine run in eval mode anyway."""
         for module in self._training:
             module.training = True
+        self._training = []
+
+    def detach(self) -> nn.Module:
+        """Undo `attach` and return the engine it was called with, its `generate` restored; else return the model."""
+        self.restore_training()
         if self._attached_to is None:
             return self.module
         engine, before = self._attached_to

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,16 +92,19 @@ class Split:
         if self.tokenizer is None:
             return document_length(len(ids), self.min_document, self.last_ids or LAST_IDS)
         end = len(ids) - self._opening_length(ids)
-        first = max(0, end - max(1, self.min_document - 1))  # a question before that would be too long
-        text = self._text_of(ids[first:end])
-        num_characters = len(text) - question_places(text, self.text or SPLIT_TEXT)[0]
-        # The last id from which on they hold all of the question: a token may hold more than the split text.
-        length = (
-            first
-            - 1
-            + bisect_right(range(first, end), -num_characters, key=lambda begin: -len(self._text_of(ids[begin:end])))
-        )
-        return length if length >= self.min_document else 0
+        # No place is further from the end: a question that begins before would be too long.
+        last_ids = ids[max(0, end - max(self.min_document, LAST_CHARACTERS)) : end]
+        *places, last = question_places(self._text_of(last_ids), self.text or SPLIT_TEXT)
+        lengths = (self._question_length(last_ids, place) for place in places)
+        length = next((length for length in lengths if length < self.min_document), None)
+        num_before = end - (self._question_length(last_ids, last) if length is None else length)
+        return num_before if num_before >= self.min_document else 0
+
+    def _question_length(self, ids: list[int], place: int) -> int:
+        """Return how many of the last ids hold all of their text from a place on; the first may hold more."""
+        num_characters = len(self._text_of(ids)) - place
+        lengths = range(len(ids) + 1)
+        return bisect_left(lengths, num_characters, key=lambda length: len(self._text_of(ids[len(ids) - length :])))
 
     def _opening_length(self, ids: list[int]) -> int:
         """Return how many ids close the question and open the answer, as a chat template does."""

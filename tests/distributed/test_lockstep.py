@@ -249,6 +249,46 @@ def test_bad_input_fails_everywhere_before_anything_is_sent(pool: Pools) -> None
         assert same
 
 
+def ask_prompts(rank: int, world_size: int) -> tuple[list[Any], list[str]]:
+    """Answer padded rows, one with a document and one without; then have the last rank spoil them."""
+    import apb_ds
+
+    engine = new_engine()
+    engine.split = apb_ds.Split(min_document=N, last_ids=Q)
+    prompt = torch.cat(request_ids(N, Q), dim=1)
+    short = prompt[:, :20]
+    rows = torch.cat([prompt, torch.cat([torch.zeros_like(prompt[:, 20:]), short], dim=1)])
+    mask = torch.ones_like(rows)
+    mask[1, :-20] = 0
+    given: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    answers = [
+        engine.generate(rows, attention_mask=mask, **given).tolist(),
+        [engine.generate(one, **given)[0].tolist() for one in (prompt, short)],
+    ]
+    is_last = rank == world_size - 1
+    messages = []
+    for spoiled in (
+        {"attention_mask": mask.flip(1) if is_last else mask},
+        {"query_length": 4 + is_last},
+        {"inputs": rows if is_last else None},
+    ):
+        try:
+            engine.generate(**{"input_ids": rows, "attention_mask": mask, **given, **spoiled})
+        except ValueError as error:
+            messages.append(str(error))
+    return answers, messages
+
+
+def test_prompts_are_the_same_on_all_ranks_or_refused_on_all(pool: Pools) -> None:
+    alone, _ = ask_prompts(0, 1)
+    (together, single) = alone
+    assert [row[-4:] for row in together] == [row[-4:] for row in single]
+    for answers, messages in pool(2).run(ask_prompts):
+        assert answers == alone
+        named = ["the right of row 1", "document lengths is", "not input_ids, inputs"]
+        assert all(name in message for name, message in zip(named, messages, strict=True)), messages
+
+
 def answer(engine: Any, seed: int) -> tuple[torch.Tensor, Any]:
     document, query = request_ids(N + 20 * seed, Q, seed)
     context = engine.prefill(document, query)

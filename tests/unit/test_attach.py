@@ -13,6 +13,9 @@ from torch import nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    BatchEncoding,
+    GenerationConfig,
+    LogitsProcessorList,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -88,6 +91,88 @@ def test_the_old_engine_takes_long_prompts(engine: Any) -> None:
     assert answer.shape == (1, 1202)
 
 
+def test_calls_that_were_there_before(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """By name, by position, as ``inputs`` and from a tokenizer: all are cut by the engine's `split`."""
+    ids = distinct_ids(106)
+    given: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    attached = apb_ds.attach(engine, CONFIG, split={"min_document": 50, "last_ids": 5})
+    expected = apb_answer(attached)
+    encoded = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    with caplog.at_level("WARNING", logger="apb_ds"):
+        answers = [
+            engine.generate(**encoded, **given),
+            engine.generate(ids, **given),
+            engine.generate(inputs=ids, **given),
+            engine.generate(document_ids=ids, **given),
+            attached.generate(input_ids=ids, generation_config=GenerationConfig(**given)),
+        ]
+        short = engine.generate(ids[:, :54], **given)
+        engine.generate(ids[:, :20], **given)
+    for answer in answers:
+        assert torch.equal(answer, expected)
+    told = [record.getMessage() for record in caplog.records]
+    assert [("of 106 tokens the last 5 are" in line, "54 tokens has no document" in line) for line in told] == [
+        (True, False),
+        (False, True),
+    ]
+    # Without a document, everything is attended to.
+    attached.detach()
+    assert torch.equal(short, engine.generate(input_ids=ids[:, :54], **given))
+
+
+def padded(rows: list[torch.Tensor], token: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows, (1, tokens) each, as a batch padded on the left, and its mask."""
+    longest = max(row.shape[1] for row in rows)
+    pairs = [(row, torch.full((1, longest - row.shape[1]), token)) for row in rows]
+    masks = [torch.cat([torch.zeros_like(pad), torch.ones_like(row)], dim=1) for row, pad in pairs]
+    return torch.cat([torch.cat([pad, row], dim=1) for row, pad in pairs]), torch.cat(masks)
+
+
+@pytest.mark.parametrize("token", [7, 511], ids=["padding ends answers", "padding is a token of its own"])
+def test_rows_are_padded_as_transformers_does_it(engine: Any, token: int) -> None:
+    """Against transformers, with exact settings; rows end at an end token, or not at all."""
+    ids = distinct_ids(150)
+    rows = [ids[:, :90], ids[:, 90:103], ids[:, 103:150], ids[:, :1].expand(1, 2)]
+    batch, mask = padded(rows, token)
+    plain = build_model("llama")
+    free = plain.generate(batch, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=token)
+    ends = [int(free[1, -6]), token if token == 7 else int(free[0, -2])]
+    given = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": ends}
+    given |= {} if token == 7 else {"pad_token_id": token}
+    if token == 7:
+        given["eos_token_id"] = [token, ends[0]]  # the first end token is also what fills rows
+    expected = plain.generate(batch, attention_mask=mask, **given)
+    assert (expected[:, -1] == token).any() and (expected[:, -1] != token).any()
+    exact = {"hosts": 4, "anchor_length": 0, "passing_length": 4096}
+    apb_ds.attach(engine, exact, split={"min_document": 30, "last_ids": 5})
+    assert torch.equal(engine.generate(batch, attention_mask=mask, **given), expected)
+    assert torch.equal(engine.generate(input_ids=batch, attention_mask=mask.bool(), **given), expected)
+    one = engine.generate(batch[1:2], attention_mask=mask[1:2], **given)
+    assert torch.equal(one, expected[1:2, : one.shape[1]])
+    if token != 7:  # then transformers, too, takes leading ones for padding
+        assert torch.equal(plain.generate(batch, **given), expected)
+        assert torch.equal(engine.generate(batch, **given), expected)
+
+
+def test_the_query_of_every_row(engine: Any) -> None:
+    attached = apb_ds.attach(engine, CONFIG)
+    ids = distinct_ids(212)
+    given: dict[str, Any] = {"query_length": 5, "max_new_tokens": 4, "do_sample": False}
+    rows = [ids[:, :106], ids[:, 106:190]]
+    batch, mask = padded(rows, 0)
+    answers = engine.generate(batch, attention_mask=mask, **given)
+    for row, answer in zip(rows, answers, strict=True):
+        assert torch.equal(answer[-4:], attached.generate(row, **given)[0, -4:])
+
+
+def test_a_row_that_fails_fails_the_call(engine: Any) -> None:
+    apb_ds.attach(engine, CONFIG)
+    ids = distinct_ids(40).view(2, 20)
+    failing = LogitsProcessorList([lambda ids, scores: scores if ids[0, 0] == 0 else 1 / 0])
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(ids, max_new_tokens=2, logits_processor=failing)
+
+
 def test_engines_are_deepspeeds(engine: Any) -> None:
     attached = apb_ds.attach(engine, CONFIG)
     alone = apb_ds.init_inference(build_model("llama"), CONFIG)
@@ -136,6 +221,15 @@ def test_detach_restores(family: str) -> None:
         assert torch.equal(dense_logits(engine, length), logits)
     assert torch.equal(engine.generate(input_ids=ids, max_new_tokens=4, do_sample=False), own)
     assert apb_ds.detach(attached) is model  # a second time there is nothing to undo
+    with pytest.raises(ValueError, match="InferenceEngine has no APB attached"):
+        apb_ds.detach(engine)
+
+
+def test_detach_takes_the_engine_that_was_attached_to(engine: Any) -> None:
+    own = engine.generate
+    apb_ds.attach(engine, CONFIG)
+    assert apb_ds.detach(engine) is engine
+    assert engine.generate == own
 
 
 def test_detach_of_an_engine_made_alone_gives_the_model() -> None:
@@ -302,3 +396,7 @@ def test_detach_restores_training_mode() -> None:
     assert not any(module.training for module in model.modules())
     engine.detach()
     assert [module.training for module in model.modules()] == before
+    evaluates = apb_ds.init_inference(model.eval(), CONFIG)
+    model.train()
+    evaluates.detach()
+    assert model.training  # what was switched on meanwhile stays on
