@@ -7,6 +7,7 @@ the next stage and ends the forward. The first stage alone has the embeddings, t
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ from apb_ds.parallel.consistency import shared_outcome
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.parallel.pipeline import Channel, PendingReceive, Pipeline
 from apb_ds.utils.sizes import LayerAttention
+
+logger = logging.getLogger(__name__)
 
 _of_models: weakref.WeakKeyDictionary[nn.Module, Stage] = weakref.WeakKeyDictionary()
 
@@ -51,7 +54,13 @@ class Stage:
         layers = decoder_layers(model)
         self.pipeline = pipeline
         self.num_layers = len(layers)
-        self.layers = mine or stage_layers(model, pipeline.num_stages)[pipeline.stage]
+        if mine is None:
+            of_stages = stage_layers(model, pipeline.num_stages)
+            mine = of_stages[pipeline.stage]
+            if pipeline.group.is_first:
+                spans = ", ".join(f"{one.start + 1} to {one.stop}" for one in of_stages)
+                logger.info("The model is cut into %d stages: layers %s.", pipeline.num_stages, spans)
+        self.layers = mine
         self._hidden_size: int = text_config(model).hidden_size
         self._is_probed = False
         self._messages: _Messages | None = None
