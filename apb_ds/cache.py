@@ -370,15 +370,25 @@ class ShardedCache(Cache):
                 layer, num_document, num_new = WindowCacheLayer(attention.window), attention.window - 1, new_tokens
             layer.reserve(first_capacity(num_document, num_new))
             self._sharded_layers.append(layer)
-        self._storing = [layer for layer, of in zip(self._sharded_layers, layers, strict=True) if of.stores]
+        self._storing = [layer for layer, of in zip(self._sharded_layers, layers, strict=True) if of.stores_here]
         self._of_window = {
-            of.window: layer for layer, of in zip(self._sharded_layers, layers, strict=True) if of.stores
+            of.window: layer for layer, of in zip(self._sharded_layers, layers, strict=True) if of.stores_here
         }
         super().__init__(layers=self._sharded_layers)  # type: ignore[arg-type]
 
     def layer(self, layer_idx: int) -> ShardedCacheLayer:
         """Return one layer's shard."""
         return self._sharded_layers[layer_idx]
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Return how many tokens are stored, over all ranks.
+
+        Parameters
+        ----------
+        layer_idx : by default the first layer that this rank computes
+        """
+        layer = self._storing[0] if layer_idx is None else self._sharded_layers[layer_idx]
+        return layer.get_seq_length()
 
     def set_length(self, num_tokens: int) -> None:
         """Set the global length once all blocks are stored."""
@@ -458,7 +468,7 @@ class ShardedCache(Cache):
         return {
             layer_idx: layer.shard()
             for layer_idx, layer in enumerate(self._sharded_layers)
-            if self.attention[layer_idx].stores and layer.local_length > 0
+            if self.attention[layer_idx].stores_here and layer.local_length > 0
         }
 
     def room_on_host(self) -> dict[int, tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ DEFAULT_COMPRESSOR = "window"
 DEFAULT_COMPRESSION_RATIO = 8
 MAX_DEFAULT_ANCHOR_LENGTH = 8192
 ANCHOR_IS_BLOCK = "block"
+HEADS_KEY = "retaining_heads"  # of a composed config's section method; not a field of APBConfig
 # Names are checked here, without importing what they name. `register_compressor` adds others.
 COMPRESSORS = ["heads_and_window", "keydiff", "knorm", "query", "random", "recent", "retaining_heads", "window"]
 KERNELS = (
@@ -294,6 +295,19 @@ class APBConfig:
     def from_dict(cls, values: dict[str, Any], where: str = "method") -> APBConfig:
         """Build from a mapping; an unknown key is a ValueError that names the nearest field."""
         return from_mapping(cls, values, where)
+
+
+def config_and_heads(config: object, heads: Any = None) -> tuple[APBConfig, Any]:
+    """Return `APBConfig.of` what was given and the retaining heads, which a composed ``method`` section names, too.
+
+    Parameters
+    ----------
+    heads : given otherwise; they come before the section's
+    """
+    if isinstance(config, Mapping) and HEADS_KEY in config:
+        heads = config[HEADS_KEY] if heads is None else heads
+        config = {key: value for key, value in config.items() if key != HEADS_KEY}
+    return APBConfig.of(config), heads
 
 
 def name_keys(message: str, *, of_method: bool = False) -> str:

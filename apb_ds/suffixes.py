@@ -48,7 +48,7 @@ class Prefix:
             return
         for layer_idx, attention in enumerate(layers):
             layer = cache.layer(layer_idx)
-            if not attention.stores or layer.local_length == 0:
+            if not attention.stores_here or layer.local_length == 0:
                 continue
             keys, values = layer.shard()
             if isinstance(layer, WindowCacheLayer):  # copied: a later turn of the context moves them
@@ -221,7 +221,7 @@ class SuffixPool:
         self.nothing = Prefix(layers)
         self._kinds: dict[int | None, dict[int, LayerAttention]] = {}
         for layer_idx, layer in enumerate(layers):
-            if layer.stores:
+            if layer.stores_here:
                 self._kinds.setdefault(layer.window, {})[layer_idx] = layer
         self._slabs: dict[tuple[int | None, int], Slab] = {}
         self._num_made = 0

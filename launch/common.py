@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import pickle
+import random
 import shlex
 import shutil
 import signal
@@ -141,7 +142,7 @@ def print_help(config_name: str) -> int:
 
     try:
         text = help_text(config_name, command_line.for_hydra(sys.argv[1:]))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         return say_once(describe(error))
     if rank() == 0:
         try:
@@ -163,6 +164,8 @@ def _run_hydra(config_name: str, jobs: Jobs) -> int:
     elif isinstance(sys.stdout, io.TextIOWrapper):
         # An answer that the terminal cannot encode must not fail the first rank alone.
         sys.stdout.reconfigure(errors="backslashreplace")
+    if launched_world_size() > 1:
+        random.seed(0)  # of Hydra's shuffle(...): all ranks must run the same jobs
     sys.argv = [sys.argv[0], *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors, which are formatted here
     quiet_environment(debug)
@@ -217,11 +220,12 @@ def _run_hydra(config_name: str, jobs: Jobs) -> int:
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:  # not from a job: see main
         if debug and rank() == 0:
             traceback.print_exc()
+        jobs.abandon(describe(error))  # of a sweep that has begun, which its sweeper ends
         return say_once(describe(error))
     except pickle.PicklingError:
         return say_once(
-            "this launcher sends jobs to other processes, which cannot share this run's ranks and model: leave "
-            "hydra/launcher at one_by_one, or start several commands."
+            "this launcher sends jobs to other processes, which cannot share this run's ranks, model and device: leave "
+            "hydra/launcher at one_by_one, which loads the model once for all jobs, or start several commands."
         )
     except ending.Stopped as error:
         jobs.watch.give_up(error, jobs.abandon)

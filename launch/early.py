@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
-from apb_ds.config import APBConfig, name_keys
+from apb_ds.config import HEADS_KEY, APBConfig, name_keys
 from apb_ds.plan import check_ranks
 
 from .arguments import overrides_of
 
-HEADS_KEY = "retaining_heads"  # not a field of APBConfig
 GEOMETRY = "model.geometry"
 
 

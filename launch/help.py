@@ -1,4 +1,7 @@
-"""``--help``: every setting with its value and its meaning, which is the comment in the config file that sets it."""
+"""``--help``: all settings on one screen; ``--help all`` or ``--help method`` has their meanings, too.
+
+A setting's meaning is the comment in the config file that sets it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from apb_ds.config import check_choice
+
 from .arguments import SWEEP, split_config_directory
 from .errors import CONFIGS, GROUPS
 
@@ -18,7 +23,10 @@ WIDTH = 100
 NAME_WIDTH = 25
 VALUE_WIDTH = 18
 MAX_VALUE = 60
+SHORT = 24  # characters of a value that stands next to its name
+SPACE = "\N{NO-BREAK SPACE}"  # within a value
 SHOWN_AS_GROUPS = ("task.name",)
+ALL = "all"  # of --help
 COLLAPSED = ("model.geometry",)  # fields of somebody else's config
 FLAGS = {
     "-m": "run all combinations of comma-separated values: method.hosts=4,8",
@@ -33,10 +41,14 @@ _SETTING = re.compile(r"( *)(\w+):(?: (?:[^#]|(?<! )#)*)?(?:#\s?(.*))?")
 def help_text(config_name: str, arguments: Sequence[str]) -> str:
     """Return the help of a command for what its arguments choose, such as ``task=prompt``.
 
+    A word among the arguments is what to explain: ``all`` settings, or a section's.
+
     Raises
     ------
     HydraException, OmegaConfBaseException
         If the arguments do not compose.
+    ValueError
+        For a word that is not a section.
     """
     directory, overrides = split_config_directory(arguments)
     overrides = [] if any(flag in SWEEP for flag in arguments) else overrides
@@ -59,10 +71,26 @@ def help_text(config_name: str, arguments: Sequence[str]) -> str:
     lines += [*_row("+exp=NAME", "", ", ".join(names)), "", "Settings"]
     values = OmegaConf.to_container(config, resolve=False)
     assert isinstance(values, dict)
-    for path, value in _settings({str(key): value for key, value in values.items() if key != "hydra"}):
-        if path in SHOWN_AS_GROUPS:
-            continue
-        lines += _row(path, _shown(value), meanings.get(path, ""))
+    settings = {
+        path: _shown(value)
+        for path, value in _settings({str(key): value for key, value in values.items() if key != "hydra"})
+        if path not in SHOWN_AS_GROUPS
+    }
+    sections = dict.fromkeys(path.partition(".")[0] for path in settings)
+    topics = [word for word in arguments if "=" not in word and not word.startswith("-") and word != directory]
+    for topic in topics:
+        check_choice("--help", topic, [ALL, *sections])
+    if not topics:
+        lines[-1] += f" (--help {ALL} explains them, --help {next(iter(sections))} those of a section)"
+    for section in sections:
+        paths = [path for path in settings if path.partition(".")[0] == section]
+        if section in topics or ALL in topics:
+            for path in paths:
+                lines += _row(path, settings[path], meanings.get(path, ""))
+        elif not topics:
+            lines += _paragraph(section, {path.removeprefix(f"{section}."): settings[path] for path in paths})
+    if topics and ALL not in topics:
+        return "\n".join(lines[lines.index("Settings") + 1 :])
     lines += ["", "Flags"]
     for flag, meaning in FLAGS.items():
         lines += _row(flag, "", meaning)
@@ -124,6 +152,23 @@ def _shown(value: Any) -> str:
     text = "[" + ", ".join(str(item) for item in value) + "]" if isinstance(value, list) else str(value)
     text = text.replace("\n", r"\n")
     return text if len(text) <= MAX_VALUE else text[: MAX_VALUE - 3] + "..."
+
+
+def _paragraph(section: str, settings: dict[str, str]) -> list[str]:
+    """Return a section's settings as one paragraph, with the values that they have; null is not shown."""
+    shown = [
+        name if value in ("null", "") or len(value) > SHORT else f"{name}={value}" for name, value in settings.items()
+    ]
+    head = "" if list(settings) == [section] else f"{section}. "
+    lines = textwrap.wrap(
+        head + ", ".join(word.replace(" ", SPACE) for word in shown),
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent="    " if head else "  ",
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    return [line.replace(SPACE, " ") for line in lines]
 
 
 def _row(name: str, value: str, meaning: str) -> list[str]:

@@ -22,6 +22,7 @@ from tests.pool import Pools
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fresh-cache", action="store_true", help="convert models into a temporary cache")
     parser.addoption("--fault-times", metavar="FILE", help="write the fault tests' measurements as JSON")
+    parser.addoption("--shard-weights", action="store_true", help="shard weights in the engines of tests/distributed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,7 +37,11 @@ def _missing(item: pytest.Item) -> str | None:
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--shard-weights"):
+        whole = [item for item in items if item.get_closest_marker("whole_weights")]
+        config.hook.pytest_deselected(items=whole)
+        items[:] = [item for item in items if item not in whole]
     for item in items:
         missing = _missing(item)
         if missing:
@@ -55,8 +60,8 @@ def cache_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Pools]:
+def pool(request: pytest.FixtureRequest) -> Iterator[Pools]:
     """Ranks that the session reuses: ``pool(2).run(function, *args)``."""
-    pools = Pools()
+    pools = Pools(request.config.getoption("--shard-weights"))
     yield pools
     pools.close()

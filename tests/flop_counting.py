@@ -40,7 +40,7 @@ class CountingKernel(Kernel):
 
 
 def run_counted(
-    rank: int, world_size: int, family: str, n: int, given: dict[str, Any], kv_heads: int = 2
+    rank: int, world_size: int, family: str, n: int, given: dict[str, Any], kv_heads: int = 2, **options: Any
 ) -> tuple[int, int, dict[str, Any] | None]:
     """Return one rank's operations for a prefill and for the query after it, and the count for all ranks.
 
@@ -48,8 +48,9 @@ def run_counted(
     ----------
     n : document tokens; the query has `QUERY`
     given : `APBConfig` fields
+    options : of `init_inference`
     """
-    engine = _engine(_group(world_size), family, given, kv_heads)
+    engine = _engine(_group(world_size), family, given, kv_heads, **options)
     document, query, needs_query = _request(engine, n)
     with mock.patch("apb_ds.hf.onednn_linears._is_enabled", lambda: False):  # torch does not count oneDNN's products
         context, prefilled = _measure(engine, lambda: engine.prefill(document, query if needs_query else None))
@@ -83,8 +84,8 @@ def _group(world_size: int) -> SequenceGroup:
     return SequenceGroup() if world_size == 1 else SequenceGroup.of(torch.distributed.group.WORLD)
 
 
-def _engine(group: SequenceGroup, family: str, given: dict[str, Any], kv_heads: int) -> Any:
-    engine = engine_with_heads((FAMILIES | HYBRIDS)[family](num_key_value_heads=kv_heads), group=group)
+def _engine(group: SequenceGroup, family: str, given: dict[str, Any], kv_heads: int, **options: Any) -> Any:
+    engine = engine_with_heads((FAMILIES | HYBRIDS)[family](num_key_value_heads=kv_heads), group=group, **options)
     engine.configure(apb_ds.APBConfig(**given))
     return engine
 

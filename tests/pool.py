@@ -67,7 +67,7 @@ def workers_environment(backend: str = GLOO) -> Any:
                 os.environ[name] = value
 
 
-def _join_group(rank: int, world_size: int, directory: str, backend: str) -> None:
+def _join_group(rank: int, world_size: int, directory: str, backend: str, shard_weights: bool) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -77,6 +77,8 @@ def _join_group(rank: int, world_size: int, directory: str, backend: str) -> Non
         backend, init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size
     )
     importlib.import_module("apb_ds.parallel.groups").deepspeed_comm_ready()
+    if shard_weights and world_size > 1:
+        importlib.import_module("tests.sharding").shard_by_default()
 
 
 def _serve(connection: Connection, rank: int, world_size: int, directory: str) -> None:
@@ -103,11 +105,17 @@ def _serve(connection: Connection, rank: int, world_size: int, directory: str) -
 
 
 class Pool:
-    """`world_size` ranks with torch.distributed and deepspeed.comm initialised; the first `run` starts them."""
+    """`world_size` ranks with torch.distributed and deepspeed.comm initialised; the first `run` starts them.
 
-    def __init__(self, world_size: int, backend: str = GLOO):
+    Parameters
+    ----------
+    shard_weights : whether engines shard their models' weights where they are not told
+    """
+
+    def __init__(self, world_size: int, backend: str = GLOO, shard_weights: bool = False):
         self.world_size = world_size
         self.backend = backend
+        self._shard_weights = shard_weights
         self._workers: list[tuple[Any, Connection]] = []
         self._directory = ""
 
@@ -161,7 +169,7 @@ class Pool:
                 there.close()
                 self._workers.append((process, here))
         try:
-            self._call(_join_group, (self._directory, self.backend), START_TIMEOUT_S)
+            self._call(_join_group, (self._directory, self.backend, self._shard_weights), START_TIMEOUT_S)
         except BaseException:
             self.close()
             raise
@@ -219,11 +227,12 @@ class Pool:
 class Pools:
     """The session's pools by world size: ``pools(2).run(function, ...)``."""
 
-    def __init__(self) -> None:
+    def __init__(self, shard_weights: bool = False) -> None:
         self._pools: dict[int, Pool] = {}
+        self._shard_weights = shard_weights
 
     def __call__(self, world_size: int) -> Pool:
-        return self._pools.setdefault(world_size, Pool(world_size))
+        return self._pools.setdefault(world_size, Pool(world_size, shard_weights=self._shard_weights))
 
     def close(self) -> None:
         for pool in self._pools.values():

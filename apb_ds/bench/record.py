@@ -58,6 +58,7 @@ def make_record(
         "model": {
             "source": loaded.source,
             "dtype": str(loaded.dtype).removeprefix("torch."),
+            "shard_weights": loaded.shard_weights,
             "layers": _layers(settings, loaded),
             "random_weights": settings.model.is_dummy,
         },

@@ -57,7 +57,11 @@ def run_bench(
     """
     values = dict(values)
     bench = from_mapping(BenchConfig, values.pop("bench", None) or {}, "bench")
-    settings = read_settings(values)
+    settings = read_settings(values, bench.emulate_ranks)
+    if settings.stages > 1:
+        raise ValueError(
+            f"parallel.stages={settings.stages}: launch/bench.py measures whole models; use benchmarks/stages.py."
+        )
     lengths = bench.lengths or _task_lengths(settings)
     group = world_group(settings.timeout_s, watch)
     shards = settings.model.shard_weights is True  # auto shards nothing for a real rank alone

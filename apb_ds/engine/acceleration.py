@@ -14,6 +14,7 @@ from apb_ds.engine.packed_graphs import PackedGraphs, can_record_packs
 from apb_ds.hf.architecture import text_decoder
 from apb_ds.hf.fused_layers import fused_layers
 from apb_ds.hf.onednn_linears import bound_primitive_caches, onednn_linears
+from apb_ds.hf.stages import stage_of
 from apb_ds.hf.tiled_mlps import default_tile, tiled_mlps
 from apb_ds.hf.zero3 import is_partitioned
 from apb_ds.ops.kernels import KernelChoice
@@ -51,7 +52,9 @@ class Acceleration:
             bound_primitive_caches()
         # Weights that ZeRO-3 partitions are gathered by each module's own forward, to another place each time.
         self._is_partitioned = is_partitioned(model)
-        records = settings.cuda_graph and not self._is_partitioned and can_record(model, kernels.values())
+        # Messages between stages are not recorded.
+        is_whole = not self._is_partitioned and stage_of(model) is None
+        records = settings.cuda_graph and is_whole and can_record(model, kernels.values())
         self.recorded = RecordedSteps(model, group) if records else None
         self.packed = PackedGraphs(model, group) if records and can_record_packs(kernels.values(), layers) else None
         self.fused = fused_layers(model, settings.fused and not self._is_partitioned, device)

@@ -17,12 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from apb_ds.attention import check_available
-from apb_ds.config import APBConfig
+from apb_ds.config import APBConfig, config_and_heads
 from apb_ds.engine.engine import APBEngine, move_to_accelerator
 from apb_ds.engine.saved_facts import model_facts
 from apb_ds.engine.split import Split
 from apb_ds.engine.validation import settings_facts
 from apb_ds.hf.architecture import check_supported
+from apb_ds.hf.stages import Stage, check_stage_of, stage_of
 from apb_ds.hf.zero3 import check_partition, is_partitioned
 from apb_ds.loading import ModelConfig
 from apb_ds.loading import load_model as load_described
@@ -31,6 +32,7 @@ from apb_ds.loading.heads import HeadsSource, heads_for
 from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S, SequenceGroup, world_group
 from apb_ds.parallel.launcher import launched_world_size
+from apb_ds.parallel.pipeline import Pipeline, check_stages
 from apb_ds.plan import check_ranks
 from apb_ds.weights import ShardedWeights, check_shard_ranks, check_weights_for, is_sharded
 
@@ -41,6 +43,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     shard_ranks: int | None = None,
+    stages: int = 1,
     **settings: Any,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and its tokenizer, as the command line does.
@@ -55,6 +58,8 @@ def load_model(
         ``auto`` (this rank's GPU if there is one), ``cpu`` or ``cuda``.
     shard_ranks : int
         With `shard_weights`, as in `init_inference`. All ranks call this together.
+    stages : int
+        As in `init_inference`: this rank loads its stage's layers alone. All ranks call this together.
     **settings
         Further fields of `apb_ds.loading.ModelConfig`, such as ``tokenizer``, ``adapter`` and ``overrides``. With
         ``shard_weights=True`` each of all ranks reads its part alone, for ``init_inference(..., shard_weights=True)``;
@@ -75,11 +80,15 @@ def load_model(
     named = str(dtype).removeprefix("torch.")
     values = {"path": os.fspath(path), "dtype": named, "device": str(device), **settings}
     config = ModelConfig.from_dict(values)
-    group = world_group() if config.shard_weights else SequenceGroup()
+    group = world_group() if config.shard_weights or stages != 1 else SequenceGroup()
     with shared_validation(group, "load_model") as comparison:
-        check_shard_ranks(shard_ranks, config.shard_weights, group.world_size)
-        comparison.facts = {"shard_ranks": shard_ranks or group.world_size}
-    loaded = load_described(config, group=group.part(shard_ranks))
+        check_stages(stages, group.world_size)
+        num_sharing = group.world_size // stages
+        check_shard_ranks(shard_ranks, config.shard_weights, num_sharing)
+        comparison.facts = {"shard_ranks": shard_ranks or num_sharing, "stages": stages}
+    pipeline = Pipeline(group, stages) if stages > 1 else None
+    sharing = group if pipeline is None else pipeline.ranks
+    loaded = load_described(config, group=sharing.part(shard_ranks), pipeline=pipeline)
     return loaded.model, loaded.tokenizer
 
 
@@ -93,6 +102,7 @@ def init_inference(
     timeout_s: float | None = None,
     shard_weights: bool | str = False,
     shard_ranks: int | None = None,
+    stages: int = 1,
     split: Split | Mapping[str, Any] | None = None,
 ) -> APBEngine:
     """Make an engine for a model, alone or over the ranks that ``deepspeed`` or ``torchrun`` started.
@@ -103,7 +113,8 @@ def init_inference(
         A decoder whose attention goes through transformers' AttentionInterface. Its dtype is kept; it is moved to the
         accelerator of this rank.
     config : APBConfig or mapping
-        By default all defaults. A mapping holds fields of `APBConfig`, as DeepSpeed's configs do.
+        By default all defaults. A mapping holds fields of `APBConfig`, as DeepSpeed's configs do, or is the section
+        ``method`` of a config that Hydra composed, whose ``retaining_heads`` count unless they are given here.
     mpu : object
         A Megatron-style object; its sequence-parallel group is used. By default all ranks share a request.
     group : SequenceGroup
@@ -120,7 +131,10 @@ def init_inference(
         `load_model` has loaded this rank's part alone.
     shard_ranks : int
         With `shard_weights`, how many ranks hold a copy together: ranks that follow each other, such as those of a
-        node. A divisor of the number of ranks, which is the default.
+        node. A divisor of the number of ranks, or of those of a stage, which is the default.
+    stages : int
+        Cut the model into so many stages of a pipeline, a divisor of the number of ranks: those that follow each other
+        have some of its layers, and share the document. The model is changed for good.
     split : Split or mapping
         Where `APBEngine.generate` cuts prompts of which it is not told how long the query is.
 
@@ -130,48 +144,65 @@ def init_inference(
         For a model, settings or a group that cannot be served, on every rank before anything is computed; where ranks
         have other settings, weights or versions than the others, saying which rank has what.
     """
-    config = APBConfig.of(config)
+    config, retaining_heads = config_and_heads(config, retaining_heads)
     split = Split.of(split)
     if isinstance(model, PipelineModule):
-        raise ValueError("model is a DeepSpeed PipelineModule; APB does not run in a pipeline.")
+        raise ValueError(
+            "model is a DeepSpeed PipelineModule, whose layers attend as they were written to. Pass the transformers "
+            "model and stages=S, or use apb_ds.APBAttention in the layers: see docs/integration.md."
+        )
     if isinstance(model, (InferenceEngine, DeepSpeedEngine)):
         raise ValueError("model is an engine of DeepSpeed's already; use apb_ds.attach(engine, config).")
     if group is None and mpu is None and not torch.distributed.is_initialized():
-        _check_served(model, config, launched_world_size())  # before the ranks meet
+        check_stages(stages, launched_world_size())  # before the ranks meet
+        _check_served(model, config, launched_world_size() // stages)
         retaining_heads = heads_for(model, config, retaining_heads)
     if group is None:
         group = SequenceGroup.from_mpu(mpu) if mpu is not None else world_group(timeout_s or DEFAULT_TIMEOUT_S)
     if timeout_s is not None:
         group.set_timeout(timeout_s)
     weights = None
+    stage = None
     with shared_validation(group, "init_inference") as comparison:
-        _check_served(model, config, group.world_size)
+        check_stages(stages, group.world_size)
+        num_sharing = group.world_size // stages
+        _check_served(model, config, num_sharing)
+        check_stage_of(model, stages, group)
         heads = heads_for(model, config, retaining_heads)
         check_shard_weights("shard_weights", shard_weights)
-        check_shard_ranks(shard_ranks, shard_weights, group.world_size)
+        check_shard_ranks(shard_ranks, shard_weights, num_sharing)
         shard_weights = is_sharded(model) if shard_weights == "auto" else bool(shard_weights)
         check_partition(model, group, shard_weights)
-        check_weights_for(model, shard_weights, shard_ranks or group.world_size)
-        sends = shard_weights or is_partitioned(model)
+        check_weights_for(model, shard_weights, shard_ranks or num_sharing)
+        sends = shard_weights or is_partitioned(model) or stages > 1
         if not sends:
             engine = APBEngine(model, config, group, heads)
         comparison.facts = {
             **describe_software(),
             **settings_facts(config),
-            "model": None if is_sharded(model) else model,
+            "model": None if is_sharded(model) or stage_of(model) is not None else model,
             "retaining heads": heads,
             "shard_weights": shard_weights,
-            "shard_ranks": shard_ranks or group.world_size,
+            "shard_ranks": shard_ranks or num_sharing,
+            "stages": stages,
         }
     # Outside of the comparison: sharding and the engine's trial forward send messages, also if ZeRO-3 gathers for it.
+    sharing = group
+    if stages > 1:
+        was_cut = stage_of(model) is not None
+        stage = Stage.of(model, group, stages)
+        group, sharing = stage.pipeline.group, stage.pipeline.ranks
+        if was_cut and not shard_weights:
+            with shared_validation(sharing, "init_inference") as comparison:
+                comparison.facts = {"model": model}
     if shard_weights:
-        weights = ShardedWeights.of(model, group.part(shard_ranks))
+        weights = ShardedWeights.of(model, sharing.part(shard_ranks))
         move_to_accelerator(model)  # cut first: whole weights may not fit there
         weights.facts = model_facts(model, weights.whole_weights())
-        with shared_validation(group, "init_inference") as comparison:
+        with shared_validation(sharing, "init_inference") as comparison:
             comparison.facts = weights.facts
     if sends:
-        engine = APBEngine(model, config, group, heads, weights)
+        engine = APBEngine(model, config, group, heads, weights, stage)
     engine.split = split
     return engine
 

@@ -26,6 +26,7 @@ from apb_ds.engine.pace import Pace
 from apb_ds.engine.packs import FEWER_SEQUENCES, cut_query, in_forwards, ordered_by_prefix, run_pack
 from apb_ds.engine.sequences import Cancelled, Handle, OnProgress, Sequence
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest
+from apb_ds.hf.adapters import adapters_in_force, name_adapters
 from apb_ds.methods.packed import Member
 from apb_ds.ops.memory import available_bytes, explain_out_of_memory
 from apb_ds.parallel.consistency import shared_validation
@@ -101,6 +102,7 @@ class Batch:
         self._ended: list[Handle] = []
         self._failure: BaseException | None = None
         self._is_closed = False
+        self._adapters: tuple[str, ...] = ()  # of the requests that have not ended
         self.stats = RequestStats()
 
     def __enter__(self) -> Self:
@@ -155,7 +157,7 @@ class Batch:
             ended_after_errors(streamer),
             shared_validation(self._group, "submit", engine.device) as comparison,
         ):
-            self._check_open()
+            self._check_usable()
             request = engine._validator.generate(call)
             self._check(request)
             comparison.facts = request.facts | engine._shared_facts
@@ -175,6 +177,8 @@ class Batch:
         key : of the context that is made if its document is to be prefilled
         """
         self._check(request)
+        if not len(self):
+            self._adapters = adapters_in_force(self._engine.module)
         handle = Handle(request, key, progress, on_end)
         if handle.kept_in is not None:
             handle.kept_in.is_busy = True
@@ -211,7 +215,7 @@ class Batch:
         engine = self._engine
         with exclusive_call(engine.module):
             with shared_validation(self._group, "prefill", engine.device) as comparison:
-                self._check_open()
+                self._check_usable()
                 request = engine._validator.prefill(document_ids, query_ids, max_positions)
                 comparison.facts = request.facts | engine._shared_facts
             return self._prefill(request, comparison.digest, progress, new_tokens)
@@ -230,9 +234,11 @@ class Batch:
         torch.OutOfMemoryError, RuntimeError
             If the forward of a step fails on this rank. No sequence has changed then, so it can be tried again. If the
             batch was closed.
+        ValueError
+            If other peft adapters are in force than when the requests came.
         """
         with exclusive_call(self._engine.module):
-            self._check_open()
+            self._check_usable()
             failure, self._failure = self._failure, None
             if failure is not None:
                 raise failure
@@ -269,9 +275,16 @@ class Batch:
             self._waiting.remove(handle)
             self._finish(handle, Cancelled(CANCELLED))
 
-    def _check_open(self) -> None:
+    def _check_usable(self) -> None:
+        """Raise RuntimeError once it was closed, ValueError if the model's adapters were switched under requests."""
         if self._is_closed:
             raise RuntimeError(USED_CLOSED)
+        adapters = adapters_in_force(self._engine.module)
+        if len(self) and adapters != self._adapters:
+            raise ValueError(
+                f"the batch answers {len(self)} requests with {name_adapters(self._adapters)}, and the model now has "
+                f"{name_adapters(adapters)}; switch back until they have ended."
+            )
 
     # --- joining -----------------------------------------------------------------------------------------------------
 

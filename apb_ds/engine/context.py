@@ -53,6 +53,7 @@ class Context:
     engine : that made it
     attention : the layer with the settings that it was prefilled with
     key : digest of settings and tokens, the same on every rank; empty for a group of one rank
+    adapters : names of the peft adapters that it was prefilled with; only these can answer from it
     place : ``device`` or ``host``: where keys and values are; see `to_host`
     """
 
@@ -65,6 +66,7 @@ class Context:
     engine: APBEngine = field(repr=False)
     attention: APBAttention = field(repr=False)
     key: str = ""
+    adapters: tuple[str, ...] = ()
     place: str = DEVICE
     _num_branches: int = field(default=0, init=False, repr=False)
     _branches: WeakSet[Branch] = field(default_factory=WeakSet, init=False, repr=False)
@@ -284,6 +286,10 @@ class Branch:
     def plan(self) -> Plan:
         """How the document was split."""
         return self.context.plan
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return self.context.adapters
 
     @property
     def key(self) -> str:

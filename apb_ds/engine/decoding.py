@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -20,6 +21,7 @@ from apb_ds.attention import Phase
 from apb_ds.engine.choosing import Chooser
 from apb_ds.engine.cuda_graph import RecordedSteps
 from apb_ds.hf.interface import ActiveCall
+from apb_ds.hf.stages import run_model, stage_of
 from apb_ds.parallel.groups import SequenceGroup
 
 
@@ -45,6 +47,36 @@ class _Verdict(IntEnum):
     GO_ON = 0
     STOP = 1
     FAILED = 2
+
+
+def forward_new(model: PreTrainedModel, ids: Tensor, fed: int, cache: Any, kept: int) -> Tensor:
+    """Run the tokens that a cache does not hold yet.
+
+    Parameters
+    ----------
+    ids : (1, tokens), int64, all of them
+    fed : how many of them the cache holds
+    kept : of how many of the last ones the logits are wanted
+
+    Returns
+    -------
+    (1, kept, vocab), float32; on a pipeline's ranks but the first, zeros
+    """
+    inputs: dict[str, Any] = {
+        "input_ids": ids[:, fed:],
+        "position_ids": torch.arange(fed, ids.shape[1], device=ids.device).unsqueeze(0),
+        "past_key_values": cache,
+        "use_cache": True,
+        "logits_to_keep": kept,
+    }
+    stage = stage_of(model)
+    with nullcontext() if stage is None else stage.connected(stage.pipeline.tokens, [ids.shape[1] - fed], model):
+        logits = run_model(model, **inputs)
+    logits = None if logits is None else logits[:, -kept:].float()
+    if stage is not None:
+        logits = stage.bring_back([logits], kept, model)
+    assert logits is not None
+    return logits
 
 
 class LockstepDecoder:
@@ -105,16 +137,7 @@ class LockstepDecoder:
             logits = self.recorded.run(cache, self.call, input_ids[:, -1:], self.stats.new_tokens)
             if logits is not None:
                 return logits
-        positions = torch.arange(fed, input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        output = model(
-            input_ids=input_ids[:, fed:],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            return_dict=True,
-        )
-        return output.logits[:, -1].float()
+        return forward_new(model, input_ids, fed, cache, kept=1)[:, -1]
 
     def _choose(self, input_ids: Tensor, logits: Tensor) -> tuple[Tensor, _Verdict]:
         """Return the next token, (1, 1), and whether to go on: the first rank's choice, on every rank."""

@@ -21,30 +21,32 @@ from apb_ds.attention import APBAttention, Phase, check_available
 from apb_ds.cache import ShardedCache
 from apb_ds.compressors.base import needs_heads
 from apb_ds.compressors.retaining_heads import RetainingHeads
-from apb_ds.config import APBConfig, check_choice
+from apb_ds.config import APBConfig, check_choice, config_and_heads
 from apb_ds.engine.acceleration import Acceleration
 from apb_ds.engine.batch import MAX_SEQUENCES, STEP_EVERY_S, Batch
 from apb_ds.engine.calls import ended_after_errors, exclusive_call
 from apb_ds.engine.choosing import prepare
 from apb_ds.engine.context import DEVICE, HOST, PLACES, Branch, Context
 from apb_ds.engine.cuda_graph import RecordedSteps
-from apb_ds.engine.decoding import LockstepDecoder, RequestStats
+from apb_ds.engine.decoding import LockstepDecoder, RequestStats, forward_new
 from apb_ds.engine.generation_settings import warn_of_overrides
 from apb_ds.engine.loaded import read_manifest
 from apb_ds.engine.packs import query_logits_together
 from apb_ds.engine.prefill import run_rounds
 from apb_ds.engine.prompts import answer_prompts
-from apb_ds.engine.saved_facts import model_facts
+from apb_ds.engine.saved_facts import check_whole, model_facts
 from apb_ds.engine.saved_files import beside
 from apb_ds.engine.sequences import OnProgress
 from apb_ds.engine.split import Split
 from apb_ds.engine.together import answer_alone, generate_all
 from apb_ds.engine.validation import GenerateCall, PrefillRequest, QueryRequest, Validator, check_ids
+from apb_ds.hf.adapters import adapters_in_force
 from apb_ds.hf.architecture import check_positions, check_supported
 from apb_ds.hf.interface import apb_attention
 from apb_ds.hf.pipelines import known_to_pipelines
 from apb_ds.hf.probe import probe_model
 from apb_ds.hf.rotary import warn_of_rough_frequencies
+from apb_ds.hf.stages import Stage, probe_stage
 from apb_ds.hf.tiled_mlps import check_tile
 from apb_ds.hf.zero3 import is_partitioned, whole_weights
 from apb_ds.loading.heads import HeadsSource, heads_for
@@ -73,7 +75,8 @@ class APBEngine(InferenceEngine):
     Attributes
     ----------
     apb_config : the options in force; change them with `configure`
-    group : the ranks that share a request
+    group : the ranks that share a request, of all stages
+    stage : what this rank computes of the model in a pipeline, or None
     layers : how each layer attends
     pool : where the suffixes of batches and branches are stored
     weights : how they are sharded over the ranks, or None
@@ -90,6 +93,7 @@ class APBEngine(InferenceEngine):
         group: SequenceGroup,
         retaining_heads: RetainingHeads | None = None,
         weights: ShardedWeights | None = None,
+        stage: Stage | None = None,
     ) -> None:
         check_supported(model)
         warn_of_rough_frequencies(model)
@@ -105,10 +109,12 @@ class APBEngine(InferenceEngine):
         dtype = model.dtype if model.dtype in get_accelerator().supported_dtypes() else torch.float32
         super().__init__(nn.Module(), DeepSpeedInferenceConfig(dtype=dtype, max_out_tokens=NO_TOKEN_LIMIT))
         self.module, self.config = model, model.config
-        self.layers = probe_model(model)
         self.group = group
         self.weights = weights
-        self.pool = SuffixPool(self.layers, group.rank, group.world_size, self.device)
+        self.stage = stage
+        self.layers = probe_model(model) if stage is None else probe_stage(model, stage)
+        self._sharing = group if stage is None else stage.pipeline.ranks
+        self.pool = SuffixPool(self.layers, self._sharing.rank, self._sharing.world_size, self.device)
         self.stats = RequestStats()
         self.split = Split()
         self._told_split: set[bool] = set()
@@ -118,7 +124,9 @@ class APBEngine(InferenceEngine):
         self._heads_facts: dict[str, str] | None = None
         self._model_facts: tuple[list[tuple[int, int]], dict[str, str]] | None = None
         attention, heads = self._build_attention(config, retaining_heads)
-        self._acceleration = Acceleration(self.module, config.settings, group, self._kernels_of(attention), self.layers)
+        self._acceleration = Acceleration(
+            self.module, config.settings, self._sharing, self._kernels_of(attention), self.layers
+        )
         self._put_in_force(config, attention, heads)
         self.module.eval()
 
@@ -138,19 +146,19 @@ class APBEngine(InferenceEngine):
             For settings that do not fit the group or the model, or name something that is not installed. Nothing is
             changed then.
         """
-        config = APBConfig.of(config)
+        config, retaining_heads = config_and_heads(config, retaining_heads)
         with exclusive_call(self.module):
             attention, heads = self._build_attention(config, retaining_heads)
             kernels = self._kernels_of(attention)
-            if not self._acceleration.serves(config.settings, self.group, kernels):
-                self._acceleration = Acceleration(self.module, config.settings, self.group, kernels, self.layers)
+            if not self._acceleration.serves(config.settings, self._sharing, kernels):
+                self._acceleration = Acceleration(self.module, config.settings, self._sharing, kernels, self.layers)
             self._put_in_force(config, attention, heads)
 
     def _build_attention(
         self, config: APBConfig, retaining_heads: HeadsSource | None
     ) -> tuple[APBAttention, RetainingHeads | None]:
         """Validate settings against model and group, and build what they need."""
-        check_ranks(config, self.group.world_size)
+        check_ranks(config, self._sharing.world_size)
         check_available(config)  # before files are looked for
         check_tile(self.module, config.settings.mlp_tile)
         if retaining_heads is None and needs_heads(config.compressor):
@@ -158,7 +166,7 @@ class APBEngine(InferenceEngine):
         heads = heads_for(self.module, config, retaining_heads)
         if heads is not None and heads not in self._heads:
             heads = heads.placed(self.device, self.module.dtype)
-        attention = APBAttention(config, self.group, heads)
+        attention = APBAttention(config, self._sharing, heads)
         for heads_of_layer in {(layer.heads, layer.kv_heads) for layer in self.layers if layer.window is None}:
             attention.check_heads(*heads_of_layer)
         return attention, heads
@@ -287,9 +295,9 @@ class APBEngine(InferenceEngine):
         self._warn_if_exact(plan)
         cache = ShardedCache(
             self.layers,
-            self.group.rank,
-            self.group.world_size,
-            plan.shard_length(self.group.rank),
+            self._sharing.rank,
+            self._sharing.world_size,
+            plan.shard_length(self._sharing.rank),
             new_tokens=new_tokens,
             query_tokens=0 if request.query_ids is None else request.query_ids.shape[1],
         )
@@ -297,7 +305,7 @@ class APBEngine(InferenceEngine):
             self._recorded.lend_buffers(cache)
         weights = self.weights
         gatherer = None if weights is None else weights.gatherer
-        state = PrefillState(plan, cache, self.group.rank, progress=progress, weights=gatherer)
+        state = PrefillState(plan, cache, self._sharing.rank, progress=progress, weights=gatherer)
         sent_before, began = self.group.bytes_sent, self._now()
         longest = max(plan.num_forward_tokens(rank, 0) for rank in range(plan.world_size))
         with (
@@ -306,11 +314,13 @@ class APBEngine(InferenceEngine):
                 levers(plan, self.module.dtype, is_prefill=True),
             ),
             self._acceleration.in_prefill(longest),
-            nullcontext() if weights is None else weights.in_prefill(state.num_layers, len(plan.rounds)),
+            nullcontext() if weights is None else weights.in_prefill(state.layers, len(plan.rounds)),
             apb_attention(self.module, request.attention, cache, Phase.PREFILL, request.max_positions, state),
         ):
             run_rounds(self.module, request.attention, state, request.document_ids, request.query_ids)
         self.group.progress.leave_model()
+        if self.stage is not None:
+            self.group.barrier()  # the prefill ends with the last stage
         cache.set_length(num_tokens)
         prefill_s = self._now() - began
         self.stats = RequestStats(prefill_s=prefill_s)
@@ -324,6 +334,7 @@ class APBEngine(InferenceEngine):
             engine=self,
             attention=request.attention,
             key=key,
+            adapters=adapters_in_force(self.module),
         )
 
     def load_context(
@@ -357,6 +368,7 @@ class APBEngine(InferenceEngine):
         with exclusive_call(self.module):
             facts = self.model_facts()
             with shared_validation(self.group, "load_context", self.device) as comparison:
+                check_whole(self.stage)
                 check_choice("place", place, PLACES)
                 saved = read_manifest(path)
                 saved.check_model(facts, self.layers)
@@ -388,6 +400,7 @@ class APBEngine(InferenceEngine):
                 engine=self,
                 attention=self.attention,
                 key=comparison.digest,
+                adapters=adapters_in_force(self.module),
                 place=place,
             )
 
@@ -406,7 +419,8 @@ class APBEngine(InferenceEngine):
         ]
         if self._model_facts is None or self._model_facts[0] != weights:
             self._model_facts = weights, model_facts(self.module)
-        return self._model_facts[1]
+        adapters = adapters_in_force(self.module)  # switching one changes no weights
+        return self._model_facts[1] | ({"adapters": ", ".join(adapters)} if adapters else {})
 
     def generate(
         self,
@@ -543,22 +557,14 @@ class APBEngine(InferenceEngine):
         cached = context.num_cached
         context.release_prefix()
         context.cache.forget_unreachable()
-        fed = torch.cat([context.token_ids[:, cached:], query_ids], dim=-1)
-        positions = torch.arange(cached, cached + fed.shape[1], device=self.device).unsqueeze(0)
+        ids = torch.cat([context.token_ids, query_ids], dim=-1)
         try:
             with (
                 self._explaining_memory(context, num_query),
                 self._acceleration.in_decoding(),
                 apb_attention(self.module, self.attention, context.cache, Phase.QUERY, context.max_positions),
             ):
-                output = self.module(
-                    input_ids=fed,
-                    position_ids=positions,
-                    past_key_values=context.cache,
-                    use_cache=True,
-                    logits_to_keep=num_query,
-                )
-                return output.logits[:, -num_query:].float().contiguous()
+                return forward_new(self.module, ids, cached, context.cache, num_query).contiguous()
         finally:
             context.cache.crop_to(cached)
 

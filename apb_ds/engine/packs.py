@@ -11,8 +11,10 @@ from torch import Tensor
 from apb_ds.engine.validation import QueryRequest
 from apb_ds.hf.interface import PassingCache, packed_attention
 from apb_ds.hf.overrides import without_overrides
+from apb_ds.hf.stages import Stage, run_model
 from apb_ds.methods.packed import Member, Pack
 from apb_ds.ops.memory import explain_out_of_memory
+from apb_ds.plan import split_evenly
 
 if TYPE_CHECKING:
     from apb_ds.engine.engine import APBEngine
@@ -48,15 +50,32 @@ def run_pack(engine: APBEngine, members: Sequence[Member], *, with_all_logits: b
 
 
 def _run(engine: APBEngine, members: Sequence[Member], with_all_logits: bool) -> Tensor:
-    pack = Pack(engine.layers, engine.pool, members, engine.device)
-    kept: int | Tensor = 0  # all
-    if not with_all_logits and not pack.is_step:
-        kept = torch.tensor([span.stop - 1 for span in pack.spans], device=engine.device)
-    return run_forward(engine, pack, kept)
+    packs = [Pack(engine.layers, engine.pool, part, engine.device) for part in _parts(members, engine.stage)]
+    kept: list[int | Tensor] = [0] * len(packs)  # all
+    if not with_all_logits and not all(len(one.fed) == 1 for one in members):
+        kept = [torch.tensor([span.stop - 1 for span in pack.spans], device=engine.device) for pack in packs]
+    if engine.stage is None:
+        return run_forward(engine, packs[0], kept[0])
+    lengths = [pack.inputs.shape[1] for pack in packs]
+    with engine.stage.connected(engine.stage.pipeline.tokens, lengths, engine.module):
+        found = [_forward(engine, pack, of_pack) for pack, of_pack in zip(packs, kept, strict=True)]
+    num_kept = sum(lengths) if with_all_logits else len(members)
+    return engine.stage.bring_back(found, num_kept, engine.module)[0]
+
+
+def _parts(members: Sequence[Member], stage: Stage | None) -> list[Sequence[Member]]:
+    """Split queries into as many forwards as there are stages: while one stage runs the first, another runs the next.
+
+    A step of one token each is not split: a forward of few tokens takes as long as one of half as many.
+    """
+    if stage is None or all(len(one.fed) == 1 for one in members):
+        return [members]
+    spans = split_evenly(len(members), min(len(members), stage.pipeline.num_stages))
+    return [members[start:stop] for start, stop in spans]
 
 
 def run_forward(engine: APBEngine, pack: Pack, kept: int | Tensor = 0) -> Tensor:
-    """Run the model on a pack; nothing is counted.
+    """Run the model, which is whole, on a pack; nothing is counted.
 
     Parameters
     ----------
@@ -66,6 +85,12 @@ def run_forward(engine: APBEngine, pack: Pack, kept: int | Tensor = 0) -> Tensor
     -------
     (tokens kept, vocab), float32
     """
+    logits: Any = _forward(engine, pack, kept)
+    return logits[0].float()
+
+
+def _forward(engine: APBEngine, pack: Pack, kept: int | Tensor) -> Tensor | None:
+    """Run what this rank has of the model on a pack; return the logits, (1, tokens kept, vocab), if it has its end."""
     pack.read_numbers()
     reaches = [(len(one.fed), one.reach) for one in pack.members]
     with (
@@ -74,16 +99,14 @@ def run_forward(engine: APBEngine, pack: Pack, kept: int | Tensor = 0) -> Tensor
         engine._acceleration.in_decoding(),
         packed_attention(engine.module, engine.attention, pack, reaches),
     ):
-        output = engine.module(
+        return run_model(
+            engine.module,
             input_ids=pack.inputs[:1],
             position_ids=pack.inputs[1:],
             past_key_values=PassingCache(pack.store),
             use_cache=True,
             logits_to_keep=kept,
-            return_dict=True,
         )
-    logits: Tensor = output.logits[0].float()
-    return logits
 
 
 def query_logits_together(engine: APBEngine, requests: Sequence[QueryRequest]) -> list[Tensor]:

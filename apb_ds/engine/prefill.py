@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from apb_ds.attention import APBAttention, Phase
 from apb_ds.hf.architecture import text_decoder
-from apb_ds.hf.interface import PassingCache, PrefillComplete
+from apb_ds.hf.interface import ForwardComplete, PassingCache
+from apb_ds.hf.stages import stage_of
 from apb_ds.hf.zero3 import is_partitioned, releasing
 from apb_ds.methods.state import PrefillState
 
@@ -21,9 +22,22 @@ def run_rounds(
     query_ids: Tensor | None,
 ) -> None:
     """Run every round of a prefill; see `run_round`."""
-    for round_index in range(len(state.plan.rounds)):
-        state.start_round(round_index)
-        run_round(model, attention, state, document_ids, query_ids)
+    stage, num_rounds = stage_of(model), len(state.plan.rounds)
+    if stage is None:
+        for round_index in range(num_rounds):
+            state.start_round(round_index)
+            run_round(model, attention, state, document_ids, query_ids)
+        return
+    # While a stage computes a round, the one before it computes the next. Steps may come between rounds alone: within
+    # one, the next stage waits for its end.
+    progress, state.progress = state.progress, None
+    lengths = (state.plan.num_forward_tokens(state.rank, round_index) for round_index in range(num_rounds))
+    with stage.connected(stage.pipeline.rounds, filter(None, lengths), model):
+        for round_index in range(num_rounds):
+            state.start_round(round_index)
+            run_round(model, attention, state, document_ids, query_ids)
+            if progress is not None:
+                progress(round_index + 1, num_rounds)
 
 
 def run_round(
@@ -55,7 +69,7 @@ def run_round(
         with releasing(model):
             cache = PassingCache(state.take_from_cache)
             text_decoder(model)(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
-    except PrefillComplete:
+    except ForwardComplete:
         return
     raise RuntimeError("the last layer's attention was never called: the model does not use the engine's attention.")
 
@@ -63,7 +77,8 @@ def run_round(
 def _join_round(model: PreTrainedModel, attention: APBAttention, state: PrefillState) -> None:
     """Join every layer's collectives without a token, since no forward may see zero tokens."""
     nothing = torch.empty((1, 1, 0, 1), dtype=model.dtype, device=next(model.parameters()).device)
-    for layer_idx, layer in enumerate(state.cache.attention[: state.num_layers]):
+    for layer_idx in state.layers:
+        layer = state.cache.attention[layer_idx]
         if state.weights is not None:
             state.weights.enter(layer_idx)
         queries = nothing.expand(1, layer.heads, 0, layer.head_dim)

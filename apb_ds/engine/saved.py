@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apb_ds.engine.calls import exclusive_call
-from apb_ds.engine.saved_facts import content_facts, describe_layers
+from apb_ds.engine.saved_facts import check_whole, content_facts, describe_layers
 from apb_ds.engine.saved_files import (
     CODES,
     Chunk,
@@ -36,6 +36,7 @@ from apb_ds.engine.saved_files import (
     synchronize,
     write_all,
 )
+from apb_ds.hf.adapters import check_adapters
 from apb_ds.parallel.consistency import shared_outcome, shared_validation
 from apb_ds.utils.versions import versions
 
@@ -56,7 +57,9 @@ def save_context(
     group, device = context.group, context.engine.device
     with exclusive_call(context.model):
         with shared_validation(group, "save", device) as comparison:
+            check_whole(context.engine.stage)
             target = _checked_target(path)
+            check_adapters(context.model, context.adapters)
             comparison.facts = {"path": str(target), "context": context.facts}
         facts = context.engine.model_facts()
         token = group.gather_objects(secrets.token_hex(4))[0]

@@ -86,6 +86,12 @@ def describe_layers(layers: Sequence[LayerAttention]) -> list[dict[str, Any] | N
     ]
 
 
+def check_whole(stage: object) -> None:
+    """Raise ValueError if a rank has a stage of the model alone, whose contexts are not saved."""
+    if stage is not None:
+        raise ValueError("contexts of a pipeline's stages cannot be saved or loaded; use stages=1.")
+
+
 def check_same(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise ValueError, naming what differs. Other versions of transformers have other config fields."""
     names = [name for name in {**saved, **here} if not name.startswith("config.") or (name in saved and name in here)]

@@ -18,6 +18,7 @@ from apb_ds.attention import APBAttention
 from apb_ds.config import APBConfig
 from apb_ds.engine.context import Branch, Context
 from apb_ds.engine.generation_settings import check_generate_arguments, count_new_tokens
+from apb_ds.hf.adapters import adapters_in_force, check_adapters
 from apb_ds.hf.architecture import check_positions
 from apb_ds.hf.rotary import check_reach
 from apb_ds.parallel.groups import SequenceGroup
@@ -126,12 +127,15 @@ class Validator:
         check_positions(self._module, max_positions)
         facts = settings_facts(self._config)
         facts |= {"document_ids": document_ids, "query_ids": query_ids, "max_positions": max_positions}
+        facts |= {"adapters": adapters_in_force(self._module)}
         return PrefillRequest(document_ids, query_ids, plan, self._attention, max_positions, facts)
 
     def plan(self, num_tokens: int, num_query: int) -> Plan:
         """Return how a document is split; see `plan_request`."""
-        forward_tokens = None if self._module.device.type == "cpu" else FORWARD_TOKENS
-        return plan_request(self._config, num_tokens, num_query, self._group.world_size, forward_tokens)
+        # Stages of a pipeline compute different rounds at a time, so there should be several.
+        is_staged = self._attention.group is not self._group
+        forward_tokens = None if self._module.device.type == "cpu" or is_staged else FORWARD_TOKENS
+        return plan_request(self._config, num_tokens, num_query, self._attention.group.world_size, forward_tokens)
 
     def generate(self, call: GenerateCall) -> QueryRequest:
         """Validate `APBEngine.generate`'s arguments."""
@@ -184,6 +188,7 @@ class Validator:
     def _check_context(self, context: Context | Branch, num_positions: int) -> None:
         if context.model is not self._module or context.group != self._group:
             raise ValueError("context belongs to another engine: its keys and values are another model's or group's.")
+        check_adapters(self._module, context.adapters)
         check_reach(self._module, context.max_positions, num_positions)
 
     def _query_facts(self, query_ids: Tensor, context: Context | Branch, num_new: int) -> dict[str, Any]:

@@ -57,6 +57,19 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [layers[layer_idx] for layer_idx in sorted(layers)]
 
 
+def layers_elsewhere(model: nn.Module) -> set[int]:
+    """Return the decoder layers that other stages of a pipeline have; see `apb_ds.hf.stages`."""
+    return {module.elsewhere_idx for module in model.modules() if hasattr(module, "elsewhere_idx")}  # type: ignore[misc]
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace a module wherever it is in a model."""
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if child is old:
+                setattr(module, name, new)
+
+
 # What the layer types of transformers' configs are, where they are not attention over all tokens or within a window.
 RECURRENT = "is a recurrent or convolution layer"
 PICKED = "attends to what an indexer picks"
@@ -118,7 +131,7 @@ def check_supported(model: PreTrainedModel) -> None:
         _check_layer_type(f"{name}, layer {layer_idx}, ", layer_type)
     _check_modules(name, model)
     modules = attention_modules(model)
-    for layer_idx in range(config.num_hidden_layers):
+    for layer_idx in sorted(set(range(config.num_hidden_layers)) - layers_elsewhere(model)):
         _check_attention(f"{name}, layer {layer_idx}", modules.get(layer_idx))
     if getattr(config, "attn_temperature_tuning", None):
         raise ValueError(f"{name} scales its queries by their position (attn_temperature_tuning), which APB does not.")
@@ -132,7 +145,10 @@ def _check_class(model: Any) -> None:
     if isinstance(model, (str, os.PathLike)):
         raise ValueError(f"model={str(model)!r} is a path or an id; load it with AutoModelForCausalLM.from_pretrained.")
     if hasattr(model, "merge_and_unload"):
-        raise ValueError(f"model={name} holds an adapter; pass model.merge_and_unload().")
+        raise ValueError(
+            f"model={name} holds an adapter; pass model.merge_and_unload(), or model.get_base_model() to switch "
+            "adapters between requests."
+        )
     if hasattr(model, "_orig_mod"):
         raise ValueError(f"model={name} is compiled; pass model._orig_mod.")
     if isinstance(getattr(model, "module", None), nn.Module):

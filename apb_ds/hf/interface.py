@@ -35,8 +35,8 @@ PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 CHANGES_ATTENTION = ("attention_mask", "position_bias", "head_mask")
 
 
-class PrefillComplete(Exception):
-    """Ends a prefill forward once the last layer's keys and values are stored: the rest is not needed."""
+class ForwardComplete(Exception):
+    """Ends a forward whose rest is not needed: that of a prefill once all keys and values are stored, or of a stage."""
 
 
 class ActiveCall:
@@ -108,7 +108,7 @@ class ActiveCall:
 
         Raises
         ------
-        PrefillComplete
+        ForwardComplete
             After the last layer of a prefill.
         """
         if self.state is not None:
@@ -137,7 +137,7 @@ class ActiveCall:
             holds_new=self._cache.holds_new,
         )
         if self._phase is Phase.PREFILL and self.state is not None and self.state.is_last_layer(layer_idx):
-            raise PrefillComplete
+            raise ForwardComplete
         return output.new_zeros((*output.shape[:2], 1, output.shape[-1])) if stands_in else output
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apb_ds.hf.architecture import NOT_ROUTED, attention_modules, position_limit, text_config, text_decoder
-from apb_ds.hf.interface import CHANGES_ATTENTION, PassingCache, own_attention
+from apb_ds.hf.interface import CHANGES_ATTENTION, ForwardComplete, PassingCache, own_attention
 from apb_ds.utils.sizes import LayerAttention
 from apb_ds.utils.text import kind_and_line
 
@@ -45,6 +46,7 @@ def probe_model(model: PreTrainedModel) -> tuple[LayerAttention, ...]:
         with own_attention(model, IMPLEMENTATION, first.attend):
             _run(model, input_ids=ids, use_cache=False)
         first.check(name, sorted(attention_modules(model)))
+        first.check_numbers(name)
         with own_attention(model, IMPLEMENTATION, calls.attend):
             cache = PassingCache(calls.note_stored)
             _run(model, input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
@@ -73,7 +75,8 @@ def _check_masked_windows(model: PreTrainedModel, layers: Sequence[LayerAttentio
 
 def _run(model: PreTrainedModel, **inputs: Any) -> None:
     try:
-        text_decoder(model)(**inputs)
+        with suppress(ForwardComplete):
+            text_decoder(model)(**inputs)
     except (TypeError, AttributeError, LookupError, RuntimeError) as error:
         if not any(map(_knows_interface, attention_modules(model).values())):
             raise ValueError(f"{type(model).__name__} {NOT_ROUTED}") from error
@@ -143,6 +146,15 @@ class _Calls:
             raise ValueError(
                 f"{name}, layer {layer_idx}, passes {passed} to its attention, which APB does not support."
             )
+
+    def check_numbers(self, name: str) -> None:
+        """Raise ValueError if a layer gets what are no numbers: on later stages of a pipeline, embeddings are not."""
+        for layer_idx, (call,) in sorted(self._calls.items()):
+            if not bool(call.query.isfinite().all()):
+                raise ValueError(
+                    f"{name}, layer {layer_idx}, computes queries that are not finite. In a pipeline, its layers read "
+                    "embeddings besides hidden states, which the first stage alone has; use stages=1."
+                )
 
     def layers(self, name: str, config: Any, limit: int | None) -> tuple[LayerAttention, ...]:
         """Return how each layer attends.

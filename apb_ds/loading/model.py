@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from apb_ds.hf.stages import Stage, stage_of
 from apb_ds.loading.adapter import merge_adapter
 from apb_ds.loading.config import ModelConfig
 from apb_ds.loading.damage import find_damage
@@ -29,6 +30,7 @@ from apb_ds.loading.tokenizer import available_tokenizer, read_tokenizer
 from apb_ds.ops.memory import explain_out_of_memory, is_out_of_memory
 from apb_ds.parallel.consistency import shared_outcome
 from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.parallel.pipeline import Pipeline
 from apb_ds.utils.text import first_line, kind_and_line, list_some
 from apb_ds.weights import is_sharded
 from apb_ds.weights.cut import check_shardable, cut_while_loading, make_cut
@@ -82,7 +84,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    config: ModelConfig, device: torch.device | None = None, group: SequenceGroup | None = None
+    config: ModelConfig,
+    device: torch.device | None = None,
+    group: SequenceGroup | None = None,
+    pipeline: Pipeline | None = None,
 ) -> LoadedModel:
     """Load the model that `config` describes, or make a dummy of it.
 
@@ -94,6 +99,9 @@ def load_model(
         The ranks that share the weights where the config shards them; by default this one alone. What is read fits
         their `apb_ds.init_inference(..., shard_weights=True)`. With ``shard_weights=auto`` all ranks that the group is
         a part of call this together; otherwise nothing is sent.
+    pipeline : Pipeline, optional
+        Of which this rank loads its stage alone, for `apb_ds.init_inference(..., stages=)`; `group` is then a part of
+        the stage's ranks.
 
     Returns
     -------
@@ -123,16 +131,18 @@ def load_model(
         )
         with explained():
             found = _find(config)
-            empty: Any = _empty(found, config, dtype) if shards or decides else None
+            needs_empty = shards or decides or pipeline is not None
+            empty: Any = _empty(found, config, dtype) if needs_empty else None
+            stage, absent = (None, frozenset()) if pipeline is None else _cut_to_stage(empty, pipeline, config)
     with explained(), quiet_transformers():
         if decides:
             shards = choose_shards(empty, device, group)
         if shards:
             check_shardable(empty)
             log_sizes(empty, group)
-        part = (group.rank, group.world_size) if shards else None
+        share = _Share((group.rank, group.world_size) if shards else None, stage, absent)
         read = _make_dummy if config.is_dummy else _read_model
-        model, tokenizer, source = read(config, found, device, dtype, part)
+        model, tokenizer, source = read(config, found, device, dtype, share)
     model.eval().requires_grad_(False)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -165,7 +175,7 @@ def with_positions_of(loaded: LoadedModel, config: ModelConfig) -> LoadedModel |
     old, weights = loaded.model, loaded.model.state_dict(keep_vars=True)
     # Buffers that are saved with the weights may come from the config.
     has_weights_alone = set(weights) == {name for name, _ in old.named_parameters(remove_duplicate=False)}
-    if getattr(old, "hf_quantizer", None) or config.trust_remote_code or not has_weights_alone or is_sharded(old):
+    if getattr(old, "hf_quantizer", None) or config.trust_remote_code or not has_weights_alone or _is_cut(old):
         return None
     try:
         with quiet_transformers():
@@ -178,6 +188,10 @@ def with_positions_of(loaded: LoadedModel, config: ModelConfig) -> LoadedModel |
     # The weights are there already; buffers that are computed from the config are not.
     model.to(loaded.device).eval().requires_grad_(False)
     return replace(loaded, model=model, load_s=time.perf_counter() - start)
+
+
+def _is_cut(model: Any) -> bool:
+    return is_sharded(model) or stage_of(model) is not None
 
 
 @dataclass(frozen=True)
@@ -196,6 +210,34 @@ class _Found:
     base_config: Any
     model_config: Any
     named: str
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What this rank has of a model.
+
+    Attributes
+    ----------
+    part : which of how many parts of the linear layers; None for whole ones
+    stage : that it has, of the model without data
+    absent : names of the weights of other stages
+    """
+
+    part: tuple[int, int] | None
+    stage: Stage | None
+    absent: frozenset[str]
+
+
+def _cut_to_stage(empty: Any, pipeline: Pipeline, config: ModelConfig) -> tuple[Stage, frozenset[str]]:
+    """Cut a model without data to this rank's stage; return that, and the names of the weights that are gone."""
+    if config.adapter is not None:
+        raise ValueError(
+            f"model.adapter={config.adapter!r} needs the whole model; merge it into the weights, or use stages=1."
+        )
+    weights = dict(empty.named_parameters(remove_duplicate=False))
+    stage = Stage(empty, pipeline)
+    kept = {id(weight) for weight in empty.parameters()}  # a tied head's weight also has the embedding's name
+    return stage, frozenset(name for name, weight in weights.items() if id(weight) not in kept)
 
 
 def _find(config: ModelConfig) -> _Found:
@@ -242,7 +284,7 @@ def _final_config(base_config: Any, config: ModelConfig) -> Any:
 
 
 def _read_model(
-    config: ModelConfig, found: _Found, device: torch.device, dtype: torch.dtype, part: tuple[int, int] | None
+    config: ModelConfig, found: _Found, device: torch.device, dtype: torch.dtype, share: _Share
 ) -> tuple[Any, Any, str]:
     directory, model_config = found.directory, found.model_config
     assert config.path is not None and directory is not None
@@ -252,7 +294,8 @@ def _read_model(
     if device.type == "cuda" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # tensor by tensor, without a copy of the model on the host
     try:
-        with nullcontext() if part is None else cut_while_loading(*part):
+        is_whole = share.part is None and not share.absent
+        with nullcontext() if is_whole else cut_while_loading(*(share.part or ()), absent=share.absent):
             loaded: Any = auto_class(model_config).from_pretrained(
                 directory,
                 config=model_config,
@@ -268,9 +311,11 @@ def _read_model(
     model, info = loaded
     _check_keys(path, info, config.ignore_keys)
     tokenizer = read_tokenizer(config, directory, model.get_input_embeddings().num_embeddings)
+    if share.stage is not None:
+        share.stage.like(model)
     model, source = model.to(device), path
     if config.adapter is not None:
-        model, source = merge_adapter(model, config.adapter, part), f"{source} with {config.adapter}"
+        model, source = merge_adapter(model, config.adapter, share.part), f"{source} with {config.adapter}"
     return model, tokenizer, source
 
 
@@ -326,15 +371,17 @@ def _describe_key(key: Any) -> str:
 
 
 def _make_dummy(
-    config: ModelConfig, found: _Found, device: torch.device, dtype: torch.dtype, part: tuple[int, int] | None
+    config: ModelConfig, found: _Found, device: torch.device, dtype: torch.dtype, share: _Share
 ) -> tuple[Any, Any, str]:
     directory, model_config = found.directory, found.model_config
     # The same seed on every rank gives the same random weights. They are made on the device, in the dtype.
     devices = [device] if device.type == "cuda" else []
     try:
-        if part is not None:
+        if share.part is not None or share.stage is not None:
             model = _without_weights(model_config, dtype)
-            make_cut(model, device, *part)
+            if share.stage is not None:
+                share.stage.like(model)
+            make_cut(model, device, *(share.part or (0, 1)))
         else:
             with torch.random.fork_rng(devices), torch.device(device):
                 torch.manual_seed(DUMMY_SEED)

@@ -132,8 +132,13 @@ class PrefillState:
 
     @cached_property
     def num_layers(self) -> int:
-        """How many layers a prefill computes."""
+        """How many layers a prefill computes, on all stages of a pipeline together."""
         return num_prefilled(self.cache.attention)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """The layers that this rank computes, in order."""
+        return [layer_idx for layer_idx in range(self.num_layers) if self.cache.attention[layer_idx].is_here]
 
     def is_last_layer(self, layer_idx: int) -> bool:
         return layer_idx == self.num_layers - 1

@@ -128,7 +128,7 @@ class SequenceGroup:
         me = self._members()[self.rank]
         mine = next(ranks for ranks in parts if me in ranks)
         if len(mine) == 1:
-            return SequenceGroup()
+            return SequenceGroup(progress=self.progress)
         made = SequenceGroup(
             self._new_process_group(parts, timeout=self._timeout()),
             mine.index(me),

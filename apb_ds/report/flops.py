@@ -144,6 +144,7 @@ def count_flops(
     compressor: Any = None,
     query_length: int = 0,
     num_logits: int = 1,
+    weight_ranks: int = 1,
 ) -> PrefillFlops:
     """Count the operations of one prefill.
 
@@ -152,6 +153,7 @@ def count_flops(
     compressor : Compressor, optional
     query_length : tokens of the query asked after the prefill; 0 for none
     num_logits : how many of its tokens get logits
+    weight_ranks : that hold a copy of the weights together, and compute the query's products in parts
     """
     count = {"ring": _count_ring, "ulysses": _count_ulysses}.get(plan.method, _count_blocks)
     ranks = []
@@ -166,7 +168,7 @@ def count_flops(
             parts["scoring"] = 2 * sizes.num_full * sum(products)
         pairs = sum(_window_pairs(plan, rank, window) for window in sizes.bounds)
         parts["window_attention"] = sizes.per_pair_of_layer * pairs
-        parts["query"] = _count_query(sizes, plan, rank, query_length, num_logits)
+        parts["query"] = _count_query(sizes, plan, rank, query_length, num_logits, weight_ranks)
         ranks.append(RankFlops(**parts))
     return PrefillFlops(tuple(ranks))
 
@@ -225,7 +227,7 @@ def _count_ulysses(sizes: ModelSizes, plan: Plan, rank: int) -> dict[str, int]:
     }
 
 
-def _count_query(sizes: ModelSizes, plan: Plan, rank: int, num_query: int, num_logits: int) -> int:
+def _count_query(sizes: ModelSizes, plan: Plan, rank: int, num_query: int, num_logits: int, weight_ranks: int) -> int:
     """Count the query's pass on one rank: all of the query over the rank's shard; on the last rank also over itself."""
     if num_query == 0:
         return 0
@@ -237,4 +239,4 @@ def _count_query(sizes: ModelSizes, plan: Plan, rank: int, num_query: int, num_l
     num_all = plan.num_tokens + num_query
     pairs += sum(_pairs_until(num_all, window) - _pairs_until(plan.num_tokens, window) for window in bounds)
     head = min(num_query, num_logits) * sizes.hidden_size * sizes.vocab_size
-    return 2 * (num_query * sizes.linear_weights + head) + sizes.per_pair_of_layer * pairs
+    return 2 * (num_query * sizes.linear_weights + head) // weight_ranks + sizes.per_pair_of_layer * pairs

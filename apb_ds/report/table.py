@@ -81,6 +81,7 @@ def _question_rows(record: Record, metrics: Record) -> Rows:
     rows = [
         ("document / query tokens", lengths),
         ("hosts / ranks / rounds", f"{metrics['hosts']} / {metrics['ranks']} / {metrics['rounds']}"),
+        *([("stages, of so many ranks", str(metrics["stages"]))] if metrics.get("stages", 1) > 1 else []),
         ("anchor / passing length", "exact: every earlier token is passed" if metrics["exact"] else cut),
     ]
     if "turns" in metrics:

@@ -25,6 +25,7 @@ from apb_ds.parallel.failure.ending import Watch
 from apb_ds.parallel.failure.reports import RESTART
 from apb_ds.parallel.groups import SequenceGroup, world_group
 from apb_ds.parallel.launcher import ranks_on_node
+from apb_ds.parallel.pipeline import Pipeline
 from apb_ds.report.results import flatten
 from apb_ds.serving.config import ServeConfig, name_template
 from apb_ds.serving.documents import Documents, Limits, Place
@@ -67,7 +68,13 @@ def read_serve_settings(values: dict[str, Any]) -> ServeSettings:
     # A file of the exp group sets the task's length, too, which says nothing to a server.
     values = {name: value for name, value in values.items() if name != "task"}
     serve = from_mapping(ServeConfig, dict(values.get("serve") or {}), "serve")
-    return ServeSettings(read_engine_settings(values, SECTIONS), serve)
+    engine = read_engine_settings(values, SECTIONS)
+    if engine.stages > 1 and serve.cache_dir is not None:
+        raise ValueError(
+            f"serve.cache_dir={serve.cache_dir!r} keeps documents on disk, which is not possible with "
+            f"parallel.stages={engine.stages}; leave one of them out."
+        )
+    return ServeSettings(engine, serve)
 
 
 def serve(values: dict[str, Any], watch: Watch, say: Callable[[str], None]) -> None:
@@ -103,8 +110,9 @@ def serve(values: dict[str, Any], watch: Watch, say: Callable[[str], None]) -> N
         bound = _bind(config)
 
     steps.from_first(bind)
-    holders = group.part(settings.engine.shard_ranks)
-    model = steps.together(lambda: ModelInUse(settings.engine.model, group=holders), local=True)
+    pipeline = Pipeline(group, settings.engine.stages) if settings.engine.stages > 1 else None
+    holders = (group if pipeline is None else pipeline.ranks).part(settings.engine.shard_ranks)
+    model = steps.together(lambda: ModelInUse(settings.engine.model, None, holders, pipeline), local=True)
     steps.together(lambda: model.load_heads(settings.engine), local=True)
     engine = steps.together(lambda: _engine(model, settings, group))
     name = config.model_name or _model_name(settings.engine.model)

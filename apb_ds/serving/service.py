@@ -570,7 +570,7 @@ class Service:
 
 def document_bytes(engine: APBEngine, num_tokens: int) -> int:
     """Return the bytes of a document on the rank that stores most of it."""
-    world_size = engine.group.world_size
+    world_size = engine.attention.group.world_size
     plan = plan_request(engine.apb_config, num_tokens, 0, world_size)
     longest = max(plan.shard_length(rank) for rank in range(world_size))
     return engine.pool.document_bytes(first_capacity(longest))

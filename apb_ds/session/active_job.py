@@ -98,6 +98,11 @@ class ActiveJob:
         """The model's positions, None if its config sets no limit."""
         return getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
 
+    @property
+    def num_sharing(self) -> int:
+        """How many ranks share a document: those of a stage, where the model is cut into stages."""
+        return self.group.world_size // self.settings.stages
+
     def track_usage(self) -> Usage:
         """Start to count bytes sent and peak memory."""
         return Usage(self.group, self.device)
@@ -132,13 +137,13 @@ class ActiveJob:
             If the lengths do not fit the settings.
         """
         method = self.settings.method_for(query_position)
-        plan_request(method, num_document, num_query, self.group.world_size)
+        plan_request(method, num_document, num_query, self.num_sharing)
         self.engine = self.make_engine(method)
         return method
 
     def plan(self, num_document: int, num_query: int) -> Plan:
         """Return how the settings in force split a document; see `set_up`."""
-        return plan_request(self.engine.apb_config, num_document, num_query, self.group.world_size)
+        return plan_request(self.engine.apb_config, num_document, num_query, self.num_sharing)
 
     def make_engine(self, method: APBConfig) -> Any:
         """Return the session's engine, with these settings in force."""

@@ -305,7 +305,7 @@ class Batch(QuestionSeries):
             **asdict(totals),
             "failed": failed,
             "hosts": self.job.settings.method.resolved()["hosts"],
-            "ranks": self.job.group.world_size,
+            "ranks": self.job.num_sharing,
             "prefill_s": prefill_s,
             "prefill_tokens_per_s": rate(totals.document_tokens, prefill_s),
             "decode_tokens_per_s": rate(totals.new_tokens - totals.answered, totals.decode_s),

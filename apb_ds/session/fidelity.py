@@ -35,7 +35,7 @@ class Prediction:
 
 def predict_exactly(job: ActiveJob, sample: Sample, progress: OnProgress | None) -> Prediction:
     """Prefill a text's document and predict its judged tokens with exact attention, all ranks together."""
-    exact = APBConfig(method="dense" if job.group.world_size == 1 else "ring")
+    exact = APBConfig(method="dense" if job.num_sharing == 1 else "ring")
     engine = job.make_engine(exact)
     return _predict(engine, engine.prefill(sample.document_ids, progress=progress), sample.query_ids)
 

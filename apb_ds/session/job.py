@@ -9,18 +9,18 @@ from typing import Any
 
 from apb_ds.attention import check_available
 from apb_ds.compressors.base import names_with_heads, needs_heads
-from apb_ds.config import APBConfig, check_bool, check_choice, check_integer, from_mapping, name_keys
+from apb_ds.config import HEADS_KEY, APBConfig, check_bool, check_choice, check_integer, from_mapping, name_keys
 from apb_ds.loading import ModelConfig
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S
 from apb_ds.parallel.launcher import launched_world_size
+from apb_ds.parallel.pipeline import check_stages
 from apb_ds.plan import check_ranks
 from apb_ds.tasks import TaskConfig, build_task_config
 from apb_ds.tasks.checks import check_optional_text
 from apb_ds.weights import check_shard_ranks
 
 SECTIONS = ("model", "method", "task", "parallel", "eval", "objective", "seed", "debug")
-HEADS_KEY = "retaining_heads"  # next to APBConfig's fields: it names files, which APBConfig does not read
-PARALLEL_KEYS = ("timeout_s", "shard_ranks")
+PARALLEL_KEYS = ("timeout_s", "shard_ranks", "stages")
 MAX_SEED = 2**63 - 1  # torch accepts 64 bits, and a batch adds a number to it for each line
 
 
@@ -80,6 +80,7 @@ class EngineSettings:
     ----------
     retaining_heads : where the heads are, if the compressor needs them
     shard_ranks : how many ranks hold a copy of the weights together, where these are sharded; None for all of them
+    stages : into how many stages of a pipeline the model is cut
     """
 
     model: ModelConfig
@@ -88,6 +89,7 @@ class EngineSettings:
     seed: int
     retaining_heads: str | None = None
     shard_ranks: int | None = None
+    stages: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +113,12 @@ class Settings(EngineSettings):
         return replace(self.method, query_position=query_position)
 
 
-def read_settings(values: dict[str, Any]) -> Settings:
+def read_settings(values: dict[str, Any], num_ranks: int | None = None) -> Settings:
     """Validate a composed config, as far as possible without a model. The result is the same on every rank.
+
+    Parameters
+    ----------
+    num_ranks : over which weights are sharded, where these are emulated; by default those launched
 
     Raises
     ------
@@ -120,7 +126,7 @@ def read_settings(values: dict[str, Any]) -> Settings:
         For an unknown key or name, a value out of its range, hosts that do not divide over the ranks, or a kernel
         that is not installed.
     """
-    engine = read_engine_settings(values, SECTIONS)
+    engine = read_engine_settings(values, SECTIONS, num_ranks)
     task = build_task_config(dict(values.get("task") or {}))
     evaluation = None
     if "eval" in values:
@@ -135,21 +141,27 @@ def read_settings(values: dict[str, Any]) -> Settings:
     )
 
 
-def read_engine_settings(values: dict[str, Any], sections: Sequence[str]) -> EngineSettings:
+def read_engine_settings(
+    values: dict[str, Any], sections: Sequence[str], num_ranks: int | None = None
+) -> EngineSettings:
     """Validate what a composed config says of the engine; see `read_settings`.
 
     Parameters
     ----------
     sections : that the config may have
+    num_ranks : as in `read_settings`
     """
     for key in values:
         check_choice("config key", key, sections)
     method_values = dict(values.get("method") or {})
     heads = method_values.pop(HEADS_KEY, None)
-    method = _read_method(method_values)
     parallel = dict(values.get("parallel") or {})
     for key in parallel:
         check_choice("parallel key", key, PARALLEL_KEYS)
+    stages = parallel.get("stages") or 1
+    check_stages(stages, launched_world_size(), name="parallel.stages")
+    num_sharing = launched_world_size() // stages
+    method = _read_method(method_values, num_sharing)
     timeout_s = parallel.get("timeout_s") or DEFAULT_TIMEOUT_S
     check_integer("parallel.timeout_s", timeout_s, 1)
     seed = values.get("seed") or 0
@@ -163,25 +175,26 @@ def read_engine_settings(values: dict[str, Any], sections: Sequence[str]) -> Eng
         timeout_s=timeout_s,
         seed=seed,
         retaining_heads=_heads_of(method, heads, model),
-        shard_ranks=read_shard_ranks(parallel, model),
+        shard_ranks=read_shard_ranks(parallel, model, num_ranks or num_sharing),
+        stages=stages,
     )
 
 
-def read_shard_ranks(parallel: Mapping[str, Any], model: ModelConfig) -> int | None:
-    """Return ``parallel.shard_ranks``, which fits the launched ranks; ValueError if it does not."""
+def read_shard_ranks(parallel: Mapping[str, Any], model: ModelConfig, num_ranks: int) -> int | None:
+    """Return ``parallel.shard_ranks``, which fits the ranks that share a document; ValueError if it does not."""
     shard_ranks: int | None = parallel.get("shard_ranks")
     try:
-        check_shard_ranks(shard_ranks, model.shard_weights, launched_world_size())
+        check_shard_ranks(shard_ranks, model.shard_weights, num_ranks)
     except ValueError as error:
         named = str(error).replace("shard_ranks", "parallel.shard_ranks")
         raise ValueError(named.replace("shard_weights", "model.shard_weights")) from error
     return shard_ranks
 
 
-def _read_method(values: dict[str, Any]) -> APBConfig:
+def _read_method(values: dict[str, Any], num_ranks: int) -> APBConfig:
     try:
         method = APBConfig.from_dict(values)
-        check_ranks(method, launched_world_size())
+        check_ranks(method, num_ranks)
         check_available(method)
     except ValueError as error:
         raise ValueError(name_keys(str(error), of_method=True)) from error

@@ -44,6 +44,7 @@ def plan_metrics(context: Context, group: SequenceGroup) -> dict[str, Any]:
         "document_tokens": num_tokens,
         "hosts": plan.hosts,
         "ranks": plan.world_size,
+        "stages": group.world_size // plan.world_size,
         "rounds": len(plan.rounds),
         "block_length": max(plan.block_length(host) for host in range(plan.hosts)),
         "anchor_length": plan.anchor_length,
@@ -68,4 +69,8 @@ def count_prefill(engine: Any, context: Context, num_query: int, *, num_logits: 
     if sizes is None or sum(linear.in_features * linear.out_features for linear in linears) != sizes.linear_weights:
         return None
     compressor = engine.attention.compressor
-    return count_flops(sizes, plan, compressor=compressor, query_length=num_query, num_logits=num_logits).as_dict()
+    ranks = 1 if engine.weights is None else engine.weights.gatherer.group.world_size
+    counted = count_flops(
+        sizes, plan, compressor=compressor, query_length=num_query, num_logits=num_logits, weight_ranks=ranks
+    )
+    return counted.as_dict()

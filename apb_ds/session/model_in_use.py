@@ -14,6 +14,7 @@ from apb_ds.loading import LoadedModel, ModelConfig, load_model
 from apb_ds.loading.heads import heads_for
 from apb_ds.loading.model import with_positions_of
 from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.parallel.pipeline import Pipeline
 from apb_ds.session.job import EngineSettings
 
 
@@ -23,6 +24,7 @@ class ModelInUse:
     Parameters
     ----------
     group : the ranks that hold the weights together where the config shards them
+    pipeline : of which the model is a stage, or None
 
     Attributes
     ----------
@@ -30,11 +32,16 @@ class ModelInUse:
     """
 
     def __init__(
-        self, config: ModelConfig, loaded: LoadedModel | None = None, group: SequenceGroup | None = None
+        self,
+        config: ModelConfig,
+        loaded: LoadedModel | None = None,
+        group: SequenceGroup | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self.config = config
         self.group = group
-        self.loaded: LoadedModel = loaded or load_model(config, group=group)
+        self.pipeline = pipeline
+        self.loaded: LoadedModel = loaded or load_model(config, group=group, pipeline=pipeline)
         self._heads: tuple[str, RetainingHeads | None] | None = None
         self._engine: Any = None
 
@@ -71,6 +78,7 @@ class ModelInUse:
                 timeout_s=timeout_s,
                 shard_weights=self.loaded.shard_weights,
                 shard_ranks=self.group.world_size if self.group is not None and self.loaded.shard_weights else None,
+                stages=1 if self.pipeline is None else self.pipeline.num_stages,
             )
         else:
             self._engine.configure(method, heads)

@@ -19,6 +19,7 @@ from apb_ds.parallel.consistency import describe_software, shared_validation
 from apb_ds.parallel.failure.ending import Watch
 from apb_ds.parallel.groups import SequenceGroup, world_group
 from apb_ds.parallel.launcher import launched_rank
+from apb_ds.parallel.pipeline import Pipeline
 from apb_ds.report.compare import compare_records
 from apb_ds.report.memory import peak_memory_kind
 from apb_ds.report.paths import hide_paths
@@ -80,6 +81,7 @@ class Session:
         self._so_far: dict[str, Any] = {}  # of its record
         self._other_failed = False
         self._loaded: ModelInUse | None = None
+        self._pipelines: dict[int, Pipeline] = {}
 
     @property
     def is_first(self) -> bool:
@@ -192,8 +194,9 @@ class Session:
         group.set_timeout(settings.timeout_s)  # jobs of a sweep may differ
         steps = Steps(group, debug=job.debug)
         steps.from_first(settings.task.check_sources)
-        holders = group.part(settings.shard_ranks)
-        model = steps.together(lambda: self._model_for(settings.model, holders), local=True)
+        pipeline = self._pipeline_of(group, settings.stages)
+        holders = (group if pipeline is None else pipeline.ranks).part(settings.shard_ranks)
+        model = steps.together(lambda: self._model_for(settings.model, holders, pipeline), local=True)
         steps.together(lambda: model.load_heads(settings), local=True)
         loaded = model.loaded
         active = ActiveJob(job, settings, steps, model, self.error_console, self.stdin)
@@ -206,6 +209,7 @@ class Session:
                 "source": loaded.source,
                 "load_s": loaded.load_s,
                 "dtype": str(loaded.dtype).removeprefix("torch."),
+                "shard_weights": loaded.shard_weights,
                 "config": asdict(settings.model),
             },
             "settings": {"method": method, "seed": settings.seed, "memory": peak_memory_kind(loaded.device)},
@@ -214,12 +218,20 @@ class Session:
             **environment(loaded.device),
         }
 
-    def _model_for(self, config: ModelConfig, holders: SequenceGroup) -> ModelInUse:
-        if self._loaded is None or self._loaded.config != config or self._loaded.group is not holders:
-            changed = None if self._loaded is None else self._loaded.with_config(config, holders)
+    def _pipeline_of(self, group: SequenceGroup, stages: int) -> Pipeline | None:
+        """Return the ranks as a pipeline, the same for each job with as many stages; None for one stage."""
+        if stages > 1 and stages not in self._pipelines:
+            self._pipelines[stages] = Pipeline(group, stages)
+        return self._pipelines.get(stages)
+
+    def _model_for(self, config: ModelConfig, holders: SequenceGroup, pipeline: Pipeline | None) -> ModelInUse:
+        loaded = self._loaded
+        if loaded is None or (loaded.config, loaded.pipeline) != (config, pipeline) or loaded.group is not holders:
+            keeps_weights = loaded is not None and loaded.pipeline is pipeline is None
+            changed = loaded.with_config(config, holders) if loaded is not None and keeps_weights else None
             self._drop_model()
-            self._loaded = changed or ModelInUse(config, group=holders)
-        return self._loaded
+            self._loaded = loaded = changed or ModelInUse(config, group=holders, pipeline=pipeline)
+        return loaded
 
     def _drop_model(self) -> None:
         if self._loaded is not None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from apb_ds.config import check_bool, check_choice, check_integer, from_mapping
 from apb_ds.loading import ModelConfig
 from apb_ds.parallel.groups import DEFAULT_TIMEOUT_S
-from apb_ds.session.job import MAX_SEED, read_shard_ranks
+from apb_ds.session.job import MAX_SEED
 from apb_ds.training.batches import Lengths
 
 SECTIONS = ("model", "train", "parallel", "seed", "debug")
@@ -175,7 +175,9 @@ def read_settings(config_class: type[Config], values: Mapping[str, Any]) -> Sett
     for key in values:
         check_choice("config key", key, SECTIONS)
     parallel, model = values.get("parallel") or {}, ModelConfig.from_dict(dict(values.get("model") or {}))
-    read_shard_ranks(parallel, model)  # refused without shards, and those are for inference
+    for key in ("shard_ranks", "stages"):
+        if parallel.get(key) not in (None, 1):
+            raise ValueError(f"parallel.{key}={parallel[key]} is for inference; leave it out.")
     seed = values.get("seed") or 0
     check_integer("seed", seed, 0)
     if seed > MAX_SEED:

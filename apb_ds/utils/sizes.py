@@ -37,6 +37,7 @@ class LayerAttention:
     stores_attended : whether what it stores is what it attends to; latent attention stores latents
     latents : heads and channels of the keys and of the values that it stores, where it does not attend to these
     dtype : of what it stores, a torch.dtype; None for torch's default
+    is_here : whether this rank computes the layer; if not, another stage of the pipeline does
     """
 
     heads: int
@@ -49,6 +50,12 @@ class LayerAttention:
     stores_attended: bool = True
     latents: tuple[tuple[int, int], tuple[int, int]] | None = None
     dtype: Any = None
+    is_here: bool = True
+
+    @property
+    def stores_here(self) -> bool:
+        """Whether it has keys and values in this rank's cache."""
+        return self.stores and self.is_here
 
     @property
     def stored_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +48,7 @@ def linears_to_cut(model: PreTrainedModel) -> list[nn.Linear]:
     """Return the linear layers of which each rank has its rows alone: those of decoder layers, and an untied head."""
     modules = [module for layer in decoder_layers(model) for module in layer.modules()]
     head = model.get_output_embeddings()
-    if head is not None and not _is_tied(model, head):
+    if type(head) is nn.Linear and not _is_tied(model, head):
         modules.append(head)
     return [module for module in modules if type(module) is nn.Linear]
 
@@ -112,19 +112,26 @@ class WeightSizes:
 
 
 @contextmanager
-def cut_while_loading(rank: int, world_size: int) -> Iterator[None]:
+def cut_while_loading(rank: int = 0, world_size: int = 1, *, absent: Set[str] = frozenset()) -> Iterator[None]:
     """Have transformers' ``from_pretrained`` read and keep this rank's rows of each weight.
 
     Weights that are converted on the way are read whole, one at a time, and cut at once. The layers stay ``nn.Linear``,
     to be sharded next.
+
+    Parameters
+    ----------
+    absent : names of weights that this rank does not have; they are not read, and take no memory
     """
     convert, copy = core_model_loading.WeightRenaming.convert, core_model_loading._materialize_copy
     set_whole = core_model_loading.set_param_for_module
     to_cut: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
     needed: torch.Size | None = None  # while a weight is read of which rows are enough: its shape
     has_rows = False  # whether what has been read last are rows alone
+    is_absent = False  # whether the weight that is read is
 
     def is_cut(model: Any, name: str) -> bool:
+        if world_size == 1:
+            return False
         if model not in to_cut:
             check_shardable(model)
             cut = {id(linear) for linear in linears_to_cut(model)}
@@ -132,25 +139,28 @@ def cut_while_loading(rank: int, world_size: int) -> Iterator[None]:
         return name in to_cut[model]
 
     def convert_rows(mapping: Any, name: str, model: Any = None, **keywords: Any) -> Any:
-        nonlocal needed
-        if is_cut(model, name) and mapping.quantization_operation is None:
+        nonlocal needed, is_absent
+        is_absent = name in absent
+        if not is_absent and is_cut(model, name) and mapping.quantization_operation is None:
             needed = model.get_parameter(name).shape
         try:
             return convert(mapping, name, model=model, **keywords)
         finally:
-            needed = None
+            needed, is_absent = None, False
 
     def copy_rows(tensor: Any, *arguments: Any, **keywords: Any) -> Tensor:
         nonlocal has_rows
         shape = tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape  # of a slice of a file, a tensor
         has_rows = tuple(shape) == needed
+        if is_absent:
+            return torch.empty(1, dtype=keywords.get("dtype"), device=keywords.get("device")).expand(*shape)
         if has_rows:
             rows = rows_of(shape[0], world_size)
             tensor = tensor[rank * rows : (rank + 1) * rows]
         return copy(tensor, *arguments, **keywords)
 
     def set_rows(model: Any, name: str, value: Tensor, *arguments: Any, **keywords: Any) -> None:
-        if is_cut(model, name):
+        if name not in absent and is_cut(model, name):
             module: Any = model.get_submodule(name.removesuffix(".weight"))
             if has_rows or value.shape == module.weight.shape:  # transformers reports other shapes
                 rows = rows_of(module.out_features, world_size)
@@ -199,8 +209,10 @@ def make_cut(model: Any, device: torch.device, rank: int, world_size: int) -> No
 
     What is drawn depends on a weight's name, and in linear layers on rank and number of ranks.
     """
-    check_shardable(model)
-    cut = {id(linear) for linear in linears_to_cut(model)}
+    cut = set()
+    if world_size > 1:
+        check_shardable(model)
+        cut = {id(linear) for linear in linears_to_cut(model)}
     made: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
         for kind, parameter in list(module.named_parameters(recurse=False)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +20,7 @@ class Gatherer:
 
     Parameters
     ----------
-    layers : the sharded linear layers of each decoder layer
+    layers : the sharded linear layers of each decoder layer, by its index
     group : for these messages alone, so that they do not delay others
 
     Attributes
@@ -28,7 +28,7 @@ class Gatherer:
     group : as given
     """
 
-    def __init__(self, layers: Sequence[Sequence[ShardedLinear]], group: SequenceGroup) -> None:
+    def __init__(self, layers: Mapping[int, Sequence[ShardedLinear]], group: SequenceGroup) -> None:
         self._layers = layers
         self.group = group
         self._buffers: list[dict[torch.dtype, Tensor]] = []
@@ -109,12 +109,12 @@ class Gatherer:
     def _new_buffer(self) -> dict[torch.dtype, Tensor]:
         """Return room for the largest layer, by dtype."""
         sizes: dict[torch.dtype, int] = {}
-        for linears in self._layers:
+        for linears in self._layers.values():
             of_layer: dict[torch.dtype, int] = {}
             for linear in linears:
                 size = linear.weight.numel() * self.group.world_size
                 of_layer[linear.weight.dtype] = of_layer.get(linear.weight.dtype, 0) + size
             for dtype, size in of_layer.items():
                 sizes[dtype] = max(sizes.get(dtype, 0), size)
-        device = next(linear.weight.device for linears in self._layers for linear in linears)
+        device = next(linear.weight.device for linears in self._layers.values() for linear in linears)
         return {dtype: torch.empty(size, dtype=dtype, device=device) for dtype, size in sizes.items()}

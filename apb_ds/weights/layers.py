@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apb_ds.parallel.groups import SequenceGroup
-from apb_ds.weights.cut import cut_rows, rows_of
+from apb_ds.weights.cut import cut_rows, own_rows, rows_of
 
 
 class ShardedLinear(nn.Linear):
@@ -60,6 +60,13 @@ class ShardedLinear(nn.Linear):
             return F.linear(states, self.whole, self.bias)
         return self._joint.outputs_of(self, states)
 
+    def own_outputs(self, states: Tensor) -> Tensor:
+        """Compute this rank's output channels, (..., rows); their bias is added before the sum is rounded."""
+        bias: Tensor | None = self.bias
+        if bias is not None:
+            bias = _padded(own_rows(bias, self._group.rank, self._group.world_size), len(self.weight))
+        return F.linear(states, self.weight, bias)
+
     def gather(self) -> Tensor:
         """Return the whole weight, (out_features, in_features). All ranks call this together."""
         return self._group.all_gather(self.weight.detach()).flatten(0, 1)[: self.out_features]
@@ -95,13 +102,11 @@ class JointLinears:
         return output
 
     def _compute(self, states: Tensor) -> None:
-        parts = [_padded(F.linear(states, linear.weight), linear.rows) for linear in self._linears]
+        parts = [_padded(linear.own_outputs(states), linear.rows) for linear in self._linears]
         everyone = self._group.all_gather(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
-        outputs = []
-        for linear, part in zip(self._linears, everyone.split(self._rows, dim=-1), strict=True):
-            whole = part.movedim(0, -2).flatten(-2)[..., : linear.out_features]
-            outputs.append(whole.contiguous() if linear.bias is None else whole + linear.bias)
-        self._input, self._outputs = states, dict(enumerate(outputs))
+        wholes = [part.movedim(0, -2).flatten(-2) for part in everyone.split(self._rows, dim=-1)]
+        outputs = (whole[..., : linear.out_features] for linear, whole in zip(self._linears, wholes, strict=True))
+        self._input, self._outputs = states, {number: output.contiguous() for number, output in enumerate(outputs)}
 
 
 def _padded(states: Tensor, channels: int) -> Tensor:

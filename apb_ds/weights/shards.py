@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apb_ds.config import check_integer
-from apb_ds.hf.architecture import decoder_layers
+from apb_ds.hf.architecture import attention_modules, decoder_layers, replace_module
 from apb_ds.hf.overrides import forward_override, overridden
 from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.weights.cut import check_shardable, rows_of
@@ -44,13 +44,13 @@ class ShardedWeights:
         check_shardable(model)
         self.facts: dict[str, str] = {}
         self._model: Any = weakref.ref(model)
-        layers = [_cut(layer, group) for layer in decoder_layers(model)]
+        self._layers = dict(zip(sorted(attention_modules(model)), decoder_layers(model), strict=True))
+        layers = {layer_idx: _cut(layer, group) for layer_idx, layer in self._layers.items()}
         head = model.get_output_embeddings()
         if type(head) is nn.Linear:
             embedding = model.get_input_embeddings()
             is_tied = head.weight is getattr(embedding, "weight", None)
-            _put(model, head, ShardedLinear(head, group, is_view=is_tied))
-        self._layers = decoder_layers(model)
+            replace_module(model, head, ShardedLinear(head, group, is_view=is_tied))
         self.gatherer = Gatherer(layers, group.apart())
         _of_models[model] = self
 
@@ -71,18 +71,15 @@ class ShardedWeights:
         return self.gatherer.group.bytes_sent
 
     @contextmanager
-    def in_prefill(self, num_layers: int, num_rounds: int) -> Iterator[None]:
+    def in_prefill(self, layers: Sequence[int], num_rounds: int) -> Iterator[None]:
         """Have layers compute with whole weights in this context, in order, round by round.
 
         Parameters
         ----------
-        num_layers : that a round computes, the first ones
+        layers : that a round computes on this rank, in order
         """
-        overrides = [
-            forward_override(layer, self._entering(layer_idx))
-            for layer_idx, layer in enumerate(self._layers[:num_layers])
-        ]
-        with self.gatherer.gathering([*range(num_layers)] * num_rounds), overridden(overrides):
+        overrides = [forward_override(self._layers[layer_idx], self._entering(layer_idx)) for layer_idx in layers]
+        with self.gatherer.gathering([*layers] * num_rounds), overridden(overrides):
             yield
 
     def in_place(self) -> AbstractContextManager[None]:
@@ -170,11 +167,3 @@ def _join(linears: Sequence[ShardedLinear], group: SequenceGroup) -> None:
     joint = JointLinears(linears, group)
     for linear in linears:
         linear.join(joint)
-
-
-def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module wherever it is in a model."""
-    for module in model.modules():
-        for name, child in list(module.named_children()):
-            if child is old:
-                setattr(module, name, new)

@@ -349,6 +349,7 @@ def test_bad_input(pool: Pools, files: Path, tmp_path: Path, name: str, world_si
         )
 
 
+@pytest.mark.whole_weights("the log says what each rank holds")
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_same_without_a_fault_answers(pool: Pools, files: Path, tmp_path: Path, world_size: int) -> None:
     """The input is valid without the one change that each case makes."""

@@ -14,6 +14,8 @@ KV_HEADS = 4  # ulysses splits them over the ranks
 TOKENS = 101
 APB: dict[str, Any] = {"method": "apb", "hosts": 4, "anchor_length": 12, "passing_length": 5}
 
+pytestmark = pytest.mark.whole_weights("counts bytes")
+
 
 def emulated(world_size: int, given: dict[str, Any], n: int = TOKENS, family: str = "llama") -> list[tuple[int, int]]:
     return [

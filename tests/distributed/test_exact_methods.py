@@ -59,6 +59,7 @@ def test_the_plain_models_answers(pool: Pools, method: str, world_size: int, fam
             assert torch.equal(generated, tokens)
 
 
+@pytest.mark.whole_weights("counts bytes")
 def test_bytes_sent_by_a_ring(pool: Pools) -> None:
     """Each of the layers but the last sends keys and values W - 1 times, a message of the longest blocks."""
     config = FAMILIES["llama"]().config

@@ -32,7 +32,19 @@ def test_as_every_rank_computes(pool: Pools, method: str, n: int, given: dict[st
     kv_heads = 4  # ulysses shares them over 4 ranks
     method, _, windows = method.partition(" ")
     family = "gemma3" if windows else "llama"
-    ended = pool(world_size).run(run_counted, family, n, {"method": method, **given}, kv_heads, timeout=60)
+    check(pool(world_size).run(run_counted, family, n, {"method": method, **given}, kv_heads, timeout=60))
+
+
+def count_sharded(rank: int, world_size: int) -> tuple[int, int, dict[str, Any] | None]:
+    return run_counted(rank, world_size, "llama", 101, APB, shard_weights=True)
+
+
+def test_with_sharded_weights(pool: Pools) -> None:
+    """In a prefill each rank computes whole products, of a query its part of them."""
+    check(pool(4).run(count_sharded))
+
+
+def check(ended: list[tuple[int, int, dict[str, Any] | None]]) -> None:
     counted = ended[0][2]
     assert counted is not None and counted["total"] == sum(counted["parts"].values())
     assert counted["total"] == sum(prefilled for prefilled, _, _ in ended)

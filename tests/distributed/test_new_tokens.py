@@ -95,8 +95,10 @@ def alone(family: str) -> tuple[list[Any], list[torch.Tensor], int | None]:
     return converse(0, 1, family)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma2", "gemma3n", "deepseek_v3", "mistral_window"])
+@pytest.mark.parametrize(
+    ("family", "world_size"),
+    [("llama", 2), ("llama", 4), ("gpt_oss", 4), ("gemma3n", 2), ("deepseek_v3", 4), ("mistral_window", 4)],
+)
 def test_answers_do_not_depend_on_who_stores_them(pool: Pools, family: str, world_size: int) -> None:
     tokens, logits, everything = alone(family)
     by_rank = pool(world_size).run(converse, family, timeout=120)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
 
-from tests.pool import Pools, RankError, RankTimeout
+from tests.models import build_model
+from tests.pool import Pool, Pools, RankError, RankTimeout
+from tests.tiny_checkpoint import save_checkpoint
 
 
 def sum_over_ranks(rank: int, world_size: int, offset: int) -> tuple[int, float, torch.Tensor]:
@@ -86,3 +89,23 @@ def test_a_hang_times_out_and_the_next_test_runs(pool: Pools) -> None:
 def test_a_dead_process_is_an_error(pool: Pools) -> None:
     with pytest.raises(RankError, match="exit code 7"):
         pool(2).run(die)
+
+
+def shards(rank: int, world_size: int, path: str) -> tuple[bool, bool]:
+    """Whether an engine, and a session's, have sharded weights."""
+    import apb_ds
+    from apb_ds.loading import ModelConfig
+    from apb_ds.parallel.groups import world_group
+    from apb_ds.session.model_in_use import ModelInUse
+
+    in_use = ModelInUse(ModelConfig(path=path, device="cpu"), group=world_group())
+    engines = apb_ds.init_inference(build_model("llama")), in_use.engine(apb_ds.APBConfig(), world_group(), 60)
+    return engines[0].weights is not None, engines[1].weights is not None
+
+
+def test_engines_shard_their_weights_where_the_pool_is_told_to(tmp_path: Path) -> None:
+    sharding = Pool(2, shard_weights=True)
+    try:
+        assert sharding.run(shards, str(save_checkpoint(tmp_path))) == [(True, True)] * 2
+    finally:
+        sharding.close()

@@ -247,6 +247,7 @@ def count_bytes(rank: int, world_size: int) -> tuple[int, int, int]:
     return sent[0], sent[1], step
 
 
+@pytest.mark.whole_weights("counts bytes")
 def test_bytes_are_counted(pool: Pools) -> None:
     for usual, found, step in pool(2).run(count_bytes):
         asked = 3 * 8  # whether there is a step, a key on every rank, and whether it was recorded

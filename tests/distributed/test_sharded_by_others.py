@@ -21,6 +21,8 @@ from tests.tiny_checkpoint import save_checkpoint
 
 GIVEN: dict[str, Any] = {"hosts": 4, "anchor_length": 12, "passing_length": 5}
 CONFIG = apb_ds.APBConfig(**GIVEN)
+
+pytestmark = pytest.mark.whole_weights("weights that others shard")
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "zero3_script.py"
 QUESTION = "What colour is the sky?"
 
@@ -121,10 +123,7 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "apb": (GIVEN, 203),
     "idle ranks": ({"hosts": 8, "anchor_length": 0, "passing_length": 1, "schedule": "natural"}, 5),
     "several rounds": ({"hosts": 8, "anchor_length": 12, "passing_length": 5, "hosts_per_round": 1}, 203),
-    "one anchor": ({**GIVEN, "shard_anchor": True}, 203),
     "retaining heads": ({**GIVEN, "compressor": "retaining_heads"}, 203),
-    "random": ({**GIVEN, "compressor": "random"}, 203),
-    "star": ({"method": "star", "hosts": 4}, 203),
     "ring": ({"method": "ring"}, 203),
     "ulysses": ({"method": "ulysses"}, 203),
     "a short document": (GIVEN, 9),
@@ -193,7 +192,7 @@ def check(pool: Pools, world_size: int, family: str, case: str, threshold: int =
         assert differing == []
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma3", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "gpt_oss", "deepseek_v3"])
 def test_weights_that_zero3_partitions_give_the_logits_of_whole_ones(pool: Pools, family: str) -> None:
     check(pool, 2, family, "apb")
 

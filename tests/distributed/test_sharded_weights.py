@@ -16,7 +16,7 @@ from apb_ds.config import APBConfig
 from apb_ds.plan import plan_request
 from apb_ds.utils.sizes import num_prefilled
 from tests.launch_in_process import run_infer
-from tests.models import FAMILIES, HYBRIDS, build_model, llama, request_ids
+from tests.models import build_model, llama, qwen2, request_ids
 from tests.pool import Pools
 from tests.tiny_checkpoint import byte_tokenizer, save_checkpoint
 
@@ -33,15 +33,17 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "ulysses": ({"method": "ulysses"}, 203),
     "a short document": (GIVEN, 9),
 }
+IN_EVERY_WAY = {"", "two rounds", "idle ranks"}  # cases in which more than one query is answered
 QUERIES = 3
 NEW = 5
-REFUSED = {"gpt_oss", "deepseek_v3"}
+FOUR_KV_HEADS, TIED = "llama with 4 KV heads", "qwen2 tied and of odd sizes"
 
-
-FOUR_KV_HEADS = "llama with 4 KV heads"
+pytestmark = pytest.mark.whole_weights("compares sharded weights with whole ones")
 
 
 def new_model(family: str) -> Any:
+    if family == TIED:
+        return qwen2(vocab_size=515, intermediate_size=99, tie_word_embeddings=True)
     return llama(num_key_value_heads=4) if family == FOUR_KV_HEADS else build_model(family)
 
 
@@ -53,6 +55,13 @@ def new_engine(family: str, given: dict[str, Any], **options: Any) -> Any:
     engine = engine_with_heads(build_model(family), **options)
     engine.configure(apb_ds.APBConfig(**given))
     return engine
+
+
+def first_answer(engine: Any, num_document: int = 203) -> list[Any]:
+    """The tokens of an answer."""
+    document, query = request_ids(num_document, 9)
+    tokens: list[Any] = engine.generate(document, query, max_new_tokens=NEW, do_sample=False).tolist()
+    return tokens
 
 
 def answers(engine: Any, num_document: int) -> dict[str, Any]:
@@ -67,7 +76,7 @@ def answers(engine: Any, num_document: int) -> dict[str, Any]:
         found[f"alone {index}"] = engine.generate(query_ids=one, context=context, **given)
     found["together"] = torch.cat(engine.generate(query_ids=queries, context=context, **given))
     with engine.batch(step_every_s=0.0) as batch:
-        handles = [batch.submit(one, context=context, max_new_tokens=40, do_sample=False) for one in queries]
+        handles = [batch.submit(one, context=context, max_new_tokens=12, do_sample=False) for one in queries]
         batch.step()
         other = batch.prefill(request_ids(num_document, 5, seed=7)[0], query, **reach)
         batch.run()
@@ -81,19 +90,19 @@ def answer(
     rank: int,
     world_size: int,
     family: str,
-    given: dict[str, Any],
-    num_document: int,
+    case: str,
     shard_ranks: int | None = None,
 ) -> dict[str, Any]:
+    given, num_document = METHODS.get(case, (GIVEN, 203))
     engine = new_engine(family, given, shard_weights=True, shard_ranks=shard_ranks)
     weights = engine.weights
     context = engine.prefill(*request_ids(num_document, 9))
-    gathered = weights.gatherer._layers[: num_prefilled(engine.layers)]
+    gathered = [weights.gatherer._layers[layer_idx] for layer_idx in range(num_prefilled(engine.layers))]
     in_layers = [linear.weight for linears in gathered for linear in linears]
     sent = sum(weight.numel() * weight.element_size() for weight in in_layers)
     sent *= (shard_ranks or world_size) - 1
     assert weights.num_gathered_bytes == sent * len(context.plan.rounds)
-    found = answers(engine, num_document)
+    found = (answers if case in IN_EVERY_WAY else first_answer)(engine, num_document)
     return {
         "answers": found,
         "facts": engine.model_facts(),
@@ -105,21 +114,25 @@ def answer(
 
 
 @cache
-def expected(family: str, case: str) -> dict[str, Any]:
+def expected(family: str, case: str) -> Any:
     given, num_document = METHODS.get(case, (GIVEN, 203))
     if given.get("method") in ("ring", "ulysses"):
         given = {"method": "dense"}
-    return answers(new_engine(family, given), num_document)
+    return (answers if case in IN_EVERY_WAY else first_answer)(new_engine(family, given), num_document)
+
+
+@cache
+def expected_first(family: str) -> list[Any]:
+    return first_answer(new_engine(family, GIVEN))
 
 
 def check(pool: Pools, world_size: int, family: str, case: str = "", shard_ranks: int | None = None) -> None:
-    given, num_document = METHODS.get(case, (GIVEN, 203))
     num_rows = sum(
         module.weight.numel()
         for name, module in new_model(family).named_modules()
         if type(module) is torch.nn.Linear and ("layers" in name or name == "lm_head")
     )
-    by_rank = pool(world_size).run(answer, family, given, num_document, shard_ranks, timeout=180)
+    by_rank = pool(world_size).run(answer, family, case, shard_ranks, timeout=180)
     for found in by_rank:
         assert found["answers"] == expected(family, case), (family, case)
         assert not found["is_gathering"] and not found["whole"]
@@ -130,8 +143,7 @@ def check(pool: Pools, world_size: int, family: str, case: str = "", shard_ranks
     assert len(set(part)) == len(part) and parts == part * (world_size // len(part)), "equal copies, of different parts"
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("family", sorted({*FAMILIES, *HYBRIDS} - REFUSED))
+@pytest.mark.parametrize(("family", "world_size"), [("llama", 4), ("qwen2", 2), (TIED, 4), ("phi3", 2), ("gemma3", 2)])
 def test_sharded_weights_give_the_tokens_of_whole_ones(pool: Pools, family: str, world_size: int) -> None:
     check(pool, world_size, family)
 
@@ -144,14 +156,10 @@ def test_methods(pool: Pools, case: str) -> None:
 @pytest.mark.parametrize(
     ("family", "case", "shard_ranks"),
     [
-        ("llama", "", 1),
-        ("llama", "", 2),
-        ("gemma3", "", 2),
+        ("llama", "random", 1),
         ("gemma3", "two rounds", 2),
-        ("llama", "two rounds", 2),
         ("llama", "random", 2),
         ("llama", "retaining heads", 2),
-        ("llama", "star", 2),
         ("llama", "ring", 2),
         (FOUR_KV_HEADS, "ulysses", 2),
         ("llama", "idle ranks", 2),
@@ -192,16 +200,16 @@ def test_idle_ranks_have_no_tokens() -> None:
 
 def test_one_rank_has_all_of_it() -> None:
     engine = new_engine("llama", GIVEN, shard_weights=True)
-    assert answers(engine, 203) == expected("llama", "")
+    assert first_answer(engine) == expected_first("llama")
     assert engine.weights.num_gathered_bytes == 0
     with pytest.raises(ValueError, match="the model's weights are sharded over the ranks; use shard_weights=True"):
         apb_ds.init_inference(engine.module, APBConfig(**GIVEN))
     again = apb_ds.init_inference(engine.module, APBConfig(**GIVEN), shard_weights=True)
-    assert answers(again, 203) == expected("llama", "")
+    assert first_answer(again) == expected_first("llama")
 
 
 def load_parts(rank: int, world_size: int, folders: dict[str, str], shard_ranks: int | None = None) -> dict[str, Any]:
-    """Load each model in parts; return its answers, the largest weight that was kept, and dummies' too."""
+    """Load each model in parts, and dummies of it; return their answers."""
     from apb_ds.loading import ModelConfig, load_model
     from apb_ds.parallel.groups import world_group
     from apb_ds.weights.layers import ShardedLinear
@@ -219,7 +227,7 @@ def load_parts(rank: int, world_size: int, folders: dict[str, str], shard_ranks:
                     rows[name] = len(module.weight), module.out_features
             options: Any = {"shard_weights": True, "shard_ranks": shard_ranks}
             engine = apb_ds.init_inference(model, APBConfig(**GIVEN), group=group, **options)
-            found[f"{family} {load_format}"] = answers(engine, 203)
+            found[f"{family} {load_format}"] = first_answer(engine)
             assert not any(type(module) is torch.nn.Linear for module in model.model.layers.modules())
             assert any(isinstance(module, ShardedLinear) for module in model.modules())
         assert rows and all(mine == -(-whole // part.world_size) for mine, whole in rows.values())
@@ -230,7 +238,7 @@ def load_parts(rank: int, world_size: int, folders: dict[str, str], shard_ranks:
 @pytest.mark.parametrize(("world_size", "shard_ranks"), [(1, None), (2, None), (4, None), (4, 2)])
 def test_models_that_are_loaded_in_parts(pool: Pools, tmp_path: Path, world_size: int, shard_ranks: int | None) -> None:
     folders = {}
-    for family in ("llama", "gemma3") if shard_ranks else ("llama", "qwen2", "phi3", "gemma3"):
+    for family in ("qwen2", "phi3", "gemma3") if world_size == 4 and not shard_ranks else ("qwen2",):
         folders[family] = str(tmp_path / family)
         build_model(family).save_pretrained(folders[family])
         byte_tokenizer().save_pretrained(folders[family])
@@ -238,8 +246,8 @@ def test_models_that_are_loaded_in_parts(pool: Pools, tmp_path: Path, world_size
     for found in by_rank:
         assert found == by_rank[0]
         for family in folders:
-            assert found[f"{family} auto"] == expected(family, "")
-            assert found[f"{family} dummy"] != expected(family, "")
+            assert found[f"{family} auto"] == expected_first(family)
+            assert found[f"{family} dummy"] != expected_first(family)
 
 
 def load_where_memory_is(
@@ -256,7 +264,7 @@ def load_where_memory_is(
     engine = apb_ds.init_inference(
         loaded.model, APBConfig(**GIVEN), group=world_group(), shard_weights="auto", shard_ranks=shard_ranks
     )
-    found: dict[str, Any] = {"shards": loaded.shard_weights, "answers": answers(engine, 203)}
+    found: dict[str, Any] = {"shards": loaded.shard_weights, "answer": first_answer(engine)}
     if loaded.shard_weights:
         sizes = WeightSizes.of(build_model("qwen2"), shard_ranks or world_size)
         gatherer = engine.weights.gatherer
@@ -274,7 +282,7 @@ def test_auto_is_what_the_rank_with_least_memory_needs(pool: Pools, tmp_path: Pa
     enough, short = [10**9] * 4, [10**9, 10**9, 10**5, 10**9]
     for rooms, shard_ranks, shards in ((enough, 2, False), (short, None, True), (short, 2, True)):
         for found in pool(4).run(load_where_memory_is, folder, rooms, shard_ranks, timeout=180):
-            assert found["shards"] == shards and found["answers"] == expected("qwen2", "")
+            assert found["shards"] == shards and found["answer"] == expected_first("qwen2")
             assert found.get("held") == found.get("to be held") and ("held" in found) == shards
 
 
@@ -294,15 +302,15 @@ def test_a_rank_without_files_fails_all_before_they_decide(pool: Pools, tmp_path
     assert first == f"rank 1: {second}"
 
 
-def load_adapted(rank: int, world_size: int, values: dict[str, Any]) -> dict[str, Any]:
-    """Answers of a model that this rank has loaded and merged an adapter into, in parts if the values say so."""
+def load_adapted(rank: int, world_size: int, values: dict[str, Any]) -> list[Any]:
+    """The answer of a model that this rank has loaded and merged an adapter into, in parts if the values say so."""
     from apb_ds.loading import ModelConfig, load_model
     from apb_ds.parallel.groups import world_group
 
     config = ModelConfig(dtype="float32", device="cpu", **values)
     shards = {"shard_weights": bool(config.shard_weights)}
     model = load_model(config, group=world_group()).model
-    return answers(apb_ds.init_inference(model, APBConfig(**GIVEN), **shards), 203)
+    return first_answer(apb_ds.init_inference(model, APBConfig(**GIVEN), **shards))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -315,7 +323,7 @@ def test_an_adapter_is_merged_by_rows(pool: Pools, tmp_path: Path, world_size: i
     peft.get_peft_model(build_model("qwen2"), peft.LoraConfig(**lora)).save_pretrained(tmp_path / "adapter")
     values = {"path": str(tmp_path / "model"), "adapter": str(tmp_path / "adapter")}
     whole = load_adapted(0, 1, values)
-    assert whole != expected("qwen2", "")
+    assert whole != expected_first("qwen2")
     for found in pool(world_size).run(load_adapted, {**values, "shard_weights": True}, timeout=180):
         assert found == whole
 
@@ -375,7 +383,7 @@ def ways_to_load(rank: int, world_size: int, folder: str) -> list[Any]:
             apb_ds.load_model(folder, **given)
         with pytest.raises(ValueError, match=message):
             new_engine("llama", GIVEN, **given)
-    return [answers(engine, 203), engine.weights.gatherer._layers[0][0].weight.detach().tolist()]
+    return [first_answer(engine), engine.weights.gatherer._layers[0][0].weight.detach().tolist()]
 
 
 def test_models_are_loaded_for_several_copies(pool: Pools, tmp_path: Path) -> None:
@@ -383,19 +391,19 @@ def test_models_are_loaded_for_several_copies(pool: Pools, tmp_path: Path) -> No
     byte_tokenizer().save_pretrained(tmp_path)
     whole = build_model("llama").model.layers[0].self_attn.q_proj.weight.tolist()
     for rank, (found, rows) in enumerate(pool(4).run(ways_to_load, str(tmp_path), timeout=120)):
-        assert found == expected("llama", "")
+        assert found == expected_first("llama")
         assert rows == whole[32 * (rank % 2) : 32 * (rank % 2 + 1)]
 
 
-def answers_in_pairs(rank: int, world_size: int) -> dict[str, Any]:
-    """Answers of two groups that do not know of each other, in which the weights are sharded."""
+def answer_in_pairs(rank: int, world_size: int) -> list[Any]:
+    """The answer of two groups that do not know of each other, in which the weights are sharded."""
     from tests.distributed.test_groups import PairsMpu
 
-    return answers(new_engine("llama", GIVEN, mpu=PairsMpu(rank, world_size), shard_weights=True), 203)
+    return first_answer(new_engine("llama", GIVEN, mpu=PairsMpu(rank, world_size), shard_weights=True))
 
 
 def test_groups_of_an_mpu_share_weights_among_themselves(pool: Pools) -> None:
-    assert pool(4).run(answers_in_pairs, timeout=120) == [expected("llama", "")] * 4
+    assert pool(4).run(answer_in_pairs, timeout=120) == [expected_first("llama")] * 4
 
 
 def test_a_sweep_of_copies(pool: Pools, tmp_path: Path) -> None:
@@ -407,5 +415,6 @@ def test_a_sweep_of_copies(pool: Pools, tmp_path: Path) -> None:
         *served, refused = ended.records
         assert len({record["task"]["prediction"] for record in served}) == 1 and ended.errors[:3] == [None] * 3
         assert "parallel.shard_ranks=3 must be a divisor of the number of ranks (4)" in refused["error"]
+        assert all(record["model"]["shard_weights"] is True for record in served)
         sent = [max(record["metrics"]["bytes_sent"]) for record in served]
         assert sent[0] < sent[1] < sent[2], sent  # in place

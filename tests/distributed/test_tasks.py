@@ -262,6 +262,7 @@ def test_a_first_question_is_embedded_in_the_anchor(
     assert answers[0] == library.ask(DOCUMENT, QUESTIONS[0])
 
 
+@pytest.mark.whole_weights("the log says what each rank holds")
 @SIZES
 def test_a_failed_turn_leaves_the_conversation_unchanged(
     pool: Pools, library: Library, model_path: Path, tmp_path: Path, world_size: int

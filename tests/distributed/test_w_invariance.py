@@ -136,6 +136,7 @@ def compute_apart(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tenso
         return own_query_logits(engine, query, context), engine.query_logits(query, context=context)
 
 
+@pytest.mark.whole_weights("what one rank computes reaches all others")
 def test_a_rank_that_computes_otherwise_is_noticed(pool: Pools) -> None:
     (own, returned), (other_own, other_returned) = pool(2).run(compute_apart)
     assert torch.equal(returned, other_returned)  # which is why the tests above look at each rank's own

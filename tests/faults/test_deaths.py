@@ -73,6 +73,30 @@ def test_a_killed_rank(tmp_path: Path, ask: list[str], fault_times: FaultTimes, 
     )
 
 
+@pytest.mark.parametrize(("rank", "phase"), [(3, "prefill"), (1, "decode")])
+def test_a_killed_rank_of_a_pipeline(
+    tmp_path: Path, ask: list[str], fault_times: FaultTimes, rank: int, phase: str
+) -> None:
+    layer = 1 if rank < 2 else 2  # the first stage has two of three
+    fault = Fault("kill", rank, phase, layer=layer, moment=str(tmp_path / "moment"))
+    ended = die(tmp_path, [*ask, "parallel.stages=2"], fault)
+    assert ended[rank].code == -9
+    others = [other for other in range(WORLD_SIZE) if other != rank]
+    assert [ended[other].code for other in others] == [LOST] * len(others)
+    for other in others:
+        said = last_error(ended[other])
+        where = rf"({phase}, .*layer \d|query, layer \d|waiting for stage 1|between forwards)"
+        assert re.search(rf"rank {other} cannot continue in {where}\. Rank {rank} ", said), said
+        assert "failed first" in said and "Traceback" not in ended[other].stderr
+    fault_times.add(
+        f"rank {rank} of 2 stages of 2 killed at {phase}",
+        [ended[other].seconds for other in others],
+        timeout_s=TIMEOUT_S,
+        says=last_error(ended[others[-1]]),
+        codes=[ended[other].code for other in others],
+    )
+
+
 @pytest.mark.parametrize(
     ("phase", "options"), [*((phase, []) for phase in WHERE), ("prefill", PAIRS), ("decode", PAIRS)]
 )

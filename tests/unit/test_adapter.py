@@ -206,17 +206,16 @@ def test_ranks_merge_the_rows_that_they_have(odd: Path, tmp_path: Path, case: st
     whole = load(odd, adapter).model
     plain = load(odd).model.state_dict()
     assert any(not torch.equal(tensor, plain[name]) for name, tensor in whole.state_dict().items())
-    for world_size in (1, 2, 4):
-        for rank in range(world_size):
-            group = SequenceGroup(rank=rank, world_size=world_size)
-            model = load(odd, adapter, group, shard_weights=True).model
-            cut = {f"{name}.weight" for name, module in model.named_modules() if module in linears_to_cut(model)}
-            mine = model.state_dict()
-            assert set(mine) == set(whole.state_dict())
-            for name, tensor in whole.state_dict().items():
-                expected = cut_rows(tensor, rank, world_size) if name in cut else tensor
-                assert torch.equal(mine[name], expected), (name, rank, world_size)
-                assert name not in cut or model.get_submodule(name.removesuffix(".weight")).out_features == len(tensor)
+    for rank, world_size in ((0, 1), (1, 2), (0, 4), (3, 4)):  # the last rows are padded
+        group = SequenceGroup(rank=rank, world_size=world_size)
+        model = load(odd, adapter, group, shard_weights=True).model
+        cut = {f"{name}.weight" for name, module in model.named_modules() if module in linears_to_cut(model)}
+        mine = model.state_dict()
+        assert set(mine) == set(whole.state_dict())
+        for name, tensor in whole.state_dict().items():
+            expected = cut_rows(tensor, rank, world_size) if name in cut else tensor
+            assert torch.equal(mine[name], expected), (name, rank, world_size)
+            assert name not in cut or model.get_submodule(name.removesuffix(".weight")).out_features == len(tensor)
 
 
 def test_a_damaged_tensor_is_not_cut_to_fit(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:

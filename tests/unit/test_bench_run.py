@@ -248,6 +248,21 @@ def test_ranks_wait_only_in_rounds_with_collectives() -> None:
     assert in_step(3, 3, 3) == 4 + 5 + 2
 
 
+def test_emulated_ranks_share_copies_of_the_weights() -> None:
+    values = tiny(methods=["apb"], emulate_ranks=4, repeats=1, warmup=0)
+    values["model"]["shard_weights"] = True
+    sent = {}
+    for shard_ranks in (1, 2, 4):
+        values["parallel"] = {"shard_ranks": shard_ranks}
+        record = run_bench(values)[0]
+        assert record["model"]["shard_weights"] is True
+        sent[shard_ranks] = record["cases"][0]["gathers"]["bytes_sent"]
+    assert sent[1] == 0 and sent[2] / (1 / 2) == sent[4] / (3 / 4) > 0
+    values["parallel"] = {"shard_ranks": 3}
+    with pytest.raises(ValueError, match=r"parallel\.shard_ranks=3 must be a divisor of the number of ranks \(4\)"):
+        run_bench(values)
+
+
 @pytest.mark.parametrize("which", ["measured", "emulated"])
 def test_the_record_is_json(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     record = request.getfixturevalue(which)

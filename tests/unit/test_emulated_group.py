@@ -79,7 +79,7 @@ def test_weights_are_gathered_as_copies_and_answers_take_their_time() -> None:
     document, query = request_ids(203, 5)
     before = group.bytes_sent
     context = engine.prefill(document, query)
-    linears = [linear for layer in engine.weights.gatherer._layers for linear in layer]
+    linears = [linear for layer in engine.weights.gatherer._layers.values() for linear in layer]
     gathered = len(context.plan.rounds) * sum(linear.weight.numel() * 4 * 3 for linear in linears)
     gathers = engine.weights.gatherer.group
     assert isinstance(gathers, EmulatedGroup)

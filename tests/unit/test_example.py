@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,10 @@ def test_apb_is_three_lines() -> None:
     assert "apb" not in code.lower()
 
 
-def test_alone(expected: list[int]) -> None:
-    assert run([sys.executable, str(SCRIPT), "--tiny"])[-2:] == [
-        "408 prompt tokens on 1 ranks",
-        f"Answer: {expected}",
-    ]
+def test_alone(expected: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), "--tiny"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-2:] == ["408 prompt tokens on 1 ranks", f"Answer: {expected}"]
 
 
 @pytest.mark.launcher

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from apb_ds.report.compare import compare_records, main
 from apb_ds.report.sweep import job_line, write_sweep
@@ -149,27 +152,92 @@ def test_a_sweep_keeps_its_table(model_path: Path, tmp_path: Path) -> None:
     assert f"{tmp_path}/sweep.json" in ended.stdout
 
 
-def optimize(seen: list[Any], choices: Sequence[str]) -> Any:
-    """Return the ``sweep`` of a sweeper that asks for one job at a time."""
+OPTIMIZER = "hydra.sweeper._target_=hydra_plugins.apb_ds_sweep.Asking"
 
-    def ask(self: Any, arguments: list[str]) -> None:
-        for number, choice in enumerate(choices):
-            (job,) = self.launcher.launch([[*arguments, choice]], initial_job_idx=number)
-            seen.append(job.return_value)
 
-    module = sys.modules["hydra_plugins.apb_ds_sweep"]
-    return mock.patch.object(module.OneByOneSweeper, "sweep", ask)
+@contextlib.contextmanager
+def optimizer(seen: list[Any], choices: Sequence[str]) -> Iterator[None]:
+    """Make a sweeper of the class that `OPTIMIZER` names: it asks for one job at a time."""
+    plugins, module = Plugins.instance(), sys.modules["hydra_plugins.apb_ds_sweep"]
+
+    class Asking(module.OneByOneSweeper):  # type: ignore[name-defined,misc]
+        def sweep(self, arguments: list[str]) -> None:
+            for number, choice in enumerate(choices):
+                (job,) = self.launcher.launch([[*arguments, choice]], initial_job_idx=number)
+                try:
+                    seen.append(job.return_value)
+                except HydraException as error:
+                    seen.append(str(error))
+            if "the job failed" in str(seen[0]):
+                raise HydraException(seen[0])
+
+    Asking.__module__, Asking.__qualname__ = module.__name__, "Asking"
+    with (
+        mock.patch.object(module, "Asking", Asking, create=True),
+        mock.patch.dict(plugins.class_name_to_class, {"hydra_plugins.apb_ds_sweep.Asking": Asking}),
+    ):
+        yield
 
 
 def test_a_sweeper_gets_the_objective(model_path: Path, tmp_path: Path) -> None:
-    Plugins.instance()
     seen: list[Any] = []
     choices = ["method.hosts=1", "method.hosts=0", "method=nope", "method.compressor=nope"]
-    with optimize(seen, choices):
-        ended = sweep(model_path, tmp_path, "objective=metrics.prefill_s")
-    assert seen[0] == ended.records[0]["metrics"]["prefill_s"]
-    assert len(seen) == 4 and all(math.isnan(value) for value in seen[1:])
+    with optimizer(seen, choices):
+        ended = sweep(model_path, tmp_path, OPTIMIZER, "objective=[metrics.prefill_s]")
+    assert seen[0] == (ended.records[0]["metrics"]["prefill_s"],)
+    assert len(seen) == 4 and all("the job failed" in said and "max_failure_rate" in said for said in seen[1:])
     assert [row["status"] for row in rows(tmp_path / "sweep.csv")] == ["ok", "failed", "failed", "failed"]
+
+
+def test_an_optimizer_that_stops_leaves_the_table(model_path: Path, tmp_path: Path) -> None:
+    with optimizer([], ["method.hosts=0"]):
+        ended = sweep(model_path, tmp_path, OPTIMIZER, "objective=metrics.prefill_s")
+    assert ended.code == 2 and "Error: the job failed" in ended.stderr
+    assert [row["status"] for row in rows(tmp_path / "sweep.csv")] == ["failed"]
+
+
+def test_an_optimizer_needs_an_objective(model_path: Path, tmp_path: Path) -> None:
+    with optimizer([], ["method.hosts=2"]):
+        ended = sweep(model_path, tmp_path, OPTIMIZER)
+    assert ended.code == 2 and ended.records == [] and "objective=metrics.prefill_s" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sampler": {"seed": 0}, "storage": None}, None),
+        ({"n_trials": 2}, r"every rank runs the sweeper.*hydra\.sweeper\.sampler\.seed=0"),
+        ({"sampler": {"seed": None}}, "without a seed"),
+        ({"sampler": {"seed": 0}, "storage": "sqlite:///x.db"}, "storage is for a single process"),
+    ],
+)
+def test_an_optimizer_on_several_ranks(settings: dict[str, Any], said: str | None) -> None:
+    """Each rank refuses alone, when the sweep is set up, what would have the ranks run other jobs than each other."""
+    Plugins.instance()
+    check = sys.modules["hydra_plugins.apb_ds_sweep"]._check_optimizer
+    config = OmegaConf.create({"objective": "metrics.prefill_s", "hydra": {"sweeper": settings}})
+    check(config)
+    refused = contextlib.nullcontext() if said is None else pytest.raises(HydraException, match=said)
+    with mock.patch("apb_ds.parallel.launcher.launched_world_size", lambda: 2), refused:
+        check(config)
+
+
+def test_ranks_shuffle_alike(model_path: Path, tmp_path: Path) -> None:
+    """Hydra's shuffle(...) draws from Python's generator, which ranks do not share."""
+    orders: list[list[str]] = []
+    module = sys.modules["hydra_plugins.apb_ds_sweep"]
+
+    def launch(self: Any, jobs: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
+        orders.append([job[-1] for job in jobs])
+        return []
+
+    for _ in range(2):
+        with (
+            mock.patch.object(module.OneByOneLauncher, "launch", launch),
+            mock.patch("launch.common.launched_world_size", lambda: 2),
+        ):
+            assert sweep(model_path, tmp_path, "method.seed=shuffle(range(20))").code == 0
+    assert orders[0] == orders[1] and sorted(orders[0]) != orders[0]
 
 
 def test_an_objective_that_no_record_has_ends_the_sweep(model_path: Path, tmp_path: Path) -> None:

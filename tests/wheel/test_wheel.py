@@ -174,7 +174,7 @@ def test_the_environment_does_not_see_the_repository(installed: Environment) -> 
 def test_version_and_help(installed: Environment, command: str) -> None:
     done = installed.run(command, "--version")
     assert (done.code, done.stdout) == (0, VERSION), done.output
-    done = installed.run(command, "--help")
+    done = installed.run(command, "--help", "all")
     assert done.code == 0, done.output
     names = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
     assert "model=smollm2" in names and "llama3_8b_1m_128k," in done.stdout.split()
@@ -226,6 +226,19 @@ def test_a_sweep(installed: Environment, experiments: Path, demo_model: None) ->
     assert done.output.count("method=nope does not exist") == 1 and "Traceback" not in done.output, done.output
     statuses = [json.loads((installed.cwd / "sweep" / job / "record.json").read_text())["status"] for job in "01"]
     assert statuses[0] == "ok" and statuses[1] != "ok", done.output
+
+
+def test_another_application_composes_its_configs(installed: Environment) -> None:
+    folder = installed.cwd / "application"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("defaults: [apb_ds/method: star]\n")
+    code = (
+        "from hydra import compose, initialize_config_dir\n"
+        f"with initialize_config_dir({str(folder)!r}, version_base='1.3'):\n"
+        "    print(compose('config').apb_ds.method.method)"
+    )
+    done = installed.run("python", "-c", code)
+    assert (done.code, done.stdout) == (0, "star\n"), done.output
 
 
 def test_an_editable_installation(sources: Path, tmp_path: Path) -> None:

@@ -19,6 +19,10 @@ class Progress:
         in_round = "" if round_index is None else f"round {round_index + 1} of {num_rounds}, "
         self._text = f"{phase}, {in_round}layer {layer_idx + 1}"
 
+    def await_stage(self, stage: int) -> None:
+        """The rank waits for hidden states of a pipeline's stage, counted from 0 here and from 1 in the text."""
+        self._text = f"waiting for stage {stage + 1}"
+
     def leave_model(self) -> None:
         """The rank has finished its forwards."""
         self._text = "between forwards"

@@ -62,7 +62,7 @@ class Asked:
 def plan_of(engine: APBEngine, request: HarnessRequest, *, with_query: bool = False) -> Plan:
     """Return how the settings in force split a request's document, with what the anchor embeds, or with the query."""
     num_query = request.num_query if with_query else request.anchor_query_ids.shape[1]
-    return plan_request(engine.apb_config, request.num_document, num_query, engine.group.world_size)
+    return plan_request(engine.apb_config, request.num_document, num_query, engine.attention.group.world_size)
 
 
 def needs_prefill(engine: APBEngine, queue: AnswerQueue, request: HarnessRequest) -> bool:
