@@ -46,14 +46,12 @@ class Stage:
     ----------
     pipeline : as given
     layers : the decoder layers of this stage
-    num_layers : of the whole model
     """
 
     def __init__(self, model: PreTrainedModel, pipeline: Pipeline, mine: range | None = None) -> None:
         check_stageable(model, pipeline.num_stages)
         layers = decoder_layers(model)
         self.pipeline = pipeline
-        self.num_layers = len(layers)
         if mine is None:
             of_stages = stage_layers(model, pipeline.num_stages)
             mine = of_stages[pipeline.stage]
@@ -106,19 +104,23 @@ class Stage:
     def connected(self, channel: Channel, lengths: Iterable[int], like: Any) -> Iterator[None]:
         """Have the forwards in this context receive and send through a channel; one may have others inside it.
 
-        What a forward needs is received while the one before it computes. On leaving, all has been sent.
+        What a forward needs is received while the one before it computes. On leaving, all has been sent. After an error
+        on all ranks at the same place, such as a prefill that is abandoned, the next forwards work as ever.
 
         Parameters
         ----------
         lengths : of these forwards, tokens each
         like : the model
         """
-        before, self._messages = self._messages, _Messages(channel, deque(lengths), self._hidden_size, like)
+        before, self._messages = self._messages, _Messages(channel, lengths, self._hidden_size, like)
         try:
             if not self.pipeline.is_first:
                 self._messages.start_next()
             yield
             channel.finish_sending()
+        except BaseException:
+            self._messages.abandon(to_next=not self.pipeline.is_last)
+            raise
         finally:
             self._messages = before
 
@@ -133,7 +135,7 @@ class Stage:
         if self._is_probed:
             self._check_sent(hidden)
         else:
-            self._connection.channel.start_sending(hidden)
+            self._connection.send(hidden)
         raise ForwardComplete
 
     @property
@@ -189,18 +191,20 @@ class Stage:
 class _Messages:
     """What a stage receives and sends in some forwards that follow each other."""
 
-    def __init__(self, channel: Channel, lengths: deque[int], hidden_size: int, like: Any) -> None:
-        self.channel = channel
-        self._lengths = lengths
+    def __init__(self, channel: Channel, lengths: Iterable[int], hidden_size: int, like: Any) -> None:
+        lengths = list(lengths)
+        self._channel = channel
+        self._to_send = deque(lengths)
+        self._to_receive = deque(lengths)
         self._hidden_size = hidden_size
         self._dtype, self._device = like.dtype, like.device
         self._coming: PendingReceive | None = None
 
     def start_next(self) -> None:
         """Start to receive the next forward's hidden states, if there is one."""
-        if self._lengths:
-            shape = 1, self._lengths.popleft(), self._hidden_size
-            self._coming = self.channel.start_receiving(shape, self._dtype, self._device)
+        if self._to_receive:
+            shape = 1, self._to_receive.popleft(), self._hidden_size
+            self._coming = self._channel.start_receiving(shape, self._dtype, self._device)
 
     def receive(self) -> Tensor:
         """Return a forward's hidden states, (1, tokens, hidden), and start to receive the next one's."""
@@ -210,6 +214,24 @@ class _Messages:
         received = coming.wait()
         self.start_next()
         return received
+
+    def send(self, hidden: Tensor) -> None:
+        """Start to send a forward's hidden states."""
+        self._to_send.popleft()
+        self._channel.start_sending(hidden)
+
+    def abandon(self, to_next: bool) -> None:
+        """Leave nothing that the channel's next forwards could take for theirs.
+
+        Parameters
+        ----------
+        to_next : whether there is a next stage, which has begun to receive what now does not come
+        """
+        if self._coming is not None:
+            self._channel.discard(self._coming)
+        if to_next and self._to_send:
+            shape = 1, self._to_send.popleft(), self._hidden_size
+            self._channel.start_sending(torch.zeros(shape, dtype=self._dtype, device=self._device), waits=False)
 
 
 class OtherStagesLayer(nn.Module):

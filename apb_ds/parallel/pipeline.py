@@ -40,28 +40,38 @@ class Channel:
         self._group = group
         self._before, self._after = before, after
         self._under_way: deque[tuple[Tensor, Any]] = deque()  # tensors stay alive until they have arrived
+        self._discarded: list[PendingReceive] = []
         self.bytes_sent = 0
 
     @profiling.belongs_to(profiling.COMMUNICATION)
     def start_receiving(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> PendingReceive:
         """Start to receive a tensor from the stage before."""
+        while self._discarded:
+            self._discarded.pop().wait()
         received = torch.empty(shape, dtype=dtype, device=device)
         with lost_ranks_named(self._group.board):
             work = _comm().irecv(received, self._before, group=self._group.process_group)
         return PendingReceive(received, work, self._group)
 
     @profiling.belongs_to(profiling.COMMUNICATION)
-    def start_sending(self, tensor: Tensor) -> None:
+    def start_sending(self, tensor: Tensor, *, waits: bool = True) -> None:
         """Start to send a tensor, which must not change any more, to the next stage.
 
-        Waits until that has taken all but the last `MAX_UNDER_WAY` - 1 before it.
+        Parameters
+        ----------
+        waits : until the next stage has taken all but the last `MAX_UNDER_WAY` - 1 before it
         """
-        self.finish_sending(MAX_UNDER_WAY - 1)
+        if waits:
+            self.finish_sending(MAX_UNDER_WAY - 1)
         tensor = tensor.contiguous()
         with lost_ranks_named(self._group.board):
             self._under_way.append((tensor, _comm().isend(tensor, self._after, group=self._group.process_group)))
         self.bytes_sent += tensor.nbytes
         self._group.count_bytes(tensor.nbytes)
+
+    def discard(self, pending: PendingReceive) -> None:
+        """Receive a tensor that nobody wants, before the next one."""
+        self._discarded.append(pending)
 
     def finish_sending(self, left: int = 0) -> None:
         """Wait until no more than `left` tensors are on their way."""

@@ -154,6 +154,41 @@ def test_queries_fill_the_pipeline_and_steps_go_together(pool: Pools) -> None:
     assert first == [3, 4 + 5, 3, 4 + 5, 3] and second == []
 
 
+class AbandonedError(Exception):
+    pass
+
+
+def abandon(rank: int, world_size: int) -> dict[str, Any]:
+    """Abandon prefills after some rounds, and queries that fail on all ranks; then answer."""
+    engine = new_engine("llama", {**GIVEN, "hosts": 8}, stages=2)
+    document, query = request_ids(203, 9)
+    context = engine.prefill(document, query)
+    for num_rounds in (1, 3, 4):
+
+        def stop(done: int, total: int, num_rounds: int = num_rounds) -> None:
+            if done == num_rounds:
+                raise AbandonedError
+
+        with pytest.raises(AbandonedError):
+            engine.prefill(document, query, progress=stop)
+        with pytest.raises(AbandonedError), engine.batch(step_every_s=0.0) as batch:
+            batch.submit(query, context=context, max_new_tokens=20, do_sample=False)
+            batch.step()
+            batch.prefill(document, query, progress=stop)
+    for layer in engine.module.model.layers:
+        if hasattr(layer, "self_attn"):
+            failing = mock.patch.object(type(layer), "forward", side_effect=AbandonedError)
+    with failing, pytest.raises(AbandonedError):
+        engine.query_logits(query, context=context)
+    return answers(engine, 203)
+
+
+def test_what_is_abandoned_on_all_ranks_does_no_harm(pool: Pools) -> None:
+    whole = answers(new_engine("llama", {**GIVEN, "hosts": 8}), 203)
+    for found in pool(4).run(abandon, timeout=120):
+        assert found == whole
+
+
 def load_stage(rank: int, world_size: int, folders: dict[str, str], options: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for family, folder in folders.items():
