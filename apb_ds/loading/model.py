@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -30,6 +31,7 @@ from apb_ds.loading.tokenizer import available_tokenizer, read_tokenizer
 from apb_ds.ops.memory import explain_out_of_memory, is_out_of_memory
 from apb_ds.parallel.consistency import shared_outcome
 from apb_ds.parallel.groups import SequenceGroup
+from apb_ds.parallel.launcher import launched_rank
 from apb_ds.parallel.pipeline import Pipeline
 from apb_ds.utils.text import first_line, kind_and_line, list_some
 from apb_ds.weights import is_sharded
@@ -134,7 +136,8 @@ def load_model(
             needs_empty = shards or decides or pipeline is not None
             empty: Any = _empty(found, config, dtype) if needs_empty else None
             stage, absent = (None, frozenset()) if pipeline is None else _cut_to_stage(empty, pipeline, config)
-    with explained(), quiet_transformers():
+    is_watched = launched_rank() == 0 and sys.stderr.isatty()
+    with explained(), quiet_transformers(with_bars=is_watched):
         if decides:
             shards = choose_shards(empty, device, group)
         if shards:

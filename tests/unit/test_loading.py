@@ -430,3 +430,16 @@ def test_experts_in_mxfp4(tmp_path: Path) -> None:
     engine = apb_ds.init_inference(loaded.model, apb_ds.APBConfig(method="dense"))
     tokens = engine.generate(document, query, max_new_tokens=4, do_sample=False)
     assert tokens.shape == (1, 4)
+
+
+@pytest.mark.parametrize(("is_terminal", "rank", "shown"), [(True, "0", True), (True, "1", False), (False, "0", False)])
+def test_weights_are_loaded_with_a_bar_where_somebody_looks(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, is_terminal: bool, rank: str, shown: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    path = save_checkpoint(tmp_path / "model")
+    capsys.readouterr()
+    load_model(ModelConfig(path=str(path), device="cpu"))
+    assert ("Loading weights" in capsys.readouterr().err) == shown
