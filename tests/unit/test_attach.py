@@ -136,11 +136,9 @@ def test_rows_are_padded_as_transformers_does_it(engine: Any, token: int) -> Non
     batch, mask = padded(rows, token)
     plain = build_model("llama")
     free = plain.generate(batch, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=token)
-    ends = [int(free[1, -6]), token if token == 7 else int(free[0, -2])]
-    given = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": ends}
-    given |= {} if token == 7 else {"pad_token_id": token}
-    if token == 7:
-        given["eos_token_id"] = [token, ends[0]]  # the first end token is also what fills rows
+    given: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": [token, int(free[1, -6])]}
+    if token != 7:  # else the first end token fills rows
+        given |= {"eos_token_id": int(free[1, -6]), "pad_token_id": token}
     expected = plain.generate(batch, attention_mask=mask, **given)
     assert (expected[:, -1] == token).any() and (expected[:, -1] != token).any()
     exact = {"hosts": 4, "anchor_length": 0, "passing_length": 4096}
