@@ -437,8 +437,9 @@ def test_weights_are_loaded_with_a_bar_where_somebody_looks(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, is_terminal: bool, rank: str, shown: bool
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
+    launched = {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     path = save_checkpoint(tmp_path / "model")
     capsys.readouterr()
     load_model(ModelConfig(path=str(path), device="cpu"))
