@@ -223,6 +223,12 @@ class SuffixPool:
         for layer_idx, layer in enumerate(layers):
             if layer.stores_here:
                 self._kinds.setdefault(layer.window, {})[layer_idx] = layer
+        # Of all stages, so that all ranks count the same: by stage and window, bytes of a token.
+        self._token_bytes: dict[int, dict[int | None, int]] = {}
+        for layer in layers:
+            if layer.stores:
+                of_stage = self._token_bytes.setdefault(layer.stage, {})
+                of_stage[layer.window] = of_stage.get(layer.window, 0) + _bytes_of_token(layer)
         self._slabs: dict[tuple[int | None, int], Slab] = {}
         self._num_made = 0
         self._abandoned: list[Suffix] = []
@@ -319,22 +325,16 @@ class SuffixPool:
         stored : `CopiedDocument.stored`
         """
         suffix = self._counted(0, source, stored)
-        return sum(
-            _capacity(max(self._needed(window, suffix, forwards))) * self._bytes_of_token(window)
-            for window in self._kinds
+        return max(
+            sum(_capacity(max(self._needed(window, suffix, forwards))) * size for window, size in of_stage.items())
+            for of_stage in self._token_bytes.values()
         )
 
     def document_bytes(self, num_tokens: int) -> int:
-        """Return the bytes of a document of which a rank stores so many tokens."""
-        return sum(
-            (num_tokens if window is None else window - 1) * self._bytes_of_token(window) for window in self._kinds
-        )
-
-    def _bytes_of_token(self, window: int | None) -> int:
-        return sum(
-            heads * channels * (layer.dtype or torch.get_default_dtype()).itemsize
-            for layer in self._kinds[window].values()
-            for heads, channels in layer.stored_shapes
+        """Return the bytes of a document of which a rank stores so many tokens, in the stage that stores most."""
+        return max(
+            sum((num_tokens if window is None else window - 1) * size for window, size in of_stage.items())
+            for of_stage in self._token_bytes.values()
         )
 
     @property
@@ -401,6 +401,11 @@ class SuffixPool:
         unused = [key for key, slab in self._slabs.items() if slab.is_unused and slab.capacity > SMALLEST_SLOT]
         for key in unused:
             del self._slabs[key]
+
+
+def _bytes_of_token(layer: LayerAttention) -> int:
+    itemsize = (layer.dtype or torch.get_default_dtype()).itemsize
+    return sum(heads * channels * itemsize for heads, channels in layer.stored_shapes)
 
 
 def _forget_unreachable(place: _Place, window: int) -> None:

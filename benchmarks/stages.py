@@ -51,9 +51,9 @@ def noted_rounds(found: list[list[float]], device: torch.device) -> Iterator[Non
         found[-1] = [now()]
         return received
 
-    def note_departure(channel: Channel, tensor: torch.Tensor, **options: Any) -> None:
+    def note_departure(channel: Channel, tensor: torch.Tensor) -> None:
         found[-1].append(now())  # it may wait for the next stage
-        send(channel, tensor, **options)
+        send(channel, tensor)
 
     with (
         mock.patch.object(prefill, "run_round", note_round),

@@ -86,7 +86,7 @@ def load_model(
         num_sharing = group.world_size // stages
         check_shard_ranks(shard_ranks, config.shard_weights, num_sharing)
         comparison.facts = {"shard_ranks": shard_ranks or num_sharing, "stages": stages}
-    pipeline = Pipeline(group, stages) if stages > 1 else None
+    pipeline = Pipeline.of(group, stages) if stages > 1 else None
     sharing = group if pipeline is None else pipeline.ranks
     loaded = load_described(config, group=sharing.part(shard_ranks), pipeline=pipeline)
     return loaded.model, loaded.tokenizer
@@ -192,6 +192,8 @@ def init_inference(
         was_cut = stage_of(model) is not None
         stage = Stage.of(model, group, stages)
         group, sharing = stage.pipeline.group, stage.pipeline.ranks
+        if timeout_s is not None:
+            group.set_timeout(timeout_s)  # also of the groups that the pipeline has made
         if was_cut and not shard_weights:
             with shared_validation(sharing, "init_inference") as comparison:
                 comparison.facts = {"model": model}

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from apb_ds.hf.architecture import walk
+
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
@@ -32,15 +34,6 @@ def exclusive_call(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 vars(module)["training"] = True
-
-
-def walk(model: nn.Module) -> list[nn.Module]:
-    """Return a model's modules as ``modules()`` does, but in a fraction of the time, and shared ones more than once."""
-    found = [model]
-    for module in found:  # which grows
-        if module._modules:
-            found += [child for child in module._modules.values() if child is not None]
-    return found
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from apb_ds.attention import Phase
 from apb_ds.cache import ShardedCache
-from apb_ds.engine.calls import walk
+from apb_ds.hf.architecture import walk
 from apb_ds.hf.interface import ActiveCall
 from apb_ds.hf.rotary import is_position_dependent_rope
 from apb_ds.ops.kernels import KernelChoice

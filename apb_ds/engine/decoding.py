@@ -60,7 +60,7 @@ def forward_new(model: PreTrainedModel, ids: Tensor, fed: int, cache: Any, kept:
 
     Returns
     -------
-    (1, kept, vocab), float32; on a pipeline's ranks but the first, zeros
+    (1, kept, vocab), float32; in a pipeline those of the first rank count
     """
     inputs: dict[str, Any] = {
         "input_ids": ids[:, fed:],
@@ -70,7 +70,7 @@ def forward_new(model: PreTrainedModel, ids: Tensor, fed: int, cache: Any, kept:
         "logits_to_keep": kept,
     }
     stage = stage_of(model)
-    with nullcontext() if stage is None else stage.connected(stage.pipeline.tokens, [ids.shape[1] - fed], model):
+    with nullcontext() if stage is None else stage.connected(stage.pipeline.tokens):
         logits = run_model(model, **inputs)
     logits = None if logits is None else logits[:, -kept:].float()
     if stage is not None:

@@ -113,7 +113,6 @@ class APBEngine(InferenceEngine):
         self.weights = weights
         self.stage = stage
         self.layers = probe_model(model) if stage is None else probe_stage(model, stage)
-        self._sharing = group if stage is None else stage.pipeline.ranks
         self.pool = SuffixPool(self.layers, self._sharing.rank, self._sharing.world_size, self.device)
         self.stats = RequestStats()
         self.split = Split()
@@ -226,6 +225,11 @@ class APBEngine(InferenceEngine):
                 of_kind["recorded"] = kernels.recorded.name
             names |= {f"{phase} ({kind})" if kind else phase: name for phase, name in of_kind.items()}
         return names
+
+    @property
+    def _sharing(self) -> SequenceGroup:
+        """The ranks that share a document: all of them, or those of this stage."""
+        return self.group if self.stage is None else self.stage.pipeline.ranks
 
     @property
     def _validator(self) -> Validator:

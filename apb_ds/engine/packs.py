@@ -57,7 +57,7 @@ def _run(engine: APBEngine, members: Sequence[Member], with_all_logits: bool) ->
     if engine.stage is None:
         return run_forward(engine, packs[0], kept[0])
     lengths = [pack.inputs.shape[1] for pack in packs]
-    with engine.stage.connected(engine.stage.pipeline.tokens, lengths, engine.module):
+    with engine.stage.connected(engine.stage.pipeline.tokens, lengths, engine.device):
         found = [_forward(engine, pack, of_pack) for pack, of_pack in zip(packs, kept, strict=True)]
     num_kept = sum(lengths) if with_all_logits else len(members)
     return engine.stage.bring_back(found, num_kept, engine.module)[0]

@@ -31,8 +31,9 @@ def run_rounds(
     # While a stage computes a round, the one before it computes the next. Steps may come between rounds alone: within
     # one, the next stage waits for its end.
     progress, state.progress = state.progress, None
-    lengths = (state.plan.num_forward_tokens(state.rank, round_index) for round_index in range(num_rounds))
-    with stage.connected(stage.pipeline.rounds, filter(None, lengths), model):
+    lengths = [state.plan.num_forward_tokens(state.rank, round_index) for round_index in range(num_rounds)]
+    ahead = filter(None, lengths), document_ids.device
+    with stage.connected(stage.pipeline.rounds, *(ahead if progress is None else ())):
         for round_index in range(num_rounds):
             state.start_round(round_index)
             run_round(model, attention, state, document_ids, query_ids)

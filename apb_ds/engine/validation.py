@@ -127,7 +127,8 @@ class Validator:
         check_positions(self._module, max_positions)
         facts = settings_facts(self._config)
         facts |= {"document_ids": document_ids, "query_ids": query_ids, "max_positions": max_positions}
-        facts |= {"adapters": adapters_in_force(self._module)}
+        if self._attention.group is self._group:  # stages may have other adapters than each other
+            facts |= {"adapters": adapters_in_force(self._module)}
         return PrefillRequest(document_ids, query_ids, plan, self._attention, max_positions, facts)
 
     def plan(self, num_tokens: int, num_query: int) -> Plan:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
+
+from apb_ds.hf.architecture import walk
 
 
 def adapters_in_force(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters that a forward now applies, in alphabetical order; none without peft."""
     names: set[str] = set()
-    for module in model.modules():
+    if "peft" not in sys.modules:
+        return ()
+    for module in walk(model):
         # The attributes of peft's tuner layers. One that is merged is applied whichever are active.
-        if getattr(module, "merged_adapters", None) is None or getattr(module, "disable_adapters", True):
+        if "merged_adapters" not in vars(module) or getattr(module, "disable_adapters", True):
             continue
         names.update(module.merged_adapters or module.active_adapters)  # type: ignore[arg-type]
     return tuple(sorted(names))

@@ -62,6 +62,15 @@ def layers_elsewhere(model: nn.Module) -> set[int]:
     return {module.elsewhere_idx for module in model.modules() if hasattr(module, "elsewhere_idx")}  # type: ignore[misc]
 
 
+def walk(model: nn.Module) -> list[nn.Module]:
+    """Return a model's modules as ``modules()`` does, but in a fraction of the time, and shared ones more than once."""
+    found = [model]
+    for module in found:  # which grows
+        if module._modules:
+            found += [child for child in module._modules.values() if child is not None]
+    return found
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Replace a module wherever it is in a model."""
     for module in model.modules():

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apb_ds.hf.architecture import NOT_ROUTED, attention_modules, position_limit, text_config, text_decoder
+from apb_ds.hf.architecture import (
+    NOT_ROUTED,
+    attention_modules,
+    layers_elsewhere,
+    position_limit,
+    text_config,
+    text_decoder,
+)
 from apb_ds.hf.interface import CHANGES_ATTENTION, ForwardComplete, PassingCache, own_attention
 from apb_ds.utils.sizes import LayerAttention
 from apb_ds.utils.text import kind_and_line
@@ -46,7 +53,8 @@ def probe_model(model: PreTrainedModel) -> tuple[LayerAttention, ...]:
         with own_attention(model, IMPLEMENTATION, first.attend):
             _run(model, input_ids=ids, use_cache=False)
         first.check(name, sorted(attention_modules(model)))
-        first.check_numbers(name)
+        if layers_elsewhere(model):
+            first.check_numbers(name)
         with own_attention(model, IMPLEMENTATION, calls.attend):
             cache = PassingCache(calls.note_stored)
             _run(model, input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
@@ -148,12 +156,12 @@ class _Calls:
             )
 
     def check_numbers(self, name: str) -> None:
-        """Raise ValueError if a layer gets what are no numbers: on later stages of a pipeline, embeddings are not."""
+        """Raise ValueError if a stage's layers get what are no numbers: on later stages, embeddings are not."""
         for layer_idx, (call,) in sorted(self._calls.items()):
             if not bool(call.query.isfinite().all()):
                 raise ValueError(
-                    f"{name}, layer {layer_idx}, computes queries that are not finite. In a pipeline, its layers read "
-                    "embeddings besides hidden states, which the first stage alone has; use stages=1."
+                    f"{name}, layer {layer_idx}, computes queries that are not finite: it reads embeddings besides "
+                    "hidden states, which the first stage of a pipeline alone has."
                 )
 
     def layers(self, name: str, config: Any, limit: int | None) -> tuple[LayerAttention, ...]:

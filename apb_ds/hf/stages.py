@@ -28,13 +28,15 @@ from apb_ds.parallel.groups import SequenceGroup
 from apb_ds.parallel.pipeline import Channel, PendingReceive, Pipeline
 from apb_ds.utils.sizes import LayerAttention
 
+LOAD_AGAIN = "load the model again with stages=1."  # it has been cut by then
+
 logger = logging.getLogger(__name__)
 
 _of_models: weakref.WeakKeyDictionary[nn.Module, Stage] = weakref.WeakKeyDictionary()
 
 
 class Stage:
-    """What this rank computes of a model; made in place by `Stage.of`.
+    """What this rank computes of a model, which it cuts in place.
 
     Parameters
     ----------
@@ -46,6 +48,7 @@ class Stage:
     ----------
     pipeline : as given
     layers : the decoder layers of this stage
+    dtype : of the hidden states that travel between stages
     """
 
     def __init__(self, model: PreTrainedModel, pipeline: Pipeline, mine: range | None = None) -> None:
@@ -62,6 +65,7 @@ class Stage:
         self._hidden_size: int = text_config(model).hidden_size
         self._is_probed = False
         self._messages: _Messages | None = None
+        self.dtype = model.dtype
         for layer_idx, layer in enumerate(layers):
             if layer_idx not in self.layers:
                 replace_module(model, layer, self._in_place_of(layer, layer_idx))
@@ -85,7 +89,7 @@ class Stage:
     @classmethod
     def of(cls, model: PreTrainedModel, group: SequenceGroup, num_stages: int) -> Stage:
         """Return a model's stage: the one that it has been cut to, else it is cut now. All ranks call this together."""
-        return _of_models.get(model) or cls(model, Pipeline(group, num_stages))
+        return _of_models.get(model) or cls(model, Pipeline.of(group, num_stages))
 
     def _in_place_of(self, layer: nn.Module, layer_idx: int) -> OtherStagesLayer:
         of_neighbours = {self.layers.start - 1: self._receive, self.layers.stop: self._send}
@@ -101,26 +105,25 @@ class Stage:
             self._is_probed = False
 
     @contextmanager
-    def connected(self, channel: Channel, lengths: Iterable[int], like: Any) -> Iterator[None]:
+    def connected(
+        self, channel: Channel, lengths: Iterable[int] = (), device: torch.device | None = None
+    ) -> Iterator[None]:
         """Have the forwards in this context receive and send through a channel; one may have others inside it.
 
-        What a forward needs is received while the one before it computes. On leaving, all has been sent. After an error
-        on all ranks at the same place, such as a prefill that is abandoned, the next forwards work as ever.
+        On leaving, all has been sent.
 
         Parameters
         ----------
-        lengths : of these forwards, tokens each
-        like : the model
+        lengths : of these forwards, tokens each, if what a forward needs is to be received while the one before it
+            computes. Between them there may then be no message of another kind, and no waiting for the device.
+        device : of what is received then
         """
-        before, self._messages = self._messages, _Messages(channel, lengths, self._hidden_size, like)
+        before, self._messages = self._messages, _Messages(channel, self._hidden_size, self.dtype)
         try:
-            if not self.pipeline.is_first:
-                self._messages.start_next()
+            if not self.pipeline.is_first and device is not None:
+                self._messages.announce(lengths, device)
             yield
             channel.finish_sending()
-        except BaseException:
-            self._messages.abandon(to_next=not self.pipeline.is_last)
-            raise
         finally:
             self._messages = before
 
@@ -129,13 +132,13 @@ class Stage:
             made_up = torch.linspace(-1, 1, self._hidden_size, dtype=hidden.dtype, device=hidden.device)
             return made_up.expand(*hidden.shape[:-1], -1)
         self.pipeline.group.progress.await_stage(self.pipeline.stage - 1)
-        return self._connection.receive()
+        return self._connection.receive(hidden)
 
     def _send(self, hidden: Tensor) -> Tensor:
         if self._is_probed:
             self._check_sent(hidden)
         else:
-            self._connection.send(hidden)
+            self._connection.channel.start_sending(hidden)
         raise ForwardComplete
 
     @property
@@ -148,7 +151,8 @@ class Stage:
         """Raise ValueError unless a layer gives hidden states that can be sent."""
         if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[-1] != self._hidden_size:
             got = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-            raise ValueError(f"its layers pass on more than hidden states ({got}); use stages=1.")
+            raise ValueError(f"its layers pass on more than hidden states ({got}); {LOAD_AGAIN}")
+        self.dtype = hidden.dtype
 
     def all_layers(self, mine: Sequence[LayerAttention]) -> tuple[LayerAttention, ...]:
         """Return how each layer of the whole model attends, from what each stage has found of its own.
@@ -161,15 +165,20 @@ class Stage:
             If a layer attends to what another one stores, which may be in another stage.
         """
         found: dict[int, LayerAttention] = {}
-        for layers, of_stage in self.pipeline.group.gather_objects((self.layers, tuple(mine))):
-            found |= {idx: replace(one, is_here=idx in self.layers) for idx, one in zip(layers, of_stage, strict=True)}
+        everyone = self.pipeline.group.gather_objects((self.pipeline.stage, self.layers, tuple(mine), self.dtype))
+        for stage, layers, of_stage, _ in everyone:
+            is_here = stage == self.pipeline.stage
+            found |= {
+                idx: replace(one, stage=stage, is_here=is_here) for idx, one in zip(layers, of_stage, strict=True)
+            }
+        self.dtype = everyone[0][-1]  # as the first stage sends it
         for layer_idx, layer in found.items():
             if not layer.stores:
-                raise ValueError(f"layer {layer_idx} attends to what another layer stores; use stages=1.")
+                raise ValueError(f"layer {layer_idx} attends to what another layer stores; {LOAD_AGAIN}")
         return tuple(found[layer_idx] for layer_idx in sorted(found))
 
     def bring_back(self, logits: Sequence[Tensor | None], num_tokens: int, like: Any) -> Tensor:
-        """Return the logits of several forwards, one after the other, on the first of all ranks; zeros elsewhere.
+        """Return the logits of several forwards, one after the other, on the first of all ranks.
 
         Parameters
         ----------
@@ -179,7 +188,7 @@ class Stage:
 
         Returns
         -------
-        (1, num_tokens, vocab), float32
+        (1, num_tokens, vocab), float32; on other ranks than the first and those of the last stage, zeros
         """
         found = [part.float() for part in logits if part is not None]
         if found:
@@ -191,47 +200,31 @@ class Stage:
 class _Messages:
     """What a stage receives and sends in some forwards that follow each other."""
 
-    def __init__(self, channel: Channel, lengths: Iterable[int], hidden_size: int, like: Any) -> None:
-        lengths = list(lengths)
-        self._channel = channel
-        self._to_send = deque(lengths)
-        self._to_receive = deque(lengths)
+    def __init__(self, channel: Channel, hidden_size: int, dtype: torch.dtype) -> None:
+        self.channel = channel
         self._hidden_size = hidden_size
-        self._dtype, self._device = like.dtype, like.device
+        self._dtype = dtype
+        self._announced: deque[tuple[int, torch.device]] = deque()
         self._coming: PendingReceive | None = None
 
-    def start_next(self) -> None:
-        """Start to receive the next forward's hidden states, if there is one."""
-        if self._to_receive:
-            shape = 1, self._to_receive.popleft(), self._hidden_size
-            self._coming = self._channel.start_receiving(shape, self._dtype, self._device)
+    def announce(self, lengths: Iterable[int], device: torch.device) -> None:
+        """Start to receive each forward's hidden states while the one before it computes, so many tokens each."""
+        self._announced.extend((num_tokens, device) for num_tokens in lengths)
+        self._start_next()
 
-    def receive(self) -> Tensor:
-        """Return a forward's hidden states, (1, tokens, hidden), and start to receive the next one's."""
-        coming, self._coming = self._coming, None
-        if coming is None:
-            raise RuntimeError("more forwards than were announced.")
+    def receive(self, like: Tensor) -> Tensor:
+        """Return a forward's hidden states, (1, tokens, hidden), for as many tokens as the tensor has."""
+        coming, self._coming = self._coming or self._start(like.shape[1], like.device), None
         received = coming.wait()
-        self.start_next()
+        self._start_next()
         return received
 
-    def send(self, hidden: Tensor) -> None:
-        """Start to send a forward's hidden states."""
-        self._to_send.popleft()
-        self._channel.start_sending(hidden)
+    def _start_next(self) -> None:
+        if self._announced:
+            self._coming = self._start(*self._announced.popleft())
 
-    def abandon(self, to_next: bool) -> None:
-        """Leave nothing that the channel's next forwards could take for theirs.
-
-        Parameters
-        ----------
-        to_next : whether there is a next stage, which has begun to receive what now does not come
-        """
-        if self._coming is not None:
-            self._channel.discard(self._coming)
-        if to_next and self._to_send:
-            shape = 1, self._to_send.popleft(), self._hidden_size
-            self._channel.start_sending(torch.zeros(shape, dtype=self._dtype, device=self._device), waits=False)
+    def _start(self, num_tokens: int, device: torch.device) -> PendingReceive:
+        return self.channel.start_receiving((1, num_tokens, self._hidden_size), self._dtype, device)
 
 
 class OtherStagesLayer(nn.Module):
@@ -307,7 +300,8 @@ def probe_stage(model: PreTrainedModel, stage: Stage) -> tuple[LayerAttention, .
         try:
             mine = probe_model(model)
         except ValueError as error:
-            raise ValueError(f"as {stage.description}: {error}") from error
+            advice = "" if LOAD_AGAIN in str(error) else f" Perhaps it cannot be cut into stages: {LOAD_AGAIN}"
+            raise ValueError(f"as {stage.description}: {error}{advice}") from error
     return stage.all_layers(mine)
 
 

@@ -135,13 +135,14 @@ def load_model(
             found = _find(config)
             needs_empty = shards or decides or pipeline is not None
             empty: Any = _empty(found, config, dtype) if needs_empty else None
+            if shards:
+                check_shardable(empty)  # all of it: a stage may have none of what is refused
             stage, absent = (None, frozenset()) if pipeline is None else _cut_to_stage(empty, pipeline, config)
     is_watched = launched_rank() == 0 and sys.stderr.isatty()
     with explained(), quiet_transformers(with_bars=is_watched):
         if decides:
             shards = choose_shards(empty, device, group)
         if shards:
-            check_shardable(empty)
             log_sizes(empty, group)
         share = _Share((group.rank, group.world_size) if shards else None, stage, absent)
         read = _make_dummy if config.is_dummy else _read_model

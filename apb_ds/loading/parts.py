@@ -29,15 +29,17 @@ def choose_shards(model: Any, device: torch.device, group: SequenceGroup) -> boo
     group : the ranks that would hold a copy together. All ranks that it is a part of call this together, and decide
         alike; the first one logs why.
     """
-    why = why_not_shardable(model)
-    shards = False
-    if why is None and getattr(model.config, "quantization_config", None):
-        why = "the weights are quantised."
+    mine = why_not_shardable(model)
+    if mine is None and getattr(model.config, "quantization_config", None):
+        mine = "the weights are quantised."
+    sharing = ranks_on_node() if device.type == "cpu" else 1
+    size = 0 if mine is not None else WeightSizes.of(model, group.world_size).whole
+    # The stages of a pipeline have other layers than each other, and decide alike, too.
+    everyone = group.all_ranks.gather_objects((mine, size, available_bytes(device) // sharing))
+    why = next((reason for reason, _, _ in everyone if reason is not None), None)
+    size, room = max(size for _, size, _ in everyone), int(min(room for _, _, room in everyone) * WEIGHTS_SHARE)
+    shards = why is None and size > room
     if why is None:
-        sharing = ranks_on_node() if device.type == "cpu" else 1
-        room = int(min(group.all_ranks.gather_objects(available_bytes(device) // sharing)) * WEIGHTS_SHARE)
-        size = WeightSizes.of(model, group.world_size).whole
-        shards = size > room
         why = f"a copy of the weights takes {_gib(size)}, and a rank has room for {_gib(room)}."
     if group.all_ranks.is_first:
         logger.info("model.shard_weights=auto is %s: %s", str(shards).lower(), why)

@@ -23,12 +23,15 @@ def _comm() -> Any:
     return importlib.import_module("deepspeed.comm")
 
 
+_pipelines: dict[tuple[Any, int], Pipeline] = {}  # by process group and number of stages
+
+
 class Channel:
     """Messages from each rank to its peer in the next stage, in order.
 
     Parameters
     ----------
-    group : all ranks, as a group with messages of its own
+    from_before, to_after : all ranks, as groups with messages of their own; one that is busy does not hold up the other
     before, after : global ranks of the peers in the stages before and after; None where there is none
 
     Attributes
@@ -36,46 +39,38 @@ class Channel:
     bytes_sent : to the next stage
     """
 
-    def __init__(self, group: SequenceGroup, before: int | None, after: int | None) -> None:
-        self._group = group
+    def __init__(
+        self, from_before: SequenceGroup, to_after: SequenceGroup, before: int | None, after: int | None
+    ) -> None:
+        self._from_before, self._to_after = from_before, to_after
         self._before, self._after = before, after
         self._under_way: deque[tuple[Tensor, Any]] = deque()  # tensors stay alive until they have arrived
-        self._discarded: list[PendingReceive] = []
         self.bytes_sent = 0
 
     @profiling.belongs_to(profiling.COMMUNICATION)
     def start_receiving(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> PendingReceive:
         """Start to receive a tensor from the stage before."""
-        while self._discarded:
-            self._discarded.pop().wait()
         received = torch.empty(shape, dtype=dtype, device=device)
-        with lost_ranks_named(self._group.board):
-            work = _comm().irecv(received, self._before, group=self._group.process_group)
-        return PendingReceive(received, work, self._group)
+        with lost_ranks_named(self._from_before.board):
+            work = _comm().irecv(received, self._before, group=self._from_before.process_group)
+        return PendingReceive(received, work, self._from_before)
 
     @profiling.belongs_to(profiling.COMMUNICATION)
-    def start_sending(self, tensor: Tensor, *, waits: bool = True) -> None:
+    def start_sending(self, tensor: Tensor) -> None:
         """Start to send a tensor, which must not change any more, to the next stage.
 
-        Parameters
-        ----------
-        waits : until the next stage has taken all but the last `MAX_UNDER_WAY` - 1 before it
+        Waits until that has taken all but the last `MAX_UNDER_WAY` - 1 before it.
         """
-        if waits:
-            self.finish_sending(MAX_UNDER_WAY - 1)
+        self.finish_sending(MAX_UNDER_WAY - 1)
         tensor = tensor.contiguous()
-        with lost_ranks_named(self._group.board):
-            self._under_way.append((tensor, _comm().isend(tensor, self._after, group=self._group.process_group)))
+        with lost_ranks_named(self._to_after.board):
+            self._under_way.append((tensor, _comm().isend(tensor, self._after, group=self._to_after.process_group)))
         self.bytes_sent += tensor.nbytes
-        self._group.count_bytes(tensor.nbytes)
-
-    def discard(self, pending: PendingReceive) -> None:
-        """Receive a tensor that nobody wants, before the next one."""
-        self._discarded.append(pending)
+        self._to_after.count_bytes(tensor.nbytes)
 
     def finish_sending(self, left: int = 0) -> None:
         """Wait until no more than `left` tensors are on their way."""
-        with lost_ranks_named(self._group.board):
+        with lost_ranks_named(self._to_after.board):
             while len(self._under_way) > left:
                 self._under_way.popleft()[1].wait()
 
@@ -110,8 +105,21 @@ class Pipeline:
         self.topology = topology.PipeDataParallelTopology(num_pp=num_stages, num_dp=group.world_size // num_stages)
         self.stage = int(self.topology.get_coord(group.rank).pipe)
         self.ranks = group.part(group.world_size // num_stages)
-        peers = [self._peer(step) for step in (-1, 1)]
-        self.rounds, self.tokens = (Channel(group.apart(), *peers) for _ in range(2))
+        self.rounds, self.tokens = self._channel(), self._channel()
+
+    @classmethod
+    def of(cls, group: SequenceGroup, num_stages: int) -> Pipeline:
+        """Return the group's ranks as a pipeline, the same for each call with as many stages."""
+        key = group.process_group, num_stages
+        if key not in _pipelines:
+            _pipelines[key] = cls(group, num_stages)
+        return _pipelines[key]
+
+    def _channel(self) -> Channel:
+        # What a stage in the middle sends goes in another group than what it receives, and waits for.
+        links = [self.group.apart() for _ in range(min(2, self.num_stages - 1))]
+        before, after = (links[(self.stage + step) % len(links)] for step in (1, 0))
+        return Channel(before, after, self._peer(-1), self._peer(1))
 
     @property
     def is_first(self) -> bool:

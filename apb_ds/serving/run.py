@@ -110,7 +110,7 @@ def serve(values: dict[str, Any], watch: Watch, say: Callable[[str], None]) -> N
         bound = _bind(config)
 
     steps.from_first(bind)
-    pipeline = Pipeline(group, settings.engine.stages) if settings.engine.stages > 1 else None
+    pipeline = Pipeline.of(group, settings.engine.stages) if settings.engine.stages > 1 else None
     holders = (group if pipeline is None else pipeline.ranks).part(settings.engine.shard_ranks)
     model = steps.together(lambda: ModelInUse(settings.engine.model, None, holders, pipeline), local=True)
     steps.together(lambda: model.load_heads(settings.engine), local=True)

@@ -81,7 +81,6 @@ class Session:
         self._so_far: dict[str, Any] = {}  # of its record
         self._other_failed = False
         self._loaded: ModelInUse | None = None
-        self._pipelines: dict[int, Pipeline] = {}
 
     @property
     def is_first(self) -> bool:
@@ -194,7 +193,7 @@ class Session:
         group.set_timeout(settings.timeout_s)  # jobs of a sweep may differ
         steps = Steps(group, debug=job.debug)
         steps.from_first(settings.task.check_sources)
-        pipeline = self._pipeline_of(group, settings.stages)
+        pipeline = Pipeline.of(group, settings.stages) if settings.stages > 1 else None
         holders = (group if pipeline is None else pipeline.ranks).part(settings.shard_ranks)
         model = steps.together(lambda: self._model_for(settings.model, holders, pipeline), local=True)
         steps.together(lambda: model.load_heads(settings), local=True)
@@ -217,12 +216,6 @@ class Session:
             "seed": settings.seed,
             **environment(loaded.device),
         }
-
-    def _pipeline_of(self, group: SequenceGroup, stages: int) -> Pipeline | None:
-        """Return the ranks as a pipeline, the same for each job with as many stages; None for one stage."""
-        if stages > 1 and stages not in self._pipelines:
-            self._pipelines[stages] = Pipeline(group, stages)
-        return self._pipelines.get(stages)
 
     def _model_for(self, config: ModelConfig, holders: SequenceGroup, pipeline: Pipeline | None) -> ModelInUse:
         loaded = self._loaded

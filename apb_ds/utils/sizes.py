@@ -37,7 +37,8 @@ class LayerAttention:
     stores_attended : whether what it stores is what it attends to; latent attention stores latents
     latents : heads and channels of the keys and of the values that it stores, where it does not attend to these
     dtype : of what it stores, a torch.dtype; None for torch's default
-    is_here : whether this rank computes the layer; if not, another stage of the pipeline does
+    stage : of a pipeline, from 0, that computes the layer
+    is_here : whether that is this rank's
     """
 
     heads: int
@@ -50,6 +51,7 @@ class LayerAttention:
     stores_attended: bool = True
     latents: tuple[tuple[int, int], tuple[int, int]] | None = None
     dtype: Any = None
+    stage: int = 0
     is_here: bool = True
 
     @property

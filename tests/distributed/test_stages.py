@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from itertools import chain
 from pathlib import Path
@@ -70,6 +71,7 @@ def held_and_sent(rank: int, world_size: int, family: str, stages: int) -> dict[
     engine = new_engine(family, {**GIVEN, "hosts": 8}, stages=stages)
     pipeline, model = engine.stage.pipeline, engine.module
     document, query = request_ids(203, 9)
+    before = pipeline.bytes_between_stages
     found: dict[str, Any] = {
         "stage": pipeline.stage,
         "layers": list(engine.stage.layers),
@@ -78,10 +80,10 @@ def held_and_sent(rank: int, world_size: int, family: str, stages: int) -> dict[
     with mock.patch.object(pipeline.rounds, "start_sending", wraps=pipeline.rounds.start_sending) as sends:
         context = engine.prefill(document, query)
     found["rounds"] = [call.args[0].shape[1] for call in sends.call_args_list]
-    found["prefill"] = pipeline.bytes_between_stages
+    found["prefill"] = pipeline.bytes_between_stages - before
     found["cached"] = [idx for idx, _ in sorted(context.cache.shards().items())]
     engine.generate(query_ids=query, context=context, max_new_tokens=4, do_sample=False)
-    found["decoding"] = pipeline.bytes_between_stages - found["prefill"]
+    found["decoding"] = pipeline.bytes_between_stages - before - found["prefill"]
     return found
 
 
@@ -159,7 +161,7 @@ class AbandonedError(Exception):
 
 
 def abandon(rank: int, world_size: int) -> dict[str, Any]:
-    """Abandon prefills after some rounds, and queries that fail on all ranks; then answer."""
+    """Abandon prefills after some rounds, on all ranks; then answer."""
     engine = new_engine("llama", {**GIVEN, "hosts": 8}, stages=2)
     document, query = request_ids(203, 9)
     context = engine.prefill(document, query)
@@ -175,11 +177,14 @@ def abandon(rank: int, world_size: int) -> dict[str, Any]:
             batch.submit(query, context=context, max_new_tokens=20, do_sample=False)
             batch.step()
             batch.prefill(document, query, progress=stop)
-    for layer in engine.module.model.layers:
-        if hasattr(layer, "self_attn"):
-            failing = mock.patch.object(type(layer), "forward", side_effect=AbandonedError)
-    with failing, pytest.raises(AbandonedError):
-        engine.query_logits(query, context=context)
+        paused = iter(range(num_rounds))
+
+        def stop_pausing(paused: Any = paused) -> None:
+            if next(paused, None) is None:
+                raise AbandonedError
+
+        with engine.batch(step_every_s=0.0, on_pause=stop_pausing) as batch, contextlib.suppress(AbandonedError):
+            batch.prefill(document, query)
     return answers(engine, 203)
 
 
@@ -187,6 +192,50 @@ def test_what_is_abandoned_on_all_ranks_does_no_harm(pool: Pools) -> None:
     whole = answers(new_engine("llama", {**GIVEN, "hosts": 8}), 203)
     for found in pool(4).run(abandon, timeout=120):
         assert found == whole
+
+
+def answer_where_memory_is_short(rank: int, world_size: int) -> Any:
+    """Answer four questions together where a stage of two layers has room for fewer than one of one layer."""
+    engine = new_engine("llama", GIVEN, stages=2)
+    context = engine.prefill(*request_ids(203, 9))
+    queries = [request_ids(20, 3 + index, seed=index)[1] for index in range(4)]
+    room = engine.pool.bytes_for([8, *[1] * 4]) * 3 // 2
+    with engine.batch(max_bytes=room) as batch:
+        handles = [batch.submit(one, context=context, max_new_tokens=5, do_sample=False) for one in queries]
+        batch.run()
+    alone = [engine.generate(query_ids=one, context=context, max_new_tokens=5, do_sample=False) for one in queries]
+    assert [handle.result().tolist() for handle in handles] == [one.tolist() for one in alone]
+    return room, engine.pool.document_bytes(100)
+
+
+def test_stages_of_different_sizes_admit_the_same_requests(pool: Pools) -> None:
+    first, second = pool(2).run(answer_where_memory_is_short, timeout=60)
+    assert first == second
+
+
+def load_where_memory_is(rank: int, world_size: int, folder: str, rooms: list[int]) -> list[bool]:
+    """Say whether ``auto`` shards where a rank has so much memory."""
+    from apb_ds.loading import parts
+
+    decided = []
+    options: dict[str, Any] = {"stages": 2, "shard_weights": "auto"}
+    for room in rooms:
+        with mock.patch.object(parts, "available_bytes", return_value=room):
+            model, _ = apb_ds.load_model(folder, dtype="float32", device="cpu", **options)
+        engine = apb_ds.init_inference(model, APBConfig(**GIVEN), **options)
+        decided.append(engine.weights is not None)
+    return decided
+
+
+def test_auto_is_the_same_in_all_stages(pool: Pools, tmp_path: Path) -> None:
+    model = new_model("llama")
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    in_second = sum(weight.nbytes for weight in [*model.model.layers[2].parameters(), model.lm_head.weight])
+    in_first = sum(weight.nbytes for weight in model.parameters()) - in_second
+    assert in_first > 1.2 * in_second
+    rooms = [int(share * in_first / 0.8) for share in (1.1, 0.9)]  # a fifth of the memory is for documents
+    assert pool(4).run(load_where_memory_is, str(tmp_path), rooms, timeout=60) == [[False, True]] * 4
 
 
 def load_stage(rank: int, world_size: int, folders: dict[str, str], options: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +289,7 @@ def refusals(rank: int, world_size: int, folder: str) -> None:
         from tests.models import llama
 
         apb_ds.init_inference(llama(num_hidden_layers=1), **plain)
-    with pytest.raises(ValueError, match=f"as stage {rank + 1} of 2, layers .* {'pass on more' if rank == 0 else ''}"):
+    with pytest.raises(ValueError, match=rf"as stage {rank + 1} of 2, layers .* load the model again with stages=1"):
         new_engine("gemma3n", GIVEN, stages=2)
     with pytest.raises(ValueError, match="whose layers attend as they were written to"):
         apb_ds.init_inference(object.__new__(PipelineModule), **plain)
