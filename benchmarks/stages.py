@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,6 +28,7 @@ from apb_ds.engine import prefill
 from apb_ds.parallel.groups import SequenceGroup, world_group
 from apb_ds.parallel.pipeline import Channel, PendingReceive
 from apb_ds.report.record import environment, write_json
+from apb_ds.session.model_in_use import free_memory
 from benchmarks import common
 
 
@@ -73,6 +75,9 @@ def bubble_of(stages: list[list[list[float]]]) -> float:
 def measure(group: SequenceGroup, arguments: Any, stages: int) -> dict[str, Any]:
     """Prefill a document several times; return the times of all ranks and what they send."""
     options: dict[str, Any] = {"dtype": arguments.dtype, "stages": stages}
+    if arguments.geometry is not None:
+        described = yaml.safe_load(arguments.geometry.read_text(encoding="utf-8"))
+        options |= {"load_format": "dummy", "geometry": described["geometry"]}
     model: Any = apb_ds.load_model(arguments.model, **options)[0]
     config = apb_ds.APBConfig(hosts=arguments.hosts, hosts_per_round=1)
     engine = apb_ds.init_inference(model, config, stages=stages)
@@ -110,6 +115,7 @@ def main(given: list[str] | None = None) -> None:
     """Measure both, and write the record on the first rank."""
     parser = common.make_parser(__doc__)
     parser.add_argument("--model", default=common.DEFAULT_MODEL)
+    parser.add_argument("--geometry", type=Path, help="a file of configs/model: random weights, others per stage")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--num-tokens", type=int, default=4096)
     parser.add_argument("--hosts", type=int, default=8)
@@ -118,12 +124,24 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     arguments = parser.parse_args(given)
     group = world_group()
-    found = [measure(group, arguments, stages) for stages in (1, group.world_size)]
+    found = []
+    for stages in (1, group.world_size):
+        found.append(measure(group, arguments, stages))
+        free_memory()
     same = found[0].pop("answer") == found[1].pop("answer")
     if group.is_first:
         keys = ("model", "dtype", "num_tokens", "hosts", "num_new", "repeats")
-        record = {**environment(torch.device("cpu")), **{key: getattr(arguments, key) for key in keys}}
-        write_json(arguments.out, {**record, "ranks": group.world_size, "same_answers": same, "measured": found})
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        record = {**environment(device), **{key: getattr(arguments, key) for key in keys}}
+        write_json(
+            arguments.out,
+            {
+                **record,
+                "ranks": group.world_size,
+                "same_answers": same if arguments.geometry is None else None,
+                "measured": found,
+            },
+        )
 
 
 if __name__ == "__main__":

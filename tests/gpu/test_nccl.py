@@ -96,6 +96,28 @@ def test_answers_are_the_reference_on_every_rank(nccl: Pool, options: dict[str, 
             assert generated == tokens, case.name
 
 
+def answer_during_a_prefill(rank: int, world_size: int, options: dict[str, Any]) -> list[Any]:
+    """Return the tokens of answers that go on while another document is prefilled, and of one about that."""
+    config = apb_ds.APBConfig(hosts=8, anchor_length=12, passing_length=5, fused=False, hosts_per_round=1)
+    engine = apb_ds.init_inference(build_model("llama"), config, **options)
+    document, query = request_ids(203, 9)
+    context = engine.prefill(document, query, max_positions=400)
+    given: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
+    with engine.batch(step_every_s=0.0) as batch:
+        queries = [request_ids(20, 3 + index, seed=index)[1] for index in range(3)]
+        handles = [batch.submit(one, context=context, **given) for one in queries]
+        batch.step()
+        other = batch.prefill(request_ids(203, 5, seed=7)[0], query, max_positions=400)
+        batch.run()
+    answers = [handle.result() for handle in handles]
+    return [one.tolist() for one in (*answers, engine.generate(query_ids=query, context=other, **given))]
+
+
+def test_steps_inside_a_prefill_of_stages(nccl: Pool) -> None:
+    whole = nccl.run(answer_during_a_prefill, {}, timeout=120)
+    assert nccl.run(answer_during_a_prefill, {"stages": RANKS}, timeout=120) == whole
+
+
 HYBRID = Case("hybrid", 190, 6, {"hosts": 4, "anchor_length": 47, "passing_length": 4})
 
 
