@@ -158,7 +158,7 @@ def read_engine_settings(
     parallel = dict(values.get("parallel") or {})
     for key in parallel:
         check_choice("parallel key", key, PARALLEL_KEYS)
-    stages = parallel.get("stages") or 1
+    stages = 1 if parallel.get("stages") is None else parallel["stages"]
     check_stages(stages, launched_world_size(), name="parallel.stages")
     num_sharing = launched_world_size() // stages
     method = _read_method(method_values, num_sharing)

@@ -175,8 +175,8 @@ def read_settings(config_class: type[Config], values: Mapping[str, Any]) -> Sett
     for key in values:
         check_choice("config key", key, SECTIONS)
     parallel, model = values.get("parallel") or {}, ModelConfig.from_dict(dict(values.get("model") or {}))
-    for key in ("shard_ranks", "stages"):
-        if parallel.get(key) not in (None, 1):
+    for key, default in (("shard_ranks", None), ("stages", 1)):
+        if parallel.get(key, default) not in (None, default):
             raise ValueError(f"parallel.{key}={parallel[key]} is for inference; leave it out.")
     seed = values.get("seed") or 0
     check_integer("seed", seed, 0)

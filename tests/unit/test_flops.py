@@ -104,7 +104,9 @@ def test_a_shared_anchor_is_counted_once() -> None:
 
 
 def test_configs_without_sizes_are_not_counted() -> None:
-    engine: Any = SimpleNamespace(module=models.llama(), attention=SimpleNamespace(compressor=None), layers=())
+    engine: Any = SimpleNamespace(
+        module=models.llama(), attention=SimpleNamespace(compressor=None), layers=(), weights=None
+    )
     context: Any = SimpleNamespace(plan=plan_request(APBConfig(method="dense"), 8, 0))
     assert count_prefill(engine, context, 2) is not None
     engine.module.model.layers[1].mlp.extra = engine.module.model.layers[0].mlp.up_proj.__class__(64, 96)

@@ -109,7 +109,7 @@ class TwoRanks(SequenceGroup):
         super().__init__(rank=0, world_size=2)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        return [value, value // 2 if isinstance(value, int) else value]
+        return [value, (*value[:-1], value[-1] // 2) if isinstance(value, tuple) else value]
 
 
 @pytest.fixture(scope="module")

@@ -212,9 +212,10 @@ def test_bad_settings(values: dict[str, Any], message: str) -> None:
     assert message in str(raised.value)
 
 
-def test_copies_of_sharded_weights_are_for_inference() -> None:
-    values = {"train": {"output": "x"}, "model": {"path": "x"}, "parallel": {"shard_ranks": 1}}
-    with pytest.raises(ValueError, match=r"parallel\.shard_ranks=1 needs model\.shard_weights=true"):
+@pytest.mark.parametrize(("key", "value"), [("shard_ranks", 1), ("stages", 2)])
+def test_copies_and_stages_are_for_inference(key: str, value: int) -> None:
+    values = {"train": {"output": "x"}, "model": {"path": "x"}, "parallel": {key: value}}
+    with pytest.raises(ValueError, match=rf"parallel\.{key}={value} is for inference; leave it out"):
         read_settings(InstrumentConfig, values)
 
 
