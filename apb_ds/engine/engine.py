@@ -115,7 +115,7 @@ class APBEngine(InferenceEngine):
         self.layers = probe_model(model) if stage is None else probe_stage(model, stage)
         self.pool = SuffixPool(self.layers, self._sharing.rank, self._sharing.world_size, self.device)
         self.stats = RequestStats()
-        self.split = Split()
+        self._split = Split()
         self._told_split: set[bool] = set()
         self._attached_to: tuple[nn.Module, dict[str, Any]] | None = None
         self._training = [module for module in model.modules() if module.training]
@@ -225,6 +225,14 @@ class APBEngine(InferenceEngine):
                 of_kind["recorded"] = kernels.recorded.name
             names |= {f"{phase} ({kind})" if kind else phase: name for phase, name in of_kind.items()}
         return names
+
+    @property
+    def split(self) -> Split:
+        return self._split
+
+    @split.setter
+    def split(self, split: Split | Mapping[str, Any] | None) -> None:
+        self._split = Split.of(split)
 
     @property
     def _sharing(self) -> SequenceGroup:

@@ -111,3 +111,14 @@ def test_defaults_are_the_servers() -> None:
 def test_other_settings_are_refused(given: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         apb_ds.Split.of(given)
+
+
+def test_an_engine_takes_a_mapping_or_refuses_it() -> None:
+    from tests.models import build_model
+
+    engine = apb_ds.init_inference(build_model("llama"), {"hosts": 4})
+    engine.split = {"last_ids": 5, "min_document": MIN}
+    assert engine.split == apb_ds.Split(last_ids=5, min_document=MIN)
+    with pytest.raises(ValueError, match="last_id"):
+        engine.split = {"last_id": 5}
+    assert engine.split.last_ids == 5
