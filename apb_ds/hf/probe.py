@@ -156,7 +156,7 @@ class _Calls:
             )
 
     def check_numbers(self, name: str) -> None:
-        """Raise ValueError if a layer of a stage reads embeddings, which are NaN on later stages, besides hidden states."""
+        """Raise ValueError if a stage's layer reads embeddings, NaN on later stages, besides hidden states."""
         for layer_idx, (call,) in sorted(self._calls.items()):
             if not bool(call.query.isfinite().all()):
                 raise ValueError(
