@@ -155,7 +155,7 @@ class Stage:
         self.dtype = hidden.dtype
 
     def all_layers(self, mine: Sequence[LayerAttention]) -> tuple[LayerAttention, ...]:
-        """Return how each layer of the whole model attends, from what each stage has found of its own.
+        """Gather how each layer of the whole model attends from the stages, each of which knows its own.
 
         All ranks call this together.
 

@@ -31,7 +31,7 @@ class Channel:
 
     Parameters
     ----------
-    from_before, to_after : all ranks, as groups with messages of their own; one that is busy does not hold up the other
+    from_before, to_after : all ranks, as two groups, so that receiving does not hold up sending
     before, after : global ranks of the peers in the stages before and after; None where there is none
 
     Attributes
